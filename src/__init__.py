@@ -1,0 +1,1 @@
+"""e3pruner: learn which whole layers of a language model to remove, recover it, prove the result."""

@@ -1,0 +1,19 @@
+"""The one exception a user is meant to read."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class ConfigError(ValueError):
+    """A fault in what the user asked for: what was wrong, what was found, what to change.
+
+    The command line prints it as one short message and exits with status 2.
+    """
+
+
+def did_you_mean(word: str, candidates: Iterable[str]) -> str:
+    """Return ``" Did you mean 'x'?"`` for the candidate nearest to ``word``, or an empty string."""
+    near = difflib.get_close_matches(word, list(candidates), n=1)
+    return f" Did you mean '{near[0]}'?" if near else ""

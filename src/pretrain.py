@@ -1,0 +1,81 @@
+"""Train a small decoder from nothing: how the embedded teacher is made (``make teacher``)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning import LightningModule
+from lightning.pytorch.cli import OptimizerCallable
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from src.schedules import warmup_decay
+
+
+class Pretrain(LightningModule):
+    """Next-token training of a model built from a config.
+
+    Args:
+        tokenizer: directory of the tokenizer; its size is the vocabulary's.
+        architecture: keys of the Hugging Face config, ``model_type`` among them.
+        optimizer: optimiser of all weights.
+        warmup: share of the steps over which the learning rate rises; it then falls linearly to zero.
+        save_to: directory for the trained model as a Hugging Face checkpoint.
+    """
+
+    def __init__(
+        self,
+        tokenizer: str,
+        architecture: dict[str, Any],
+        optimizer: OptimizerCallable = torch.optim.AdamW,
+        warmup: float = 0.02,
+        save_to: str | None = None,
+    ) -> None:
+        super().__init__()
+        self.tokenizer, self.architecture = AutoTokenizer.from_pretrained(tokenizer), architecture
+        self.optimizer, self.warmup, self.save_to = optimizer, warmup, save_to
+        self.tokens = 0
+
+    def configure_model(self) -> None:
+        if hasattr(self, "model"):
+            return
+        keys = dict(self.architecture)
+        special = {
+            "vocab_size": len(self.tokenizer),
+            "pad_token_id": self.tokenizer.pad_token_id,
+            "eos_token_id": self.tokenizer.eos_token_id,
+            "bos_token_id": None,
+        }
+        config = AutoConfig.for_model(keys.pop("model_type"), **{**special, **keys})
+        self.model = AutoModelForCausalLM.from_config(config)
+
+    def training_step(self, batch: dict[str, torch.Tensor], _: int) -> torch.Tensor:
+        loss = self.model(**batch, use_cache=False).loss
+        self.tokens += int(batch["attention_mask"].sum())
+        self.log("train/loss", loss, prog_bar=True)
+        self.log("train/tokens", float(self.tokens))
+        return loss
+
+    def validation_step(self, batch: dict[str, torch.Tensor], _: int) -> None:
+        self.log("val/loss", self.model(**batch, use_cache=False).loss, prog_bar=True)
+
+    def configure_optimizers(self) -> Any:
+        optimizer = self.optimizer(self.parameters())
+        total = self.trainer.estimated_stepping_batches
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: warmup_decay(step / total, self.warmup, 0.0, "linear")
+        )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["tokens"] = self.tokens
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.tokens = checkpoint["tokens"]
+
+    def on_fit_end(self) -> None:
+        if self.save_to and self.trainer.is_global_zero:
+            Path(self.save_to).mkdir(parents=True, exist_ok=True)
+            self.model.save_pretrained(self.save_to)
+            self.tokenizer.save_pretrained(self.save_to)

@@ -1,0 +1,26 @@
+"""Schedules as pure functions of progress in [0, 1], so that resuming needs no counters."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+
+def warmup_decay(
+    progress: float, warmup: float, final: float, shape: Literal["cosine", "linear", "constant"]
+) -> float:
+    """Learning-rate factor: a linear rise over ``warmup``, then a decay from 1 to ``final``.
+
+    Args:
+        progress: share of the run that is done, in [0, 1].
+        warmup: share of the run spent rising from 0 to 1.
+        final: factor reached at the end.
+        shape: form of the decay.
+    """
+    if progress < warmup:
+        return progress / warmup
+    done = min(1.0, (progress - warmup) / max(1e-12, 1 - warmup))
+    if shape == "constant":
+        return 1.0
+    fall = 1 - done if shape == "linear" else 0.5 * (1 + math.cos(math.pi * done))
+    return final + (1 - final) * fall
