@@ -1,0 +1,1 @@
+"""Any Hugging Face decoder: find its layers, gate them, cut them, load it."""

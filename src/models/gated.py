@@ -1,0 +1,111 @@
+"""The gated student: every decoder layer of a model behind a gate that can be learned.
+
+With layer ``F_l`` and gate ``g_l`` the residual stream becomes ``h' = lerp(h, F_l(h), g_l)``. ``lerp`` is
+exact at both ends, so open gates are the teacher and hard gates are the physically cut model, to the last
+bit (``h + g * (F(h) - h)`` is not).
+
+A layer whose gate is exactly zero must still be evaluated, because its output is what the gate's gradient
+``<dLoss/dh', F(h) - h>`` needs. But the chain through its weights is multiplied by that zero, so it runs
+without autograd: the same gradients, without its share of the backward pass and of the activations.
+
+Shapes: B batch, T tokens, H hidden, L layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+
+from src.models.layers import decoder_layers
+
+Observer = Callable[[int, Tensor, Tensor], None]
+"""Called as ``observer(layer, h_in_BTH, h_out_BTH)`` after each layer."""
+
+
+class GatedLayers:
+    """Gates on the decoder layers of ``model``; open until :meth:`use` closes some.
+
+    The layers keep their class, attributes and state-dict keys: only their bound ``forward`` is replaced,
+    and :meth:`remove` restores it.
+
+    Args:
+        model: any decoder; its one list of layers is found by length.
+        checkpoint_activations: recompute kept layers in the backward pass instead of storing them.
+        skip_closed_autograd: evaluate hard-zero layers without autograd (the default; off only to compare).
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        checkpoint_activations: bool = False,
+        skip_closed_autograd: bool = True,
+    ) -> None:
+        self.path, self.layers = decoder_layers(model)
+        self.checkpoint_activations = checkpoint_activations
+        self.skip_closed_autograd = skip_closed_autograd
+        self._gates: Tensor | None = None
+        self._values: list[float] = []
+        self._observer: Observer | None = None
+        for index, layer in enumerate(self.layers):
+            layer.forward = self._gated_forward(index, layer.forward)
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    @contextmanager
+    def use(self, gates_L: Tensor | None, observer: Observer | None = None) -> Iterator[None]:
+        """Run the model under ``gates_L`` (``[L]``, values in [0, 1]; None leaves all open)."""
+        assert gates_L is None or gates_L.shape == (len(self),), "one gate for each layer"
+        before = self._gates, self._values, self._observer
+        self._gates, self._observer = gates_L, observer
+        self._values = [] if gates_L is None else gates_L.tolist()
+        try:
+            yield
+        finally:
+            self._gates, self._values, self._observer = before
+
+    def remove(self) -> None:
+        """Give the layers their own ``forward`` back."""
+        for layer in self.layers:
+            del layer.forward
+
+    def _gated_forward(self, index: int, forward: Callable[..., Any]) -> Callable[..., Any]:
+        def gated(*args: Any, **kwargs: Any) -> Any:
+            gates, h_in = self._gates, args[0] if args else kwargs["hidden_states"]
+            if gates is None:
+                out = forward(*args, **kwargs)
+                self._observe(index, h_in, out)
+                return out
+            closed = self._values[index] == 0.0
+            if closed and self.skip_closed_autograd:
+                with torch.no_grad():
+                    out = forward(*args, **kwargs)
+            elif self.checkpoint_activations and torch.is_grad_enabled():
+                out = checkpoint(forward, *args, use_reentrant=False, **kwargs)
+            else:
+                out = forward(*args, **kwargs)
+            self._observe(index, h_in, out)
+            h_out = _hidden(out)
+            mixed = torch.lerp(h_in, h_out, gates[index].to(h_out.dtype))
+            return (mixed, *out[1:]) if isinstance(out, tuple) else mixed
+
+        return gated
+
+    def _observe(self, index: int, h_in: Tensor, out: Any) -> None:
+        if self._observer is not None:
+            self._observer(index, h_in, _hidden(out))
+
+
+def _hidden(out: Any) -> Tensor:
+    return out[0] if isinstance(out, tuple) else out
+
+
+def freeze(model: nn.Module) -> nn.Module:
+    """Eval mode, no gradients; returns the model."""
+    return model.eval().requires_grad_(False)
