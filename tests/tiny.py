@@ -79,9 +79,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     },
     "qwen3_next": {
         **MOE,
-        "layer_types": [
-            "linear_attention" if kind == "sliding_attention" else kind for kind in MIXED
-        ],
+        "layer_types": ["linear_attention" if kind == "sliding_attention" else kind for kind in MIXED],
         "mlp_only_layers": [2],
         "shared_expert_intermediate_size": 24,
         "linear_num_key_heads": 2,
@@ -89,9 +87,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "linear_key_head_dim": 8,
         "linear_value_head_dim": 8,
     },
-    "lfm2": {
-        "layer_types": ["conv", "full_attention", "conv", "conv", "full_attention", "conv", "conv"]
-    },
+    "lfm2": {"layer_types": ["conv", "full_attention", "conv", "conv", "full_attention", "conv", "conv"]},
     "mamba": {"state_size": 8},
 }
 

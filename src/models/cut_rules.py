@@ -1,0 +1,139 @@
+"""How each per-layer attribute of a config follows its layers when some of them are removed.
+
+``num_hidden_layers`` is never alone: types, windows, expert placement and key/value sharing are stored as
+lists of the model's length, lists of layer indices, counts from either end, or periods. One table says which
+attribute is of which kind; there is no code for any family. An unknown list of the model's length is taken
+to hold one entry for each layer. What no rule can express is not approximated: :mod:`src.models.cut` compares
+every cut layer with its original, and the export gate compares the logits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from transformers import PretrainedConfig
+
+Section = dict[str, Any]
+"""The part of a serialised config that describes the text decoder."""
+
+LAYER_COUNTS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer", "num_blocks", "decoder_layers")
+
+INDEX_LISTS = (
+    "attn_layer_indices",
+    "cross_attention_layers",
+    "full_attn_idxs",
+    "hybrid_layer_ids",
+    "local_layer_ids",
+    "mlp_only_layers",
+    "moe_layers",
+)
+ONE_BASED_INDEX_LISTS = ("ple_layer_ids",)
+PREFIX_COUNTS = (
+    "first_k_dense_replace",
+    "max_window_layers",
+    "moe_layer_start_index",
+    "num_dense_layers",
+)
+LAST_INDICES = ("moe_layer_end_index",)
+SUFFIX_COUNTS = ("num_kv_shared_layers",)
+INDEX_MAPPINGS = ("per_layer_config",)
+STRINGS = ("hybrid_override_pattern",)
+"""One character for each layer."""
+
+NOT_PER_LAYER = (
+    "architectures",
+    "axial_pos_embds_dim",
+    "axial_pos_shape",
+    "eos_token_id",
+    "languages",
+    "mlp_multipliers",
+    "ssm_multipliers",
+    "time_step_limit",
+)
+"""Lists that may happen to be as long as the model is deep."""
+
+EXTRA_LAYERS: dict[str, Any] = {
+    "num_nextn_predict_layers": 0,
+    "num_mtp_layers": 0,
+    "mtp_layer_types": None,
+    "mtp_mlp_layer_types": None,
+    "mtp_local_layer_ids": None,
+    "mtp_per_layer_config": None,
+}
+"""Multi-token-prediction heads: no causal-LM class of transformers holds them, so they do not survive."""
+
+
+def slice_section(section: Section, length: int, keep: Sequence[int]) -> Section:
+    """Return ``section`` for the layers ``keep`` (rising) of a model of ``length`` layers."""
+    new = {old: position for position, old in enumerate(keep)}
+    by_kind: list[tuple[Sequence[str], Callable[[Any], Any]]] = [
+        (INDEX_LISTS, lambda v: [new[i] for i in v if i in new]),
+        (ONE_BASED_INDEX_LISTS, lambda v: [new[i - 1] + 1 for i in v if i - 1 in new]),
+        (PREFIX_COUNTS, lambda v: sum(i < v for i in keep)),
+        (LAST_INDICES, lambda v: sum(i <= v for i in keep) - 1),
+        (SUFFIX_COUNTS, lambda v: sum(i >= length - v for i in keep)),
+        (INDEX_MAPPINGS, lambda v: {str(new[int(i)]): v[i] for i in v if int(i) in new}),
+        (STRINGS, lambda v: "".join(v[i] for i in keep)),
+        (NOT_PER_LAYER, lambda v: v),
+    ]
+    rules = {name: rule for names, rule in by_kind for name in names}
+
+    def follow(name: str, value: Any) -> Any:
+        if not value and value != 0:
+            return value
+        if name in LAYER_COUNTS:
+            return len(keep) if value == length else value
+        if name in EXTRA_LAYERS:
+            return EXTRA_LAYERS[name]
+        if name in rules:
+            return rules[name](value)
+        if isinstance(value, list | tuple) and len(value) == length:
+            return [value[i] for i in keep]
+        return value
+
+    cut = {name: follow(name, value) for name, value in spell_out_periods(section, length).items()}
+    if "attention_types" in cut:  # GPT-Neo stores runs and rebuilds the list from them
+        cut["attention_types"] = [[[kind], 1] for kind in cut["attention_layers"]]
+    return cut
+
+
+def spell_out_periods(section: Section, length: int) -> Section:
+    """Return ``section`` with periods written as explicit lists, where the family has such a list."""
+    out = dict(section)
+    step = out.get("decoder_sparse_step") or 1
+    if step > 1 and "mlp_only_layers" in out:
+        dense = {i for i in range(length) if (i + 1) % step} | set(out["mlp_only_layers"] or ())
+        out.update(mlp_only_layers=sorted(dense), decoder_sparse_step=1)
+    if out.get("block_types"):
+        out["block_types"] = (list(out["block_types"]) * length)[:length]
+    return out
+
+
+def lenders(config: PretrainedConfig) -> dict[int, set[int]]:
+    """Layers whose output other layers read directly, with those that do.
+
+    Key/value sharing (Gemma-3n, Gemma-4), shared sparse-attention indices (GLM, Hunyuan), and the first text
+    layers of DeepStack vision models, after which visual features are added by position.
+    """
+    text = config.get_text_config(decoder=True)
+    types = getattr(text, "layer_types", None) or []
+    found: dict[int, set[int]] = {}
+
+    def lend(lender: int, borrower: int) -> None:
+        found.setdefault(lender, set()).add(borrower)
+
+    modes = getattr(text, "kv_sharing_modes", None) or []
+    stores = {types[i]: i for i, mode in enumerate(modes) if mode == "store"}
+    for i, mode in enumerate(modes):
+        if mode == "reuse":
+            lend(stores[types[i]], i)
+    full = 0
+    for i, kind in enumerate(getattr(text, "indexer_types", None) or []):
+        full = full if kind == "shared" else i
+        if full != i:
+            lend(full, i)
+    vision = getattr(config, "vision_config", None)
+    for i in range(len(getattr(vision, "deepstack_visual_indexes", None) or ())):
+        found[i] = set(range(text.num_hidden_layers)) - {i}
+    return found
