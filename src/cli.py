@@ -1,20 +1,119 @@
-"""Entry point: ``python -m src.cli fit|validate|test|predict --config ...``."""
+"""Entry point of every stage: ``python -m src.cli <verb> ...``.
+
+Lightning's verbs (fit, validate, test, predict) carry the stages; the table adds what it has no verb for.
+"""
 
 from __future__ import annotations
 
+import importlib
+import os
 import sys
+import warnings
+from typing import Any, NoReturn
 
-from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+
+from src.errors import ConfigError, did_you_mean
+
+TOOLS = {
+    "export": "write the shortened model as a plain Hugging Face directory, proven equal",
+    "evaluate": "held-out KL, agreement, exact match; beside the teacher",
+    "benchmark": "measured prefill and decode speed against another model and the ideal",
+    "report": "gather a run's figures into a table, JSON, Markdown and HTML",
+    "preview": "print a few rows of a corpus with what is supervised",
+}
+VERBS = {
+    "fit": "run a search or a recovery: fit --config configs/search/gumbel_topk.yaml",
+    "validate": "held-out divergence of a search or a recovery",
+    "test": "the same on the test split",
+    "predict": "write the teacher's cache: predict --config configs/cache/topk.yaml",
+}
 
 
-def main(argv: list[str] | None = None) -> None:
-    LightningCLI(
-        args=sys.argv[1:] if argv is None else argv,
+class ShortErrors(LightningArgumentParser):
+    """A parser that answers a fault with one message, not with a page of usage."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Add a suggestion; a nested parser raises, so that the outer one can add the key's path."""
+        hint = _suggest(message, [key for action in self._actions for key in _names(action.dest)])
+        if not self.exit_on_error:
+            super().error(message + hint, ex)
+        raise ConfigError(message + hint) from ex
+
+
+class PruneCLI(LightningCLI):
+    """LightningCLI with the model's name shared with the data."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Share the tokenizer: it is the model's, unless the data names another."""
+        parser.set_defaults({"trainer.logger": True})
+
+    def before_instantiate_classes(self) -> None:
+        """Let the data use the model's tokenizer unless it names its own."""
+        config = self.config[self.subcommand] if self.subcommand else self.config
+        model, data = config.model.init_args, config.data.init_args
+        if "tokenizer" in data and data.tokenizer is None:
+            data.tokenizer = model.get("model")
+
+    def _parse_ckpt_path(self) -> None:
+        """Leave YAML and command line in charge on resume; Lightning would let the checkpoint win."""
+
+
+def _names(dest: str) -> list[str]:
+    return [dest, dest.split(".")[-1]]
+
+
+def _suggest(message: str, known: list[str]) -> str:
+    import re
+
+    unknown = re.search(r"(?:Option|Key|key|arguments?:?) '?(?:--)?([\w.]+)'?", message)
+    wrong = "not accepted" in message or "nrecognized" in message or "not expected" in message
+    if not (unknown and wrong) or "Did you mean" in message:
+        return ""
+    return did_you_mean(unknown.group(1), known)
+
+
+def _help() -> str:
+    lines = ["usage: python -m src.cli <verb> [options]        (<verb> --help for its options)", ""]
+    lines += [f"  {verb:<10} {text}" for verb, text in (VERBS | TOOLS).items()]
+    return "\n".join(lines)
+
+
+def run(argv: list[str]) -> Any:
+    """Dispatch one command line.
+
+    Raises:
+        ConfigError: the user asked for something that cannot be done.
+    """
+    if not argv or argv[0] in ("-h", "--help"):
+        print(_help())
+        return None
+    if argv[0] in TOOLS:
+        return importlib.import_module(f"src.{argv[0]}").main(argv[1:])
+    if argv[0] not in VERBS:
+        known = (VERBS | TOOLS).keys()
+        raise ConfigError(f"unknown verb '{argv[0]}'.{did_you_mean(argv[0], known)}\n{_help()}")
+    return PruneCLI(
+        args=argv,
+        parser_class=ShortErrors,
         auto_configure_optimizers=False,
         subclass_mode_model=True,
         subclass_mode_data=True,
         seed_everything_default=0,
+        save_config_kwargs={"overwrite": True},
     )
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run, and turn a user's fault into one message and exit status 2."""
+    # Lightning's advice about workers and precision is noise on the small machines the demo runs on.
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        run(sys.argv[1:] if argv is None else argv)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
 
 
 if __name__ == "__main__":

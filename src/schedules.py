@@ -24,3 +24,13 @@ def warmup_decay(
         return 1.0
     fall = 1 - done if shape == "linear" else 0.5 * (1 + math.cos(math.pi * done))
     return final + (1 - final) * fall
+
+
+def interpolate(
+    progress: float, start: float, end: float, shape: Literal["linear", "exponential"]
+) -> float:
+    """The value at ``progress`` on the way from ``start`` to ``end``."""
+    progress = min(1.0, max(0.0, progress))
+    if shape == "linear":
+        return start + (end - start) * progress
+    return start * (end / start) ** progress

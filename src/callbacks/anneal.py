@@ -1,0 +1,48 @@
+"""Schedules of the search: relaxation temperature and pruning curriculum."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal
+
+from lightning import Callback, LightningModule, Trainer
+
+from src.schedules import interpolate
+
+
+class TemperatureAnnealing(Callback):
+    """Moves ``policy.temperature`` from ``start`` to ``end`` over the run; it shapes gradients only.
+
+    Args:
+        start: temperature at the first step.
+        end: temperature at the last step.
+        shape: ``linear`` or ``exponential``.
+    """
+
+    def __init__(
+        self, start: float = 4.0, end: float = 0.1, shape: Literal["linear", "exponential"] = "linear"
+    ) -> None:
+        self.start, self.end, self.shape = start, end, shape
+
+    def on_train_batch_start(self, trainer: Trainer, module: LightningModule, *_: Any) -> None:
+        progress = trainer.global_step / max(1, trainer.estimated_stepping_batches - 1)
+        module.policy.temperature = interpolate(progress, self.start, self.end, self.shape)
+        module.log("mask/temperature", module.policy.temperature)
+
+
+class PruningCurriculum(Callback):
+    """Raises the number of removed layers in integer steps: ``min(n, ceil(n (t+1) / (until T)))``.
+
+    Args:
+        until: share of the run after which the full number is removed; 0 switches the curriculum off.
+    """
+
+    def __init__(self, until: float = 0.5) -> None:
+        self.until = until
+
+    def on_train_batch_start(self, trainer: Trainer, module: LightningModule, *_: Any) -> None:
+        target, total = module.policy.target, trainer.estimated_stepping_batches
+        rise = self.until * total
+        now = target if rise == 0 else math.ceil(target * (trainer.global_step + 1) / rise)
+        module.policy.remove = min(target, now)
+        module.log("mask/removed", float(module.policy.remove))

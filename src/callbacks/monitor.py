@@ -1,0 +1,68 @@
+"""What to look at while a stage runs: gates over time, entropy of the mask, speed, memory."""
+
+from __future__ import annotations
+
+import resource
+import time
+from typing import Any
+
+import torch
+from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
+from torch import Tensor
+
+
+class SearchMonitor(Callback):
+    """Logs the mask's entropy, and to TensorBoard a heat map of keep probabilities and the kept layers.
+
+    Args:
+        every: steps between pictures.
+    """
+
+    def __init__(self, every: int = 20) -> None:
+        self.every = every
+        self.course: list[Tensor] = []
+
+    def on_train_batch_end(self, trainer: Trainer, module: LightningModule, *_: Any) -> None:
+        keep_L = module.policy.keep_probabilities().clamp(0, 1)
+        self.course.append(keep_L)
+        module.log("mask/entropy", torch.special.entr(keep_L).add(torch.special.entr(1 - keep_L)).sum())
+        if trainer.global_step % self.every == 0:
+            self._draw(trainer, module)
+
+    def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
+        if self.course:
+            self._draw(trainer, module)
+
+    def _draw(self, trainer: Trainer, module: LightningModule) -> None:
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                image = torch.stack(self.course, dim=1)[None]
+                tall = image.repeat_interleave(12, dim=1)
+                logger.experiment.add_image("mask/keep_probability", tall, trainer.global_step)
+                kept = str(module.mask(module.policy.harden(), {}))
+                logger.experiment.add_text("mask/kept", kept, trainer.global_step)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"course": self.course}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.course = state_dict["course"]
+
+
+class Throughput(Callback):
+    """Logs tokens per second and the peak memory of the process (of the device, on a GPU)."""
+
+    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
+        self._time, self._tokens = time.monotonic(), module.tokens
+
+    def on_train_batch_end(self, trainer: Trainer, module: LightningModule, *_: Any) -> None:
+        now = time.monotonic()
+        speed = (module.tokens - self._tokens) / max(1e-9, now - self._time)
+        self._time, self._tokens = now, module.tokens
+        if module.device.type == "cuda":
+            peak = torch.cuda.max_memory_allocated() / 2**20
+        else:
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+        module.log("perf/tokens_per_s", speed, prog_bar=True)
+        module.log("perf/peak_memory_mib", peak)

@@ -1,0 +1,52 @@
+"""What a stage cost, as a small JSON file the report reads."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+from lightning import Callback, LightningModule, Trainer
+
+from src.mask import git_sha, write_json
+
+
+class StageRecord(Callback):
+    """Writes ``{"tokens", "seconds", "steps", "history"}`` when a stage ends.
+
+    Args:
+        path: the JSON file; None is ``record.json`` in the run's log directory.
+        metric: logged training metric whose course is kept.
+    """
+
+    def __init__(self, path: str | None = None, metric: str = "train/kl") -> None:
+        self.path, self.metric = path, metric
+        self.seconds, self.history = 0.0, list[tuple[int, float]]()
+        self._since = time.monotonic()
+
+    def on_fit_start(self, trainer: Trainer, module: LightningModule) -> None:
+        self._since = time.monotonic() - self.seconds
+
+    def on_train_batch_end(self, trainer: Trainer, module: LightningModule, *_: Any) -> None:
+        value = trainer.callback_metrics.get(self.metric)
+        if value is not None:
+            self.history.append((trainer.global_step, float(value)))
+
+    def on_fit_end(self, trainer: Trainer, module: LightningModule) -> None:
+        if trainer.interrupted or not trainer.is_global_zero:
+            return
+        record = {
+            "tokens": module.tokens,
+            "seconds": time.monotonic() - self._since,
+            "steps": trainer.global_step,
+            "history": self.history,
+            "commit": git_sha(),
+        }
+        write_json(self.path or Path(trainer.log_dir or ".") / "record.json", record)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"seconds": time.monotonic() - self._since, "history": self.history}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.seconds = state_dict["seconds"]
+        self.history = [tuple(point) for point in state_dict["history"]]

@@ -1,0 +1,61 @@
+"""Adam with one second moment for all parameters, for the few logits of a mask.
+
+Per-coordinate Adam divides each logit's gradient by its own size, which throws away which layer matters
+more: mask gradients mostly share a sign, and only their relative size tells layers apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+
+
+class SharedAdam(torch.optim.Optimizer):
+    """Adam whose second moment is the mean over all entries of a group.
+
+    The ratios between updates are the ratios between first moments, and scaling every gradient by a constant
+    changes nothing.
+
+    Args:
+        params: parameters to learn.
+        lr: step length in units of the parameters.
+        betas: decay of the first and of the second moment.
+        eps: added to the root of the second moment.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 0.05,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-12,
+    ) -> None:
+        super().__init__(params, {"lr": lr, "betas": tuple(betas), "eps": eps})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One update; returns the closure's loss."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            if not params:
+                continue
+            beta1, beta2 = group["betas"]
+            count = sum(p.numel() for p in params)
+            square = torch.stack([p.grad.pow(2).sum() for p in params]).sum() / count
+            for p in params:
+                state = self.state[p]
+                if not state:
+                    state["step"] = 0
+                    state["mean"], state["square"] = torch.zeros_like(p), torch.zeros((), device=p.device)
+                state["step"] += 1
+                state["mean"].lerp_(p.grad, 1 - beta1)
+                state["square"].lerp_(square, 1 - beta2)
+                root = (state["square"] / (1 - beta2 ** state["step"])).sqrt() + group["eps"]
+                p.sub_(group["lr"] / (1 - beta1 ** state["step"]) * state["mean"] / root)
+        return loss

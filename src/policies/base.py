@@ -1,0 +1,127 @@
+"""The contract of a mask policy: an ask-tell optimiser over which layers to remove.
+
+The search asks with :meth:`MaskPolicy.sample`, runs the model under the mask, and tells the losses (and,
+for a policy that wants them, their gradients with respect to the gates) to :meth:`MaskPolicy.surrogate`,
+whose value is differentiated with respect to the policy's own parameters. So pathwise, score-function,
+greedy, random and training-free methods are the same command, and the search knows none of them by name.
+
+Shapes: D draws, L layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from src.errors import ConfigError
+from src.models.gated import Observer
+
+
+class Probe(Protocol):
+    """What a policy may measure on the calibration rows before and after the search."""
+
+    def divergence(self, gates_L: Tensor) -> float:
+        """Mean KL (nats per token) from the teacher to the model under ``gates_L``; same on all ranks."""
+
+    def observe(self, observer: Observer) -> None:
+        """Run the open model once, calling ``observer(layer, h_in_BTH, h_out_BTH)`` at each layer."""
+
+
+class MaskPolicy(nn.Module):
+    """Base class: holds the counts and constraints, one logit for each layer, and uniform defaults.
+
+    A subclass overrides what it needs; :meth:`sample` it must.
+
+    Args:
+        always_keep: layers that may not be removed, such as ``[0, -1]``; negative counts from the end.
+        seed: seed of the policy's own draws.
+    """
+
+    needs_gradient = True
+    """Whether :meth:`surrogate` wants the losses' gradients with respect to the gates."""
+
+    logits: nn.Parameter
+
+    def __init__(self, always_keep: Iterable[int] = (), seed: int = 0) -> None:
+        super().__init__()
+        self.always_keep, self.seed = tuple(always_keep), seed
+
+    def setup(self, num_layers: int, remove: int) -> None:
+        """Learn the sizes and create the parameters. Called once, before anything else.
+
+        Args:
+            num_layers: layers of the model.
+            remove: layers to remove in the end.
+
+        Raises:
+            ConfigError: the count and the constraints cannot both be met.
+        """
+        wrong = [i for i in self.always_keep if not -num_layers <= i < num_layers]
+        if wrong:
+            raise ConfigError(
+                f"policy.always_keep: {wrong} outside 0..{num_layers - 1} (model of {num_layers} layers)."
+            )
+        kept = {i % num_layers for i in self.always_keep}
+        self.free = [i for i in range(num_layers) if i not in kept]
+        if not 0 < remove < num_layers or remove > len(self.free):
+            raise ConfigError(
+                f"remove: {remove} layers asked, but the model has {num_layers} layers, of which "
+                f"{len(self.free)} may be removed. Accepted: 1 to {min(num_layers - 1, len(self.free))}."
+            )
+        self.num_layers, self.target, self.remove = num_layers, remove, remove
+        self.logits = nn.Parameter(torch.zeros(num_layers))
+
+    def initialise(self, probe: Probe) -> None:
+        """Prepare from calibration rows, before the first step of a new search."""
+
+    def sample(self, step: int, draw: int) -> Tensor:
+        """Ask for a mask: gates ``[L]``, exactly 0 or 1, exactly ``self.remove`` zeros.
+
+        A pure function of the parameters, (seed, step, draw) and the schedules, hence equal on all ranks.
+        The result may carry a relaxed gradient to the parameters.
+        """
+        raise NotImplementedError
+
+    def surrogate(self, gates_DL: Tensor, losses_D: Tensor, grads_DL: Tensor | None) -> Tensor:
+        """Tell the outcome of the draws: a scalar whose gradient drives the parameters.
+
+        The default is the pathwise one: its gradient is that of the mean loss, by the chain rule through
+        ``gates_DL``. A method without gradients records the losses and returns ``self.nothing()``.
+
+        Args:
+            gates_DL: the draws as sampled, with their graph.
+            losses_D: loss of each draw, detached.
+            grads_DL: gradient of each loss with respect to its gates, detached.
+        """
+        assert grads_DL is not None
+        return (gates_DL * grads_DL).sum(-1).mean()
+
+    def nothing(self) -> Tensor:
+        """A zero attached to the parameters, for a policy that is not learned by gradient."""
+        return self.logits.sum() * 0.0
+
+    def harden(self) -> tuple[int, ...]:
+        """The kept layers, exactly ``num_layers - target`` of them: here those of the highest logits."""
+        values = self.logits.detach().tolist()
+        ranked = sorted(self.free, key=values.__getitem__)
+        gone = set(ranked[: self.target])
+        return tuple(i for i in range(self.num_layers) if i not in gone)
+
+    def keep_probabilities(self) -> Tensor:
+        """Belief ``[L]`` that each layer is kept, for pictures and the entropy of the mask."""
+        keep = torch.zeros(self.num_layers)
+        keep[list(self.harden())] = 1.0
+        return keep
+
+    def gates(self, keep: Iterable[int]) -> Tensor:
+        """The gates ``[L]`` of a set of kept layers."""
+        gates = torch.zeros(self.num_layers, device=self.logits.device)
+        gates[list(keep)] = 1.0
+        return gates
+
+    def generator(self, step: int, draw: int) -> torch.Generator:
+        """A generator that depends on (seed, step, draw) only."""
+        return torch.Generator().manual_seed(((self.seed * 1_000_003 + step) * 10_007 + draw) % 2**63)

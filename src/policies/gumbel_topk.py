@@ -1,0 +1,96 @@
+"""Gumbel-TopK: the learned mask of E3-Pruner (arXiv 2511.17205).
+
+One logit for each layer says how much it is worth keeping. A draw perturbs the logits with Gumbel noise and
+removes exactly n layers, the top-n on the prune side (a Plackett-Luce draw without replacement, arXiv
+1903.06059). The backward pass goes through a relaxation whose temperature a callback anneals; the
+temperature never changes which layers are drawn.
+
+Prune-side logits are the default: a softmax over keep logits spends its unit mass on the surest keepers,
+and the decision boundary gets almost no gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from src.policies import relaxations as R
+from src.policies.base import MaskPolicy, Probe
+from src.policies.scores import block_influence, layer_kl
+
+_SCORES = {"kl": layer_kl, "block_influence": block_influence}
+_FORMS = {
+    "softmax": R.softmax_form,
+    "successive": R.successive_form,
+    "sigmoid": R.sigmoid_form,
+    "identity": R.identity_form,
+}
+
+
+class GumbelTopK(MaskPolicy):
+    """Learned logits, exact top-n draws, straight-through gradients.
+
+    Args:
+        form: backward pass: ``softmax`` (one softmax), ``successive`` (Xie-Ermon), ``simple`` (exact
+            marginals of the subset law, no temperature), ``sigmoid``, or ``identity`` (control).
+        side: ``prune`` draws the layers to remove, ``keep`` those to keep.
+        init: start of the logits: ``kl`` (rise of the KL when the layer is bypassed), ``block_influence``
+            (ShortGPT) or ``zeros``. Scores go through a logarithm and are standardised.
+        init_scale: standard deviation of the initial logits.
+        temperature: of the relaxation; :class:`src.callbacks.TemperatureAnnealing` moves it.
+        always_keep: layers that may not be removed, such as ``[0, -1]``.
+        seed: seed of the noise.
+    """
+
+    def __init__(
+        self,
+        form: Literal["softmax", "successive", "simple", "sigmoid", "identity"] = "softmax",
+        side: Literal["prune", "keep"] = "prune",
+        init: Literal["kl", "block_influence", "zeros"] = "kl",
+        init_scale: float = 1.0,
+        temperature: float = 1.0,
+        always_keep: Iterable[int] = (),
+        seed: int = 0,
+    ) -> None:
+        super().__init__(always_keep, seed)
+        self.form, self.side, self.init = form, side, init
+        self.init_scale, self.temperature = init_scale, temperature
+
+    def initialise(self, probe: Probe) -> None:
+        if self.init == "zeros":
+            return
+        # Importance is heavy-tailed (one layer can be a thousand times the median): take logarithms.
+        score = torch.log(_SCORES[self.init](probe, self.num_layers).clamp_min(0) + 1e-8)
+        free = score[self.free]
+        spread = (free - free.mean()) / free.std().clamp_min(1e-8)
+        with torch.no_grad():
+            self.logits[self.free] = (self.init_scale * spread).to(self.logits)
+
+    def _scores(self) -> tuple[Tensor, int]:
+        """Scores of the free layers for being selected, and how many to select."""
+        theta = self.logits[self.free].cpu()
+        return (-theta, self.remove) if self.side == "prune" else (theta, len(self.free) - self.remove)
+
+    def sample(self, step: int, draw: int) -> Tensor:
+        theta, q = self._scores()
+        generator = self.generator(step, draw)
+        if self.form == "simple":
+            hard, soft = R.exact_draw(theta, q, generator), R.marginals(theta, q)
+        else:
+            z = theta + R.gumbel(len(theta), generator)
+            hard, soft = R.hard_topk(z, q), _FORMS[self.form](z, q, self.temperature)
+        selected = R.straight_through(hard, soft).to(self.logits.device)
+        gates = torch.ones(self.num_layers, device=self.logits.device)
+        gates[self.free] = 1 - selected if self.side == "prune" else selected
+        return gates
+
+    def keep_probabilities(self) -> Tensor:
+        """Exact marginals of the subset law (for Gumbel draws an approximation, within a few percent)."""
+        theta, q = self._scores()
+        mu = R.marginals(theta.detach(), q).detach()
+        keep = torch.ones(self.num_layers)
+        keep[self.free] = 1 - mu if self.side == "prune" else mu
+        return keep

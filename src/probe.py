@@ -1,0 +1,56 @@
+"""Measure masks on fixed calibration rows: to score layers, and to choose among masks."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from src.losses import supervised
+from src.models.gated import Observer
+
+if TYPE_CHECKING:
+    from src.search import MaskSearch
+
+
+class CalibrationProbe:
+    """The first ``calibration_batches`` validation batches, with the teacher's signal kept.
+
+    Results are averaged over ranks, so that all ranks decide alike, and remembered per mask.
+
+    Args:
+        search: the search whose model is measured; its trainer must be attached.
+    """
+
+    def __init__(self, search: MaskSearch) -> None:
+        self.search = search
+        loader = search.trainer.datamodule.val_dataloader()
+        self.rows: list[tuple[dict[str, Tensor], Any, int]] = []
+        for number, batch in enumerate(loader):
+            if number == search.calibration_batches:
+                break
+            batch = search.transfer_batch_to_device(batch, search.device, 0)
+            index, _ = supervised(batch["labels"])
+            self.rows.append((batch, search.teacher_signal(batch, index), len(index)))
+        self.tokens = sum(int(batch["attention_mask"].sum()) for batch, _, _ in self.rows)
+        search.tokens += self.tokens * search.trainer.world_size
+        self._known: dict[tuple[float, ...], float] = {}
+
+    @torch.no_grad()
+    def divergence(self, gates_L: Tensor) -> float:
+        """Mean divergence (nats per token) of the model under ``gates_L`` from the teacher."""
+        key = tuple(gates_L.tolist())
+        if key not in self._known:
+            gates_L = gates_L.to(self.search.device)
+            losses = [self.search.divergence(b, s, gates_L) * n for b, s, n in self.rows]
+            sums = torch.stack([torch.stack(losses).sum(), losses[0].new_tensor(sum(r[2] for r in self.rows))])
+            total, count = self.search.trainer.strategy.reduce(sums, reduce_op="sum")
+            self._known[key] = float(total / count)
+        return self._known[key]
+
+    @torch.no_grad()
+    def observe(self, observer: Observer) -> None:
+        """Run the open model over the rows, showing each layer's input and output."""
+        for batch, _, _ in self.rows:
+            self.search.hidden(batch, None, observer)

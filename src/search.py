@@ -1,0 +1,191 @@
+"""Mask search: learn which layers to remove, against the frozen original.
+
+Each step draws masks from the policy, runs the student under each, measures the divergence from the teacher
+and tells the policy. Weights never move. The gradient of a draw with respect to its gates is taken at once
+and its graph freed, so memory does not grow with the number of draws, and the graph Lightning sees (from
+the policy's logits to the surrogate) is the same small one under every strategy.
+
+By default the teacher is the student itself with its gates open: one copy of the weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from lightning import LightningModule
+from lightning.pytorch.cli import OptimizerCallable
+from torch import Tensor
+
+from src.errors import ConfigError
+from src.losses import Distillation, TeacherSource, live_signal, supervised
+from src.mask import Mask
+from src.models.cut import constraints
+from src.models.gated import GatedLayers, Observer, freeze
+from src.models.head import OutputHead
+from src.models.layers import num_layers
+from src.models.loading import Dtype, Quantization, load_config, load_model
+from src.policies import MaskPolicy
+
+Batch = dict[str, Tensor]
+
+
+class MaskSearch(LightningModule):
+    """Learns a mask for one model.
+
+    Args:
+        model: Hub id or directory of the model to shorten.
+        policy: how masks are drawn and learned.
+        remove: layers to remove; give this or ``ratio``.
+        ratio: share of the layers to remove, in (0, 1), rounded to the nearest count.
+        revision: Hub revision of the model.
+        dtype: type of the weights.
+        quantize: load the one copy of the weights in ``int8`` or ``nf4``.
+        attention: attention implementation; None lets transformers choose.
+        teacher: another source of the teacher's signal; None is the student with open gates.
+        distillation: divergence between the teacher's signal and the student.
+        draws: masks drawn for each batch; they share the teacher's forward pass.
+        optimizer: optimiser of the policy's logits.
+        checkpoint_activations: recompute kept layers in the backward pass, to save memory.
+        calibration_batches: validation batches that score layers and choose among the last masks.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        policy: MaskPolicy,
+        remove: int | None = None,
+        ratio: float | None = None,
+        revision: str | None = None,
+        dtype: Dtype = "float32",
+        quantize: Quantization | None = None,
+        attention: str | None = None,
+        teacher: TeacherSource | None = None,
+        distillation: Distillation | None = None,
+        draws: int = 4,
+        optimizer: OptimizerCallable = torch.optim.Adam,
+        checkpoint_activations: bool = False,
+        calibration_batches: int = 4,
+    ) -> None:
+        super().__init__()
+        self.name, self.revision = model, revision
+        self.loading = {"dtype": dtype, "quantize": quantize, "attention": attention}
+        self.policy, self.teacher, self.draws = policy, teacher, draws
+        self.distillation = distillation or Distillation(weight="none")
+        self.optimizer, self.checkpoint_activations = optimizer, checkpoint_activations
+        self.calibration_batches = calibration_batches
+        config = load_config(model, revision)
+        self.num_layers = num_layers(config)
+        policy.setup(self.num_layers, count_to_remove(self.num_layers, remove, ratio))
+        policy.constrain(constraints(config))
+        self.tokens = 0
+        self.layer_forwards = 0
+
+    # ------------------------------------------------------------------ model
+
+    def configure_model(self) -> None:
+        """Load the frozen model and gate it; a tuple keeps it out of the module tree and checkpoints."""
+        if hasattr(self, "_frozen"):
+            return
+        network = freeze(load_model(self.name, self.revision, **self.loading))
+        self._frozen = (network,)
+        self.gates = GatedLayers(network, self.checkpoint_activations)
+        self.head = OutputHead(network)
+
+    def setup(self, stage: str) -> None:
+        (network,) = self._frozen
+        if self.loading["quantize"] is None:
+            network.to(self.device)
+        self.head.check()
+        if self.teacher is not None:
+            self.teacher.setup(self)
+
+    # ------------------------------------------------------------------ measuring
+
+    def hidden(self, batch: Batch, gates_L: Tensor | None, observer: Observer | None = None) -> Tensor:
+        """Final hidden states ``[B, T, H]`` of the model under gates (None is open)."""
+        self.layer_forwards += self.num_layers
+        with self.gates.use(gates_L, observer):
+            return self.head.hidden(batch)
+
+    @torch.no_grad()
+    def teacher_signal(self, batch: Batch, index: Tensor) -> Any:
+        """The teacher's signal at the supervised positions ``index`` of a batch."""
+        if self.teacher is not None:
+            return self.teacher.signal(batch, index)
+        hidden_NH = self.hidden(batch, None).flatten(0, 1)[index]
+        return live_signal(self.head, hidden_NH, self.distillation.k)
+
+    def divergence(self, batch: Batch, signal: Any, gates_L: Tensor) -> Tensor:
+        """Loss of the model under gates against a teacher's signal on the same batch."""
+        index, labels_N = supervised(batch["labels"])
+        hidden_NH = self.hidden(batch, gates_L).flatten(0, 1)[index]
+        return self.distillation(self.head, hidden_NH, labels_N, signal)["loss"]
+
+    # ------------------------------------------------------------------ learning
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        index, _ = supervised(batch["labels"])
+        signal = self.teacher_signal(batch, index)
+        micro = batch_idx % self.trainer.accumulate_grad_batches
+        gates, losses, grads = [], [], []
+        for draw in range(self.draws):
+            asked = self.policy.sample(self.trainer.global_step, micro * self.draws + draw)
+            leaf = asked.detach().requires_grad_(self.policy.needs_gradient)
+            with torch.set_grad_enabled(self.policy.needs_gradient):
+                loss = self.divergence(batch, signal, leaf)
+            if self.policy.needs_gradient:
+                grads.append(torch.autograd.grad(loss, leaf)[0])
+            gates.append(asked)
+            losses.append(loss.detach())
+        self.tokens += int(batch["attention_mask"].sum()) * self.trainer.world_size
+        self.log("train/kl", torch.stack(losses).mean(), prog_bar=True)
+        told = torch.stack(grads) if grads else None
+        return self.policy.surrogate(torch.stack(gates), torch.stack(losses), told)
+
+    def validation_step(self, batch: Batch, _: int) -> None:
+        index, _labels = supervised(batch["labels"])
+        gates_L = self.policy.gates(self.policy.harden())
+        loss = self.divergence(batch, self.teacher_signal(batch, index), gates_L)
+        self.log("val/kl", loss, prog_bar=True, batch_size=len(index), sync_dist=True)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return self.optimizer(self.policy.parameters())
+
+    # ------------------------------------------------------------------ records
+
+    def mask(self, keep: Iterable[int], metrics: dict[str, float]) -> Mask:
+        """The mask file for a set of kept layers."""
+        return Mask(
+            model=self.name,
+            revision=self.revision,
+            num_layers=self.num_layers,
+            keep=tuple(keep),
+            method=type(self.policy).__name__,
+            seed=self.policy.seed,
+            tokens_seen=self.tokens,
+            metrics=metrics,
+        )
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["budget"] = {"tokens": self.tokens, "layer_forwards": self.layer_forwards}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.tokens, self.layer_forwards = checkpoint["budget"].values()
+
+
+def count_to_remove(layers: int, remove: int | None, ratio: float | None) -> int:
+    """The number of layers to remove, from a count or from a ratio.
+
+    Raises:
+        ConfigError: both or neither are given, or the ratio is outside (0, 1).
+    """
+    if (remove is None) == (ratio is None):
+        raise ConfigError("give exactly one of model.remove (a count) and model.ratio (a share).")
+    if ratio is None:
+        assert remove is not None
+        return remove
+    if not 0 < ratio < 1:
+        raise ConfigError(f"model.ratio: {ratio} given; accepted: above 0 and below 1, such as 0.25.")
+    return max(1, round(layers * ratio))

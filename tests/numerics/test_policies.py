@@ -1,0 +1,182 @@
+"""Laws of the mask policies: exact counts, exact values, gradients against closed forms and enumeration."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+
+from src.errors import ConfigError
+from src.policies import GumbelTopK
+from src.policies import relaxations as R
+
+FORMS = ("softmax", "successive", "simple", "sigmoid", "identity")
+
+
+def policy(remove: int = 3, layers: int = 9, **keys: object) -> GumbelTopK:
+    made = GumbelTopK(init="zeros", **keys)
+    made.setup(layers, remove)
+    with torch.no_grad():
+        made.logits.copy_(torch.randn(layers, generator=torch.Generator().manual_seed(1)))
+    return made
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("side", ["prune", "keep"])
+def test_every_draw_removes_exactly_n_and_is_exactly_binary(form: str, side: str) -> None:
+    asked = policy(form=form, side=side, always_keep=[0, -1])
+    for step, remove in itertools.product(range(20), (1, 2, 3)):
+        asked.remove = remove
+        gates = asked.sample(step, 0)
+        assert set(gates.tolist()) <= {0.0, 1.0}
+        assert (gates == 0).sum() == remove
+        assert gates[0] == gates[-1] == 1.0
+        assert gates.requires_grad
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_draw_depends_on_seed_step_and_draw_only(form: str) -> None:
+    one, other = policy(form=form), policy(form=form)
+    torch.rand(7)  # the global generator must not matter
+    assert torch.equal(one.sample(5, 2), other.sample(5, 2))
+    draws = {tuple(one.sample(step, draw).tolist()) for step in range(8) for draw in range(4)}
+    assert len(draws) > 5
+
+
+@pytest.mark.parametrize("form", ["softmax", "successive", "sigmoid"])
+def test_temperature_never_changes_what_is_drawn(form: str) -> None:
+    asked = policy(form=form)
+    draws = []
+    for tau in (0.1, 1.0, 4.0):
+        asked.temperature = tau
+        draws.append(asked.sample(3, 0).detach())
+    assert torch.equal(draws[0], draws[1])
+    assert torch.equal(draws[1], draws[2])
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("side", ["prune", "keep"])
+def test_removing_a_layer_that_helps_lowers_its_logit(form: str, side: str) -> None:
+    """Both sides learn in the same direction: a gate whose closing lowers the loss loses logit."""
+    asked = policy(form=form, side=side)
+    asked.temperature = 1.0
+    harmful = 4
+    total = torch.zeros(9)
+    for step in range(64):
+        gates = asked.sample(step, 0)
+        (grad,) = torch.autograd.grad(gates[harmful] * 1.0, asked.logits)
+        total += grad
+    assert total[harmful] > 0
+    assert total.argmax() == harmful
+
+
+def test_softmax_form_has_the_closed_form_gradient() -> None:
+    z, g, tau = torch.randn(6).requires_grad_(), torch.randn(6), 0.7
+    y = torch.softmax(z / tau, 0)
+    (grad,) = torch.autograd.grad(R.straight_through(R.hard_topk(z, 2), R.softmax_form(z, 2, tau)) @ g, z)
+    torch.testing.assert_close(grad, y * (g - y @ g) / tau)
+
+
+def test_sigmoid_form_has_the_closed_form_gradient() -> None:
+    z, g, tau = torch.tensor([0.3, -1.0, 2.0, 0.9]).requires_grad_(), torch.randn(4), 0.7
+    y = torch.sigmoid((z - (0.9 + 0.3) / 2) / tau)
+    (grad,) = torch.autograd.grad(R.sigmoid_form(z, 2, tau) @ g, z)
+    torch.testing.assert_close(grad, y * (1 - y) * g / tau)
+
+
+@pytest.mark.parametrize("tau", [4.0, 1.0, 0.1])
+def test_successive_form_has_mass_q(tau: float) -> None:
+    z = torch.randn(8, generator=torch.Generator().manual_seed(3))
+    torch.testing.assert_close(R.successive_form(z, 3, tau).sum(), torch.tensor(3.0))
+
+
+@pytest.mark.parametrize(("size", "q"), [(4, 1), (6, 3), (7, 6), (8, 4)])
+def test_marginals_and_their_gradient_match_enumeration(size: int, q: int) -> None:
+    theta = torch.randn(size, dtype=torch.float64).requires_grad_()
+    subsets = list(itertools.combinations(range(size), q))
+    member = torch.zeros(len(subsets), size, dtype=torch.float64)
+    for row, subset in enumerate(subsets):
+        member[row, list(subset)] = 1.0
+    p = torch.softmax(member @ theta.detach(), 0)
+    expected = p @ member
+    covariance = member.T @ torch.diag(p) @ member - torch.outer(expected, expected)
+    mu = R.marginals(theta, q)
+    torch.testing.assert_close(mu, expected)
+    jacobian = torch.stack([torch.autograd.grad(m, theta, retain_graph=True)[0] for m in mu])
+    torch.testing.assert_close(jacobian, covariance)
+
+
+def test_exact_draws_follow_the_subset_law() -> None:
+    theta, q, count = torch.tensor([1.0, 0.0, -1.0, 0.5, 2.0]), 2, 4000
+    generator = torch.Generator().manual_seed(0)
+    rate = sum(R.exact_draw(theta, q, generator) for _ in range(count)) / count
+    # Five standard errors of a rate over 4,000 draws.
+    assert (rate - R.marginals(theta, q)).abs().max() < 5 * math.sqrt(0.25 / count)
+
+
+def test_harden_keeps_the_highest_logits_and_the_constrained() -> None:
+    made = policy(remove=2, layers=5, always_keep=[0])
+    with torch.no_grad():
+        made.logits.copy_(torch.tensor([-9.0, 3.0, 1.0, 2.0, 0.0]))
+    assert made.harden() == (0, 1, 3)
+
+
+@pytest.mark.parametrize("remove", [0, -1, 5, 9])
+def test_an_impossible_count_is_refused(remove: int) -> None:
+    with pytest.raises(ConfigError, match="remove"):
+        GumbelTopK().setup(5, remove)
+
+
+def test_constraints_that_leave_too_few_layers_are_refused() -> None:
+    with pytest.raises(ConfigError, match="Accepted: 1 to 2"):
+        GumbelTopK(always_keep=[0, 1, 2]).setup(5, 3)
+    with pytest.raises(ConfigError, match="always_keep"):
+        GumbelTopK(always_keep=[7]).setup(5, 3)
+
+
+class Toy:
+    """Quadratic removal cost with neighbour interaction, optimum by exhaustion."""
+
+    def __init__(self, seed: int, layers: int = 12, remove: int = 3) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        self.alone = torch.rand(layers, generator=generator).exp() - 0.9
+        self.pairs = 0.6 * torch.rand(layers, generator=generator)
+        self.layers, self.remove = layers, remove
+
+    def cost(self, gates: torch.Tensor) -> torch.Tensor:
+        gone = 1 - gates
+        return gone @ self.alone + (gone * gone.roll(-1) * self.pairs).sum()
+
+    def optimum(self) -> float:
+        best = math.inf
+        for subset in itertools.combinations(range(self.layers), self.remove):
+            gates = torch.ones(self.layers)
+            gates[list(subset)] = 0.0
+            best = min(best, float(self.cost(gates)))
+        return best
+
+
+@pytest.mark.parametrize("form", ["softmax", "successive", "simple"])
+def test_the_search_ends_near_the_optimum_of_a_toy(form: str) -> None:
+    from src.optim import SharedAdam
+
+    ratios = []
+    for seed in range(3):
+        toy = Toy(seed)
+        asked = GumbelTopK(form=form, init="zeros", seed=seed)
+        asked.setup(toy.layers, toy.remove)
+        optimizer = SharedAdam([asked.logits], lr=0.1)
+        for step in range(150):
+            asked.temperature = 4 + (0.1 - 4) * step / 149
+            gates = torch.stack([asked.sample(step, d) for d in range(4)])
+            grads = []
+            for row in gates.detach():
+                leaf = row.requires_grad_()
+                grads.append(torch.autograd.grad(toy.cost(leaf), leaf)[0])
+            optimizer.zero_grad()
+            asked.surrogate(gates, torch.zeros(4), torch.stack(grads)).backward()
+            optimizer.step()
+        ratios.append(float(toy.cost(asked.gates(asked.harden()))) / toy.optimum())
+    assert sum(ratios) / 3 < 1.10
