@@ -1,0 +1,175 @@
+"""The distillation objective, without ever holding ``[tokens, vocabulary]``.
+
+    loss = mean over tokens of  w_t (alpha T^2 KL_t + (1 - alpha) CE_t)
+
+Only supervised positions are projected, a chunk at a time. The gradient of a chunk is taken as soon as its
+loss is known, and its logits are dropped: one projection forward and one back per token, as in the
+unchunked loss, and neither stored nor recomputed logits. A frozen head gets no weight gradient.
+
+Shapes: B batch, T tokens of a row, N supervised positions, H hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, get_args
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from src.errors import ConfigError, did_you_mean
+from src.losses.entropy import Weight, check_weight, token_weights
+from src.losses.kl import Rule, kl
+from src.losses.signals import Signal, live_signal
+from src.models.head import OutputHead
+
+IGNORE = -100
+
+
+def supervised(labels_BT: Tensor, position_ids_BT: Tensor | None = None) -> Tensor:
+    """Flat index ``[N]`` into ``B * T`` of the positions that predict a supervised token.
+
+    Position t predicts token t + 1, so it counts when the label of t + 1 is not -100; the label itself is
+    ``labels.flatten()[index + 1]``. In packed rows the first token of a document is predicted by nobody.
+    """
+    predicts = torch.zeros_like(labels_BT, dtype=torch.bool)
+    predicts[:, :-1] = labels_BT[:, 1:] != IGNORE
+    if position_ids_BT is not None:
+        predicts[:, :-1] &= position_ids_BT[:, 1:] != 0
+    return predicts.flatten().nonzero()[:, 0]
+
+
+class Distillation:
+    """Entropy-weighted distillation from a teacher's signal.
+
+    Args:
+        k: likeliest tokens of the teacher that are used; None uses the whole distribution.
+        rule: what is done about the mass outside the k: ``bucket``, ``renormalise`` or ``zero``.
+        weight: token weights from the entropy: ``linear``, ``ratio``, ``eakd``, ``topq`` or ``none``.
+        weight_lambda: strength of ``linear``.
+        temperature: of both sides; the term is multiplied by its square.
+        alpha: share of the distillation term; the rest is cross-entropy on the labels.
+        chunk_tokens: positions projected at a time.
+        mean_entropy: mean entropy of the corpus in nats (a cache states it): equal weights in every batch.
+    """
+
+    def __init__(
+        self,
+        k: int | None = 10,
+        rule: Rule = "bucket",
+        weight: Weight = "linear",
+        weight_lambda: float = 1.0,
+        temperature: float = 1.0,
+        alpha: float = 1.0,
+        chunk_tokens: int = 1024,
+        mean_entropy: float | None = None,
+    ) -> None:
+        if rule not in get_args(Rule):
+            accepted = get_args(Rule)
+            raise ConfigError(f"rule: '{rule}' is none of {accepted}.{did_you_mean(rule, accepted)}")
+        check_weight(weight)
+        bounds = {
+            "k": (k, k is None or k >= 1, "at least 1, or null"),
+            "temperature": (temperature, temperature > 0, "above 0"),
+            "alpha": (alpha, 0 <= alpha <= 1, "in [0, 1]"),
+            "weight_lambda": (weight_lambda, weight_lambda >= 0, "at least 0"),
+            "chunk_tokens": (chunk_tokens, chunk_tokens >= 1, "at least 1"),
+        }
+        wrong = [f"{key} must be {want}, found {got}" for key, (got, ok, want) in bounds.items() if not ok]
+        if wrong:
+            raise ConfigError(f"distillation: {'; '.join(wrong)}.")
+        self.k, self.rule, self.weight, self.weight_lambda = k, rule, weight, weight_lambda
+        self.temperature, self.alpha, self.chunk_tokens = temperature, alpha, chunk_tokens
+        self.mean_entropy = mean_entropy
+
+    def __call__(
+        self, head: OutputHead, hidden_NH: Tensor, labels_N: Tensor, signal: Signal
+    ) -> dict[str, Tensor]:
+        """Return scalars: ``loss``, and without gradient the unweighted means ``kd`` and ``ce`` (nats).
+
+        Args:
+            head: output head of the student.
+            hidden_NH: its hidden states at the supervised positions.
+            labels_N: the tokens these positions predict.
+            signal: what the teacher says there.
+        """
+        weights_N = self._weights(head, hidden_NH, signal)
+
+        def chunk(h_nH: Tensor, at: slice) -> tuple[Tensor, Tensor]:
+            logits = head.logits(h_nH)
+            kd = kl(logits, signal.select(at), self.rule, self.temperature) * self.temperature**2
+            with torch.set_grad_enabled(torch.is_grad_enabled() and self.alpha < 1):
+                ce = F.cross_entropy(logits.float(), labels_N[at], reduction="none")
+            tokens = self.alpha * kd + (1 - self.alpha) * ce if self.alpha < 1 else kd
+            return weights_N[at] @ tokens, torch.stack([kd.detach(), ce.detach()])
+
+        loss, parts_2N = chunked(chunk, hidden_NH, head.parameters, self.chunk_tokens)
+        count = max(1, len(hidden_NH))
+        kd, ce = parts_2N.sum(-1) / count
+        return {"loss": loss / count, "kd": kd, "ce": ce}
+
+    def _weights(self, head: OutputHead, hidden_NH: Tensor, signal: Signal) -> Tensor:
+        if self.weight == "none":
+            return hidden_NH.new_ones(len(hidden_NH), dtype=torch.float32)
+        student = None
+        if self.weight == "eakd":
+            student = live_signal(head, hidden_NH.detach(), 1, self.chunk_tokens).entropy
+        vocabulary = head.projection.weight.shape[0]
+        return token_weights(
+            self.weight, signal.entropy, vocabulary, self.weight_lambda, student, self.mean_entropy
+        )
+
+
+Chunk = Callable[[Tensor, slice], tuple[Tensor, Tensor]]
+
+
+def chunked(
+    chunk: Chunk, hidden_NH: Tensor, parameters: tuple[Tensor, ...], size: int
+) -> tuple[Tensor, Tensor]:
+    """Sum a loss over chunks of tokens, holding one chunk's graph at a time.
+
+    Args:
+        chunk: ``(hidden [n, H], slice of N) -> (loss, parts [P, n])``; the parts carry no gradient.
+        hidden_NH: hidden states, which receive a gradient if they ask for one.
+        parameters: trained tensors that ``chunk`` uses.
+        size: tokens of a chunk.
+
+    Returns:
+        The loss (scalar) and the parts ``[P, N]``.
+    """
+    return _Chunked.apply(chunk, size, torch.is_grad_enabled(), hidden_NH, *parameters)
+
+
+class _Chunked(torch.autograd.Function):
+    """Gradients are made in the forward pass and scaled in the backward pass."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, chunk: Chunk, size: int, graded: bool, hidden_NH: Tensor, *parameters: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        wanted = [graded and x.requires_grad for x in (hidden_NH, *parameters)]
+        tensors = (hidden_NH, *parameters)
+        grads = [torch.zeros_like(x) if want else None for x, want in zip(tensors, wanted, strict=True)]
+        loss, parts = hidden_NH.new_zeros((), dtype=torch.float32), []
+        for start in range(0, max(1, len(hidden_NH)), size):
+            at = slice(start, start + size)
+            h_nH = hidden_NH[at].detach().requires_grad_(wanted[0])
+            with torch.set_grad_enabled(any(wanted)):
+                value, part = chunk(h_nH, at)
+            if any(wanted):
+                into = [g[at] if g is grads[0] else g for g in grads if g is not None]
+                inputs = [x for x, want in zip((h_nH, *parameters), wanted, strict=True) if want]
+                for total, grad in zip(into, torch.autograd.grad(value, inputs), strict=True):
+                    total += grad
+            loss += value.detach()
+            parts.append(part)
+        parts_PN = torch.cat(parts, -1)
+        ctx.grads = grads
+        ctx.mark_non_differentiable(parts_PN)
+        return loss, parts_PN
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+        return None, None, None, *(g if g is None else g.mul_(grad) for g in ctx.grads)

@@ -1,0 +1,114 @@
+"""What a teacher says about a token, whoever says it: a live model or a cache.
+
+A loss takes a signal, never a teacher. ``TopK`` is the economical form: the k likeliest tokens with their
+full-vocabulary log-probabilities, the exact entropy, and the logarithm of the mass outside. ``Dense`` is
+the whole distribution.
+
+No log-probability is ever below ``FLOOR``, whose exponential is exactly zero in float32: impossible
+tokens keep zero mass, and ``0 * log 0`` is 0, not NaN, in values and in gradients.
+
+Temperature. From the stored log-probabilities, ``p_T ~ p^(1/T)`` is exact inside the top-k. The mass outside
+is not stored for other temperatures; it is extrapolated from its mass r and its exact entropy
+h (both follow from what is stored):  ``log rest_T = log(r)/T + (1 - 1/T) h``. This is the tangent of the true
+log-mass at T = 1: exact there with its slope, exact for a flat tail, and never above the truth.
+
+Shapes: N tokens, V vocabulary, K tokens kept.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from src.models.head import OutputHead
+
+FLOOR = -1e4
+
+
+@dataclass(frozen=True)
+class TopK:
+    """The k likeliest tokens of each position.
+
+    Attributes:
+        ids: ``[..., K]`` tokens, likeliest first.
+        log_probs: ``[..., K]`` their log-probabilities under the full vocabulary, nats, float32.
+        entropy: ``[...]`` entropy of the full distribution, nats.
+        log_rest: ``[...]`` logarithm of the mass outside the k tokens.
+    """
+
+    ids: Tensor
+    log_probs: Tensor
+    entropy: Tensor
+    log_rest: Tensor
+
+    def select(self, index: Tensor | slice) -> TopK:
+        """The signal of some positions of the first dimension."""
+        return TopK(*(x[index] for x in (self.ids, self.log_probs, self.entropy, self.log_rest)))
+
+    def tempered(self, temperature: float, vocabulary: int) -> tuple[Tensor, Tensor]:
+        """Log-probabilities ``[..., K]`` and log-mass outside ``[...]`` at a temperature; they sum to 1."""
+        power, inside, rest = 1 / temperature, self.log_probs, self.log_rest
+        if temperature != 1 and inside.shape[-1] < vocabulary:
+            mass = rest.exp().clamp_min(1e-30)
+            spread = (self.entropy + (inside.exp() * inside).sum(-1)) / mass + rest
+            most = math.log(vocabulary - inside.shape[-1])
+            rest = power * rest + (1 - power) * spread.clamp(0, most)
+        classes = torch.cat([power * inside, rest[..., None]], -1).log_softmax(-1).clamp_min(FLOOR)
+        return classes[..., :-1], classes[..., -1]
+
+
+@dataclass(frozen=True)
+class Dense:
+    """The whole distribution of each position: ``log_probs [..., V]``, nats, float32."""
+
+    log_probs: Tensor
+
+    @property
+    def entropy(self) -> Tensor:
+        """Entropy ``[...]``, nats."""
+        return -(self.log_probs.exp() * self.log_probs).sum(-1)
+
+    def select(self, index: Tensor | slice) -> Dense:
+        """The signal of some positions of the first dimension."""
+        return Dense(self.log_probs[index])
+
+
+Signal = TopK | Dense
+
+
+def dense_signal(logits: Tensor) -> Dense:
+    """The signal in logits ``[..., V]``, whole."""
+    return Dense(logits.float().log_softmax(-1).clamp_min_(FLOOR))
+
+
+def topk_signal(logits: Tensor, k: int) -> TopK:
+    """The signal in logits ``[..., V]``, cut to the ``k`` likeliest tokens (at most V)."""
+    log_p = dense_signal(logits).log_probs
+    log_probs, ids = log_p.topk(min(k, log_p.shape[-1]), dim=-1)
+    p = log_p.exp()
+    entropy = -log_p.mul_(p).sum(-1)
+    rest = p.scatter_(-1, ids, 0.0).sum(-1)  # summed, not 1 - sum: small residues survive float32
+    return TopK(ids, log_probs, entropy, rest.log().clamp_min(FLOOR))
+
+
+@torch.no_grad()
+def live_signal(head: OutputHead, hidden_NH: Tensor, k: int | None, chunk: int = 1024) -> Signal:
+    """What a teacher says at ``hidden_NH``; with a k, ``[N, V]`` is never held at once.
+
+    Args:
+        head: output head of the teacher.
+        hidden_NH: its hidden states ``[N, H]``.
+        k: tokens to keep; None keeps the whole distribution.
+        chunk: positions projected at a time.
+    """
+    pieces = hidden_NH.split(chunk) or (hidden_NH,)
+    if k is None:
+        return Dense(torch.cat([dense_signal(head.logits(h)).log_probs for h in pieces]))
+    tops = [topk_signal(head.logits(h), k) for h in pieces]
+    fields = ("ids", "log_probs", "entropy", "log_rest")
+    return TopK(*(torch.cat([getattr(top, field) for top in tops]) for field in fields))

@@ -1,0 +1,80 @@
+"""The output head of a causal language model, apart from its decoder.
+
+Losses project hidden states to the vocabulary a chunk at a time, so they need the head alone. Families
+differ in what follows the projection; all known cases are ``cap * tanh(scale * (W h + b) / cap)``, and
+:meth:`OutputHead.check` compares with the model's own logits, so an unknown case is refused, not mistrained.
+
+Shapes: B batch, T tokens, H hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from src.errors import ConfigError
+from src.models.layers import text_config
+
+TARGETS = ("labels", "row_id", "teacher_")
+"""Keys of a batch (or their beginnings) that are no input of a model."""
+
+
+class OutputHead:
+    """Hidden states and logits of ``model``, as two separate steps.
+
+    The model is borrowed, not owned: this is no ``nn.Module``, and it holds no weight of its own.
+
+    Args:
+        model: any Hugging Face causal language model, gated or not.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        config = text_config(model.config)
+        self.model = model
+        self.projection: nn.Module = model.get_output_embeddings()
+        multiply = getattr(config, "logit_scale", None) or getattr(config, "lm_head_multiplier", None)
+        self.scale: float = (multiply or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
+        self.cap: float | None = getattr(config, "final_logit_softcapping", None)
+
+    def hidden(self, batch: Mapping[str, Any]) -> Tensor:
+        """Hidden states ``[B, T, H]`` after the final norm."""
+        inputs = {key: value for key, value in batch.items() if not key.startswith(TARGETS)}
+        return self.model.base_model(**inputs, use_cache=False).last_hidden_state
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits ``[..., V]`` of hidden states ``[..., H]``, post-processed as the family does."""
+        logits = self.projection(hidden)
+        if self.scale != 1.0:
+            logits = logits * self.scale
+        if self.cap is not None:
+            logits = torch.tanh(logits / self.cap) * self.cap
+        return logits
+
+    @property
+    def parameters(self) -> tuple[nn.Parameter, ...]:
+        """Parameters of the projection that are being trained (none while the model is frozen)."""
+        return tuple(p for p in self.projection.parameters() if p.requires_grad)
+
+    @torch.no_grad()
+    def check(self) -> None:
+        """Compare with the model's own logits on a few tokens.
+
+        Raises:
+            ConfigError: they differ, so the head does something this class does not know.
+        """
+        ids = torch.arange(3, 11, device=self.model.device)[None] % text_config(self.model.config).vocab_size
+        batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        theirs = self.model(**batch, use_cache=False).logits.float()
+        ours = self.logits(self.hidden(batch)).float()
+        error = float((ours - theirs).abs().max() / theirs.abs().max().clamp_min(1e-6))
+        tolerance = 1e-4 if self.model.dtype == torch.float32 else 2e-2
+        if not error <= tolerance:
+            raise ConfigError(
+                f"model: the output head of a '{self.model.config.model_type}' is not understood: logits "
+                f"rebuilt from its hidden states differ from its own by {error:.1e} of their size "
+                f"(accepted: {tolerance:.0e}). Teach src/models/head.py its post-processing."
+            )

@@ -1,0 +1,101 @@
+"""Where a teacher's signal comes from: a model that runs beside the student, or a cache.
+
+Both give the same signal for the same tokens, so a loss cannot tell them apart.
+
+Shapes: B batch, T tokens of a row, N supervised positions, H hidden.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from lightning import LightningModule
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from src.losses.signals import Signal, TopK, live_signal
+from src.models.gated import freeze
+from src.models.head import OutputHead
+from src.models.loading import Dtype, Quantization, load_model
+
+Batch = dict[str, Tensor]
+
+
+class TeacherSource(Protocol):
+    """What a training module asks of a teacher."""
+
+    def adopt(self, parent: PreTrainedModel) -> None:
+        """Offer the parent of the student, already loaded; a source that needs no model ignores it."""
+
+    def setup(self, module: LightningModule) -> None:
+        """Get ready for the device and the vocabulary of ``module``."""
+
+    def signal(self, batch: Batch, index_N: Tensor) -> Signal:
+        """The signal at flat positions ``index_N`` (into ``B * T``) of a batch."""
+
+
+class LiveTeacher:
+    """A frozen model that runs on every batch.
+
+    It is held in a tuple: no state dict, optimiser or sharding engine ever sees it.
+
+    Args:
+        model: Hub id or directory; None takes the student's parent.
+        k: likeliest tokens kept; None keeps the whole distribution.
+        quantize: load the model in ``int8`` or ``nf4``; needs ``model``.
+        dtype: type of the weights that are not quantised.
+        revision: Hub revision.
+        attention: attention implementation; None lets transformers choose.
+    """
+
+    def __init__(
+        self,
+        model: str | None = None,
+        k: int | None = 10,
+        quantize: Quantization | None = None,
+        dtype: Dtype = "float32",
+        revision: str | None = None,
+        attention: str | None = None,
+    ) -> None:
+        self.name, self.k = model, k
+        self.loading = {"revision": revision, "dtype": dtype, "quantize": quantize, "attention": attention}
+        self._model: tuple[PreTrainedModel, ...] = ()
+
+    def adopt(self, parent: PreTrainedModel) -> None:
+        """Take the parent, unless another model was asked for."""
+        if self.name is None:
+            self._model = (freeze(parent),)
+
+    def setup(self, module: LightningModule) -> None:
+        """Load the model if need be, move it, and check its output head."""
+        if not self._model:
+            assert self.name is not None, "a teacher without a name adopts the parent first"
+            self._model = (freeze(load_model(self.name, **self.loading)),)
+        (model,) = self._model
+        if self.loading["quantize"] is None:
+            model.to(module.device)
+        self.head = OutputHead(model)
+        self.head.check()
+
+    @torch.no_grad()
+    def signal(self, batch: Batch, index_N: Tensor) -> Signal:
+        """Run the model on the batch."""
+        hidden_NH = self.head.hidden(batch).flatten(0, 1)[index_N]
+        return live_signal(self.head, hidden_NH, self.k)
+
+
+class CachedTeacher:
+    """The signal that a cached corpus put into the batch (``src/data/teacher_cache.py``): no model at all."""
+
+    def adopt(self, parent: PreTrainedModel) -> None:
+        """Nothing to keep: the parent's memory is freed."""
+
+    def setup(self, module: LightningModule) -> None:
+        """Nothing to prepare."""
+
+    def signal(self, batch: Batch, index_N: Tensor) -> TopK:
+        """The rows of the cache, in the order of the supervised positions."""
+        signal = TopK(*(batch[f"teacher_{key}"] for key in ("ids", "log_probs", "entropy", "log_rest")))
+        assert len(signal.ids) == len(index_N), "one row of the cache for each supervised position"
+        return signal
