@@ -7,11 +7,11 @@ Shapes: B batch, T tokens of a row, N supervised positions, H hidden.
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from lightning import LightningModule
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from src.losses.signals import Signal, TopK, live_signal
@@ -59,22 +59,23 @@ class LiveTeacher:
         attention: str | None = None,
     ) -> None:
         self.name, self.k = model, k
-        self.loading = {"revision": revision, "dtype": dtype, "quantize": quantize, "attention": attention}
+        self.loading: dict[str, Any] = {"revision": revision, "dtype": dtype, "quantize": quantize, "attention": attention}
         self._model: tuple[PreTrainedModel, ...] = ()
 
     def adopt(self, parent: PreTrainedModel) -> None:
         """Take the parent, unless another model was asked for."""
         if self.name is None:
-            self._model = (freeze(parent),)
+            self._model = (parent,)
 
     def setup(self, module: LightningModule) -> None:
         """Load the model if need be, move it, and check its output head."""
         if not self._model:
             assert self.name is not None, "a teacher without a name adopts the parent first"
-            self._model = (freeze(load_model(self.name, **self.loading)),)
+            self._model = (load_model(self.name, **self.loading),)
         (model,) = self._model
+        freeze(model)
         if self.loading["quantize"] is None:
-            model.to(module.device)
+            nn.Module.to(model, module.device)
         self.head = OutputHead(model)
         self.head.check()
 

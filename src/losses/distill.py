@@ -62,7 +62,7 @@ class Distillation:
         weight_lambda: float = 1.0,
         temperature: float = 1.0,
         alpha: float = 1.0,
-        chunk_tokens: int = 1024,
+        chunk_tokens: int = 256,
         mean_entropy: float | None = None,
     ) -> None:
         if rule not in get_args(Rule):
@@ -115,9 +115,8 @@ class Distillation:
         student = None
         if self.weight == "eakd":
             student = live_signal(head, hidden_NH.detach(), 1, self.chunk_tokens).entropy
-        vocabulary = head.projection.weight.shape[0]
         return token_weights(
-            self.weight, signal.entropy, vocabulary, self.weight_lambda, student, self.mean_entropy
+            self.weight, signal.entropy, head.vocabulary, self.weight_lambda, student, self.mean_entropy
         )
 
 

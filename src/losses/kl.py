@@ -26,7 +26,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from src.losses.signals import FLOOR, Dense, Signal, TopK
+from src.losses.signals import FLOOR, Dense, Signal
 
 Rule = Literal["bucket", "renormalise", "zero"]
 

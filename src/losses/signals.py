@@ -97,7 +97,7 @@ def topk_signal(logits: Tensor, k: int) -> TopK:
 
 
 @torch.no_grad()
-def live_signal(head: OutputHead, hidden_NH: Tensor, k: int | None, chunk: int = 1024) -> Signal:
+def live_signal(head: OutputHead, hidden_NH: Tensor, k: int | None, chunk: int = 256) -> Signal:
     """What a teacher says at ``hidden_NH``; with a k, ``[N, V]`` is never held at once.
 
     Args:

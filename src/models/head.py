@@ -36,6 +36,7 @@ class OutputHead:
         config = text_config(model.config)
         self.model = model
         self.projection: nn.Module = model.get_output_embeddings()
+        self.vocabulary: int = config.vocab_size
         multiply = getattr(config, "logit_scale", None) or getattr(config, "lm_head_multiplier", None)
         self.scale: float = (multiply or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
         self.cap: float | None = getattr(config, "final_logit_softcapping", None)
@@ -43,7 +44,7 @@ class OutputHead:
     def hidden(self, batch: Mapping[str, Any]) -> Tensor:
         """Hidden states ``[B, T, H]`` after the final norm."""
         inputs = {key: value for key, value in batch.items() if not key.startswith(TARGETS)}
-        return self.model.base_model(**inputs, use_cache=False).last_hidden_state
+        return self.model.get_decoder()(**inputs, use_cache=False).last_hidden_state
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits ``[..., V]`` of hidden states ``[..., H]``, post-processed as the family does."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -70,7 +72,7 @@ def test_the_whole_vocabulary_is_the_full_divergence(rule: str | None, temperatu
 
 def test_bucket_never_exceeds_the_full_divergence_and_grows_with_k() -> None:
     values = [kl(logits(0), topk_signal(logits(1), k), "bucket") for k in (1, 3, 8, 15, 23)]
-    assert all((low <= high + 1e-6).all() for low, high in zip(values, values[1:], strict=False))
+    assert all((low <= high + 1e-6).all() for low, high in pairwise(values))
 
 
 def test_zero_differs_from_renormalise_by_the_students_mass_outside() -> None:
@@ -190,8 +192,9 @@ def test_trained_head_under_bf16_autocast_gets_the_gradient_of_the_plain_loss() 
 
 def test_no_gradient_is_made_in_evaluation() -> None:
     head = OutputHead(tiny_model("llama"))
+    signal = topk_signal(logits(1, 4, VOCAB), 5)
     with torch.no_grad():
-        out = Distillation()(head, graded(torch.randn(4, 32)), torch.arange(4), topk_signal(logits(1, 4, VOCAB), 5))
+        out = Distillation()(head, graded(torch.randn(4, 32)), torch.arange(4), signal)
     assert not any(value.requires_grad for value in out.values())
 
 
