@@ -108,6 +108,8 @@ def main(argv: list[str] | None = None) -> None:
     """Run, and turn a user's fault into one message and exit status 2."""
     # Lightning's advice about workers and precision is noise on the small machines the demo runs on.
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    # The arguments are handed over so that tests can call this; Lightning suspects a mistake.
+    warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         run(sys.argv[1:] if argv is None else argv)

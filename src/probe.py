@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from src.losses import supervised
+from src.losses.distill import supervised
+from src.losses.signals import Signal
 from src.models.gated import Observer
 
 if TYPE_CHECKING:
@@ -26,12 +27,12 @@ class CalibrationProbe:
     def __init__(self, search: MaskSearch) -> None:
         self.search = search
         loader = search.trainer.datamodule.val_dataloader()
-        self.rows: list[tuple[dict[str, Tensor], Any, int]] = []
+        self.rows: list[tuple[dict[str, Tensor], Signal, int]] = []
         for number, batch in enumerate(loader):
             if number == search.calibration_batches:
                 break
             batch = search.transfer_batch_to_device(batch, search.device, 0)
-            index, _ = supervised(batch["labels"])
+            index = supervised(batch["labels"])
             self.rows.append((batch, search.teacher_signal(batch, index), len(index)))
         self.tokens = sum(int(batch["attention_mask"].sum()) for batch, _, _ in self.rows)
         search.tokens += self.tokens * search.trainer.world_size

@@ -16,13 +16,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from src.errors import ConfigError
-from src.losses import Distillation, LiveTeacher, TeacherSource, supervised
+from src.losses.distill import Distillation, supervised
 from src.mask import Mask
 from src.models.cut import cut
 from src.models.head import OutputHead
 from src.models.layers import decoder_layers, num_layers
 from src.models.loading import Dtype, load_config, load_model
 from src.schedules import warmup_decay
+from src.teachers import LiveTeacher, TeacherSource
 
 Batch = dict[str, Tensor]
 Scope = Literal["full", "cut_adjacent", "lora"]
@@ -84,16 +85,20 @@ class Recovery(LightningModule):
         self.model = scoped(cut(parent, self.mask.keep), self.mask, self.scope, self.lora_rank)
         self.teacher.adopt(parent)
 
-    def setup(self, stage: str) -> None:
+    def on_fit_start(self) -> None:
+        """Ready the output head and the teacher, now that the student is on its device."""
         self.head = OutputHead(self.model)
         self.head.check()
         self.teacher.setup(self)
+
+    on_validation_start = on_test_start = on_fit_start
 
     # ------------------------------------------------------------------ learning
 
     def losses(self, batch: Batch, distillation: Distillation) -> dict[str, Tensor]:
         """The weighted loss and its parts on one batch."""
-        index, labels_N = supervised(batch["labels"])
+        index = supervised(batch["labels"])
+        labels_N = batch["labels"].flatten()[index + 1]
         signal = self.teacher.signal(batch, index)
         hidden_NH = self.head.hidden(batch).flatten(0, 1)[index]
         return distillation(self.head, hidden_NH, labels_N, signal)
@@ -101,7 +106,7 @@ class Recovery(LightningModule):
     def training_step(self, batch: Batch, _: int) -> Tensor:
         parts = self.losses(batch, self.distillation)
         self.tokens += int(batch["attention_mask"].sum()) * self.trainer.world_size
-        self.log_dict({f"train/{key}": value for key, value in parts.items()}, prog_bar=True)
+        self.log_dict({f"train/{key}": parts[key] for key in ("loss", "kd", "ce")}, prog_bar=True)
         return parts["loss"]
 
     def validation_step(self, batch: Batch, _: int) -> None:

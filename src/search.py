@@ -19,7 +19,8 @@ from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
 
 from src.errors import ConfigError
-from src.losses import Distillation, TeacherSource, live_signal, supervised
+from src.losses.distill import Distillation, supervised
+from src.losses.signals import Signal, live_signal
 from src.mask import Mask
 from src.models.cut import constraints
 from src.models.gated import GatedLayers, Observer, freeze
@@ -27,6 +28,7 @@ from src.models.head import OutputHead
 from src.models.layers import num_layers
 from src.models.loading import Dtype, Quantization, load_config, load_model
 from src.policies import MaskPolicy
+from src.teachers import TeacherSource
 
 Batch = dict[str, Tensor]
 
@@ -77,8 +79,8 @@ class MaskSearch(LightningModule):
         self.calibration_batches = calibration_batches
         config = load_config(model, revision)
         self.num_layers = num_layers(config)
-        policy.setup(self.num_layers, count_to_remove(self.num_layers, remove, ratio))
-        policy.constrain(constraints(config))
+        count = count_to_remove(self.num_layers, remove, ratio)
+        policy.setup(self.num_layers, count, constraints(config).pinned(self.num_layers, count))
         self.tokens = 0
         self.layer_forwards = 0
 
@@ -93,13 +95,16 @@ class MaskSearch(LightningModule):
         self.gates = GatedLayers(network, self.checkpoint_activations)
         self.head = OutputHead(network)
 
-    def setup(self, stage: str) -> None:
+    def on_fit_start(self) -> None:
+        """Bring the frozen model to the device, which Lightning does not know of, and check its head."""
         (network,) = self._frozen
         if self.loading["quantize"] is None:
             network.to(self.device)
         self.head.check()
         if self.teacher is not None:
             self.teacher.setup(self)
+
+    on_validation_start = on_test_start = on_fit_start
 
     # ------------------------------------------------------------------ measuring
 
@@ -110,23 +115,24 @@ class MaskSearch(LightningModule):
             return self.head.hidden(batch)
 
     @torch.no_grad()
-    def teacher_signal(self, batch: Batch, index: Tensor) -> Any:
+    def teacher_signal(self, batch: Batch, index: Tensor) -> Signal:
         """The teacher's signal at the supervised positions ``index`` of a batch."""
         if self.teacher is not None:
             return self.teacher.signal(batch, index)
         hidden_NH = self.hidden(batch, None).flatten(0, 1)[index]
         return live_signal(self.head, hidden_NH, self.distillation.k)
 
-    def divergence(self, batch: Batch, signal: Any, gates_L: Tensor) -> Tensor:
+    def divergence(self, batch: Batch, signal: Signal, gates_L: Tensor) -> Tensor:
         """Loss of the model under gates against a teacher's signal on the same batch."""
-        index, labels_N = supervised(batch["labels"])
+        index = supervised(batch["labels"])
+        labels_N = batch["labels"].flatten()[index + 1]
         hidden_NH = self.hidden(batch, gates_L).flatten(0, 1)[index]
         return self.distillation(self.head, hidden_NH, labels_N, signal)["loss"]
 
     # ------------------------------------------------------------------ learning
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        index, _ = supervised(batch["labels"])
+        index = supervised(batch["labels"])
         signal = self.teacher_signal(batch, index)
         micro = batch_idx % self.trainer.accumulate_grad_batches
         gates, losses, grads = [], [], []
@@ -145,7 +151,7 @@ class MaskSearch(LightningModule):
         return self.policy.surrogate(torch.stack(gates), torch.stack(losses), told)
 
     def validation_step(self, batch: Batch, _: int) -> None:
-        index, _labels = supervised(batch["labels"])
+        index = supervised(batch["labels"])
         gates_L = self.policy.gates(self.policy.harden())
         loss = self.divergence(batch, self.teacher_signal(batch, index), gates_L)
         self.log("val/kl", loss, prog_bar=True, batch_size=len(index), sync_dist=True)

@@ -49,12 +49,13 @@ class MaskPolicy(nn.Module):
         super().__init__()
         self.always_keep, self.seed = tuple(always_keep), seed
 
-    def setup(self, num_layers: int, remove: int) -> None:
+    def setup(self, num_layers: int, remove: int, pinned: Iterable[int] = ()) -> None:
         """Learn the sizes and create the parameters. Called once, before anything else.
 
         Args:
             num_layers: layers of the model.
             remove: layers to remove in the end.
+            pinned: layers that this model cannot lose and still be exported.
 
         Raises:
             ConfigError: the count and the constraints cannot both be met.
@@ -64,7 +65,7 @@ class MaskPolicy(nn.Module):
             raise ConfigError(
                 f"policy.always_keep: {wrong} outside 0..{num_layers - 1} (model of {num_layers} layers)."
             )
-        kept = {i % num_layers for i in self.always_keep}
+        kept = {i % num_layers for i in self.always_keep} | set(pinned)
         self.free = [i for i in range(num_layers) if i not in kept]
         if not 0 < remove < num_layers or remove > len(self.free):
             raise ConfigError(
