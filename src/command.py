@@ -1,0 +1,84 @@
+"""What the commands beside Lightning's verbs share: short errors, a model on a device, provenance."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import shlex
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from src.errors import ConfigError, did_you_mean
+from src.mask import git_sha
+from src.models.loading import load_model
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser that answers a fault with one message, not with a page of usage."""
+
+    def __init__(self, verb: str, description: str) -> None:
+        super().__init__(prog=f"python -m src.cli {verb}", description=description, allow_abbrev=False)
+
+    def error(self, message: str) -> NoReturn:
+        """Raise with the nearest option that exists."""
+        unknown = re.search(r"unrecognized arguments: (--\S+)", message)
+        hint = did_you_mean(unknown.group(1), self._option_string_actions) if unknown else ""
+        raise ConfigError(f"{message}.{hint} See {self.prog} --help.")
+
+    def add_model_options(self) -> None:
+        """Options that say how models are loaded."""
+        self.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
+        self.add_argument("--device", default="auto", help="cpu, cuda, ... (default: cuda if there is one)")
+
+
+def positive(text: str) -> int:
+    """An option's value that must be a whole number above zero."""
+    if not text.isdigit() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"'{text}' given; accepted: a whole number above 0")
+    return int(text)
+
+
+def load(name: str, args: argparse.Namespace) -> PreTrainedModel:
+    """Load a model as the options of :meth:`Parser.add_model_options` say.
+
+    Raises:
+        ConfigError: it cannot be loaded, or the device does not exist.
+    """
+    logging.disable_progress_bar()
+    device = args.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        return load_model(name, dtype=args.dtype).to(device)
+    except (RuntimeError, AssertionError) as e:
+        raise ConfigError(f"--device: cannot use '{device}': {str(e).splitlines()[0]}") from e
+
+
+def show(table: Table) -> None:
+    """Print a table; without a terminal, wide enough that nothing is folded away."""
+    console = Console()
+    (console if console.is_terminal else Console(width=130)).print(table)
+
+
+def parameters(model: PreTrainedModel) -> int:
+    """Number of weights, tied ones counted once."""
+    return sum(p.numel() for p in model.parameters())
+
+
+def provenance(verb: str, argv: Sequence[str], model: PreTrainedModel) -> dict[str, Any]:
+    """Where a figure comes from: command, commit, machine and library."""
+    device = model.device
+    return {
+        "command": shlex.join(["python", "-m", "src.cli", verb, *argv]),
+        "commit": git_sha(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "threads": torch.get_num_threads(),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "torch": torch.__version__,
+    }

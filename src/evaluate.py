@@ -1,0 +1,278 @@
+"""Judge models beside their teacher on the same rows: ``python -m src.cli evaluate``.
+
+Three questions, three kinds of figures. Does it still say the same? Exact KL from the teacher over the whole
+vocabulary, and the share of tokens where both rank the same token first. Does it still model the text?
+Loss and perplexity. Does it still solve the task? Exact match of the final answer after free greedy
+generation, with the items that flipped against the teacher and the probability that chance alone flips
+them so unevenly (McNemar's exact test).
+
+Shapes: B rows, T tokens, N judged positions (those that predict a supervised token), V vocabulary.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import time
+from collections.abc import Iterable, Sequence
+from typing import Any, cast
+
+import torch
+from rich.table import Table
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from src.command import Parser, load, parameters, positive, provenance, show
+from src.data.arithmetic import final_answer
+from src.data.documents import Columns
+from src.errors import ConfigError
+from src.generate import greedy, stop_tokens
+from src.mask import write_json
+from src.models.layers import num_layers
+from src.models.loading import load_tokenizer
+from src.rows import Rows, batches, encode, prompt, read_rows
+
+# ---------------------------------------------------------------------- held-out text
+
+
+@torch.inference_mode()
+def held_out(
+    student: PreTrainedModel,
+    teacher: PreTrainedModel | None,
+    batches: Iterable[dict[str, Tensor]],
+    chunk: int = 1024,
+) -> dict[str, float]:
+    """Divergence, agreement and loss, as means over the supervised tokens of all batches.
+
+    The models' own logits are judged, over the whole vocabulary, in float32.
+
+    Args:
+        student: the model to judge.
+        teacher: what it should behave like; None leaves loss and perplexity alone.
+        batches: ``input_ids, attention_mask, labels`` (not shifted), each ``[B, T]``.
+        chunk: tokens whose float32 logits are held at once.
+
+    Returns:
+        ``loss`` (nats), ``perplexity``, ``tokens``; beside a teacher also ``kl`` (nats, teacher to
+        student), ``agreement`` and ``teacher_loss``.
+    """
+    sums, tokens = torch.zeros(4, dtype=torch.float64), 0
+    for batch in batches:
+        batch = {key: value.to(student.device) for key, value in batch.items()}
+        labels_BT = batch.pop("labels")[:, 1:]
+        judged_BT = labels_BT != -100
+        labels_N = labels_BT[judged_BT]
+        own_NV = _logits(student, batch)[judged_BT]
+        other_NV = own_NV if teacher is None else _logits(teacher, batch)[judged_BT]
+        for part in zip(*(x.split(chunk) for x in (own_NV, other_NV, labels_N)), strict=True):
+            sums += _compare(*part).cpu()
+        tokens += len(labels_N)
+    if tokens == 0:
+        raise ConfigError("--data: no row has a supervised token. Check --answer and --max-length.")
+    loss, teacher_loss, kl, agreement = (sums / tokens).tolist()
+    figures = {"loss": loss, "perplexity": math.exp(loss), "tokens": tokens}
+    if teacher is None:
+        return figures
+    return figures | {"kl": kl, "agreement": agreement, "teacher_loss": teacher_loss}
+
+
+def _logits(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
+    """Logits ``[B, T - 1, V]`` of all positions that have a next token."""
+    return model(**batch, use_cache=False).logits[:, :-1]
+
+
+def _compare(own_NV: Tensor, other_NV: Tensor, labels_N: Tensor) -> Tensor:
+    """Sums over tokens of: own loss, the other's loss, KL(other || own), equal first choices."""
+    own_NV, other_NV = (x.float().log_softmax(-1) for x in (own_NV, other_NV))
+    agree = (own_NV.argmax(-1) == other_NV.argmax(-1)).sum()
+    kl = F.kl_div(own_NV, other_NV, log_target=True, reduction="sum")
+    losses = [F.nll_loss(x, labels_N, reduction="sum") for x in (own_NV, other_NV)]
+    return torch.stack([*losses, kl, agree]).double()
+
+
+# ---------------------------------------------------------------------- the task
+
+
+def exact_match(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Rows,
+    prompt_column: str = "question",
+    answer_column: str = "answer",
+    max_new_tokens: int | None = None,
+    batch_size: int = 128,
+) -> dict[str, Any]:
+    """Share of rows whose final answer (``#### n``) is right after free greedy generation.
+
+    Args:
+        model: the model to judge, in eval mode.
+        tokenizer: its tokenizer.
+        rows: prompts, and reference answers that end in ``#### n``.
+        prompt_column: column of the prompt.
+        answer_column: column of the reference.
+        max_new_tokens: most tokens of an answer; None is the longest reference and 32 more.
+        batch_size: prompts decoded together.
+
+    Returns:
+        ``exact_match``, ``correct`` (one bool a row), ``texts`` (what was generated), ``new_tokens``,
+        ``seconds``.
+
+    Raises:
+        ConfigError: a reference has no final answer.
+    """
+    began = time.monotonic()
+    wanted = [final_answer(row[answer_column]) for row in rows]
+    if None in wanted:
+        raise ConfigError(
+            f"--answer: '{answer_column}' of row {wanted.index(None) + 1} does not end in '#### <number>', "
+            f"so there is nothing to match. Add --no-exact-match."
+        )
+    encoded = encode(tokenizer, rows, Columns(prompt=prompt_column, answer=answer_column))
+    prompts = [prompt(row) for row in encoded]
+    longest = max(len(row.ids) - len(start) for row, start in zip(encoded, prompts, strict=True))
+    limit = max_new_tokens or longest + 32
+    new = greedy(model, prompts, limit, stop_tokens(model, tokenizer), batch_size)
+    texts = tokenizer.batch_decode(new, skip_special_tokens=True)
+    correct = [final_answer(text) == want for text, want in zip(texts, wanted, strict=True)]
+    return {
+        "exact_match": sum(correct) / len(correct),
+        "correct": correct,
+        "texts": texts,
+        "new_tokens": sum(map(len, new)),
+        "seconds": time.monotonic() - began,
+    }
+
+
+def flips(correct: Sequence[bool], teacher_correct: Sequence[bool]) -> dict[str, float]:
+    """Items ``lost`` and ``gained`` against the teacher, and McNemar's exact two-sided ``p``.
+
+    Two models of equal accuracy may fail on different items; the flips show it.
+    """
+    pairs = list(zip(correct, teacher_correct, strict=True))
+    lost, gained = pairs.count((False, True)), pairs.count((True, False))
+    n = lost + gained
+    tail = sum(math.comb(n, k) for k in range(min(lost, gained) + 1))
+    return {"lost": lost, "gained": gained, "p": min(1.0, 2 * tail / 2**n)}
+
+
+# ---------------------------------------------------------------------- command
+
+
+def main(argv: list[str]) -> None:
+    """Judge the models, print the table, write the JSON."""
+    args = _parse(argv)
+    columns = Columns(args.text, args.prompt, args.answer)
+    rows = read_rows(args.data, args.limit)
+    names = columns.of(rows[0])
+    task = len(names) == 2 and not args.no_exact_match and final_answer(str(rows[0][names[1]])) is not None
+    tokenizer = load_tokenizer(args.teacher or args.model[0])
+    encoded = encode(tokenizer, rows, columns, args.supervise, args.max_length)
+    teacher, results = None, list[dict[str, Any]]()
+    for name in [*([args.teacher] if args.teacher else []), *args.model]:
+        model = load(name, args)
+        _check_vocabulary(name, model, tokenizer, teacher)
+        result = {"path": name, "parameters": parameters(model), "layers": num_layers(model.config)}
+        text = batches(encoded, args.batch_size, tokenizer.pad_token_id or 0)
+        result |= held_out(model, teacher, text)
+        if task:
+            result |= exact_match(
+                model, tokenizer, rows, names[0], names[1], args.max_new_tokens, args.batch_size
+            )
+        if args.teacher and teacher is None:
+            teacher = model
+            result |= {"kl": 0.0, "agreement": 1.0}
+        results.append(result)
+    if task and teacher is not None:
+        for result in results[1:]:
+            result["retention"] = result["exact_match"] / max(results[0]["exact_match"], 1e-9)
+            result["flips"] = flips(result["correct"], results[0]["correct"])
+    show(summary(results, f"{len(rows)} rows of {args.data}"))
+    if args.out:
+        origin = provenance("evaluate", argv, model)
+        write_json(args.out, _record(results, rows, names[0], teacher is not None) | origin)
+
+
+def summary(results: list[dict[str, Any]], title: str) -> Table:
+    """One row a model; each figure that has one beside its ratio to the first row's, the teacher's."""
+    table = Table(title=title)
+    table.add_column("model", overflow="fold")
+    for heading in ["layers", "parameters", "exact match", "lost / gained", "KL", "agreement", "perplexity"]:
+        table.add_column(heading, justify="right", no_wrap=True)
+    for r in results:
+        ratio = f" ({r['retention']:.1%})" if "retention" in r else ""
+        table.add_row(
+            r["path"],
+            str(r["layers"]),
+            f"{r['parameters']:,}",
+            f"{r['exact_match']:.1%}{ratio}" if "exact_match" in r else "-",
+            "{lost} / {gained} (p {p:.2g})".format(**r["flips"]) if "flips" in r else "-",
+            f"{r['kl']:.4f}" if "kl" in r else "-",
+            f"{r['agreement']:.1%}" if "agreement" in r else "-",
+            f"{r['perplexity']:.3f} ({r['perplexity'] / results[0]['perplexity']:.2f}x)",
+        )
+    return table
+
+
+def _record(results: list[dict[str, Any]], rows: Rows, column: str, teacher: bool) -> dict[str, Any]:
+    """The JSON: verdicts as a string of 0 and 1, and the first few texts."""
+    for result in results:
+        if "texts" in result:
+            result["samples"] = result.pop("texts")[:3]
+            result["correct"] = "".join("01"[ok] for ok in result["correct"])
+    return {
+        "teacher": results[0] if teacher else None,
+        "models": results[1:] if teacher else results,
+        "rows": len(rows),
+        "prompts": [row[column] for row in rows[:3]],
+    }
+
+
+def _check_vocabulary(
+    name: str,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    teacher: PreTrainedModel | None,
+) -> None:
+    size = _vocabulary(model)
+    other = size if teacher is None else _vocabulary(teacher)
+    if size < len(tokenizer) or size != other:
+        raise ConfigError(
+            f"--model: '{name}' has a vocabulary of {size}, the tokenizer {len(tokenizer)} tokens"
+            f"{f' and the teacher {other}' if teacher is not None else ''}; they must be one family."
+        )
+
+
+def _vocabulary(model: PreTrainedModel) -> int:
+    return cast(nn.Embedding, model.get_input_embeddings()).num_embeddings
+
+
+def _parse(argv: list[str]) -> argparse.Namespace:
+    parser = Parser("evaluate", "Judge models beside their teacher on the same rows.")
+    add = parser.add_argument
+    add("--model", nargs="+", required=True, metavar="DIR", help="models to judge")
+    add("--teacher", metavar="DIR", help="the model they should behave like")
+    add("--data", required=True, metavar="FILE", help="JSONL, Parquet, text or a Hub id")
+    add("--prompt", metavar="COLUMN", help="column of the prompt (default: well-known names)")
+    add("--answer", metavar="COLUMN", help="column of the answer, together with --prompt")
+    add("--text", metavar="COLUMN", help="column of plain text, instead of prompt and answer")
+    add("--supervise", choices=("answer", "all"), default="answer", help="tokens that count")
+    add("--limit", type=positive, metavar="N", help="the first N rows only")
+    add("--batch-size", type=positive, default=128, metavar="B", help="rows at once (default: 128)")
+    add(
+        "--max-length",
+        type=positive,
+        default=1024,
+        metavar="T",
+        help="tokens of a row (default: 1024)",
+    )
+    add(
+        "--max-new-tokens",
+        type=positive,
+        metavar="T",
+        help="of an answer (default: longest reference + 32)",
+    )
+    add("--no-exact-match", action="store_true", help="do not generate")
+    add("--out", metavar="FILE", help="write the figures as JSON")
+    parser.add_model_options()
+    return parser.parse_args(argv)

@@ -1,0 +1,127 @@
+"""Greedy decoding with a cache: the one loop that evaluation and benchmark share.
+
+``generate()`` of transformers merges the checkpoint's own sampling settings (temperature, repetition
+penalty) into what it is asked, and costs several times a small model's step in bookkeeping. Judging and
+timing want neither: this loop is argmax, one forward per token, nothing else.
+
+Shapes: B rows, T tokens fed in this call, S tokens so far (cache and this call).
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any, cast
+
+import torch
+from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
+
+
+def step(
+    model: PreTrainedModel,
+    ids_BT: torch.Tensor,
+    mask_BS: torch.Tensor | None = None,
+    cache: Cache | None = None,
+) -> tuple[torch.Tensor, Cache]:
+    """Feed tokens and return the next one of every row, ``[B, 1]``, with the grown cache.
+
+    Args:
+        model: a causal language model.
+        ids_BT: the tokens that the cache has not seen: the whole prompt, then one at a time.
+        mask_BS: 1 for tokens, 0 for padding, over the whole sequence; None where nothing is padded.
+        cache: what the call before returned; None for the prompt.
+    """
+    optional: dict[str, object] = {"logits_to_keep": 1}
+    if mask_BS is not None:
+        positions_BS = (mask_BS.cumsum(-1) - 1).clamp(min=0)
+        optional["position_ids"] = positions_BS[:, -ids_BT.shape[1] :]
+    known = _parameters(cast(Any, type(model)))
+    out = model(
+        input_ids=ids_BT,
+        attention_mask=mask_BS,
+        past_key_values=cache,
+        use_cache=True,
+        **{key: value for key, value in optional.items() if key in known},
+    )
+    return out.logits[:, -1].argmax(-1, keepdim=True), out.past_key_values
+
+
+_SHRINK = 0.8
+"""Rows that are done leave the batch when at most this share is still going: leaving copies the cache."""
+
+
+@lru_cache
+def _parameters(model_class: Any) -> frozenset[str]:
+    """What ``forward`` takes: families with ALiBi, say, know no ``position_ids``."""
+    return frozenset(inspect.signature(model_class.forward).parameters)
+
+
+def stop_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """Tokens that end a text: the tokenizer's and all that the checkpoint declares (often several)."""
+    declared = getattr(model.generation_config, "eos_token_id", None)
+    declared = declared if isinstance(declared, list) else [declared]
+    return frozenset(i for i in (*declared, tokenizer.eos_token_id) if i is not None)
+
+
+@torch.inference_mode()
+def greedy(
+    model: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    stop: frozenset[int],
+    batch_size: int = 128,
+    pad: int = 0,
+) -> list[list[int]]:
+    """Continue every prompt greedily; return the new tokens, without the stop token.
+
+    Prompts of similar length share a batch, padded on the left; rows that are done leave the batch.
+
+    Args:
+        model: a causal language model in eval mode.
+        prompts: token lists, none empty.
+        max_new_tokens: most tokens a continuation may have.
+        stop: tokens that end a continuation.
+        batch_size: prompts decoded together.
+        pad: any token; it is masked.
+    """
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    texts: list[list[int]] = [[] for _ in prompts]
+    for start in range(0, len(order), batch_size):
+        rows = order[start : start + batch_size]
+        batch = _greedy_batch(model, [prompts[i] for i in rows], max_new_tokens, stop, pad)
+        for i, text in zip(rows, batch, strict=True):
+            texts[i] = text
+    return texts
+
+
+def _greedy_batch(
+    model: PreTrainedModel,
+    prompts: list[Sequence[int]],
+    max_new_tokens: int,
+    stop: frozenset[int],
+    pad: int,
+) -> list[list[int]]:
+    width = max(len(prompt) for prompt in prompts)
+    padding = [width - len(prompt) for prompt in prompts]
+    ids_BT = torch.tensor([[pad] * n + list(p) for n, p in zip(padding, prompts, strict=True)])
+    mask_BS = torch.tensor([[0] * n + [1] * (width - n) for n in padding])
+    ids_BT, mask_BS = ids_BT.to(model.device), mask_BS.to(model.device)
+    texts: list[list[int]] = [[] for _ in prompts]
+    rows, done, cache = list(range(len(prompts))), set[int](), None
+    for _ in range(max_new_tokens):
+        ids_BT, cache = step(model, ids_BT, mask_BS, cache)
+        for row, token in zip(rows, ids_BT[:, 0].tolist(), strict=True):
+            if token in stop:
+                done.add(row)
+            if row not in done:
+                texts[row].append(token)
+        left = [at for at, row in enumerate(rows) if row not in done]
+        if not left:
+            break
+        if len(left) <= _SHRINK * len(rows):
+            rows, index = [rows[at] for at in left], torch.tensor(left, device=ids_BT.device)
+            ids_BT, mask_BS = ids_BT[index], mask_BS[index]
+            cache.reorder_cache(cast(torch.LongTensor, index))
+        mask_BS = torch.cat([mask_BS, mask_BS.new_ones(len(rows), 1)], dim=1)
+    return texts

@@ -1,0 +1,214 @@
+"""Judging: free generation, exact divergences, flips, and what the command writes."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from src.data.arithmetic import build_tokenizer, problems
+from src.data.documents import Columns
+from src.errors import ConfigError
+from src.evaluate import exact_match, flips, held_out, main
+from src.generate import greedy, stop_tokens
+from src.rows import batches, encode, read_rows
+from tests.tiny import tiny_ids, tiny_model
+
+QA = Columns(prompt="question", answer="answer")
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    return build_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def rows() -> list[dict[str, str]]:
+    return list(problems("test", 12, seed=0))
+
+
+@pytest.fixture(scope="module")
+def models(tokenizer: PreTrainedTokenizerFast) -> tuple[PreTrainedModel, PreTrainedModel]:
+    keys = {
+        "vocab_size": len(tokenizer),
+        "eos_token_id": 1,
+        "bos_token_id": None,
+        "max_position_embeddings": 256,
+    }
+    return tiny_model("llama", 0, **keys), tiny_model("llama", 1, num_hidden_layers=5, **keys)
+
+
+# ---------------------------------------------------------------------- generation
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3_text", "gpt2", "bloom", "qwen3_next"])
+def test_padded_batches_generate_what_each_prompt_alone_generates(family: str) -> None:
+    model = tiny_model(family)
+    prompts = [tiny_ids(1, length, seed=length)[0].tolist() for length in (11, 3, 7, 11, 5)]
+    alone = [plain_greedy(model, prompt, 9) for prompt in prompts]
+    assert greedy(model, prompts, 9, frozenset(), batch_size=5) == alone
+    assert greedy(model, prompts, 9, frozenset(), batch_size=2) == alone
+
+
+def plain_greedy(model: PreTrainedModel, prompt: list[int], new: int) -> list[int]:
+    """The definition: the whole text again for every token, no cache, no padding."""
+    ids = torch.tensor([prompt])
+    for _ in range(new):
+        with torch.no_grad():
+            ids = torch.cat([ids, model(ids, use_cache=False).logits[:, -1:].argmax(-1)], dim=1)
+    return ids[0, len(prompt) :].tolist()
+
+
+def test_rows_that_stop_leave_the_batch_and_change_nothing() -> None:
+    model = tiny_model("llama")
+    prompts = tiny_ids(6, 8).tolist()
+    free = greedy(model, prompts, 12, frozenset())
+    stop = frozenset({free[0][2], free[1][5], free[4][0]})
+    cut = [text[: next((i for i, t in enumerate(text) if t in stop), 12)] for text in free]
+    assert len({len(text) for text in cut}) > 2, "the rows should stop at different times"
+    assert greedy(model, prompts, 12, stop) == cut
+
+
+def test_stop_tokens_are_the_tokenizers_and_all_of_the_checkpoints(
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    model = tiny_model("llama")
+    model.generation_config.eos_token_id = [5, 7]
+    assert stop_tokens(model, tokenizer) == {5, 7, tokenizer.eos_token_id}
+
+
+# ---------------------------------------------------------------------- held-out text
+
+
+def test_held_out_is_the_mean_over_supervised_tokens(models, tokenizer, rows) -> None:
+    student, teacher = models
+    encoded = encode(tokenizer, rows, QA)
+    kl, agree, loss, tokens = 0.0, 0, 0.0, 0
+    for row in rows:  # one at a time, in the plainest way
+        head, tail = tokenizer([row["question"] + "\n", row["answer"] + "<eos>"]).input_ids
+        ids = torch.tensor([head + tail])
+        with torch.no_grad():
+            p, q = (m(ids).logits[0, len(head) - 1 : -1].double().softmax(-1) for m in (teacher, student))
+        kl += float((p * (p / q).log()).sum())
+        agree += int((p.argmax(-1) == q.argmax(-1)).sum())
+        loss -= float(q[torch.arange(len(tail)), tail].log().sum())
+        tokens += len(tail)
+    for size, chunk in ((1, 1024), (5, 7)):
+        judged = held_out(student, teacher, batches(encoded, size, 0), chunk)
+        assert judged["tokens"] == tokens
+        assert judged["agreement"] == agree / tokens
+        assert judged["kl"] == pytest.approx(kl / tokens, rel=1e-5)
+        assert judged["loss"] == pytest.approx(loss / tokens, rel=1e-5)
+        assert judged["perplexity"] == pytest.approx(math.exp(loss / tokens), rel=1e-4)
+
+
+def test_a_model_judged_beside_itself_is_perfect(models, tokenizer, rows) -> None:
+    teacher = models[1]
+    text = batches(encode(tokenizer, rows, QA, "all"), 4, 0)
+    judged = held_out(teacher, teacher, text)
+    assert (judged["kl"], judged["agreement"]) == (0.0, 1.0)
+    assert judged["loss"] == judged["teacher_loss"]
+
+
+def test_rows_without_supervised_tokens_are_refused(models, tokenizer, rows) -> None:
+    text = batches(encode(tokenizer, rows, QA, max_length=3), 4, 0)
+    with pytest.raises(ConfigError, match="max-length"):
+        held_out(models[0], None, text)
+
+
+# ---------------------------------------------------------------------- the task
+
+
+def test_exact_match_counts_right_final_answers(models, tokenizer, rows, monkeypatch) -> None:
+    answers = [row["answer"] for row in rows]
+    answers[0] = answers[0].replace("####", "The answer is")  # no marker: wrong
+    answers[1] += "1"  # a digit too many: wrong
+    answers[2] = "Another way. " + answers[2].rpartition(". ")[2]  # other words, same answer: right
+    tokens = tokenizer(answers, add_special_tokens=False).input_ids
+    monkeypatch.setattr("src.evaluate.greedy", lambda *_: tokens)
+    result = exact_match(models[0], tokenizer, rows)
+    assert result["correct"] == [False, False, *[True] * 10]
+    assert result["exact_match"] == 10 / 12
+
+
+def test_exact_match_refuses_references_without_an_answer(models, tokenizer) -> None:
+    with pytest.raises(ConfigError, match="row 1 does not end in '#### <number>'"):
+        exact_match(models[0], tokenizer, [{"question": "What?", "answer": "42"}])
+
+
+def test_flips_are_counted_with_their_exact_probability() -> None:
+    teacher = [True] * 10 + [False] * 5
+    assert flips(teacher, teacher) == {"lost": 0, "gained": 0, "p": 1.0}
+    student = [False] * 6 + [True] * 4 + [True] + [False] * 4
+    assert flips(student, teacher) == {"lost": 6, "gained": 1, "p": 2 * (1 + 7) / 2**7}
+    assert flips([True] * 4000, [False] * 4000)["p"] == 0.0
+
+
+# ---------------------------------------------------------------------- the command
+
+
+@pytest.fixture
+def saved(tmp_path: Path, models, tokenizer, rows) -> Path:
+    for name, model in zip(("student", "teacher"), models, strict=True):
+        model.save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+    (tmp_path / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return tmp_path
+
+
+def test_the_command_writes_every_figure_beside_the_teachers(saved: Path) -> None:
+    main([*f"--model {saved}/student --teacher {saved}/teacher --data {saved}/test.jsonl".split(),
+          *f"--limit 5 --max-new-tokens 4 --out {saved}/out/evaluate.json".split()])  # fmt: skip
+    record = json.loads((saved / "out" / "evaluate.json").read_text())
+    assert [p.name for p in (saved / "out").iterdir()] == ["evaluate.json"]
+    teacher, (student,) = record["teacher"], record["models"]
+    assert (teacher["kl"], teacher["agreement"], teacher["layers"], student["layers"]) == (0, 1, 5, 7)
+    assert student["kl"] > 0
+    assert student["agreement"] < 1
+    assert student["loss"] != teacher["loss"] == student["teacher_loss"]
+    assert len(student["correct"]) == record["rows"] == 5
+    assert {"lost", "gained", "p"} == set(student["flips"])
+    assert {"command", "commit", "threads", "dtype"} <= set(record)
+
+
+def test_plain_text_is_judged_without_a_task(saved: Path) -> None:
+    (saved / "text.jsonl").write_text('{"text": "Ana has 3 eggs."}\n' * 3)
+    main(f"--model {saved}/student --data {saved}/text.jsonl --text text --out {saved}/text.json".split())
+    (figures,) = json.loads((saved / "text.json").read_text())["models"]
+    assert "exact_match" not in figures
+    assert figures["perplexity"] > 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--data {0}/none.jsonl", "none.jsonl"),
+        ("--data {0}/empty.jsonl", "is empty"),
+        ("--data {0}/broken.jsonl", "is not JSON"),
+        (
+            "--data {0}/test.jsonl --prompt question --answer anwser",
+            "lacks 'question' and 'anwser'",
+        ),
+        ("--data {0}/test.jsonl --teacher {0}/other", "vocabulary of"),
+        ("--data {0}/test.jsonl --limit 0", "--limit.*above 0"),
+        ("--data {0}/test.jsonl --mdel x", "Did you mean '--model'"),
+        ("--data {0}/test.jsonl --device nowhere", "--device"),
+        ("--data {0}/test.jsonl --teacher {0}/nothing", "nothing"),
+    ],
+)
+def test_faults_are_named(saved: Path, tokenizer, arguments: str, message: str) -> None:
+    (saved / "empty.jsonl").write_text("\n")
+    (saved / "broken.jsonl").write_text('{"question": \n')
+    tiny_model("llama", vocab_size=200).save_pretrained(saved / "other")
+    tokenizer.save_pretrained(saved / "other")
+    with pytest.raises(ConfigError, match=message):
+        main(["--model", f"{saved}/student", *arguments.format(saved).split()])
+
+
+def test_limit_takes_the_first_rows(saved: Path, rows) -> None:
+    read = read_rows(f"{saved}/test.jsonl", 3)
+    assert [row["question"] for row in read] == [row["question"] for row in rows[:3]]
