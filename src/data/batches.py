@@ -1,0 +1,148 @@
+"""Token rows as batches: padded rows of similar length, or packed rows of several documents.
+
+A packed row separates its documents by ``position_ids`` that start again at each, and by having **no**
+attention mask: from that, transformers builds a block-diagonal mask of every layer type, sliding windows
+included (``masking_utils.find_packed_sequence_indices``; only without a cache, ``use_cache=False``). The first
+token of each document has no label, so that no document is predicted from the one before it, and every
+padding token is a document of its own, at position 0.
+
+Shapes: B rows, T tokens of a row.
+"""
+
+from __future__ import annotations
+
+import bisect
+import hashlib
+import random
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from src.data.encode import IGNORE, TokenRow
+
+Batch = dict[str, Tensor]
+
+
+class Batching(Protocol):
+    """How a block of rows becomes batches.
+
+    Args:
+        batch_size: rows of a batch, at most.
+        block_tokens: tokens that a block needs for full batches, if rows alone do not tell.
+    """
+
+    batch_size: int
+    block_tokens: int
+
+    def plan(self, rows: list[TokenRow], rng: random.Random | None) -> list[list[list[TokenRow]]]:
+        """Divide all ``rows`` into batches of rows of documents; without ``rng`` nothing is shuffled."""
+
+    def collate(self, batch: list[list[TokenRow]]) -> Batch:
+        """Make the tensors of one planned batch."""
+
+
+@dataclass(frozen=True)
+class Padded:
+    """One document a row; the rows of a batch have similar lengths, so little is padding."""
+
+    batch_size: int
+    max_length: int
+    pad_id: int
+    block_tokens: int = 0
+
+    def plan(self, rows: list[TokenRow], rng: random.Random | None) -> list[list[list[TokenRow]]]:
+        if rng:
+            rng.shuffle(rows)
+        rows = sorted(rows, key=lambda row: len(row.ids))
+        return _divide([[row] for row in rows], self.batch_size, rng)
+
+    def collate(self, batch: list[list[TokenRow]]) -> Batch:
+        rows = [row for (row,) in batch]
+        width = max(len(row.ids) for row in rows)
+        return {
+            "input_ids": _matrix([row.ids for row in rows], width, self.pad_id),
+            "attention_mask": _matrix([[1] * len(row.ids) for row in rows], width, 0),
+            "labels": _matrix([row.labels for row in rows], width, IGNORE),
+        }
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Rows of exactly ``max_length`` tokens, each filled with whole documents."""
+
+    batch_size: int
+    max_length: int
+    pad_id: int
+
+    @property
+    def block_tokens(self) -> int:
+        return 4 * self.batch_size * self.max_length
+
+    def plan(self, rows: list[TokenRow], rng: random.Random | None) -> list[list[list[TokenRow]]]:
+        packed = pack(rows, self.max_length)
+        if rng:
+            rng.shuffle(packed)
+        return _divide(packed, self.batch_size, rng)
+
+    def collate(self, batch: list[list[TokenRow]]) -> Batch:
+        ids = [[i for row in rows for i in row.ids] for rows in batch]
+        labels = [[i for row in rows for i in [IGNORE, *row.labels[1:]]] for rows in batch]
+        positions = [[i for row in rows for i in range(len(row.ids))] for rows in batch]
+        return {
+            "input_ids": _matrix(ids, self.max_length, self.pad_id),
+            "position_ids": _matrix(positions, self.max_length, 0),
+            "labels": _matrix(labels, self.max_length, IGNORE),
+        }
+
+
+def pack(rows: list[TokenRow], size: int) -> list[list[TokenRow]]:
+    """Fill bins of ``size`` tokens with whole rows: longest first, each into the fullest bin with room."""
+    bins: list[list[TokenRow]] = []
+    room: list[tuple[int, int]] = []  # (free tokens, bin), sorted
+    for row in sorted(rows, key=lambda row: -len(row.ids)):
+        at = bisect.bisect_left(room, (len(row.ids), -1))
+        if at == len(room):
+            bins.append([])
+            free, bin_ = size, len(bins) - 1
+        else:
+            free, bin_ = room.pop(at)
+        bins[bin_].append(row)
+        bisect.insort(room, (free - len(row.ids), bin_))
+    return bins
+
+
+def real_tokens(batch: Batch) -> int:
+    """Tokens of a batch that are not padding."""
+    if "attention_mask" in batch:
+        return int(batch["attention_mask"].sum())
+    inside = batch["position_ids"] > 0
+    starts = inside[:, 1:] & ~inside[:, :-1]  # a document has at least two tokens, so each has one such step
+    return int(inside.sum() + starts.sum())
+
+
+def row_ids(batch: Batch) -> list[int]:
+    """A stable 64-bit name of each row's tokens, whatever its padding, batch, order or corpus."""
+    names = []
+    for b, ids in enumerate(batch["input_ids"].cpu()):
+        kept = ids[batch["attention_mask"][b].cpu().bool()] if "attention_mask" in batch else ids
+        digest = hashlib.blake2b(kept.numpy().astype("<i8").tobytes(), digest_size=8).digest()
+        names.append(int.from_bytes(digest, "little", signed=True))
+    return names
+
+
+def _divide(
+    rows: list[list[TokenRow]], size: int, rng: random.Random | None
+) -> list[list[list[TokenRow]]]:
+    """Cut into the fewest batches of at most ``size`` rows, as equal as can be: none is a mere remainder."""
+    count = -(-len(rows) // size)
+    cuts = [len(rows) * i // count for i in range(count + 1)] if count else [0]
+    batches = [rows[a:b] for a, b in zip(cuts, cuts[1:], strict=False)]
+    if rng:
+        rng.shuffle(batches)
+    return batches
+
+
+def _matrix(rows: list[list[int]], width: int, fill: int) -> Tensor:
+    return torch.tensor([row + [fill] * (width - len(row)) for row in rows])

@@ -1,0 +1,133 @@
+"""Documents as token rows: ids, and labels where a token is supervised.
+
+A token is supervised when it lies inside a supervised span. One that also covers characters before the span
+counts if those are blanks (the space that many tokenizers glue to a word), and so do the token that ends
+the row and the special token with which the assistant ends its turn: the model has to say them itself.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from transformers import BatchEncoding, PreTrainedTokenizerBase
+
+from src.data.documents import Document, Span
+from src.errors import ConfigError
+
+IGNORE = -100
+"""Label of a token that is not supervised (the convention of Hugging Face and of torch's cross-entropy)."""
+
+TooLong = Literal["truncate", "split", "error"]
+
+
+@dataclass(frozen=True)
+class TokenRow:
+    """Token ids and labels of a document or of a piece of one; ``lost`` counts the tokens cut off."""
+
+    ids: list[int]
+    labels: list[int]
+    where: str
+    lost: int = 0
+
+
+class Encoder:
+    """Turns documents into token rows.
+
+    Args:
+        tokenizer: a fast tokenizer.
+        max_length: tokens of the longest row.
+        supervise: ``all`` tokens, or those of the ``answer`` (of the assistant in a chat).
+        too_long: what becomes of a longer document: ``truncate``, ``split`` into rows, or ``error``.
+        bos: begin text with the tokenizer's BOS; None does as the tokenizer itself does.
+        eos: end text with the tokenizer's EOS.
+
+    Raises:
+        ConfigError: the tokenizer lacks a token or an ability that is asked for.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        max_length: int,
+        supervise: Literal["all", "answer"],
+        too_long: TooLong,
+        bos: bool | None,
+        eos: bool,
+    ) -> None:
+        self.tokenizer, self.max_length = tokenizer, max_length
+        self.supervise, self.too_long = supervise, too_long
+        if bos is None:
+            bos = tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id]
+        self.head = [self._special("bos")] if bos else []
+        self.tail = [self._special("eos")] if eos else []
+        self.special = set(tokenizer.all_special_ids) | {
+            i for i, token in tokenizer.added_tokens_decoder.items() if token.special
+        }
+        if supervise == "answer" and not tokenizer.is_fast:
+            raise ConfigError(
+                f"data.supervise=answer needs a fast tokenizer, which knows where its tokens lie in the "
+                f"text; '{tokenizer.name_or_path}' is a slow one."
+            )
+
+    def __call__(self, documents: list[Document]) -> list[list[TokenRow]]:
+        """Encode documents: for each, its rows of at most ``max_length`` tokens.
+
+        A row without a supervised token after its first teaches nothing and is left out.
+        """
+        if not documents:
+            return []
+        encoded = self.tokenizer([d.text for d in documents], add_special_tokens=False, verbose=False)
+        return [self._rows(encoded, i, document) for i, document in enumerate(documents)]
+
+    def _rows(self, encoded: BatchEncoding, i: int, document: Document) -> list[TokenRow]:
+        ids = list(encoded.input_ids[i])
+        labels = list(ids) if self.supervise == "all" else self._supervised(encoded, i, document)
+        if not document.chat:
+            ids = self.head + ids + self.tail
+            labels = [IGNORE] * len(self.head) + labels + self.tail
+        size, lost = self.max_length, max(0, len(ids) - self.max_length)
+        if lost and self.too_long == "error":
+            raise ConfigError(
+                f"{document.where} has {len(ids):,} tokens, more than data.max_length={size}. Raise it, or "
+                f"set data.too_long to 'truncate' or 'split'."
+            )
+        starts = range(0, len(ids), size) if self.too_long == "split" else [0]
+        cut = 0 if self.too_long == "split" else lost
+        pieces = [TokenRow(ids[s : s + size], labels[s : s + size], document.where, cut) for s in starts]
+        return [p for p in pieces if any(label != IGNORE for label in p.labels[1:])]
+
+    def _supervised(self, encoded: BatchEncoding, i: int, document: Document) -> list[int]:
+        ids = encoded.input_ids[i]
+        labels = [IGNORE] * len(ids)
+        for span in document.spans:
+            first, last = self._tokens(encoded, i, document.text, span)
+            if document.chat and last < len(ids) and ids[last] in self.special:
+                last += 1
+            labels[first:last] = ids[first:last]
+        return labels
+
+    def _tokens(self, encoded: BatchEncoding, i: int, text: str, span: Span) -> tuple[int, int]:
+        """The half-open range of the tokens inside a span of characters."""
+        start, end = span
+        first = self._token_from(encoded, i, start, end)
+        if first is None:
+            return 0, 0
+        if text[encoded.token_to_chars(i, first).start : start].strip():
+            first += 1
+        last = self._token_from(encoded, i, end, len(text))
+        return first, len(encoded.input_ids[i]) if last is None else last
+
+    def _token_from(self, encoded: BatchEncoding, i: int, start: int, end: int) -> int | None:
+        """The token of the first character in ``[start, end)`` that has one."""
+        tokens = (encoded.char_to_token(i, position) for position in range(start, end))
+        return next((token for token in tokens if token is not None), None)
+
+    def _special(self, which: str) -> int:
+        token = getattr(self.tokenizer, f"{which}_token_id")
+        if token is None:
+            raise ConfigError(
+                f"data.{which}: the tokenizer '{self.tokenizer.name_or_path}' has no {which.upper()} token; "
+                f"set data.{which} to false."
+            )
+        return int(token)

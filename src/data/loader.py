@@ -1,0 +1,182 @@
+"""The loader of one rank, whose saved position is that of the last batch handed to training.
+
+Workers read ahead, and so does Lightning: without a length it fetches a batch early, to know the last one.
+A loader that saved how far it has *read* would lose those batches at a resume. Here each batch is queued
+with the position after it, and :meth:`Loader.handed` moves the position when the batch is really used.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.utils.data import DataLoader
+
+from src.data.batches import Batch, real_tokens
+from src.data.reader import State
+from src.data.statistics import Statistics
+from src.data.stream import LANES, Lanes, Recipe
+from src.errors import ConfigError
+
+Agree = Callable[[bool, int], tuple[bool, int]]
+"""Given whether this rank has more and its number of tokens: whether any rank has, and the sum."""
+
+
+def alone(more: bool, tokens: int) -> tuple[bool, int]:
+    """The agreement of a single rank."""
+    return more, tokens
+
+
+def across_ranks() -> Agree:
+    """The agreement of all ranks: one small reduction on the CPU for each batch."""
+    group = dist.group.WORLD if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
+
+    def agree(more: bool, tokens: int) -> tuple[bool, int]:
+        counts = torch.tensor([int(more), tokens])
+        dist.all_reduce(counts, group=group)
+        return bool(counts[0]), int(counts[1])
+
+    return agree
+
+
+def start() -> State:
+    """The position before the first batch of the first epoch."""
+    return {
+        "epoch": 0, "turn": 0, "lanes": [None] * LANES,
+        "tokens": 0, "finished": False, "statistics": asdict(Statistics()),
+    }  # fmt: skip
+
+
+class Loader:
+    """An iterable over the batches of an epoch, from ``position`` on; iterating again repeats them unless
+    :meth:`handed` was called.
+
+    All ranks give the same number of batches: one that runs out early gives its first batch again, which the
+    statistics count as ``repeated``.
+
+    Args:
+        recipe: what the batches are made of.
+        rank: this rank.
+        world: number of ranks.
+        workers: worker processes; 0 reads in this process. A divisor of ``LANES``.
+        max_tokens: tokens, over all ranks and epochs, after which there are no more batches.
+        agree: how ranks agree that an epoch goes on.
+        position: where to start.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        rank: int = 0,
+        world: int = 1,
+        workers: int = 0,
+        max_tokens: int | None = None,
+        agree: Agree = alone,
+        position: State | None = None,
+    ) -> None:
+        self.recipe, self.rank, self.world, self.workers = recipe, rank, world, workers
+        self.max_tokens, self.agree = max_tokens, agree
+        self.position = start() if position is None else position
+        self.waited = 0.0
+        self._queue = deque[State]()
+
+    def handed(self) -> None:
+        """The oldest batch not yet accounted for was handed to training; the position moves behind it."""
+        self.position = self._queue.popleft()
+
+    @property
+    def statistics(self) -> Statistics:
+        """Of all batches handed to training."""
+        return Statistics(**self.position["statistics"])
+
+    def __iter__(self) -> Iterator[Batch]:
+        self._queue.clear()
+        if self.position["finished"]:
+            return
+        items = self._items(self.position, self.workers)
+        tokens, repeated = self.position["tokens"], self.position["statistics"]["repeated"]
+        batch, position = self._next(items)
+        more, finished = self.agree(batch is not None, 0)[0], False
+        if not more:
+            raise ConfigError(_nothing(position["statistics"]))
+        while more and not finished:
+            if batch is None:
+                batch, repeated = self._first(), repeated + 1
+            this, here = batch, position
+            batch, position = self._next(items)
+            more, total = self.agree(batch is not None, real_tokens(this))
+            tokens += total
+            finished = self.max_tokens is not None and tokens >= self.max_tokens
+            if not more:
+                here = {**position, **_next_epoch(position)}
+            counts = {**here["statistics"], "repeated": repeated}
+            self._queue.append({**here, "tokens": tokens, "finished": finished, "statistics": counts})
+            yield this
+
+    def _next(self, items: Iterator[tuple[Batch | None, State]]) -> tuple[Batch | None, State]:
+        began = time.perf_counter()
+        item = next(items)
+        self.waited += time.perf_counter() - began
+        return item
+
+    def _items(self, position: State, workers: int) -> Iterator[tuple[Batch | None, State]]:
+        """Batches with the position after each; at the end, without end, None with the last position."""
+        if workers:  # threads of a tokenizer do not survive the fork: a worker would wait for them for ever
+            os.environ["TOKENIZERS_PARALLELISM"] = "false"
+        lanes, ended = list(position["lanes"]), set[int]()
+        counts = Statistics(**position["statistics"])
+        data = DataLoader(
+            Lanes(self.recipe, position, self.rank, self.world),
+            batch_size=None,
+            num_workers=workers,
+            prefetch_factor=4 if workers else None,
+            collate_fn=_as_is,
+        )
+        for turn, item in enumerate(data, start=position["turn"]):
+            if isinstance(item, ConfigError):
+                raise item
+            batch, lanes[turn % LANES], more = item
+            counts += more
+            here = {**position, "turn": (turn + 1) % LANES, "lanes": list(lanes), "statistics": asdict(counts)}
+            if batch is not None:
+                yield batch, here
+            else:
+                ended.add(turn % LANES)
+                if len(ended) == LANES:
+                    break
+        del data
+        while True:
+            yield None, here
+
+    def _first(self) -> Batch:
+        """The first batch of the epoch, for a rank that has run out of its own."""
+        batch, _ = next(self._items({**self.position, "turn": 0, "lanes": [None] * LANES}, workers=0))
+        if batch is None:
+            raise ConfigError(
+                f"data: rank {self.rank} of {self.world} found no document; the corpus is too small for so "
+                f"many ranks. Use fewer devices or more documents."
+            )
+        return batch
+
+
+def _next_epoch(position: State) -> State:
+    return {"epoch": position["epoch"] + 1, "turn": 0, "lanes": [None] * LANES}
+
+
+def _nothing(counts: dict[str, Any]) -> str:
+    dropped = f"{counts['dropped']} were left out, the first at {counts['first_dropped']}"
+    why = dropped if counts["dropped"] else "there are none on this side of data.held_out"
+    return (
+        f"data: no document has a token to learn from: {why}. A document needs at least two tokens, one of "
+        f"them supervised within data.max_length; see data.supervise."
+    )
+
+
+def _as_is(item: Any) -> Any:
+    return item

@@ -1,0 +1,127 @@
+"""The documents of one share of a corpus, in the proportions of its weights, from any position on."""
+
+from __future__ import annotations
+
+import copy
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from src.data.documents import Columns, Document, read_document
+from src.data.sources import WHERE, Row, Source, open_source
+
+State = dict[str, Any]
+"""Plain numbers, texts, lists and dicts: what a checkpoint may hold."""
+
+
+@dataclass(frozen=True)
+class Corpora:
+    """What to read.
+
+    Args:
+        sources: the parts of the mixture.
+        columns: where the rows keep what is wanted.
+        separator: what stands between prompt and answer.
+        tokenizer: owner of the chat template.
+        held_out: share of the documents that is set apart, in [0, 1), by a hash of their text.
+        apart: whether to read the documents set apart, or the others.
+    """
+
+    sources: list[Source]
+    columns: Columns
+    separator: str
+    tokenizer: PreTrainedTokenizerBase
+    held_out: float = 0.0
+    apart: bool = False
+
+    def wants(self, document: Document) -> bool:
+        """Whether the document is on the side of the held-out split that is read here."""
+        return (zlib.crc32(document.text.encode()) < self.held_out * 2**32) == self.apart
+
+
+class Reader(Iterator[Document]):
+    """The documents of share ``share`` of ``shares``.
+
+    The next document comes from the part furthest behind its weight (D'Hondt's rule), so proportions hold
+    at every moment, without chance and without a state beyond the counts.
+
+    Raises:
+        ConfigError: on reading, at the first fault of a file or row; names both.
+    """
+
+    def __init__(self, corpora: Corpora, share: int, shares: int, states: list[State] | None = None) -> None:
+        self.corpora = corpora
+        before = states or [{} for _ in corpora.sources]
+        self.parts = [
+            _Part(source, share, shares, **state)
+            for source, state in zip(corpora.sources, before, strict=True)
+        ]
+
+    def __next__(self) -> Document:
+        while True:
+            part = self._furthest_behind()
+            row = part.next()
+            if row is None:
+                continue
+            document = read_document(
+                row, self.corpora.columns, self.corpora.separator, self.corpora.tokenizer
+            )
+            if self.corpora.wants(document):
+                return document
+
+    def states(self) -> list[State]:
+        """The positions of the parts; a reader made with them goes on from here."""
+        return [part.state() for part in self.parts]
+
+    def _furthest_behind(self) -> _Part:
+        if all(part.ended for part in self.parts):
+            raise StopIteration
+        return max(
+            (part for part in self.parts if part.gives),
+            key=lambda part: (part.source.weight or 1.0) / (part.drawn + 1),
+        )
+
+
+class _Part:
+    """One source as a reader sees it: where it stands, and whether it was read to its end once."""
+
+    def __init__(
+        self,
+        source: Source,
+        share: int,
+        shares: int,
+        drawn: int = 0,
+        ended: bool = False,
+        gives: bool = True,
+        position: State | None = None,
+    ) -> None:
+        self.source, self.share, self.shares = source, share, shares
+        self.drawn, self.ended, self.gives = drawn, ended, gives
+        self._open(position)
+
+    def _open(self, position: State | None) -> None:
+        self.position, self.fresh = position, position is None
+        self.data = open_source(self.source, self.share, self.shares)
+        if position is not None:
+            self.data.load_state_dict(copy.deepcopy(position))
+        self.rows = self.data.iter(batch_size=1)  # iter(data) would divide the rows again among workers
+
+    def next(self) -> Row | None:
+        """The next row; None at the end, where a weighted source starts again if it has any rows here."""
+        batch = next(self.rows, None)
+        if batch is None:
+            self.ended, self.gives = True, self.source.weight is not None and not self.fresh
+            if self.gives:
+                self._open(None)
+            return None
+        self.fresh, self.drawn = False, self.drawn + 1
+        row = {column: values[0] for column, values in batch.items()}
+        row.setdefault(WHERE, f"{self.source.path}, share {self.share + 1}/{self.shares}, row {self.drawn}")
+        return row
+
+    def state(self) -> State:
+        position = self.data.state_dict() or self.position  # None until the first row is asked for
+        return {"drawn": self.drawn, "ended": self.ended, "gives": self.gives, "position": position}

@@ -1,0 +1,235 @@
+"""Where documents come from: files, the Hub and saved datasets, as one kind of stream.
+
+Every source becomes a ``datasets.IterableDataset`` of rows, whose position can be saved and restored.
+Files are read row by row, local or remote, compressed or not, and never stored whole; their rows carry
+``WHERE``, so that every later complaint can name the file and the row.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import fsspec
+import pyarrow.parquet
+from datasets import Dataset, DatasetDict, IterableDataset, load_dataset, load_from_disk
+from datasets.distributed import split_dataset_by_node
+
+from src.errors import ConfigError, did_you_mean
+
+Row = dict[str, Any]
+Format = Literal["jsonl", "parquet", "lines", "text"]
+
+WHERE = "__where__"
+"""Key under which a row says where it comes from."""
+
+MAX_DOCUMENT = 8 << 20
+"""Bytes of the longest line and characters of the longest document: beyond it a newline is missing."""
+
+_SUFFIXES: dict[str, Format] = {
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".json": "jsonl",
+    ".parquet": "parquet",
+    ".txt": "lines",
+}
+_COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
+
+
+@dataclass(frozen=True)
+class Source:
+    """One corpus, or one part of a mixture.
+
+    Args:
+        path: a Hub id; a file, glob, directory or URL of JSONL, Parquet or text, compressed or not; or a
+            directory written by ``Dataset.save_to_disk``.
+        weight: share of the documents drawn from this part. Give one to every part or to none: without
+            weights an epoch holds every document once; with weights a part that runs out starts again, and
+            the epoch ends when each part has been read to its end.
+        split: split of a Hub or saved dataset.
+        name: configuration of a Hub dataset.
+        format: format of the files where the suffix does not tell; ``lines`` (the meaning of ``.txt``)
+            makes a document of each line, ``text`` of each file.
+    """
+
+    path: str
+    weight: float | None = None
+    split: str = "train"
+    name: str | None = None
+    format: Format | None = None
+
+
+def check_weights(sources: list[Source], key: str) -> None:
+    """Check that every part of a mixture has a positive weight, or none has any.
+
+    Raises:
+        ConfigError: naming the part and the key.
+    """
+    for source in sources:
+        if source.weight is not None and not source.weight > 0:
+            raise ConfigError(
+                f"{key}: '{source.path}' has weight {source.weight}; a weight is a positive number. "
+                f"To leave a part out, remove it."
+            )
+    bare = [source.path for source in sources if source.weight is None]
+    if bare and len(bare) < len(sources):
+        raise ConfigError(f"{key}: '{bare[0]}' has no weight; give one to every part, or to none.")
+
+
+def open_source(source: Source, share: int, shares: int) -> IterableDataset:
+    """Open share ``share`` of ``shares`` of a source; the shares are disjoint and complete.
+
+    Whole files are dealt out where their number allows it, else single rows.
+
+    Raises:
+        ConfigError: there is no such file or dataset.
+    """
+    files = _files(source)
+    if files is None:
+        return split_dataset_by_node(_dataset(source), rank=share, world_size=shares)
+    if len(files) % shares == 0:
+        files, share, shares = files[share::shares], 0, 1
+    keys = {"files": list(enumerate(files)), "share": share, "shares": shares}
+    return IterableDataset.from_generator(read_files, gen_kwargs={**keys, "format": source.format})
+
+
+def read_files(
+    files: list[tuple[int, str]], share: int, shares: int, format: Format | None = None
+) -> Iterator[Row]:
+    """Yield every ``shares``-th row of numbered files, each with its ``WHERE``.
+
+    Raises:
+        ConfigError: a file is empty or damaged, or a row is not what its format promises; names both.
+    """
+    for number, file in files:
+        rows, parse = _READERS[format or _format(file)]
+        last = 0
+        try:
+            for last, raw in rows(file):
+                if (number + last) % shares == share:
+                    row = parse(raw)
+                    if not isinstance(row, dict):
+                        raise ConfigError(f"{file} row {last} is {_kind(row)}, not an object.")
+                    yield {**row, WHERE: f"{file} row {last}"}
+        except ConfigError:
+            raise
+        except UnicodeDecodeError as e:
+            raise ConfigError(f"{file} row {last} is not UTF-8: {e.reason}, byte {e.start}.") from e
+        except json.JSONDecodeError as e:
+            raise ConfigError(f"{file} row {last} is not JSON: {e.msg}, column {e.colno}.") from e
+        except (OSError, EOFError, ValueError, ImportError) as e:
+            raise ConfigError(f"{file} cannot be read after row {last}: {reason(e)}") from e
+        if last == 0:
+            raise ConfigError(f"{file} is empty; a corpus holds at least one document.")
+
+
+def reason(error: Exception) -> str:
+    """The first line of an error's message, or its kind."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), repr(error))
+
+
+def _lines(file: str) -> Iterator[tuple[int, bytes]]:
+    """Numbered lines that are not blank."""
+    with fsspec.open(file, "rb", compression="infer") as stream:
+        number = 0
+        while line := stream.readline(MAX_DOCUMENT + 1):
+            number += 1
+            if len(line) > MAX_DOCUMENT:
+                raise ConfigError(
+                    f"{file} row {number} is one line of more than {MAX_DOCUMENT >> 20} MiB. A row is "
+                    f"one document: split it, or write one JSON object to a line if this is an array."
+                )
+            if line := line.strip():
+                yield number, line
+
+
+def _whole(file: str) -> Iterator[tuple[int, bytes]]:
+    with fsspec.open(file, "rb", compression="infer") as stream:
+        if text := stream.read(MAX_DOCUMENT + 1):
+            yield 1, text
+
+
+def _parquet(file: str) -> Iterator[tuple[int, Row]]:
+    with fsspec.open(file, "rb") as stream:
+        number = 0
+        for batch in pyarrow.parquet.ParquetFile(stream).iter_batches(1024):
+            for row in batch.to_pylist():
+                number += 1
+                yield number, row
+
+
+def _text(line: bytes) -> Row:
+    return {"text": line.decode()}
+
+
+def _same(row: Row) -> Row:
+    return row
+
+
+_READERS: dict[Format, tuple[Callable[[str], Iterator[tuple[int, Any]]], Callable[[Any], Any]]] = {
+    "jsonl": (_lines, json.loads),
+    "lines": (_lines, _text),
+    "text": (_whole, _text),
+    "parquet": (_parquet, _same),
+}
+
+
+def _suffix(file: str) -> str:
+    path = Path(file)
+    return path.with_suffix("").suffix if path.suffix in _COMPRESSED else path.suffix
+
+
+def _format(file: str) -> Format:
+    suffix = _suffix(file)
+    if suffix not in _SUFFIXES:
+        known = ", ".join([*_SUFFIXES, *(f".jsonl{c}" for c in _COMPRESSED)])
+        raise ConfigError(
+            f"{file}: the suffix '{suffix}' does not say what the file holds; known: {known}. "
+            f"Set 'format' of the source.{did_you_mean(suffix, _SUFFIXES)}"
+        )
+    return _SUFFIXES[suffix]
+
+
+def _files(source: Source) -> list[str] | None:
+    """The files of a source in order; None if it is a saved dataset or on the Hub."""
+    path, folder = source.path, Path(source.path)
+    if folder.is_dir():
+        if (folder / "state.json").exists() or (folder / "dataset_dict.json").exists():
+            return None
+        files = [str(f) for f in sorted(folder.rglob("*")) if _suffix(f.name) in _SUFFIXES]
+        wanted = f"holds no file with a suffix of {', '.join(_SUFFIXES)} and is no saved dataset"
+    elif "://" in path or "*" in path or folder.is_file() or _suffix(path) in _SUFFIXES:
+        try:
+            system, inner = fsspec.core.url_to_fs(path)
+            names = sorted(system.glob(inner)) if "*" in path else [inner] * system.exists(inner)
+            files = [system.unstrip_protocol(n) if "://" in path else n for n in names]
+        except (OSError, ValueError, ImportError) as e:
+            raise ConfigError(f"data: cannot open '{path}': {reason(e)}") from e
+        wanted = "matches no file" + ("" if "://" in path else f" (looked from {Path.cwd()})")
+    else:
+        return None
+    if not files:
+        raise ConfigError(f"data: '{path}' {wanted}.")
+    return files
+
+
+def _dataset(source: Source) -> IterableDataset:
+    try:
+        if not Path(source.path).is_dir():
+            return load_dataset(source.path, source.name, split=source.split, streaming=True)
+        saved: Dataset | DatasetDict = load_from_disk(source.path)
+        return (saved[source.split] if isinstance(saved, dict) else saved).to_iterable_dataset()
+    except (OSError, ValueError, KeyError, RuntimeError) as e:
+        raise ConfigError(
+            f"data: '{source.path}' (split '{source.split}') is no file here and cannot be opened as a "
+            f"dataset: {reason(e)}"
+        ) from e
+
+
+def _kind(value: Any) -> str:
+    return {"NoneType": "null", "str": "text", "list": "a list", "dict": "an object"}.get(
+        type(value).__name__, f"of type {type(value).__name__}"
+    )

@@ -1,0 +1,67 @@
+"""What the batches were made of, so that nothing is lost without a number."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+from src.data.batches import Batch, real_tokens
+from src.data.encode import IGNORE, TokenRow
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Counts over batches; they add up.
+
+    Args:
+        batches: batches given.
+        documents: documents in them; each piece of a split document counts.
+        tokens: tokens that are not padding.
+        supervised: tokens with a label.
+        padding: tokens of padding.
+        truncated: documents cut at ``max_length``.
+        lost: tokens cut off.
+        dropped: documents left out because no token of theirs would be supervised.
+        repeated: batches given a second time by a rank that ran out before the others.
+        first_truncated: file and row of the first document cut.
+        first_dropped: file and row of the first document left out.
+    """
+
+    batches: int = 0
+    documents: int = 0
+    tokens: int = 0
+    supervised: int = 0
+    padding: int = 0
+    truncated: int = 0
+    lost: int = 0
+    dropped: int = 0
+    repeated: int = 0
+    first_truncated: str = ""
+    first_dropped: str = ""
+
+    @classmethod
+    def of(cls, rows: list[list[TokenRow]], batch: Batch | None, dropped: list[str]) -> Statistics:
+        """Count a batch, the rows it was made of, and the documents dropped on the way to it."""
+        documents = [document for row in rows for document in row]
+        cut = [document for document in documents if document.lost]
+        tokens = 0 if batch is None else real_tokens(batch)
+        return cls(
+            batches=int(batch is not None),
+            documents=len(documents),
+            tokens=tokens,
+            supervised=0 if batch is None else int((batch["labels"] != IGNORE).sum()),
+            padding=0 if batch is None else batch["input_ids"].numel() - tokens,
+            truncated=len(cut),
+            lost=sum(document.lost for document in cut),
+            dropped=len(dropped),
+            first_truncated=cut[0].where if cut else "",
+            first_dropped=dropped[0] if dropped else "",
+        )
+
+    def __add__(self, other: Statistics) -> Statistics:
+        pairs = ((getattr(self, f.name), getattr(other, f.name)) for f in fields(self))
+        return Statistics(*(a + b if isinstance(a, int) else a or b for a, b in pairs))
+
+    @property
+    def waste(self) -> float:
+        """Share of the token positions that are padding."""
+        return self.padding / max(1, self.tokens + self.padding)

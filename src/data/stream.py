@@ -1,0 +1,146 @@
+"""The batches of one rank: the same for any number of workers, and resumable anywhere.
+
+A corpus is dealt into ``world x LANES`` shares. A rank takes a batch from each of its ``LANES`` lanes in
+turn; workers are only hands that serve some of the lanes, so their number changes nothing. A lane works in
+blocks: it reads and encodes documents, then shuffles them and plans their batches with a generator seeded by
+(seed, epoch, share, block). Its state is therefore small: where its sources stood when the block began, and
+how many batches of the block were given. The position of a rank is the states of its lanes.
+
+While the batches of a block are given, the next block is encoded little by little, so no step waits long.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import cycle, islice
+
+from torch.utils.data import IterableDataset, get_worker_info
+
+from src.data.batches import Batch, Batching
+from src.data.encode import Encoder, TokenRow
+from src.data.reader import Corpora, Reader, State
+from src.data.statistics import Statistics
+from src.errors import ConfigError
+
+LANES = 4
+"""Lanes of a rank, and so the most workers that can serve it."""
+
+_CHUNK = 64  # documents encoded at once
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """All that decides the batches of a stream.
+
+    Args:
+        corpora: what is read.
+        encoder: how documents become token rows.
+        batching: how token rows become batches.
+        buffer: documents shuffled together, over all lanes of a rank.
+        shuffle: whether documents are shuffled at all.
+        seed: seed of the order.
+    """
+
+    corpora: Corpora
+    encoder: Encoder
+    batching: Batching
+    buffer: int
+    shuffle: bool
+    seed: int
+
+
+Item = tuple[Batch | None, State, Statistics]
+"""A batch, the state of its lane after it, and its statistics; no batch once the lane has ended."""
+
+
+class Lane:
+    """Share ``share`` of ``shares`` of an epoch, from ``state`` on."""
+
+    def __init__(self, recipe: Recipe, epoch: int, share: int, shares: int, state: State | None) -> None:
+        self.recipe, self.epoch, self.share, self.shares = recipe, epoch, share, shares
+        self.state = state or {"block": 0, "given": 0, "sources": None}
+
+    def __iter__(self) -> Iterator[Item]:
+        """Yield the batches, then for ever the item of an ended lane."""
+        recipe, state = self.recipe, self.state
+        reader = Reader(recipe.corpora, self.share, self.shares, state["sources"])
+        block, dropped = self._block(reader, state["block"]).finish(), []
+        while block.read:
+            rng = random.Random(f"{recipe.seed} {self.epoch} {self.share} {state['block']}")
+            plan = recipe.batching.plan(block.rows, rng if recipe.shuffle else None)
+            dropped += block.dropped
+            after = {"block": state["block"] + 1, "given": 0, "sources": reader.states()}
+            following = self._block(reader, after["block"])
+            pace = -(-max(block.read, following.size) // (_CHUNK * max(1, len(plan))))
+            for n, rows in enumerate(plan[state["given"] :], start=state["given"] + 1):
+                batch = recipe.batching.collate(rows)
+                counts = Statistics.of(rows, batch, dropped if n == 1 else [])
+                dropped = []
+                yield batch, after if n == len(plan) else {**state, "given": n}, counts
+                following.advance(pace)
+            state, block = after, following.finish()
+        yield None, state, Statistics.of([], None, dropped)
+        while True:
+            yield None, state, Statistics()
+
+    def _block(self, reader: Reader, index: int) -> _Block:
+        """Block ``index``: small at first, so that the first batch comes soon, then of full size."""
+        rows = self.recipe.batching.batch_size
+        size = rows * min(max(1, self.recipe.buffer // (LANES * rows)), 2 << min(index, 30))
+        return _Block(reader, self.recipe.encoder, size, self.recipe.batching.block_tokens)
+
+
+class _Block:
+    """Documents being read and encoded together, at least ``size`` of them and ``tokens`` tokens."""
+
+    def __init__(self, reader: Reader, encoder: Encoder, size: int, tokens: int) -> None:
+        self.reader, self.encoder, self.size, self.tokens = reader, encoder, size, tokens
+        self.read = self.found = 0
+        self.rows: list[TokenRow] = []
+        self.dropped: list[str] = []
+        self.ended = False
+
+    def advance(self, chunks: int) -> None:
+        """Read and encode so many chunks of documents, unless the block is complete before."""
+        for _ in range(chunks):
+            if self.ended or (self.read >= self.size and self.found >= self.tokens):
+                return
+            wanted = min(_CHUNK, self.size - self.read) if self.read < self.size else _CHUNK
+            documents = list(islice(self.reader, wanted))
+            self.ended = len(documents) < wanted
+            self.read += len(documents)
+            for document, rows in zip(documents, self.encoder(documents), strict=True):
+                self.rows += rows
+                self.found += sum(len(row.ids) for row in rows)
+                self.dropped += [] if rows else [document.where]
+
+    def finish(self) -> _Block:
+        """Read and encode what is left."""
+        while not (self.ended or (self.read >= self.size and self.found >= self.tokens)):
+            self.advance(1)
+        return self
+
+
+class Lanes(IterableDataset[Item | ConfigError]):
+    """The lanes of a rank in turn, as one worker serves them: every ``workers``-th turn is its own."""
+
+    def __init__(self, recipe: Recipe, position: State, rank: int, world: int) -> None:
+        self.recipe, self.position, self.rank, self.world = recipe, position, rank, world
+
+    def __iter__(self) -> Iterator[Item | ConfigError]:
+        """Yield items without end; a user's fault comes as the item itself, with its message whole."""
+        worker = get_worker_info()
+        offset, step = (worker.id, worker.num_workers) if worker else (0, 1)
+        position, lanes = self.position, []
+        for turn in range(position["turn"] + offset, position["turn"] + LANES, step):
+            share, state = self.rank * LANES + turn % LANES, position["lanes"][turn % LANES]
+            lane = Lane(self.recipe, position["epoch"], share, self.world * LANES, state)
+            lanes.append(iter(lane))
+        try:
+            for lane in cycle(lanes):
+                yield next(lane)
+        except ConfigError as e:
+            while True:
+                yield e
