@@ -62,6 +62,14 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "glm4": {},
     "gpt_oss": {**SLIDING, "num_local_experts": 4, "num_experts_per_tok": 2},
     "mixtral": {"num_local_experts": 4},
+    "llama4_text": {
+        "num_local_experts": 4,
+        "num_experts_per_tok": 1,
+        "intermediate_size_mlp": 48,
+        "moe_layers": [1, 4],
+        "no_rope_layers": [1, 0, 1, 1, 0, 0, 1],
+        "attention_chunk_size": WINDOW,
+    },
     "qwen3_moe": {**MOE, "mlp_only_layers": [1, 5], "decoder_sparse_step": 2},
     "deepseek_v3": {
         "first_k_dense_replace": 3,
@@ -87,14 +95,24 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "linear_key_head_dim": 8,
         "linear_value_head_dim": 8,
     },
-    "lfm2": {"layer_types": ["conv", "full_attention", "conv", "conv", "full_attention", "conv", "conv"]},
+    "lfm2": {
+        "layer_types": [
+            "conv",
+            "full_attention",
+            "full_attention",
+            "conv",
+            "conv",
+            "full_attention",
+            "conv",
+        ]
+    },
     "mamba": {"state_size": 8},
 }
 
 
 def tiny_config(family: str, **overrides: Any) -> PretrainedConfig:
-    """Return the tiny config of ``family``, a key of :data:`FAMILIES`."""
-    return AutoConfig.for_model(family, **{**BASE, **FAMILIES[family], **overrides})
+    """Return the tiny config of ``family``: a key of :data:`FAMILIES`, or a type that needs no more."""
+    return AutoConfig.for_model(family, **{**BASE, **FAMILIES.get(family, {}), **overrides})
 
 
 def tiny_model(family: str, seed: int = 0, **overrides: Any) -> PreTrainedModel:

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from src.errors import ConfigError
-from src.models.cut_rules import lenders, slice_section
+from src.models.cut_rules import attention_layers, forbidden, lenders, slice_section
 from src.models.layers import decoder_layers, num_layers, text_config
 from src.models.structure import structural_changes
 
@@ -33,19 +33,24 @@ class Constraints:
         always_keep: layers that must stay, whatever else goes.
         tail_only: only the last layers may go, because each layer's function depends on its position.
         period: when above 1, layers may also go in whole blocks ``[b * period, (b + 1) * period)``.
+        one_of: at least one of these must stay; empty when nothing is asked.
         reason: why, for a person; empty when every mask is legal.
     """
 
     always_keep: frozenset[int] = frozenset()
     tail_only: bool = False
     period: int = 1
+    one_of: frozenset[int] = frozenset()
     reason: str = ""
 
     def pinned(self, length: int, remove: int) -> frozenset[int]:
         """Layers to keep so that any choice of ``remove`` others of ``length`` is legal."""
+        pinned = self.always_keep
         if self.tail_only:
-            return self.always_keep | frozenset(range(length - remove))
-        return self.always_keep
+            pinned |= frozenset(range(length - remove))
+        if self.one_of and not self.one_of & pinned and len(self.one_of) <= remove:
+            pinned |= {min(self.one_of)}
+        return pinned
 
 
 def cut_config(config: PretrainedConfig, keep: Iterable[int]) -> PretrainedConfig:
@@ -59,6 +64,14 @@ def cut_config(config: PretrainedConfig, keep: Iterable[int]) -> PretrainedConfi
         raise ConfigError(
             f"keep: {keep} given; accepted: one or more distinct layers within 0..{length - 1} "
             f"(the model has {length} layers)."
+        )
+    if why := forbidden(config):
+        raise ConfigError(f"keep: this '{config.model_type}' {why}.")
+    attend = attention_layers(config)
+    if attend and not attend & set(keep):
+        raise ConfigError(
+            f"keep: no attention layer is left, and the cache of a '{config.model_type}' counts tokens in "
+            f"one. Keep at least one of {sorted(attend)}."
         )
     for lender, borrowers in lenders(config).items():
         if lender not in keep and borrowers & set(keep):
@@ -125,6 +138,8 @@ def constraints(config: PretrainedConfig) -> Constraints:
     position from one that does not; if one does, the shortest period that can be taken out is looked for.
     """
     length, lent = num_layers(config), lenders(config)
+    if why := forbidden(config):
+        return Constraints(frozenset(range(length)), reason=f"This '{config.model_type}' {why}.")
     layers = decoder_layers(_weightless(config))[1]
 
     def misfits(removed: Iterable[int]) -> dict[int, str]:
@@ -134,7 +149,9 @@ def constraints(config: PretrainedConfig) -> Constraints:
         except ConfigError as e:
             return dict.fromkeys(keep, str(e))
 
-    always, reasons = set(lent), []
+    always, reasons, attend = set(lent), [], attention_layers(config)
+    if attend:
+        reasons.append(f"At least one of the attention layers {sorted(attend)} must stay.")
     if lent:
         reasons.append(f"Layers {sorted(lent)} must stay: other layers use what they compute.")
     free = [i for i in range(1, length - 1) if i not in lent]
@@ -143,18 +160,16 @@ def constraints(config: PretrainedConfig) -> Constraints:
         tail = not misfits([length - 1])
         always |= set() if tail else set(range(length))
         period = next((p for p in range(2, length // 2 + 1) if not misfits(range(p, 2 * p))), 1)
+        blocks = f", or whole aligned blocks of {period}" if period > 1 else ""
         reasons.append(
-            "Only the last layers can be removed"
-            + (f", or whole aligned blocks of {period}." if period > 1 else ".")
-            if tail
-            else "No layer can be removed."
+            f"Only the last layers{blocks} can be removed." if tail else "No layer can be removed."
         )
-        return Constraints(frozenset(always), tail, period, " ".join(reasons))
+        return Constraints(frozenset(always), tail, period, attend, " ".join(reasons))
     for edge in {0, length - 1} - always:
         if misfits([edge]):
             always.add(edge)
             reasons.append(f"Layer {edge} must stay: it differs from the others by its position.")
-    return Constraints(frozenset(always), reason=" ".join(reasons))
+    return Constraints(frozenset(always), one_of=attend, reason=" ".join(reasons))
 
 
 def _weightless(config: PretrainedConfig) -> PreTrainedModel:

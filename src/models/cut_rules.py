@@ -17,7 +17,16 @@ from transformers import PretrainedConfig
 Section = dict[str, Any]
 """The part of a serialised config that describes the text decoder."""
 
-LAYER_COUNTS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer", "num_blocks", "decoder_layers")
+LAYER_COUNTS = (
+    "num_hidden_layers",
+    "num_layers",
+    "n_layers",
+    "n_layer",
+    "num_blocks",
+    "decoder_layers",
+    "encoder_layers",
+)
+"""A decoder taken out of an encoder-decoder family reads its depth from either of the last two."""
 
 INDEX_LISTS = (
     "attn_layer_indices",
@@ -64,6 +73,13 @@ EXTRA_LAYERS: dict[str, Any] = {
 """Multi-token-prediction heads: no causal-LM class of transformers holds them, so they do not survive."""
 
 
+FORBIDDEN = {
+    "rescale_every": "halves its weights by position in evaluation; set `rescale_every` to 0 in the parent's "
+    "config.json, which computes the same, and cut that",
+}
+"""Settings under which no cut is exact, whatever the mask."""
+
+
 def slice_section(section: Section, length: int, keep: Sequence[int]) -> Section:
     """Return ``section`` for the layers ``keep`` (rising) of a model of ``length`` layers."""
     new = {old: position for position, old in enumerate(keep)}
@@ -108,6 +124,29 @@ def spell_out_periods(section: Section, length: int) -> Section:
     if out.get("block_types"):
         out["block_types"] = (list(out["block_types"]) * length)[:length]
     return out
+
+
+def forbidden(config: PretrainedConfig) -> str | None:
+    """Why no layer of this model can be removed, or None."""
+    text = config.get_text_config(decoder=True)
+    return next((why for name, why in FORBIDDEN.items() if getattr(text, name, None)), None)
+
+
+def attention_layers(config: PretrainedConfig) -> frozenset[int]:
+    """Layers that attend, in a model that also has others (recurrent, convolution); else empty.
+
+    The cache of such a hybrid counts tokens in an attention layer, and fails without any.
+    """
+    text = config.get_text_config(decoder=True)
+    kinds = getattr(text, "layer_types", None) or []
+    attend = {i for i, kind in enumerate(kinds) if kind.endswith("attention") and "linear" not in kind}
+    return frozenset(attend) if len(attend) < len(kinds) else frozenset()
+
+
+def extra_layers(config: PretrainedConfig) -> int:
+    """Number of multi-token-prediction layers that the parent's config announces and a cut leaves out."""
+    text = config.get_text_config(decoder=True)
+    return max(getattr(text, name, None) or 0 for name in ("num_nextn_predict_layers", "num_mtp_layers"))
 
 
 def lenders(config: PretrainedConfig) -> dict[int, set[int]]:

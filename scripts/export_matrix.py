@@ -1,0 +1,222 @@
+"""Run the export gate on every causal language model of the installed transformers.
+
+A tiny model of each family is built from its config class; several random masks are cut, saved, and loaded
+by a fresh process that compares logits, cache, padding, keys and size with the hard-gated parent. Each family
+ends as *pass*, *refused* (the format cannot hold a cut, and why) or *cannot be built* (and why).
+Where a family allows some masks only, illegal ones are tried too, and must be refused, not exported.
+
+    python -m scripts.export_matrix                     all families, resuming what is in the results
+    python -m scripts.export_matrix --families llama qwen3 --fresh
+
+A fresh process here is one forked from a server that has imported the libraries and never held a model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing as mp
+import random
+import re
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from rich.progress import track
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from scripts.tiny_configs import tiny_config
+from src.errors import ConfigError
+from src.gate import observe_gated, predicted_weights
+from src.mask import git_sha, write_json
+from src.models.cut import Constraints, constraints, cut
+from src.models.layers import decoder_layers, num_layers
+from src.models.observe import probe_tokens
+from src.verify import Reference, is_tied, verify
+
+Row = dict[str, Any]
+MASKS, TIMEOUT = 3, 180
+TABLE = re.compile(r"(?<=<!-- matrix -->\n).*?(?=<!-- /matrix -->)", re.DOTALL)
+
+
+def tiny_model(family: str) -> PreTrainedModel:
+    """A tiny model of any family, with weights large enough to betray a wrong cut."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(tiny_config(family)).eval()
+    for parameter in model.parameters():
+        parameter.data.add_(0.05 * torch.randn_like(parameter))
+    return model
+
+
+def draw_masks(length: int, limits: Constraints, seed: int) -> list[list[int]]:
+    """Random masks that remove 1 to ``MASKS`` layers and respect the limits."""
+    draw, found = random.Random(seed), []
+    for remove in range(1, MASKS + 1):
+        free = sorted(set(range(length)) - limits.pinned(length, remove))
+        if len(free) >= remove:
+            gone = set(draw.sample(free, remove))
+            found.append([i for i in range(length) if i not in gone])
+    if limits.period > 1:
+        block = range(limits.period, 2 * limits.period)
+        found.append([i for i in range(length) if i not in block])
+    return found
+
+
+def prepare(family: str, folder: Path) -> Row:
+    """Build, cut and save; leave beside each export what it must reproduce."""
+    torch.set_num_threads(1)
+    try:
+        model = tiny_model(family)
+        length, ids_BT = num_layers(model.config), probe_tokens(model.config)
+        decoder_layers(model)
+        everything = observe_gated(model, range(length), ids_BT)
+    except ConfigError as e:
+        return {"result": "refused", "reason": str(e)}
+    except Exception as e:  # whatever a family's own code raises is the finding
+        return {"result": "cannot be built", "reason": _short(e)}
+    limits = constraints(model.config)
+    row: Row = {"class": type(model).__name__, "limits": limits.reason, "masks": []}
+    for gone in sorted(limits.always_keep or (range(1, length - 1) if limits.tail_only else ())):
+        try:
+            cut(model, [i for i in range(length) if i != gone])
+            row["unrefused"] = gone
+        except ConfigError as e:
+            row.setdefault("refusal", str(e))
+    for number, keep in enumerate(draw_masks(length, limits, seed=len(family))):
+        student, expected = cut(model, keep), observe_gated(model, keep, ids_BT)
+        directory = folder / str(number)
+        student.save_pretrained(directory)
+        Reference(
+            expected=expected,
+            ids_BT=ids_BT,
+            weights=predicted_weights(model, student, keep),
+            layers=len(keep),
+            tied=is_tied(student),
+            attention=model.config._attn_implementation,
+        ).save(folder / f"{number}.reference")
+        moved = float((expected["plain"] - everything["plain"]).abs().max())
+        row["masks"].append({"keep": keep, "moved": round(moved, 4)})
+    if not row["masks"]:
+        return row | {"result": "refused", "reason": limits.reason}
+    return row
+
+
+def check(folder: Path) -> list[list[Row]]:
+    """The other side: verify each export, in a process that never saw the models."""
+    pairs = [(folder / f.stem, Reference.load(f)) for f in sorted(folder.glob("*.reference"))]
+    return [[asdict(f) for f in verify(directory, reference)] for directory, reference in pairs]
+
+
+def judge(family: str) -> Row:
+    """One row of the matrix."""
+    start = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        row = isolated(prepare, family, Path(folder))
+        if "result" not in row:
+            findings = isolated(check, Path(folder))
+            for mask, checks in zip(row["masks"], findings, strict=True):
+                mask["failed"] = [f"{f['check']}: {f['detail']}" for f in checks if not f["passed"]]
+                row["as_parent"] = [f["check"] for f in checks if "so does the original" in f["detail"]]
+            bad = [m for m in row["masks"] if m["failed"] or m["moved"] == 0]
+            row["result"] = "WRONG" if bad or "unrefused" in row else "pass"
+    return row | {"seconds": round(time.monotonic() - start, 1)}
+
+
+def isolated(function: Callable[..., Any], *args: Any) -> Any:
+    """Call ``function`` in a fresh process; an error there is raised here.
+
+    Raises:
+        RuntimeError: it failed, died, or took longer than ``TIMEOUT`` seconds.
+    """
+    ours, theirs = mp.Pipe(duplex=False)
+    process = mp.get_context("forkserver").Process(target=_call, args=(theirs, function, args))
+    process.start()
+    theirs.close()
+    try:
+        if not ours.poll(TIMEOUT):
+            raise RuntimeError(f"no answer in {TIMEOUT} s")
+        value, error = ours.recv()
+    except EOFError:
+        value, error = None, "the process died"
+    finally:
+        process.kill()
+        process.join()
+    if error:
+        raise RuntimeError(error)
+    return value
+
+
+def _call(connection: Connection, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    try:
+        connection.send((function(*args), None))
+    except Exception as e:
+        connection.send((None, _short(e)))
+
+
+def _short(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {' '.join(lines)[:240]}"
+
+
+def table(rows: dict[str, Row]) -> str:
+    """The matrix in Markdown."""
+    counts = {
+        r: sum(row["result"] == r for row in rows.values()) for r in ("pass", "refused", "cannot be built")
+    }
+    lines = [
+        f"transformers {transformers.__version__}: {len(rows)} families, "
+        + ", ".join(f"{count} {result}" for result, count in counts.items())
+        + ".",
+        "",
+        "| family | result | limits, or the reason |",
+        "|---|---|---|",
+    ]
+    for family, row in sorted(rows.items()):
+        why = row.get("reason") or row.get("limits", "")
+        lines.append(f"| {family} | {row['result']} | {why.replace('|', '/')} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--families", nargs="+", help="model types (default: all)")
+    parser.add_argument("--out", type=Path, default=Path("results/export_matrix.json"))
+    parser.add_argument("--docs", type=Path, default=Path("docs/export.md"), help="page that holds the table")
+    parser.add_argument("--fresh", action="store_true", help="judge again what the results already hold")
+    args = parser.parse_args()
+    mp.get_context("forkserver").set_forkserver_preload(["src.gate", "scripts.tiny_configs"])
+    families = args.families or list(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+    done = json.loads(args.out.read_text()) if args.out.exists() else {}
+    rows = done.get("families", {}) if done.get("transformers") == transformers.__version__ else {}
+    for family in track([f for f in families if args.fresh or f not in rows], description="export matrix"):
+        try:
+            rows[family] = judge(family)
+        except RuntimeError as e:
+            rows[family] = {"result": "WRONG", "reason": str(e)}
+        write_json(
+            args.out, {"transformers": transformers.__version__, "commit": git_sha(), "families": rows}
+        )
+    text = table(rows)
+    if args.docs.exists() and not args.families:
+        args.docs.write_text(TABLE.sub(lambda _: text, args.docs.read_text()))
+    wrong = {family: row for family, row in rows.items() if row["result"] == "WRONG"}
+    print(
+        text.split("\n")[0],
+        *(f"WRONG {family}: {json.dumps(row)}" for family, row in wrong.items()),
+        sep="\n",
+    )
+    if wrong:
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,205 @@
+"""Hand over: the shortened model as a plain Hugging Face directory, proven before it gets its name.
+
+``python -m src.cli export --mask logs/run/mask.json [--checkpoint logs/run/last.ckpt] --out DIRECTORY``
+
+Everything is written beside ``--out`` under a temporary name. In memory the parent with hard gates must equal
+the cut model; then a fresh process that knows only the directory must find there what the memory held
+(:mod:`src.verify`). Only then is the directory renamed. A fault, a full disk or a kill leaves nothing under
+the final name, and an existing directory stays as it was unless ``--force`` is given.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from huggingface_hub import snapshot_download
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from safetensors import SafetensorError
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+
+from src.command import Parser, positive
+from src.errors import ConfigError
+from src.gate import predicted_weights, prove
+from src.mask import Mask
+from src.model_card import front_matter, model_card, public_name
+from src.models.cut import cut
+from src.models.cut_rules import extra_layers
+from src.models.layers import num_layers
+from src.models.loading import Dtype, load_config, load_model
+from src.models.observe import Finding
+from src.recover import load_student
+from src.verify import unique_weights
+
+DTYPES = ("float32", "bfloat16", "float16")
+COMPANIONS = (
+    "*token*",
+    "vocab*",
+    "merges.txt",
+    "*.model",
+    "*.tiktoken",
+    "*.jinja",
+    "additional_chat_templates/*",
+    "*processor_config.json",
+    "generation_config.json",
+    "LICENSE*",
+    "NOTICE*",
+)
+"""Files of the parent that go along, byte for byte."""
+
+
+def export(mask: Mask, args: argparse.Namespace) -> list[Finding]:
+    """Export the cut model, or the recovered one; return what the gate found.
+
+    Raises:
+        ConfigError: a fault of the request, a mask that the family cannot express, or a failed check.
+    """
+    out, name = Path(args.out), args.model or mask.model
+    _check_out(out, args.force)
+    config = load_config(name, mask.revision)
+    mask.check(num_layers(config), name)
+    stored = args.dtype or str(config.dtype or "float32").removeprefix("torch.")
+    parent = load_model(name, mask.revision, dtype=cast(Dtype, stored)).to(args.device)
+    student = load_student(parent, mask, args.checkpoint) if args.checkpoint else cut(parent, mask.keep)
+    origin = {"parent": public_name(mask.model), "revision": mask.revision, "keep": list(mask.keep)}
+    student.config.depth_pruning = origin
+    files = parent_files(name, mask.revision)
+    weights = unique_weights(parent.state_dict()), predicted_weights(parent, student, mask.keep)
+    with staged(out) as stage:
+        if (files / "generation_config.json").is_file():
+            student.generation_config = GenerationConfig()  # the parent's own file takes its place
+        student.save_pretrained(stage)
+        for file in stage.glob("*.safetensors"):  # written readable by their owner alone
+            shutil.copymode(stage / "config.json", file)
+        copy_companions(files, stage)
+        mask.save(stage / "mask.json")
+        findings = prove(
+            stage,
+            parent,
+            student,
+            mask.keep,
+            recovered=bool(args.checkpoint),
+            weights=weights[1],
+            tokenizer=_tokenizer(name, mask.revision),
+            tokens=args.gate_tokens,
+            upcast=args.gate_dtype == "float32",
+        )
+        failed = [f"{f.check}: {f.detail}" for f in findings if not f.passed]
+        if failed:
+            raise ConfigError(f"export: the gate failed, '{out}' is not written. {'; '.join(failed)}.")
+        card = model_card(
+            mask,
+            weights,
+            findings,
+            front_matter(files / "README.md"),
+            recovery=_recovery(args.checkpoint) if args.checkpoint else None,
+            license_name=args.license,
+            data=args.data,
+            lost_heads=extra_layers(config),
+        )
+        (stage / "README.md").write_text(card)
+    return findings
+
+
+@contextmanager
+def staged(out: Path) -> Iterator[Path]:
+    """A temporary directory beside ``out`` that takes its name if the block ends well, and goes if not.
+
+    Raises:
+        ConfigError: nothing can be written there, or the disk is full.
+    """
+    stage, old = (out.with_name(f".{out.name}.{suffix}") for suffix in ("partial", "old"))
+    shutil.rmtree(stage, ignore_errors=True)  # of an export that was killed
+    try:
+        stage.mkdir(parents=True)
+        yield stage
+        if out.exists():
+            shutil.rmtree(old, ignore_errors=True)
+            out.rename(old)
+        stage.rename(out)
+        shutil.rmtree(old, ignore_errors=True)
+    except (OSError, SafetensorError) as e:
+        raise ConfigError(f"--out: cannot write '{out}': {e}. Nothing is left there.") from e
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)
+
+
+def parent_files(name: str, revision: str | None) -> Path:
+    """Directory with the parent's tokenizer, templates, card and licence: itself, or a download of these."""
+    if Path(name).is_dir():
+        return Path(name)
+    return Path(snapshot_download(name, revision=revision, allow_patterns=[*COMPANIONS, "README.md"]))
+
+
+def copy_companions(source: Path, target: Path) -> None:
+    """Copy the parent's :data:`COMPANIONS`, byte for byte."""
+    for file in {f for pattern in COMPANIONS for f in source.glob(pattern) if f.is_file()}:
+        destination = target / file.relative_to(source)
+        destination.parent.mkdir(exist_ok=True)
+        shutil.copyfile(file, destination)
+
+
+def _check_out(out: Path, force: bool) -> None:
+    if out.exists() and not force:
+        raise ConfigError(f"--out: '{out}' exists. Give another name, or --force to replace it.")
+    if out.exists() and not (out / "config.json").is_file():
+        raise ConfigError(
+            f"--out: '{out}' holds no model (no config.json); it is not replaced, even by --force."
+        )
+
+
+def _tokenizer(name: str, revision: str | None) -> PreTrainedTokenizerBase | None:
+    try:
+        return AutoTokenizer.from_pretrained(name, revision=revision)
+    except (OSError, ValueError, KeyError, ImportError):
+        return None  # a parent without one, or one that needs what is not installed
+
+
+def _recovery(checkpoint: str) -> dict[str, Any]:
+    """The record that a recovery leaves in its checkpoint; the weights are not read."""
+    return torch.load(checkpoint, map_location="cpu", mmap=True, weights_only=False)["recovery"]
+
+
+def main(argv: list[str]) -> None:
+    """Export, and show what was proven."""
+    args = _parse(argv)
+    mask = Mask.load(args.mask)
+    findings = export(mask, args)
+    table = Table("check", "finding", title=escape(f"{args.out}: {mask}"))
+    for finding in findings:
+        table.add_row(finding.check, finding.detail)
+    Console().print(table)
+
+
+def _parse(argv: list[str]) -> argparse.Namespace:
+    parser = Parser("export", "Write the shortened model as a plain Hugging Face directory, proven equal.")
+    add = parser.add_argument
+    add("--mask", required=True, metavar="FILE", help="mask.json of a search")
+    add("--out", required=True, metavar="DIR", help="directory to create")
+    add("--checkpoint", metavar="FILE", help="recovered weights; default: the parent's own")
+    add("--model", metavar="NAME", help="parent, if not under the name the mask gives")
+    add("--dtype", choices=DTYPES, help="type of the stored weights (default: the parent's)")
+    add("--force", action="store_true", help="replace --out if it is a model")
+    add("--license", metavar="ID", help="licence for the card (default: the parent's)")
+    add("--data", metavar="TEXT", help="what the model was trained on, for the card")
+    add("--device", default="cpu", help="where the gate computes (default: cpu, where bits must agree)")
+    add(
+        "--gate-tokens",
+        type=positive,
+        metavar="T",
+        help="length of the gate's rows (default: past the window)",
+    )
+    add(
+        "--gate-dtype",
+        choices=("float32", "stored"),
+        default="float32",
+        help="type the gate computes in (default: float32; stored needs half the memory)",
+    )
+    return parser.parse_args(argv)

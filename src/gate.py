@@ -1,0 +1,120 @@
+"""The export gate: hard-gated parent = cut model = what a stranger loads from the directory.
+
+This side runs beside the models in memory and writes down what they compute; :mod:`src.verify` is the other
+side, a fresh process that knows only the directory.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from src.models.cut import cut
+from src.models.gated import GatedLayers
+from src.models.layers import decoder_layers
+from src.models.observe import Finding, Observation, compare, observe, probe_tokens
+from src.verify import PROBE_TEXT, Reference, is_tied, unique_weights
+
+
+def prove(
+    directory: Path,
+    parent: PreTrainedModel,
+    student: PreTrainedModel,
+    keep: Sequence[int],
+    weights: int,
+    recovered: bool = False,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    tokens: int | None = None,
+    upcast: bool = True,
+) -> list[Finding]:
+    """Hard-gated parent = cut parent in memory, and memory = what a fresh process loads.
+
+    Without a recovery the second says it all: the hard-gated parent is what the process compares with.
+
+    Args:
+        directory: the export, complete.
+        parent: the parent, whole.
+        student: what was exported.
+        keep: kept layers.
+        weights: numbers that the export must hold.
+        recovered: whether the student's weights differ from the parent's.
+        tokenizer: the parent's.
+        tokens: length of the rows; None reaches beyond windows of up to 1024 tokens.
+        upcast: compute in float32; changes ``parent`` and ``student`` in place.
+    """
+    if upcast:
+        parent, student = parent.float(), student.float()
+    dtype, device = str(student.dtype).removeprefix("torch."), student.device.type
+    ids_BT = probe_tokens(parent.config, tokens)
+    expected, findings = observe_gated(parent, keep, ids_BT), []
+    if recovered:
+        same = compare(expected, observe(cut(parent, keep), ids_BT), dtype, exact=device == "cpu")
+        findings = [Finding(f"{f.check}, parent's weights", f.passed, f.detail) for f in same]
+        expected = observe(student, ids_BT)
+    reference = Reference(
+        expected=expected,
+        ids_BT=ids_BT,
+        weights=weights,
+        layers=len(keep),
+        tied=is_tied(student),
+        text_ids=tokenizer(PROBE_TEXT).input_ids if tokenizer else None,
+        chat_template=tokenizer.chat_template if tokenizer else None,
+        dtype=dtype,
+        attention=student.config._attn_implementation,
+        device=device,
+        threads=torch.get_num_threads(),
+    )
+    return findings + in_fresh_process(directory, reference)
+
+
+def observe_gated(parent: PreTrainedModel, keep: Sequence[int], ids_BT: Tensor) -> Observation:
+    """Observe the parent with hard gates: the layers in ``keep`` open, the others closed."""
+    gates = GatedLayers(parent)
+    gates_L = torch.zeros(len(gates), device=parent.device)
+    gates_L[list(keep)] = 1.0
+    try:
+        with gates.use(gates_L):
+            return observe(parent, ids_BT)
+    finally:
+        gates.remove()
+
+
+def in_fresh_process(directory: Path, reference: Reference) -> list[Finding]:
+    """Run :mod:`src.verify` on a directory, offline; a crash there is a failed check."""
+    with tempfile.TemporaryDirectory() as scratch:
+        path = Path(scratch) / "reference.safetensors"
+        reference.save(path)
+        done = subprocess.run(
+            [sys.executable, "-m", "src.verify", str(directory.resolve()), "--reference", str(path)],
+            capture_output=True,
+            text=True,
+            cwd=Path(__file__).parents[1],
+            env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        )
+    findings = [Finding(**json.loads(line)) for line in done.stdout.splitlines()]
+    if done.returncode or not findings:
+        last = done.stderr.strip().splitlines()[-1:] or [f"exit status {done.returncode}"]
+        findings.append(Finding("loads in a fresh process", False, last[0]))
+    return findings
+
+
+def predicted_weights(parent: PreTrainedModel, student: PreTrainedModel, keep: Sequence[int]) -> int:
+    """Numbers the export must hold: the parent's without the removed layers, shared ones counted once.
+
+    Tensors outside the layers that grow with the depth (per-layer embeddings) shrink with it.
+    """
+    path, layers = decoder_layers(parent)
+    gone = tuple(f"{path}.{i}." for i in range(len(layers)) if i not in set(keep))
+    left = {name: t for name, t in parent.state_dict().items() if not name.startswith(gone)}
+    cut_shapes = {name: t.shape for name, t in student.state_dict().items() if not name.startswith(path)}
+    shrunk = sum(t.numel() - cut_shapes[n].numel() for n, t in left.items() if n in cut_shapes)
+    return unique_weights(left) - shrunk

@@ -1,0 +1,169 @@
+"""The README.md of an exported model: what it is, where it comes from, what was proven, what it scores.
+
+Scores come after the export, from ``evaluate``: ``python -m src.model_card DIRECTORY --scores FILE.json``
+puts them into the card of an export, each beside the parent's in the same run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from src.errors import ConfigError
+from src.mask import Mask
+from src.models.observe import Finding
+
+SCORES = re.compile(r"(?<=<!-- scores -->\n).*?(?=<!-- /scores -->)", re.DOTALL)
+FIGURES = {"exact_match": "{:.1%}", "perplexity": "{:.3f}", "kl": "{:.4f}", "agreement": "{:.1%}"}
+NO_SCORES = "Not evaluated yet.\n"
+
+
+def front_matter(card: Path) -> dict[str, Any]:
+    """The YAML block at the head of a model card; empty if there is no card or no block."""
+    match = re.match(r"---\n(.*?)\n---", card.read_text(), re.DOTALL) if card.is_file() else None
+    block = yaml.safe_load(match.group(1)) if match else None
+    return block if isinstance(block, dict) else {}
+
+
+def public_name(model: str) -> str:
+    """The Hub id, or the name of a local directory without the path to it."""
+    return Path(model).name if Path(model).exists() else model
+
+
+def model_card(
+    mask: Mask,
+    weights: tuple[int, int],
+    findings: Sequence[Finding],
+    parent_card: dict[str, Any],
+    recovery: dict[str, Any] | None = None,
+    license_name: str | None = None,
+    data: str | None = None,
+    lost_heads: int = 0,
+) -> str:
+    """Write the card.
+
+    Args:
+        mask: the kept layers and their origin.
+        weights: numbers in the parent and in this model.
+        findings: what the export gate found.
+        parent_card: front matter of the parent's card, whose licence and languages carry over.
+        recovery: tokens and scope of the recovery; None if the weights are the parent's.
+        license_name: licence to state instead of the parent's.
+        data: what the search and the recovery were trained on.
+        lost_heads: multi-token-prediction layers of the parent that are not part of this model.
+    """
+    carried = {key: parent_card[key] for key in CARRIED if key in parent_card}
+    head = {
+        **carried,
+        **({"license": license_name} if license_name else {}),
+        **({} if Path(mask.model).exists() else {"base_model": mask.model}),
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["depth-pruning", "layer-pruning", *(["distillation"] if recovery else [])],
+    }
+    before, after = weights
+    facts = {
+        "Parent": f"`{public_name(mask.model)}`" + (f" at revision `{mask.revision}`" if mask.revision else ""),
+        "Layers": f"{len(mask.keep)} of {mask.num_layers}; removed {list(mask.removed)}",
+        "Kept layers": str(list(mask.keep)),
+        "Weights": f"{after:,} of {before:,} ({after / before:.1%})",
+        "Chosen by": f"{mask.method}" + (f", seed {mask.seed}" if mask.seed is not None else ""),
+        "Search": f"{mask.tokens_seen:,} tokens" + "".join(f", {k} {v:.4g}" for k, v in mask.metrics.items()),
+        "Recovery": (
+            f"distilled from the parent on {recovery['tokens']:,} tokens ({recovery['scope']})"
+            if recovery
+            else "none: the kept layers hold the parent's weights"
+        ),
+        "Data": data or "not stated",
+        "Left out": f"{lost_heads} multi-token-prediction layers (speculative decoding)"
+        if lost_heads
+        else "",
+        "Licence": str(head.get("license", "that of the parent, whose card states none")),
+        "Code": f"e3pruner, commit `{mask.git_sha}`" if mask.git_sha else "e3pruner",
+    }
+    return CARD.format(
+        head=yaml.safe_dump(head, sort_keys=False).strip(),
+        name=Path(mask.model).name,
+        depth=len(mask.keep),
+        facts="\n".join(f"| {key} | {value} |" for key, value in facts.items() if value),
+        scores=NO_SCORES,
+        checks="\n".join(f"| {f.check} | {f.detail} |" for f in findings),
+    )
+
+
+CARRIED = ("license", "license_name", "license_link", "language")
+CARD = """---
+{head}
+---
+# {name}, {depth} layers
+
+A depth-pruned `{name}`: whole decoder layers removed, everything else as in the parent. It is a plain
+Transformers checkpoint and needs no code of its own:
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("path/to/this/directory")
+tokenizer = AutoTokenizer.from_pretrained("path/to/this/directory")
+```
+
+| | |
+|---|---|
+{facts}
+
+## Scores
+
+<!-- scores -->
+{scores}<!-- /scores -->
+
+## Proof
+
+A fresh process loaded this directory with stock `AutoModelForCausalLM` and found:
+
+| check | finding |
+|---|---|
+{checks}
+"""
+
+
+def scores_table(evaluation: dict[str, Any], directory: Path) -> str:
+    """This model's figures beside its parent's, from the JSON that ``evaluate --out`` writes.
+
+    Raises:
+        ConfigError: the evaluation has no teacher, or did not judge this directory.
+    """
+    parent = evaluation.get("teacher")
+    own = next((m for m in evaluation["models"] if Path(m["path"]).resolve() == directory.resolve()), None)
+    if parent is None or own is None:
+        judged = [m["path"] for m in evaluation["models"]]
+        raise ConfigError(f"--scores: needs an evaluation of '{directory}' with --teacher; found {judged}.")
+    lines = ["| | parent | this model |", "|---|---|---|"]
+    for key, form in FIGURES.items():
+        if key in own:
+            lines.append(
+                f"| {key.replace('_', ' ')} | {form.format(parent[key])} | {form.format(own[key])} |"
+            )
+    return "\n".join([*lines, "", f"On {evaluation['rows']} rows: `{evaluation['command']}`", ""])
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Put the scores of an evaluation into the card of an export."""
+    parser = argparse.ArgumentParser(prog="python -m src.model_card", description=main.__doc__)
+    parser.add_argument("directory", type=Path, help="an exported model")
+    parser.add_argument("--scores", type=Path, required=True, help="JSON written by evaluate --out")
+    args = parser.parse_args(argv)
+    card = args.directory / "README.md"
+    table = scores_table(json.loads(args.scores.read_text()), args.directory)
+    partial = card.with_suffix(".partial")
+    partial.write_text(SCORES.sub(lambda _: table, card.read_text()))
+    partial.replace(card)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,149 @@
+"""Run a model in the ways that a wrong cut cannot survive, and compare two such runs.
+
+A plain batch, the same batch with one row padded on the left, and greedy generation with and without the
+cache. Comparing tokens alone would not do: a wrong attention pattern often leaves the first tokens as they
+were, and shows only in the logits.
+
+Shapes: B rows, T tokens, S generated tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
+
+from src.models.layers import text_config
+
+GENERATED, PADDING = 6, 3
+TOLERANCE = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 1e-1}
+"""Largest difference, as a share of the largest logit, between two ways of computing the same logits."""
+
+Observation = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One check and its outcome."""
+
+    check: str
+    passed: bool
+    detail: str
+
+
+def probe_tokens(config: PretrainedConfig, tokens: int | None = None) -> Tensor:
+    """Two rows of ordinary token ids ``[2, T]``; by default longer than any window of up to 1024 tokens."""
+    special: set[int] = set()
+    windows = [8]
+
+    def read(section: dict[str, Any]) -> None:
+        for name, value in section.items():
+            if isinstance(value, dict):
+                read(value)
+            elif "token_i" in str(name):  # *_token_id, *_token_index
+                special.update(value if isinstance(value, list) else [value])
+            elif str(name).endswith(("window", "window_size", "chunk_size")) and isinstance(value, int):
+                windows.append(value)
+
+    read(config.to_dict())
+    length = tokens or max(w for w in windows if w <= 1024) + 8
+    vocabulary = min(text_config(config).vocab_size, 50_000)
+    ordinary = torch.tensor([i for i in range(vocabulary) if i not in special])
+    draw = torch.randint(len(ordinary), (2, length), generator=torch.Generator().manual_seed(0))
+    return ordinary[draw]
+
+
+@torch.no_grad()
+def observe(model: PreTrainedModel, ids_BT: Tensor) -> Observation:
+    """Run ``model`` in four ways: logits ``[B, T or S, V]`` and generated tokens ``[B, S]``, on the CPU."""
+    ids_BT = ids_BT.to(model.device)
+    ones_BT, padded_BT = torch.ones_like(ids_BT), torch.ones_like(ids_BT)
+    padded_BT[-1, :PADDING] = 0
+    single_1T, single_ones_1T = ids_BT[-1:, PADDING:], ones_BT[-1:, PADDING:]
+    positions = {"position_ids": (padded_BT.cumsum(-1) - 1).clamp(min=0)}
+    known = inspect.signature(model.forward).parameters
+    found = {
+        "plain": model(input_ids=ids_BT, attention_mask=ones_BT).logits,
+        "single": model(input_ids=single_1T, attention_mask=single_ones_1T).logits,
+        "padded": model(
+            input_ids=ids_BT,
+            attention_mask=padded_BT,
+            **{name: value for name, value in positions.items() if name in known},
+        ).logits[-1:, PADDING:],
+    }
+    generate: Any = model.generate
+    with _plain_generation(model):
+        for name, cached in (("cached", True), ("uncached", False)):
+            out = generate(
+                ids_BT,
+                attention_mask=ones_BT,
+                max_new_tokens=GENERATED,
+                use_cache=cached,
+                return_dict_in_generate=True,
+                output_logits=True,
+            )
+            found[name] = torch.stack(out.logits, dim=1)
+            found[f"{name}_tokens"] = out.sequences[:, ids_BT.shape[1] :]
+    return {name: tensor.cpu().contiguous().clone() for name, tensor in found.items()}
+
+
+@contextmanager
+def _plain_generation(model: PreTrainedModel) -> Iterator[None]:
+    """Greedy, and no stop token: a checkpoint's sampling settings would hide the logits."""
+    own = model.generation_config
+    model.generation_config = GenerationConfig(pad_token_id=0)
+    try:
+        yield
+    finally:
+        model.generation_config = own
+
+
+def compare(expected: Observation, found: Observation, dtype: str, exact: bool) -> list[Finding]:
+    """Judge an observation against the expected one.
+
+    Args:
+        expected: of the original.
+        found: of the model under test.
+        dtype: type of the computation, which sets the tolerance.
+        exact: whether the same computation must give the same bits (it does on a CPU).
+    """
+    scale = float(expected["plain"].abs().max())
+    tolerance = TOLERANCE[dtype] * scale
+    findings = []
+    for name, what in (("plain", "logits"), ("padded", "padded logits"), ("cached", "cached logits")):
+        difference = _gap(expected[name], found[name])
+        same = torch.equal(expected[name], found[name]) if exact else difference <= tolerance
+        detail = "equal to the last bit" if same and exact else f"differ by {difference:.1e} of {scale:.1f}"
+        findings.append(Finding(f"{what} = original", same, detail))
+    for what, ways in (("left padding = single", _padding), ("cache = no cache", _cache)):
+        difference, own = _gap(*ways(found)), _gap(*ways(expected))
+        same = difference <= max(tolerance, own)
+        detail = f"differ by {difference:.1e} of {scale:.1f}"
+        detail += "; so does the original" if same and difference > tolerance else ""
+        findings.append(Finding(what, same, detail))
+    return findings
+
+
+def _padding(run: Observation) -> tuple[Tensor, Tensor]:
+    return run["padded"], run["single"]
+
+
+def _cache(run: Observation) -> tuple[Tensor, Tensor]:
+    """Logits with and without the cache, up to where their tokens part: beyond, the contexts differ."""
+    parted = (run["cached_tokens"] != run["uncached_tokens"]).any(0).tolist()
+    steps = parted.index(True) + 1 if True in parted else len(parted)
+    return run["cached"][:, :steps], run["uncached"][:, :steps]
+
+
+def _gap(a: Tensor, b: Tensor) -> float:
+    """Largest difference; infinite for different shapes and for NaN."""
+    if a.shape != b.shape:
+        return float("inf")
+    gap = float((a.float() - b.float()).abs().max())
+    return gap if gap == gap else float("inf")

@@ -1,0 +1,142 @@
+"""The export gate's fresh process: an exported directory, read as a stranger reads it, must reproduce a run.
+
+The parent with hard gates (or the recovered student) is observed in memory (:mod:`src.models.observe`). This
+process knows only the directory and that observation: it loads the directory with stock
+``AutoModelForCausalLM``, without remote code, and observes it in the same ways. On a CPU both must agree to
+the last bit, in any type; on a GPU within the tolerance of the type.
+
+Run it on any export: ``python -m src.verify DIRECTORY --reference FILE``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from src.models.layers import num_layers
+from src.models.observe import Finding, Observation, compare, observe
+
+PROBE_TEXT = "Layer 7 of 12: the cat sat on the mat,\n\tdidn't it? 1+1=2."
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What an exported directory must reproduce, with the settings under which it was observed.
+
+    Attributes:
+        expected: observation of the model in memory.
+        ids_BT: the tokens it was observed on.
+        weights: stored numbers, tied ones once, predicted from the parent.
+        layers: number of layers.
+        tied: whether input and output embeddings are one tensor.
+        text_ids: tokens of a probe text; None if the parent has no tokenizer.
+        chat_template: template of the parent's tokenizer.
+        dtype: type to compute in.
+        attention: attention implementation.
+        device: where to compute.
+        threads: CPU threads; sums depend on their number.
+    """
+
+    expected: Observation
+    ids_BT: Tensor
+    weights: int
+    layers: int
+    tied: bool
+    text_ids: list[int] | None = None
+    chat_template: str | None = None
+    dtype: str = "float32"
+    attention: str | None = None
+    device: str = "cpu"
+    threads: int = 1
+
+    def save(self, path: Path) -> None:
+        """Write tensors and settings to one safetensors file."""
+        settings = {k: v for k, v in vars(self).items() if k not in ("expected", "ids_BT")}
+        save_file({**self.expected, "ids_BT": self.ids_BT}, path, {"settings": json.dumps(settings)})
+
+    @classmethod
+    def load(cls, path: Path) -> Reference:
+        """Read what :meth:`save` wrote."""
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            settings = json.loads(file.metadata()["settings"])
+        return cls(ids_BT=tensors.pop("ids_BT"), expected=tensors, **settings)
+
+
+def verify(directory: Path, reference: Reference) -> list[Finding]:
+    """Load ``directory`` as a stranger would and check it against ``reference``."""
+    torch.set_num_threads(reference.threads)
+    loading: Any = AutoModelForCausalLM.from_pretrained(
+        directory,
+        dtype=getattr(torch, reference.dtype),
+        attn_implementation=reference.attention,
+        local_files_only=True,
+        output_loading_info=True,
+    )
+    model, info = loading[0].to(reference.device).eval(), loading[1]
+    wrong = {kind: sorted(map(str, keys)) for kind, keys in info.items() if keys}
+    stored, loaded = _stored_weights(directory), unique_weights(model.state_dict())
+    tied, depth = is_tied(model), num_layers(model.config)
+    findings = [
+        Finding("no missing, unexpected or mismatched keys", not wrong, str(wrong or "none")),
+        Finding(
+            "weights as predicted, nothing else stored",
+            stored == loaded == reference.weights,
+            f"{stored:,} stored, {loaded:,} loaded, {reference.weights:,} predicted",
+        ),
+        Finding("layers", depth == reference.layers, str(depth)),
+        Finding("embeddings tied as in the original", tied == reference.tied, "tied" if tied else "not tied"),
+    ]
+    if reference.text_ids is not None:
+        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+        same = tokenizer(PROBE_TEXT).input_ids == reference.text_ids
+        same &= tokenizer.chat_template == reference.chat_template
+        findings.append(Finding("tokenizer and chat template", same, "equal" if same else "differ"))
+    exact = reference.device == "cpu"
+    found = observe(model, reference.ids_BT)
+    return findings + compare(reference.expected, found, reference.dtype, exact)
+
+
+def is_tied(model: PreTrainedModel) -> bool:
+    """Whether input and output embeddings are one tensor."""
+    inputs: Any = model.get_input_embeddings()
+    outputs: Any = model.get_output_embeddings()
+    return outputs is not None and outputs.weight.data_ptr() == inputs.weight.data_ptr()
+
+
+def unique_weights(state: dict[str, Tensor]) -> int:
+    """Numbers in a state dict, tensors that share their memory counted once."""
+    return sum({(t.data_ptr(), t.shape): t.numel() for t in state.values()}.values())
+
+
+def _stored_weights(directory: Path) -> int:
+    total = 0
+    for path in directory.glob("*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            shapes = [file.get_slice(name).get_shape() for name in file.keys()]  # noqa: SIM118
+            total += sum(map(math.prod, shapes))
+    return total
+
+
+def main() -> None:
+    """Print the findings as JSON, one to a line; the caller judges."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("directory", type=Path)
+    parser.add_argument("--reference", type=Path, required=True)
+    args = parser.parse_args()
+    for finding in verify(args.directory, Reference.load(args.reference)):
+        print(json.dumps(asdict(finding)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,163 @@
+"""The laws of the export, on every family of the table; and wrong cuts, which it must not let through."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from src.errors import ConfigError
+from src.gate import in_fresh_process, observe_gated, predicted_weights
+from src.models import cut as cutting
+from src.models.cut import cut
+from src.models.cut_rules import slice_section
+from src.models.observe import Finding, compare, observe, probe_tokens
+from src.verify import Reference, is_tied, verify
+from tests.tiny import FAMILIES, LAYERS, tiny_model
+
+KEEP = (0, 2, 3, 5, 6)
+KV_SHARED: dict[str, Any] = {
+    "num_kv_shared_layers": 2,
+    "layer_types": ["sliding_attention", "full_attention"] * 3 + ["sliding_attention"],
+    "sliding_window": 4,
+    "intermediate_size": [48] * LAYERS,
+    "hidden_size_per_layer_input": 8,
+    "vocab_size_per_layer_input": 97,
+}
+
+
+def reference(parent: PreTrainedModel, student: PreTrainedModel, keep: Sequence[int]) -> Reference:
+    ids_BT = probe_tokens(parent.config)
+    return Reference(
+        expected=observe_gated(parent, keep, ids_BT),
+        ids_BT=ids_BT,
+        weights=predicted_weights(parent, student, keep),
+        layers=len(keep),
+        tied=is_tied(student),
+        attention=parent.config._attn_implementation,
+        threads=torch.get_num_threads(),
+    )
+
+
+def failures(findings: list[Finding]) -> dict[str, str]:
+    return {f.check: f.detail for f in findings if not f.passed}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_hard_gated_parent_is_the_saved_and_reloaded_cut_model(family: str, tmp_path: Path) -> None:
+    parent = tiny_model(family)
+    student = cut(parent, KEEP)
+    student.save_pretrained(tmp_path)
+    told = reference(parent, student, KEEP)
+    assert not torch.equal(told.expected["plain"], observe(parent, told.ids_BT)["plain"])  # not vacuous
+    assert not failures(verify(tmp_path, told))
+
+
+def test_a_fresh_process_comes_to_the_same_verdict(tmp_path: Path) -> None:
+    parent = tiny_model("gemma3n_text", **KV_SHARED)  # tensors outside the layers, shared keys and values
+    keep = (0, 3, 4, 5)
+    student = cut(parent, keep)
+    student.save_pretrained(tmp_path)
+    told = reference(parent, student, keep)
+    findings = in_fresh_process(tmp_path, told)
+    assert not failures(findings)
+    assert [f.check for f in findings] == [f.check for f in verify(tmp_path, told)]
+
+
+# ---------------------------------------------------------------------- wrong cuts
+
+
+def rederived(section: dict[str, Any], length: int, keep: Sequence[int]) -> dict[str, Any]:
+    """The pattern is left to the config class, which repeats its own period."""
+    lists, stale = ("layer_types", "no_rope_layers"), ("max_window_layers",)
+    right = slice_section(section, length, keep)
+    return {k: section[k] if k in stale else v for k, v in right.items() if k not in lists}
+
+
+def first_entries(section: dict[str, Any], length: int, keep: Sequence[int]) -> dict[str, Any]:
+    """Every list keeps its first entries, in place of the survivors'."""
+    right = slice_section(section, length, keep)
+    return {
+        k: section[k][: len(keep)] if isinstance(section.get(k), list) and len(section[k]) == length else v
+        for k, v in right.items()
+    }
+
+
+def count_alone(section: dict[str, Any], length: int, keep: Sequence[int]) -> dict[str, Any]:
+    """Only the number of layers is rewritten; where the dense layers are is not."""
+    right = slice_section(section, length, keep)
+    stale = {
+        k: section[k] for k in ("mlp_only_layers", "first_k_dense_replace", "moe_layers") if k in section
+    }
+    return {**right, **stale}
+
+
+WRONG = [
+    *[(rederived, family) for family in ("qwen2", "gemma2", "gemma3_text", "smollm3", "cohere2", "olmo3")],
+    *[(first_entries, family) for family in ("qwen3", "gemma2", "gemma3_text", "smollm3", "cohere2", "lfm2")],
+    *[(count_alone, family) for family in ("qwen3_moe", "deepseek_v3", "llama4_text")],
+]
+
+
+@pytest.mark.parametrize(("rule", "family"), WRONG)
+def test_a_wrong_rule_is_refused_before_anything_is_saved(
+    rule: Callable[..., dict[str, Any]], family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cutting, "slice_section", rule)
+    with pytest.raises(ConfigError, match="would become layer"):
+        cut(tiny_model(family), KEEP)
+
+
+@pytest.mark.parametrize(("rule", "family"), WRONG)
+def test_a_wrong_cut_on_disk_is_caught_by_the_gate(
+    rule: Callable[..., dict[str, Any]],
+    family: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    parent = tiny_model(family)
+    right = cut(parent, KEEP)
+    right.save_pretrained(tmp_path)
+    told = reference(parent, right, KEEP)
+    monkeypatch.setattr(cutting, "slice_section", rule)
+    cutting.cut_config(parent.config, KEEP).save_pretrained(tmp_path)
+    assert failures(verify(tmp_path, told))
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2", "gpt2", "smollm3"])
+def test_layers_deleted_without_renumbering_are_caught(family: str) -> None:
+    parent, wrong = tiny_model(family), tiny_model(family)
+    ids_BT = probe_tokens(parent.config)
+    right = observe_gated(parent, KEEP, ids_BT)
+    body = wrong.transformer if family == "gpt2" else wrong.model
+    name = "h" if family == "gpt2" else "layers"
+    setattr(body, name, nn.ModuleList(getattr(body, name)[i] for i in KEEP))
+    wrong.config.update(cutting.cut_config(parent.config, KEEP).to_dict())
+    try:
+        found = observe(wrong, ids_BT)
+    except IndexError:
+        return  # the cache has no place for the old numbers
+    assert failures(compare(right, found, "float32", exact=True))
+
+
+def test_missing_stale_and_foreign_tensors_are_caught(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    parent = tiny_model("llama")
+    student = cut(parent, KEEP)
+    student.save_pretrained(tmp_path)
+    told, path = reference(parent, student, KEEP), tmp_path / "model.safetensors"
+    weights = load_file(path)
+    teacher = {f"teacher.{name}": tensor for name, tensor in parent.state_dict().items()}
+    for planted in (
+        {k: v for k, v in weights.items() if "layers.4.mlp.up_proj" not in k},
+        {**weights, "model.layers.5.mlp.up_proj.weight": weights["model.layers.4.mlp.up_proj.weight"] + 1},
+        {**weights, **{k: v.contiguous() for k, v in teacher.items()}},
+    ):
+        save_file(planted, path, {"format": "pt"})
+        assert "weights as predicted, nothing else stored" in failures(verify(tmp_path, told))

@@ -1,0 +1,186 @@
+"""The cut: rules for every kind of per-layer attribute, refusals that say why, and the cut as a copy."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from src.errors import ConfigError
+from src.models.cut import Constraints, constraints, cut, cut_config
+from src.models.cut_rules import slice_section
+from tests.tiny import FAMILIES, LAYERS, tiny_config, tiny_ids, tiny_model
+
+KEEP = (0, 2, 3, 5, 6)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("layer_types", list("abcdefg"), list("acdfg")),
+        ("hybrid_override_pattern", "abcdefg", "acdfg"),
+        ("hidden_act", "swiglu7", "swiglu7"),  # as long as the model is deep, but not a list of layers
+        ("eos_token_id", list(range(7)), list(range(7))),
+        ("mlp_only_layers", [0, 1, 5], [0, 3]),
+        ("full_attn_idxs", [6, 1, 2, 3, 4, 5, 0], [4, 1, 2, 3, 0]),  # length 7 and yet indices
+        ("ple_layer_ids", [1, 2, 4], [1, 3]),  # counted from one
+        ("first_k_dense_replace", 3, 2),
+        ("max_window_layers", 28, 5),
+        ("moe_layer_end_index", 4, 2),
+        ("num_kv_shared_layers", 3, 2),
+        ("per_layer_config", {"02": {"head_dim": 8}, "4": {"head_dim": 4}}, {"1": {"head_dim": 8}}),
+        ("num_nextn_predict_layers", 1, 0),
+        ("num_hidden_layers", 7, 5),
+        ("encoder_layers", 3, 3),
+        ("num_attention_heads", 7, 7),
+        ("mlp_only_layers", None, None),
+    ],
+)
+def test_each_kind_of_attribute_follows_its_layers(name: str, value: object, expected: object) -> None:
+    assert slice_section({name: value}, LAYERS, KEEP) == {name: expected}
+
+
+def test_periods_become_lists_where_the_family_has_one() -> None:
+    section = {"decoder_sparse_step": 2, "mlp_only_layers": [5], "block_types": ("r", "r", "a")}
+    assert slice_section(section, LAYERS, KEEP) == {
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [0, 1, 3, 4],  # of layers 0, 2, 5, 6; layer 3 alone has experts
+        "block_types": ["r", "a", "r", "a", "r"],
+    }
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_keeping_every_layer_changes_nothing(family: str) -> None:
+    config = tiny_config(family)
+    before, after = config.to_dict(), cut_config(config, range(LAYERS)).to_dict()
+    spelt_out = {"decoder_sparse_step", "mlp_only_layers", "attention_types", "max_window_layers"}
+    spelt_out.add("num_nextn_predict_layers")  # heads that no causal-LM class holds
+    assert {k for k in before.keys() | after.keys() if before.get(k) != after.get(k)} <= spelt_out
+    assert cut_config(cut_config(config, range(LAYERS)), range(LAYERS)).to_dict() == after
+
+
+def test_a_nested_config_is_cut_in_its_text_part_alone() -> None:
+    from transformers import AutoConfig
+
+    text = tiny_config("gemma3_text").to_dict()
+    vision = {
+        "hidden_size": 32,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": 4,
+        "intermediate_size": 48,
+    }
+    config = AutoConfig.for_model("gemma3", text_config=text, vision_config=vision)
+    new = cut_config(config, KEEP)
+    assert (new.text_config.num_hidden_layers, new.vision_config.num_hidden_layers) == (len(KEEP), LAYERS)
+    assert new.text_config.layer_types == [config.text_config.layer_types[i] for i in KEEP]
+
+
+def test_the_cut_shares_no_memory_and_leaves_its_parent_alone() -> None:
+    parent, ids = tiny_model("gemma2"), tiny_ids()
+    before = parent(ids).logits
+    student = cut(parent, KEEP)
+    assert student.lm_head.weight is student.model.embed_tokens.weight
+    with torch.no_grad():
+        for parameter in student.parameters():
+            parameter.zero_()
+    assert torch.equal(parent(ids).logits, before)
+    assert parent.config.num_hidden_layers == LAYERS
+
+
+def test_types_mode_and_settings_are_those_of_the_parent() -> None:
+    parent = tiny_model("llama").to(torch.bfloat16).train()
+    parent.generation_config.top_k = 3
+    student = cut(parent, KEEP)
+    assert {p.dtype for p in student.parameters()} == {torch.bfloat16}
+    assert student.training
+    assert student.generation_config.top_k == 3
+    assert student.config._attn_implementation == parent.config._attn_implementation
+    assert [layer.self_attn.layer_idx for layer in student.model.layers] == list(range(len(KEEP)))
+
+
+@pytest.mark.parametrize("keep", [(), (0, 0, 1), (0, LAYERS), (-1, 2)])
+def test_layers_that_are_not_layers_are_refused(keep: tuple[int, ...]) -> None:
+    with pytest.raises(ConfigError, match=r"keep: .* given; accepted: .* 0\.\.6"):
+        cut(tiny_model("llama"), keep)
+
+
+def test_quantised_weights_are_refused() -> None:
+    model = tiny_model("llama")
+    model.config.quantization_config = {"load_in_8bit": True}
+    with pytest.raises(ConfigError, match="quantised weights cannot be cut"):
+        cut(model, KEEP)
+
+
+# ---------------------------------------------------------------------- what a family cannot express
+
+
+LIMITS = {
+    # an attention scale that is a formula of the position
+    "tail": ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, Constraints(tail_only=True)),
+    # experts by a period that no list can replace
+    "period": (
+        "jamba",
+        {
+            "attn_layer_period": 3,
+            "attn_layer_offset": 1,
+            "expert_layer_period": 3,
+            "expert_layer_offset": 2,
+            "num_experts": 4,
+        },
+        Constraints(tail_only=True, period=3),
+    ),
+    # the first layer has a norm of its own
+    "first": ("rwkv", {"rescale_every": 0, "attention_hidden_size": 32}, Constraints(frozenset({0}))),
+    # weights changed in place by position
+    "none": ("rwkv", {"attention_hidden_size": 32}, Constraints(frozenset(range(LAYERS)))),
+    "free": ("llama", {}, Constraints()),
+}
+
+
+@pytest.mark.parametrize("case", LIMITS)
+def test_limits_are_found_without_weights(case: str) -> None:
+    family, overrides, expected = LIMITS[case]
+    found = constraints(tiny_config(family, **overrides))
+    assert (found.always_keep, found.tail_only, found.period) == (
+        expected.always_keep,
+        expected.tail_only,
+        expected.period,
+    )
+    assert bool(found.reason) == (case != "free")
+
+
+def test_a_mask_within_the_limits_is_cut_and_one_outside_is_refused_by_name() -> None:
+    parent = tiny_model("gpt2", scale_attn_by_inverse_layer_idx=True)
+    assert len(cut(parent, [0, 1, 2, 3]).transformer.h) == 4
+    with pytest.raises(ConfigError, match=r"layer 3 would become layer 2.*attn\.scaling.*last layers"):
+        cut(parent, [0, 1, 3, 4])
+
+
+def test_a_borrower_needs_its_lender() -> None:
+    shared = {
+        "num_kv_shared_layers": 2,
+        "layer_types": ["sliding_attention", "full_attention"] * 3 + ["sliding_attention"],
+        "sliding_window": 4,
+        "intermediate_size": [48] * LAYERS,
+        "hidden_size_per_layer_input": 8,
+        "vocab_size_per_layer_input": 97,
+    }
+    config = tiny_config("gemma3n_text", **shared)
+    assert constraints(config).always_keep == {3, 4}
+    with pytest.raises(ConfigError, match=r"layer 3 is removed, but layers \[5\].*Keep layer 3 too"):
+        cut_config(config, [0, 1, 2, 4, 5, 6])
+    new = cut_config(config, [0, 3, 4, 5, 6])
+    assert (new.num_kv_shared_layers, new.kv_sharing_modes) == (2, [None, "store", "store", "reuse", "reuse"])
+
+
+def test_a_hybrid_keeps_at_least_one_attention_layer() -> None:
+    config = tiny_config("lfm2")
+    limits = constraints(config)
+    assert limits.one_of == {1, 2, 5}
+    assert (limits.pinned(LAYERS, 2), limits.pinned(LAYERS, 3)) == (frozenset(), {1})
+    with pytest.raises(ConfigError, match=r"no attention layer is left.*\[1, 2, 5\]"):
+        cut_config(config, [0, 3, 4, 6])
+
+
+def test_pinned_layers_of_a_tail_only_family_depend_on_how_many_go() -> None:
+    assert Constraints(tail_only=True).pinned(7, remove=2) == frozenset(range(5))
+    assert Constraints(frozenset({0})).pinned(7, remove=2) == {0}
