@@ -35,6 +35,7 @@ class Parser(argparse.ArgumentParser):
         """Options that say how models are loaded."""
         self.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
         self.add_argument("--device", default="auto", help="cpu, cuda, ... (default: cuda if there is one)")
+        self.add_argument("--threads", type=positive, metavar="N", help="CPU threads (default: torch's)")
 
 
 def positive(text: str) -> int:
@@ -51,6 +52,8 @@ def load(name: str, args: argparse.Namespace) -> PreTrainedModel:
         ConfigError: it cannot be loaded, or the device does not exist.
     """
     logging.disable_progress_bar()
+    if args.threads:
+        torch.set_num_threads(args.threads)
     device = args.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -1,0 +1,191 @@
+"""Measure prefill and decode speed beside a baseline and beside the ideal: ``python -m src.cli benchmark``.
+
+The models run in one process and take turns at every token: each reads a prompt (prefill), then decodes
+with its cache. The speed-up is the median over repeats of the ratio within a repeat, with its quartiles.
+
+The ideal is the ratio of the floating-point operations in the very calls that are timed (layers, attention
+and output head; a cut of L to K layers: (L layer + head) / (K layer + head)). What a model does beside them
+(embedding, masks, norms, Python) does not shrink with its layers, so a measured speed-up stays below it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from typing import Any
+
+import torch
+from rich.table import Table
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import Cache, PreTrainedModel
+
+from src.command import Parser, load, parameters, positive, provenance, show
+from src.errors import ConfigError
+from src.generate import step
+from src.mask import write_json
+from src.models.layers import num_layers, text_config
+
+PHASES = ("prefill", "decode")
+
+
+def race(models: list[PreTrainedModel], ids_BT: Tensor, new_tokens: int) -> Tensor:
+    """Seconds ``[models, 2]`` of reading a prompt and of decoding ``new_tokens``, the models in lockstep.
+
+    They take turns at every token (in the order ABBA), so that whatever else the machine does, however
+    briefly, slows all of them alike.
+    """
+    seconds = torch.zeros(len(models), len(PHASES), dtype=torch.float64)
+    fed: list[Tensor] = [ids_BT] * len(models)
+    caches: list[Cache | None] = [None] * len(models)
+    for call in range(1 + new_tokens):
+        for turn in range(len(models)):
+            at = (call + turn) % len(models)
+            began = _now(ids_BT.device)
+            fed[at], caches[at] = step(models[at], fed[at], cache=caches[at])
+            seconds[at, min(call, 1)] += _now(ids_BT.device) - began
+    return seconds
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def flops(model: PreTrainedModel, ids_BT: Tensor, new_tokens: int) -> tuple[int, int]:
+    """Floating-point operations of the matrix products and the attention in the calls of :func:`race`."""
+    with FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION) as prefill:
+        token_B1, cache = step(model, ids_BT)
+    with FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION) as decode:
+        for _ in range(new_tokens):
+            token_B1, cache = step(model, token_B1, cache=cache)
+    return prefill.get_total_flops(), decode.get_total_flops()
+
+
+def _attention_flops(query: torch.Size, key: torch.Size, *_: Any, **__: Any) -> int:
+    batch, heads, queries, width = query
+    return 4 * batch * heads * queries * key[2] * width
+
+
+# torch counts the fused attention of GPUs; this is that of CPUs.
+_CPU_ATTENTION = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
+
+
+@torch.inference_mode()
+def compare(
+    models: list[PreTrainedModel], batch_size: int, prompt_tokens: int, new_tokens: int, repeats: int
+) -> list[dict[str, Any]]:
+    """Time models against the first of them, the baseline.
+
+    Returns:
+        For each model a dict with ``prefill`` and ``decode``: ``tokens_per_s`` with its ``iqr``, the
+        ``speedup`` with its ``speedup_iqr`` and the ratio of every repeat, and the ``ideal`` speed-up.
+    """
+    generator = torch.Generator().manual_seed(0)
+    vocabulary = min(text_config(model.config).vocab_size for model in models)
+    ids_BT = torch.randint(vocabulary, (batch_size, prompt_tokens), generator=generator)
+    ids_BT = ids_BT.to(models[0].device)
+    work = torch.tensor([flops(model, ids_BT, new_tokens) for model in models], dtype=torch.float64)
+    race(models, ids_BT, new_tokens)  # warm-up, after that of the counting
+    seconds = torch.stack([race(models, ids_BT, new_tokens) for _ in range(repeats)])
+    tokens = torch.tensor([batch_size * prompt_tokens, batch_size * new_tokens])
+    speeds, ratios, ideals = tokens / seconds, seconds[:, :1] / seconds, work[0] / work
+    return [
+        {
+            phase: _figures(speeds[:, at, p], ratios[:, at, p]) | {"ideal": float(ideals[at, p])}
+            for p, phase in enumerate(PHASES)
+        }
+        for at in range(len(models))
+    ]
+
+
+def _figures(speeds: Tensor, ratios: Tensor) -> dict[str, Any]:
+    quartiles = torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)
+    low, speed, high = speeds.quantile(quartiles).tolist()
+    least, ratio, most = ratios.quantile(quartiles).tolist()
+    return {
+        "tokens_per_s": speed,
+        "iqr": [low, high],
+        "speedup": ratio,
+        "speedup_iqr": [least, most],
+        "speedups": ratios.tolist(),
+    }
+
+
+def verdict(name: str, phase: str, batch_size: int, figures: dict[str, Any]) -> str | None:
+    """What a reader must know about a measured speed-up, if it is not what the layer count promises."""
+    speedup, ideal, (least, most) = figures["speedup"], figures["ideal"], figures["speedup_iqr"]
+    what = f"{name}, {phase} at batch size {batch_size}: {speedup:.2f}x (quartiles {least:.2f} to {most:.2f})"
+    if least <= 1.0:
+        return f"{what}. No speed-up was measured; the ideal is {ideal:.2f}x."
+    if speedup < 0.9 * ideal:
+        return (
+            f"{what}, {speedup / ideal:.0%} of the ideal {ideal:.2f}x. The rest is work outside the layers; "
+            f"a larger model or batch comes closer."
+        )
+    return None
+
+
+def main(argv: list[str]) -> None:
+    """Measure, print the table and what to beware of, write the JSON."""
+    args = _parse(argv)
+    names = [args.baseline, *args.model]
+    models = [load(name, args) for name in names]
+    for name, model in zip(names, models, strict=True):
+        longest = getattr(text_config(model.config), "max_position_embeddings", None)
+        if longest is not None and args.prompt_tokens + args.new_tokens > longest:
+            raise ConfigError(
+                f"--prompt-tokens {args.prompt_tokens} and --new-tokens {args.new_tokens} are more than the "
+                f"{longest} positions of '{name}'."
+            )
+    table = Table(title=f"Speed beside {args.baseline}, {torch.get_num_threads()} thread(s)")
+    table.add_column("model", overflow="fold")
+    for heading in ("batch", "phase", "tokens/s", "quartiles", "speed-up", "quartiles", "ideal", "of ideal"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    measured, warnings = [], []
+    for size in args.batch_size:
+        results = compare(models, size, args.prompt_tokens, args.new_tokens, args.repeats)
+        for name, result in zip(names, results, strict=True):
+            measured.append({"path": name, "batch_size": size, **result})
+            for phase in PHASES:
+                table.add_row(name, str(size), phase, *_cells(result[phase]))
+                if name != args.baseline:
+                    warnings.append(verdict(name, phase, size, result[phase]))
+    show(table)
+    for warning in filter(None, warnings):
+        print(f"note: {warning}")
+    if args.out:
+        sizes = [
+            {"path": name, "parameters": parameters(model), "layers": num_layers(model.config)}
+            for name, model in zip(names, models, strict=True)
+        ]
+        settings = {key: getattr(args, key) for key in ("prompt_tokens", "new_tokens", "repeats")}
+        record = {"baseline": sizes[0], "models": sizes[1:], "measured": measured, **settings}
+        write_json(args.out, record | provenance("benchmark", argv, models[0]))
+
+
+def _cells(figures: dict[str, Any]) -> list[str]:
+    (low, high), (least, most) = figures["iqr"], figures["speedup_iqr"]
+    return [
+        f"{figures['tokens_per_s']:,.0f}",
+        f"{low:,.0f} - {high:,.0f}",
+        f"{figures['speedup']:.3f}x",
+        f"{least:.3f} - {most:.3f}",
+        f"{figures['ideal']:.3f}x",
+        f"{figures['speedup'] / figures['ideal']:.0%}",
+    ]
+
+
+def _parse(argv: list[str]) -> argparse.Namespace:
+    parser = Parser("benchmark", "Measure prefill and decode speed beside a baseline and the ideal.")
+    add = parser.add_argument
+    add("--model", nargs="+", required=True, metavar="DIR", help="models to measure")
+    add("--baseline", required=True, metavar="DIR", help="what they are compared with")
+    add("--batch-size", nargs="+", type=positive, default=[1], metavar="B", help="sizes (default: 1)")
+    add("--prompt-tokens", type=positive, default=128, metavar="T", help="read (default: 128)")
+    add("--new-tokens", type=positive, default=32, metavar="T", help="decoded (default: 32)")
+    add("--repeats", type=positive, default=20, metavar="R", help="turns of each model (default: 20)")
+    add("--out", metavar="FILE", help="write the figures as JSON")
+    parser.add_model_options()
+    return parser.parse_args(argv)
