@@ -1,10 +1,10 @@
 """Token rows as batches: padded rows of similar length, or packed rows of several documents.
 
-A packed row separates its documents by ``position_ids`` that start again at each, and by having **no**
-attention mask: from that, transformers builds a block-diagonal mask of every layer type, sliding windows
-included (``masking_utils.find_packed_sequence_indices``; only without a cache, ``use_cache=False``). The first
-token of each document has no label, so that no document is predicted from the one before it, and every
-padding token is a document of its own, at position 0.
+A packed row separates its documents by ``position_ids`` that start again at each, and by having
+**no** attention mask: from that, transformers builds a block-diagonal mask of every layer type,
+sliding windows included (``masking_utils.find_packed_sequence_indices``; only without a cache,
+``use_cache=False``). The first token of each document has no label, so that no document is
+predicted from the one before it, and every padding token is a document of its own, at position 0.
 
 Shapes: B rows, T tokens of a row.
 """
@@ -15,6 +15,7 @@ import bisect
 import hashlib
 import random
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Protocol
 
 import torch
@@ -26,18 +27,18 @@ Batch = dict[str, Tensor]
 
 
 class Batching(Protocol):
-    """How a block of rows becomes batches.
+    """How a block of rows becomes batches."""
 
-    Args:
-        batch_size: rows of a batch, at most.
-        block_tokens: tokens that a block needs for full batches, if rows alone do not tell.
-    """
+    @property
+    def batch_size(self) -> int:
+        """Rows of a batch, at most."""
 
-    batch_size: int
-    block_tokens: int
+    @property
+    def block_tokens(self) -> int:
+        """Tokens that a block needs for full batches, where rows alone do not tell."""
 
     def plan(self, rows: list[TokenRow], rng: random.Random | None) -> list[list[list[TokenRow]]]:
-        """Divide all ``rows`` into batches of rows of documents; without ``rng`` nothing is shuffled."""
+        """Divide all ``rows`` into batches of rows of documents; shuffled only with ``rng``."""
 
     def collate(self, batch: list[list[TokenRow]]) -> Batch:
         """Make the tensors of one planned batch."""
@@ -98,7 +99,7 @@ class Packed:
 
 
 def pack(rows: list[TokenRow], size: int) -> list[list[TokenRow]]:
-    """Fill bins of ``size`` tokens with whole rows: longest first, each into the fullest bin with room."""
+    """Fill bins of ``size`` tokens: longest row first, each into the fullest bin with room."""
     bins: list[list[TokenRow]] = []
     room: list[tuple[int, int]] = []  # (free tokens, bin), sorted
     for row in sorted(rows, key=lambda row: -len(row.ids)):
@@ -132,13 +133,11 @@ def row_ids(batch: Batch) -> list[int]:
     return names
 
 
-def _divide(
-    rows: list[list[TokenRow]], size: int, rng: random.Random | None
-) -> list[list[list[TokenRow]]]:
-    """Cut into the fewest batches of at most ``size`` rows, as equal as can be: none is a mere remainder."""
+def _divide(rows: list[list[TokenRow]], size: int, rng: random.Random | None) -> list[list[list[TokenRow]]]:
+    """Cut into the fewest batches of at most ``size`` rows, as equal as can be."""
     count = -(-len(rows) // size)
     cuts = [len(rows) * i // count for i in range(count + 1)] if count else [0]
-    batches = [rows[a:b] for a, b in zip(cuts, cuts[1:], strict=False)]
+    batches = [rows[a:b] for a, b in pairwise(cuts)]
     if rng:
         rng.shuffle(batches)
     return batches

@@ -1,8 +1,8 @@
 """Rows of a corpus as documents: a text, and which of its characters are supervised.
 
-Three kinds of row: plain text, prompt and answer (``prompt + separator + answer``), and chat, rendered by
-the tokenizer's own template. In a chat the supervised characters are what the assistant wrote, found by
-marking its words before rendering; they are never guessed from the rendered text.
+Three kinds of row: plain text, prompt and answer (``prompt + separator + answer``), and chat,
+rendered by the tokenizer's own template. In a chat the supervised characters are what the assistant
+wrote, found by marking its words before rendering; they are never guessed from the rendered text.
 """
 
 from __future__ import annotations
@@ -19,20 +19,8 @@ from src.errors import ConfigError
 
 Span = tuple[int, int]
 
-KNOWN: tuple[tuple[str, ...], ...] = (
-    ("messages",),
-    ("conversations",),
-    ("question", "answer"),
-    ("prompt", "completion"),
-    ("prompt", "response"),
-    ("prompt", "answer"),
-    ("instruction", "output"),
-    ("text",),
-    ("content",),
-)
-"""Column names understood without being told; the first that a row has are taken."""
-
 _OPEN, _CLOSE = "\ue000", "\ue001"  # private-use characters around what the assistant wrote
+_HALF = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
@@ -58,87 +46,110 @@ class Columns:
                 f"data.columns: give 'text', or 'prompt' and 'answer', or 'messages'; found {self}."
             )
 
-    def of(self, row: Row) -> tuple[str, ...]:
-        """The names of the columns to read from ``row``: one of text or messages, or two.
+    @property
+    def names(self) -> list[str]:
+        """The names given."""
+        return [c for c in (self.text, self.prompt, self.answer, self.messages) if c is not None]
+
+    def of(self, row: Row) -> Columns:
+        """The columns to read from ``row``: these, or the first well-known ones that it has.
 
         Raises:
             ConfigError: the row lacks them; says what it has.
         """
-        named = tuple(c for c in (self.text, self.prompt, self.answer, self.messages) if c is not None)
-        for names in [named] if named else KNOWN:
-            if all(name in row for name in names):
-                return names
+        for columns in [self] if self.names else KNOWN:
+            if all(name in row for name in columns.names):
+                return columns
         found = ", ".join(f"'{name}'" for name in row if name != WHERE)
-        wanted = " and ".join(f"'{name}'" for name in named) or "a column this program knows"
+        wanted = " and ".join(f"'{name}'" for name in self.names) or "any column known by name"
         raise ConfigError(
-            f"{row[WHERE]} lacks {wanted}; found: {found or 'nothing'}. Set data.columns to the names of "
-            f"'text', of 'prompt' and 'answer', or of 'messages'."
+            f"{row[WHERE]} lacks {wanted}; found: {found or 'nothing'}. Set data.columns to the "
+            f"names of 'text', of 'prompt' and 'answer', or of 'messages'."
         )
+
+
+KNOWN = (
+    Columns(messages="messages"),
+    Columns(messages="conversations"),
+    Columns(prompt="question", answer="answer"),
+    Columns(prompt="prompt", answer="completion"),
+    Columns(prompt="prompt", answer="response"),
+    Columns(prompt="prompt", answer="answer"),
+    Columns(prompt="instruction", answer="output"),
+    Columns(text="text"),
+    Columns(text="content"),
+)
+"""Columns understood without being told."""
 
 
 @dataclass(frozen=True)
 class Document:
-    """A text, the spans of its supervised characters, and where it comes from."""
+    """A text and where it comes from.
+
+    Args:
+        text: what the model reads.
+        spans: the supervised characters; None if the chat template hides which they are.
+        where: file and row.
+        chat: the text was rendered by a template, which sets special tokens itself.
+    """
 
     text: str
-    spans: list[Span]
+    spans: list[Span] | None
     where: str
     chat: bool = False
-    """The text was rendered by a template, which sets its own special tokens."""
 
 
 def read_document(row: Row, columns: Columns, separator: str, tokenizer: PreTrainedTokenizerBase) -> Document:
     """Make a document of a row.
 
     Raises:
-        ConfigError: a column is missing or holds the wrong type, or the chat cannot be rendered; names
-            the file and the row.
+        ConfigError: a column is missing or holds the wrong type, or the chat cannot be rendered;
+            names the file and the row.
     """
-    names, where = columns.of(row), row[WHERE]
-    if names[0] == columns.messages or isinstance(row[names[0]], list):
-        return _chat(row[names[0]], where, tokenizer)
-    parts = [_checked(row[name], f"{where}: column '{name}'") for name in names]
+    columns, where = columns.of(row), row[WHERE]
+    if columns.messages is not None:
+        return _chat(row[columns.messages], where, tokenizer)
+    parts = [_checked(row[name], f"{where}: column '{name}'") for name in columns.names]
     text = separator.join(parts)
     return Document(text, [(len(text) - len(parts[-1]), len(text))], where)
 
 
 def _checked(value: Any, what: str) -> str:
     if not isinstance(value, str):
-        raise ConfigError(f"{what} holds {type(value).__name__} {str(value)[:40]!r}; expected text.")
+        kind = "null" if value is None else f"{type(value).__name__} {str(value)[:40]!r}"
+        raise ConfigError(f"{what} holds {kind}; expected text.")
     if len(value) > MAX_DOCUMENT:
         raise ConfigError(f"{what} holds {len(value):,} characters; at most {MAX_DOCUMENT:,} are read.")
+    if not value.isascii() and _HALF.search(value):
+        raise ConfigError(f"{what} holds half of a surrogate pair, which no UTF-8 text can.")
     return value
 
 
 def _chat(messages: Any, where: str, tokenizer: PreTrainedTokenizerBase) -> Document:
+    if not isinstance(messages, list):
+        raise ConfigError(f"{where}: the chat is {type(messages).__name__}; expected a list of messages.")
     if not tokenizer.chat_template:
         raise ConfigError(
-            f"{where} is a chat, but the tokenizer '{tokenizer.name_or_path}' has no chat template. Use "
-            f"the tokenizer of an instruction-tuned model, or columns of text."
+            f"{where} is a chat, but the tokenizer '{tokenizer.name_or_path}' has no chat "
+            "template. Use the tokenizer of an instruction-tuned model, or columns of text."
         )
     turns = [_turn(message, where) for message in messages]
-    marked = [
-        {**turn, "content": _mark(turn["content"])} if turn["role"] == "assistant" else turn for turn in turns
-    ]
+    marked = [{**t, "content": _mark(t["content"])} if t["role"] == "assistant" else t for t in turns]
     try:
-        plain = tokenizer.apply_chat_template(turns, tokenize=False)
-        rendered = tokenizer.apply_chat_template(marked, tokenize=False)
+        plain = str(tokenizer.apply_chat_template(turns, tokenize=False))
+        rendered = str(tokenizer.apply_chat_template(marked, tokenize=False))
     except (TemplateError, TypeError, ValueError, KeyError) as e:
         raise ConfigError(f"{where}: the chat template refuses this chat: {reason(e)}") from e
     text, spans = _unmark(rendered)
-    if text != plain:
-        raise ConfigError(
-            f"{where}: the chat template rewrites what the assistant says, so its tokens cannot be told "
-            f"from the template's. Use data.supervise=all, or columns of prompt and answer."
-        )
-    return Document(text, spans, where, chat=True)
+    return Document(plain, spans if text == plain else None, where, chat=True)
 
 
 def _turn(message: Any, where: str) -> dict[str, str]:
     """A message as ``{"role", "content"}``; ShareGPT's ``from`` and ``value`` are understood."""
     if not isinstance(message, dict):
         raise ConfigError(f"{where}: a message is {type(message).__name__}, not an object.")
-    role, content = (message.get("role", message.get("from")), message.get("content", message.get("value")))
+    role = message.get("role", message.get("from"))
+    content = message.get("content", message.get("value"))
     if role is None or content is None:
         raise ConfigError(f"{where}: a message has {', '.join(message)}; expected 'role' and 'content'.")
     role = {"human": "user", "gpt": "assistant"}.get(role, role)
@@ -146,7 +157,7 @@ def _turn(message: Any, where: str) -> dict[str, str]:
 
 
 def _mark(content: str) -> str:
-    """Mark the reasoning, if any, and the answer, inside their outer blanks, which templates may strip."""
+    """Mark the reasoning, if any, and the answer, inside outer blanks, which templates strip."""
     head, tag, tail = content.rpartition("</think>")
     opening, think, reasoning = head.rpartition("<think>")
     return opening + think + _wrap(reasoning) + tag + _wrap(tail)

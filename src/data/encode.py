@@ -1,8 +1,9 @@
 """Documents as token rows: ids, and labels where a token is supervised.
 
-A token is supervised when it lies inside a supervised span. One that also covers characters before the span
-counts if those are blanks (the space that many tokenizers glue to a word), and so do the token that ends
-the row and the special token with which the assistant ends its turn: the model has to say them itself.
+A token is supervised when it lies inside a supervised span. One that also covers characters before
+the span counts if those are blanks (the space that many tokenizers glue to a word), and so do the
+token that ends the row and the special token with which the assistant ends its turn: the model has
+to say them itself.
 """
 
 from __future__ import annotations
@@ -16,14 +17,15 @@ from src.data.documents import Document, Span
 from src.errors import ConfigError
 
 IGNORE = -100
-"""Label of a token that is not supervised (the convention of Hugging Face and of torch's cross-entropy)."""
+"""Label of a token that is not supervised (the convention of Hugging Face and of torch's
+cross-entropy)."""
 
 TooLong = Literal["truncate", "split", "error"]
 
 
 @dataclass(frozen=True)
 class TokenRow:
-    """Token ids and labels of a document or of a piece of one; ``lost`` counts the tokens cut off."""
+    """Token ids and labels of a document or a piece of one; ``lost`` tokens were cut off."""
 
     ids: list[int]
     labels: list[int]
@@ -38,7 +40,8 @@ class Encoder:
         tokenizer: a fast tokenizer.
         max_length: tokens of the longest row.
         supervise: ``all`` tokens, or those of the ``answer`` (of the assistant in a chat).
-        too_long: what becomes of a longer document: ``truncate``, ``split`` into rows, or ``error``.
+        too_long: what becomes of a longer document: ``truncate``, ``split`` into rows, or
+            ``error``.
         bos: begin text with the tokenizer's BOS; None does as the tokenizer itself does.
         eos: end text with the tokenizer's EOS.
 
@@ -66,8 +69,8 @@ class Encoder:
         }
         if supervise == "answer" and not tokenizer.is_fast:
             raise ConfigError(
-                f"data.supervise=answer needs a fast tokenizer, which knows where its tokens lie in the "
-                f"text; '{tokenizer.name_or_path}' is a slow one."
+                "data.supervise=answer needs a fast tokenizer, which knows where its tokens lie "
+                f"in the text; '{tokenizer.name_or_path}' is a slow one."
             )
 
     def __call__(self, documents: list[Document]) -> list[list[TokenRow]]:
@@ -89,8 +92,8 @@ class Encoder:
         size, lost = self.max_length, max(0, len(ids) - self.max_length)
         if lost and self.too_long == "error":
             raise ConfigError(
-                f"{document.where} has {len(ids):,} tokens, more than data.max_length={size}. Raise it, or "
-                f"set data.too_long to 'truncate' or 'split'."
+                f"{document.where} has {len(ids):,} tokens, more than data.max_length={size}. "
+                "Raise it, or set data.too_long to 'truncate' or 'split'."
             )
         starts = range(0, len(ids), size) if self.too_long == "split" else [0]
         cut = 0 if self.too_long == "split" else lost
@@ -98,6 +101,12 @@ class Encoder:
         return [p for p in pieces if any(label != IGNORE for label in p.labels[1:])]
 
     def _supervised(self, encoded: BatchEncoding, i: int, document: Document) -> list[int]:
+        if document.spans is None:
+            raise ConfigError(
+                f"{document.where}: the chat template rewrites what the assistant says, so its "
+                "tokens cannot be told from the template's. Set data.supervise to 'all', or use "
+                "columns of prompt and answer."
+            )
         ids = encoded.input_ids[i]
         labels = [IGNORE] * len(ids)
         for span in document.spans:
@@ -113,7 +122,9 @@ class Encoder:
         first = self._token_from(encoded, i, start, end)
         if first is None:
             return 0, 0
-        if text[encoded.token_to_chars(i, first).start : start].strip():
+        covered = encoded.token_to_chars(i, first)
+        assert covered is not None, "a token found by its character covers it"
+        if text[covered.start : start].strip():
             first += 1
         last = self._token_from(encoded, i, end, len(text))
         return first, len(encoded.input_ids[i]) if last is None else last
@@ -127,7 +138,7 @@ class Encoder:
         token = getattr(self.tokenizer, f"{which}_token_id")
         if token is None:
             raise ConfigError(
-                f"data.{which}: the tokenizer '{self.tokenizer.name_or_path}' has no {which.upper()} token; "
-                f"set data.{which} to false."
+                f"data.{which}: the tokenizer '{self.tokenizer.name_or_path}' has no "
+                f"{which.upper()} token; set data.{which} to false."
             )
         return int(token)

@@ -1,8 +1,9 @@
 """The loader of one rank, whose saved position is that of the last batch handed to training.
 
-Workers read ahead, and so does Lightning: without a length it fetches a batch early, to know the last one.
-A loader that saved how far it has *read* would lose those batches at a resume. Here each batch is queued
-with the position after it, and :meth:`Loader.handed` moves the position when the batch is really used.
+Workers read ahead, and so does Lightning: without a length it fetches a batch early, to know the
+last one. A loader that saved how far it has *read* would lose those batches at a resume. Here each
+batch is queued with the position after it, and :meth:`Loader.handed` moves the position when the
+batch is really used.
 """
 
 from __future__ import annotations
@@ -28,6 +29,9 @@ Agree = Callable[[bool, int], tuple[bool, int]]
 """Given whether this rank has more and its number of tokens: whether any rank has, and the sum."""
 
 
+_START: State = {"turn": 0, "lanes": [None] * LANES}  # of an epoch
+
+
 def alone(more: bool, tokens: int) -> tuple[bool, int]:
     """The agreement of a single rank."""
     return more, tokens
@@ -47,18 +51,16 @@ def across_ranks() -> Agree:
 
 def start() -> State:
     """The position before the first batch of the first epoch."""
-    return {
-        "epoch": 0, "turn": 0, "lanes": [None] * LANES,
-        "tokens": 0, "finished": False, "statistics": asdict(Statistics()),
-    }  # fmt: skip
+    counts = asdict(Statistics())
+    return {"epoch": 0, **_START, "tokens": 0, "finished": False, "statistics": counts}
 
 
 class Loader:
-    """An iterable over the batches of an epoch, from ``position`` on; iterating again repeats them unless
-    :meth:`handed` was called.
+    """An iterable over the batches of an epoch, from ``position`` on.
 
-    All ranks give the same number of batches: one that runs out early gives its first batch again, which the
-    statistics count as ``repeated``.
+    Only :meth:`handed` moves the position: without it, every iteration gives the same batches.
+    All ranks give the same number of batches: one that runs out early gives its first batch again,
+    which the statistics count as ``repeated``.
 
     Args:
         recipe: what the batches are made of.
@@ -68,6 +70,9 @@ class Loader:
         max_tokens: tokens, over all ranks and epochs, after which there are no more batches.
         agree: how ranks agree that an epoch goes on.
         position: where to start.
+
+    Attributes:
+        fresh: whether no batch was handed to training yet.
     """
 
     def __init__(
@@ -83,12 +88,17 @@ class Loader:
         self.recipe, self.rank, self.world, self.workers = recipe, rank, world, workers
         self.max_tokens, self.agree = max_tokens, agree
         self.position = start() if position is None else position
-        self.waited = 0.0
+        self.fresh = True
+        self._began = self._waited = 0.0
         self._queue = deque[State]()
 
     def handed(self) -> None:
-        """The oldest batch not yet accounted for was handed to training; the position moves behind it."""
-        self.position = self._queue.popleft()
+        """The oldest batch not accounted for was handed to training; the position moves on."""
+        self.position, self.fresh = self._queue.popleft(), False
+
+    def wait(self) -> float:
+        """Share of the time since the first batch that was spent waiting for batches."""
+        return self._waited / (time.perf_counter() - self._began) if self._began else 0.0
 
     @property
     def statistics(self) -> Statistics:
@@ -114,7 +124,7 @@ class Loader:
             tokens += total
             finished = self.max_tokens is not None and tokens >= self.max_tokens
             if not more:
-                here = {**position, **_next_epoch(position)}
+                here = {**position, "epoch": position["epoch"] + 1, **_START}
             counts = {**here["statistics"], "repeated": repeated}
             self._queue.append({**here, "tokens": tokens, "finished": finished, "statistics": counts})
             yield this
@@ -122,12 +132,16 @@ class Loader:
     def _next(self, items: Iterator[tuple[Batch | None, State]]) -> tuple[Batch | None, State]:
         began = time.perf_counter()
         item = next(items)
-        self.waited += time.perf_counter() - began
+        now = time.perf_counter()
+        if self._began:
+            self._waited += now - began
+        else:
+            self._began = now  # the first batch is start-up, not waiting
         return item
 
     def _items(self, position: State, workers: int) -> Iterator[tuple[Batch | None, State]]:
-        """Batches with the position after each; at the end, without end, None with the last position."""
-        if workers:  # threads of a tokenizer do not survive the fork: a worker would wait for them for ever
+        """Batches with the position after each; then, without end, None with the last position."""
+        if workers:  # a fork keeps no threads: with them a tokenizer would wait for ever
             os.environ["TOKENIZERS_PARALLELISM"] = "false"
         lanes, ended = list(position["lanes"]), set[int]()
         counts = Statistics(**position["statistics"])
@@ -137,13 +151,19 @@ class Loader:
             num_workers=workers,
             prefetch_factor=4 if workers else None,
             collate_fn=_as_is,
+            generator=torch.Generator(),  # leaves the global generator alone
         )
         for turn, item in enumerate(data, start=position["turn"]):
             if isinstance(item, ConfigError):
                 raise item
             batch, lanes[turn % LANES], more = item
             counts += more
-            here = {**position, "turn": (turn + 1) % LANES, "lanes": list(lanes), "statistics": asdict(counts)}
+            here = {
+                **position,
+                "turn": (turn + 1) % LANES,
+                "lanes": list(lanes),
+                "statistics": asdict(counts),
+            }
             if batch is not None:
                 yield batch, here
             else:
@@ -156,25 +176,21 @@ class Loader:
 
     def _first(self) -> Batch:
         """The first batch of the epoch, for a rank that has run out of its own."""
-        batch, _ = next(self._items({**self.position, "turn": 0, "lanes": [None] * LANES}, workers=0))
+        batch, _ = next(self._items({**self.position, **_START}, workers=0))
         if batch is None:
             raise ConfigError(
-                f"data: rank {self.rank} of {self.world} found no document; the corpus is too small for so "
-                f"many ranks. Use fewer devices or more documents."
+                f"data: rank {self.rank} of {self.world} found no document; the corpus is too "
+                "small for so many ranks. Use fewer devices or more documents."
             )
         return batch
-
-
-def _next_epoch(position: State) -> State:
-    return {"epoch": position["epoch"] + 1, "turn": 0, "lanes": [None] * LANES}
 
 
 def _nothing(counts: dict[str, Any]) -> str:
     dropped = f"{counts['dropped']} were left out, the first at {counts['first_dropped']}"
     why = dropped if counts["dropped"] else "there are none on this side of data.held_out"
     return (
-        f"data: no document has a token to learn from: {why}. A document needs at least two tokens, one of "
-        f"them supervised within data.max_length; see data.supervise."
+        f"data: no document has a token to learn from: {why}. A document needs at least two "
+        "tokens, one of them supervised within data.max_length; see data.supervise."
     )
 
 

@@ -1,4 +1,4 @@
-"""The documents of one share of a corpus, in the proportions of its weights, from any position on."""
+"""The documents of one share of a corpus, as their weights demand, from any position on."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ class Corpora:
 class Reader(Iterator[Document]):
     """The documents of share ``share`` of ``shares``.
 
-    The next document comes from the part furthest behind its weight (D'Hondt's rule), so proportions hold
-    at every moment, without chance and without a state beyond the counts.
+    The next document comes from the part furthest behind its weight (D'Hondt's rule), so
+    proportions hold at every moment, without chance and without a state beyond the counts.
 
     Raises:
         ConfigError: on reading, at the first fault of a file or row; names both.
@@ -110,7 +110,7 @@ class _Part:
         self.rows = self.data.iter(batch_size=1)  # iter(data) would divide the rows again among workers
 
     def next(self) -> Row | None:
-        """The next row; None at the end, where a weighted source starts again if it has any rows here."""
+        """The next row; None at the end, where a weighted source starts again if it has any."""
         batch = next(self.rows, None)
         if batch is None:
             self.ended, self.gives = True, self.source.weight is not None and not self.fresh

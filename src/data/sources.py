@@ -1,19 +1,22 @@
 """Where documents come from: files, the Hub and saved datasets, as one kind of stream.
 
-Every source becomes a ``datasets.IterableDataset`` of rows, whose position can be saved and restored.
-Files are read row by row, local or remote, compressed or not, and never stored whole; their rows carry
-``WHERE``, so that every later complaint can name the file and the row.
+Every source becomes a ``datasets.IterableDataset`` of rows, whose position can be saved and
+restored. Files are read row by row, local or remote, compressed or not, and never stored whole;
+their rows carry ``WHERE``, so that every later complaint can name the file and the row.
 """
 
 from __future__ import annotations
 
 import json
+import lzma
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import fsspec
+import pyarrow as pa
 import pyarrow.parquet
 from datasets import Dataset, DatasetDict, IterableDataset, load_dataset, load_from_disk
 from datasets.distributed import split_dataset_by_node
@@ -27,7 +30,8 @@ WHERE = "__where__"
 """Key under which a row says where it comes from."""
 
 MAX_DOCUMENT = 8 << 20
-"""Bytes of the longest line and characters of the longest document: beyond it a newline is missing."""
+"""Bytes of the longest line and characters of the longest document: beyond it a newline is
+missing."""
 
 _SUFFIXES: dict[str, Format] = {
     ".jsonl": "jsonl",
@@ -36,6 +40,15 @@ _SUFFIXES: dict[str, Format] = {
     ".parquet": "parquet",
     ".txt": "lines",
 }
+_UNREADABLE = (
+    OSError,
+    EOFError,
+    ValueError,
+    ImportError,
+    zlib.error,
+    lzma.LZMAError,
+    pa.ArrowException,
+)
 _COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 
 
@@ -44,15 +57,15 @@ class Source:
     """One corpus, or one part of a mixture.
 
     Args:
-        path: a Hub id; a file, glob, directory or URL of JSONL, Parquet or text, compressed or not; or a
-            directory written by ``Dataset.save_to_disk``.
-        weight: share of the documents drawn from this part. Give one to every part or to none: without
-            weights an epoch holds every document once; with weights a part that runs out starts again, and
-            the epoch ends when each part has been read to its end.
+        path: a Hub id; a file, glob, directory or URL of JSONL, Parquet or text, compressed or not;
+            or a directory written by ``Dataset.save_to_disk``.
+        weight: share of the documents drawn from this part. Give one to every part or to none:
+            without weights an epoch holds every document once; with weights a part that runs out
+            starts again, and the epoch ends when each part has been read to its end.
         split: split of a Hub or saved dataset.
         name: configuration of a Hub dataset.
-        format: format of the files where the suffix does not tell; ``lines`` (the meaning of ``.txt``)
-            makes a document of each line, ``text`` of each file.
+        format: format of the files where the suffix does not tell; ``lines`` (the meaning of
+            ``.txt``) makes a document of each line, ``text`` of each file.
     """
 
     path: str
@@ -71,8 +84,8 @@ def check_weights(sources: list[Source], key: str) -> None:
     for source in sources:
         if source.weight is not None and not source.weight > 0:
             raise ConfigError(
-                f"{key}: '{source.path}' has weight {source.weight}; a weight is a positive number. "
-                f"To leave a part out, remove it."
+                f"{key}: '{source.path}' has weight {source.weight}; a weight is a positive "
+                "number. To leave a part out, remove it."
             )
     bare = [source.path for source in sources if source.weight is None]
     if bare and len(bare) < len(sources):
@@ -102,7 +115,8 @@ def read_files(
     """Yield every ``shares``-th row of numbered files, each with its ``WHERE``.
 
     Raises:
-        ConfigError: a file is empty or damaged, or a row is not what its format promises; names both.
+        ConfigError: a file is empty or damaged, or a row is not what its format promises; names
+            both.
     """
     for number, file in files:
         rows, parse = _READERS[format or _format(file)]
@@ -120,7 +134,7 @@ def read_files(
             raise ConfigError(f"{file} row {last} is not UTF-8: {e.reason}, byte {e.start}.") from e
         except json.JSONDecodeError as e:
             raise ConfigError(f"{file} row {last} is not JSON: {e.msg}, column {e.colno}.") from e
-        except (OSError, EOFError, ValueError, ImportError) as e:
+        except _UNREADABLE as e:
             raise ConfigError(f"{file} cannot be read after row {last}: {reason(e)}") from e
         if last == 0:
             raise ConfigError(f"{file} is empty; a corpus holds at least one document.")
@@ -139,8 +153,9 @@ def _lines(file: str) -> Iterator[tuple[int, bytes]]:
             number += 1
             if len(line) > MAX_DOCUMENT:
                 raise ConfigError(
-                    f"{file} row {number} is one line of more than {MAX_DOCUMENT >> 20} MiB. A row is "
-                    f"one document: split it, or write one JSON object to a line if this is an array."
+                    f"{file} row {number} is one line of more than {MAX_DOCUMENT >> 20} MiB. A "
+                    "row is one document: split it, or write one JSON object to a line if this "
+                    "is an array."
                 )
             if line := line.strip():
                 yield number, line
@@ -155,7 +170,7 @@ def _whole(file: str) -> Iterator[tuple[int, bytes]]:
 def _parquet(file: str) -> Iterator[tuple[int, Row]]:
     with fsspec.open(file, "rb") as stream:
         number = 0
-        for batch in pyarrow.parquet.ParquetFile(stream).iter_batches(1024):
+        for batch in pa.parquet.ParquetFile(stream).iter_batches(1024):
             for row in batch.to_pylist():
                 number += 1
                 yield number, row
@@ -224,8 +239,8 @@ def _dataset(source: Source) -> IterableDataset:
         return (saved[source.split] if isinstance(saved, dict) else saved).to_iterable_dataset()
     except (OSError, ValueError, KeyError, RuntimeError) as e:
         raise ConfigError(
-            f"data: '{source.path}' (split '{source.split}') is no file here and cannot be opened as a "
-            f"dataset: {reason(e)}"
+            f"data: '{source.path}' (split '{source.split}') is no file here and cannot be opened "
+            f"as a dataset: {reason(e)}"
         ) from e
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 
 from src.data.batches import Batch, real_tokens
 from src.data.encode import IGNORE, TokenRow
@@ -61,7 +61,13 @@ class Statistics:
         pairs = ((getattr(self, f.name), getattr(other, f.name)) for f in fields(self))
         return Statistics(*(a + b if isinstance(a, int) else a or b for a, b in pairs))
 
-    @property
-    def waste(self) -> float:
-        """Share of the token positions that are padding."""
-        return self.padding / max(1, self.tokens + self.padding)
+    def numbers(self) -> dict[str, float]:
+        """The counts by name, and the share of padding as ``waste``."""
+        numbers = {k: float(v) for k, v in asdict(self).items() if not isinstance(v, str)}
+        return {**numbers, "waste": self.padding / max(1, self.tokens + self.padding)}
+
+    def fates(self) -> set[str]:
+        """What befell the first documents that were not used whole."""
+        cut = {f"{self.first_truncated} is longer than data.max_length and was cut"}
+        dropped = {f"{self.first_dropped} has no token to learn from and was left out"}
+        return (cut if self.truncated else set()) | (dropped if self.dropped else set())

@@ -1,12 +1,14 @@
 """The batches of one rank: the same for any number of workers, and resumable anywhere.
 
-A corpus is dealt into ``world x LANES`` shares. A rank takes a batch from each of its ``LANES`` lanes in
-turn; workers are only hands that serve some of the lanes, so their number changes nothing. A lane works in
-blocks: it reads and encodes documents, then shuffles them and plans their batches with a generator seeded by
-(seed, epoch, share, block). Its state is therefore small: where its sources stood when the block began, and
-how many batches of the block were given. The position of a rank is the states of its lanes.
+A corpus is dealt into ``world x LANES`` shares. A rank takes a batch from each of its ``LANES``
+lanes in turn; workers are only hands that serve some of the lanes, so their number changes nothing.
+A lane works in blocks: it reads and encodes documents, then shuffles them and plans their batches
+with a generator seeded by (seed, epoch, share, block). Its state is therefore small: where its
+sources stood when the block began, and how many batches of the block were given. The position of a
+rank is the states of its lanes.
 
-While the batches of a block are given, the next block is encoded little by little, so no step waits long.
+While the batches of a block are given, the next block is encoded little by little, so no step waits
+long.
 """
 
 from __future__ import annotations
@@ -66,7 +68,7 @@ class Lane:
         """Yield the batches, then for ever the item of an ended lane."""
         recipe, state = self.recipe, self.state
         reader = Reader(recipe.corpora, self.share, self.shares, state["sources"])
-        block, dropped = self._block(reader, state["block"]).finish(), []
+        block, dropped = self._block(reader, state["block"]).finish(), list[str]()
         while block.read:
             rng = random.Random(f"{recipe.seed} {self.epoch} {self.share} {state['block']}")
             plan = recipe.batching.plan(block.rows, rng if recipe.shuffle else None)
@@ -86,14 +88,14 @@ class Lane:
             yield None, state, Statistics()
 
     def _block(self, reader: Reader, index: int) -> _Block:
-        """Block ``index``: small at first, so that the first batch comes soon, then of full size."""
+        """Block ``index``: small at first, so that the first batch comes soon."""
         rows = self.recipe.batching.batch_size
         size = rows * min(max(1, self.recipe.buffer // (LANES * rows)), 2 << min(index, 30))
         return _Block(reader, self.recipe.encoder, size, self.recipe.batching.block_tokens)
 
 
 class _Block:
-    """Documents being read and encoded together, at least ``size`` of them and ``tokens`` tokens."""
+    """Documents read and encoded together: at least ``size``, with at least ``tokens`` tokens."""
 
     def __init__(self, reader: Reader, encoder: Encoder, size: int, tokens: int) -> None:
         self.reader, self.encoder, self.size, self.tokens = reader, encoder, size, tokens
@@ -124,23 +126,23 @@ class _Block:
 
 
 class Lanes(IterableDataset[Item | ConfigError]):
-    """The lanes of a rank in turn, as one worker serves them: every ``workers``-th turn is its own."""
+    """The lanes of a rank in turn; of several workers, each serves its turns only."""
 
     def __init__(self, recipe: Recipe, position: State, rank: int, world: int) -> None:
         self.recipe, self.position, self.rank, self.world = recipe, position, rank, world
 
     def __iter__(self) -> Iterator[Item | ConfigError]:
-        """Yield items without end; a user's fault comes as the item itself, with its message whole."""
+        """Yield items without end; a user's fault comes as an item, its message unbroken."""
         worker = get_worker_info()
         offset, step = (worker.id, worker.num_workers) if worker else (0, 1)
-        position, lanes = self.position, []
+        position, lanes = self.position, list[Iterator[Item]]()
         for turn in range(position["turn"] + offset, position["turn"] + LANES, step):
             share, state = self.rank * LANES + turn % LANES, position["lanes"][turn % LANES]
             lane = Lane(self.recipe, position["epoch"], share, self.world * LANES, state)
             lanes.append(iter(lane))
         try:
-            for lane in cycle(lanes):
-                yield next(lane)
+            for items in cycle(lanes):
+                yield next(items)
         except ConfigError as e:
             while True:
                 yield e

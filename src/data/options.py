@@ -1,0 +1,70 @@
+"""What a user writes under ``data:``, checked and made exact."""
+
+from __future__ import annotations
+
+from src.data.sources import Source, check_weights
+from src.data.stream import LANES
+from src.errors import ConfigError
+
+Sources = str | list[str | Source]
+
+_POWERS = {"K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}
+
+
+def sources(given: Sources | None, key: str) -> list[Source]:
+    """The parts of a mixture, from a path or a list.
+
+    Raises:
+        ConfigError: the weights make no mixture.
+    """
+    listed = [given] if isinstance(given, str) else given or []
+    parts = [Source(part) if isinstance(part, str) else part for part in listed]
+    check_weights(parts, key)
+    return parts
+
+
+def token_count(tokens: int | str | None) -> int | None:
+    """A number of tokens; K, M, B and T after it stand for 1e3, 1e6, 1e9 and 1e12.
+
+    Raises:
+        ConfigError: it is no positive number.
+    """
+    if tokens is None:
+        return None
+    digits = str(tokens).strip().upper()
+    factor = _POWERS.get(digits[-1:], 1.0)
+    try:
+        count = int(float(digits.rstrip("KMBT")) * factor)
+    except ValueError:
+        count = 0
+    if count < 1:
+        raise ConfigError(f"data.max_tokens is '{tokens}'; give a number such as 2000000 or 500M.")
+    return count
+
+
+def check(
+    held_out: float,
+    validation: Sources | None,
+    num_workers: int,
+    batch_size: int,
+    max_length: int,
+) -> None:
+    """Check the numbers of a corpus.
+
+    Raises:
+        ConfigError: naming every key at fault.
+    """
+    workers = [0, *(n for n in range(1, LANES + 1) if LANES % n == 0)]
+    faults = []
+    if not 0 <= held_out < 1:
+        faults.append(f"data.held_out is {held_out}; a share of the documents lies in [0, 1)")
+    if held_out and validation:
+        faults.append("data.held_out and data.validation are both set; keep one")
+    if num_workers not in workers:
+        faults.append(f"data.num_workers is {num_workers}; accepted: {workers}")
+    if batch_size < 1:
+        faults.append(f"data.batch_size is {batch_size}; at least 1")
+    if max_length < 2:
+        faults.append(f"data.max_length is {max_length}; at least 2, to predict one token")
+    if faults:
+        raise ConfigError(". ".join(faults) + ".")
