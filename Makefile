@@ -9,7 +9,7 @@ export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-full lint types teacher tensorboard clean
+.PHONY: help setup demo test test-full headline mask-quality search-step lint types teacher tensorboard clean
 
 help:  ## show the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -24,15 +24,68 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 # ---------------------------------------------------------------- the demo: search, recover, export, judge
 
+LOG = --trainer.logger.init_args.save_dir $(RUN)
+DATA = --data.init_args.train $(RUN)/data/train.jsonl --data.init_args.validation $(RUN)/data/validation.jsonl
+
 demo: $(RUN)/report.json  ## remove 25 % of a small teacher's layers, recover, export, report (<= 10 minutes)
-	@$(CLI) report --run $(RUN)
 
-$(RUN)/data/test.jsonl: | $(VENV)/.installed
-	$(PY) -m src.data.arithmetic --out $(RUN)/data --train 40000 --validation 256 --test 600 --seed 1000
+$(RUN)/data/test.jsonl: src/data/arithmetic.py | $(VENV)/.installed
+	$(PY) -m src.data.arithmetic --out $(RUN)/data --train 40000 --validation 256 --test 500 --seed 1000
 
-$(RUN)/mask.json: $(RUN)/data/test.jsonl configs/demo/search.yaml
-	$(CLI) fit --config configs/demo/search.yaml --run $(RUN) --seed_everything $(SEED)
+$(RUN)/search/mask.json: $(RUN)/data/test.jsonl configs/demo/search.yaml
+	$(CLI) fit --config configs/demo/search.yaml $(LOG) $(DATA) --seed_everything $(SEED) \
+	  --model.init_args.policy.init_args.seed $(SEED) --data.init_args.seed $(SEED) $(SEARCH) --ckpt_path last
 
-$(RUN)/student.ckpt: $(RUN)/mask.json configs/demo/recover.yaml
-	$(CLI) fit --config configs/demo/recover.yaml --run $(RUN) --seed_everything $(SEED)
+$(RUN)/recover/record.json: $(RUN)/search/mask.json configs/demo/recover.yaml
+	$(CLI) fit --config configs/demo/recover.yaml $(LOG) $(DATA) --seed_everything $(SEED) \
+	  --model.init_args.mask $< --data.init_args.seed 10$(SEED) $(RECOVER) --ckpt_path last
 
+$(RUN)/cut/config.json: $(RUN)/search/mask.json
+	$(CLI) export --mask $< --out $(RUN)/cut --force
+
+$(RUN)/recovered/config.json: $(RUN)/search/mask.json $(RUN)/recover/record.json
+	$(CLI) export --mask $< --checkpoint $(RUN)/recover/checkpoints/last.ckpt --out $(RUN)/recovered --force \
+	  --data 'generated multi-step arithmetic word problems'
+
+$(RUN)/evaluate.json: $(RUN)/cut/config.json $(RUN)/recovered/config.json
+	$(CLI) evaluate --teacher $(TEACHER) --model $(RUN)/cut $(RUN)/recovered \
+	  --data $(RUN)/data/test.jsonl --supervise all --out $@
+
+$(RUN)/benchmark.json: $(RUN)/recovered/config.json
+	$(CLI) benchmark --baseline $(TEACHER) --model $(RUN)/cut $(RUN)/recovered --out $@
+
+$(RUN)/report.json: $(RUN)/evaluate.json $(RUN)/benchmark.json
+	$(CLI) report --run $(RUN)
+
+# ---------------------------------------------------------------- proofs and figures
+
+test: $(VENV)/.installed  ## the tests (<= 10 minutes on 2 cores, no network)
+	$(PY) -m pytest -m "not slow"
+
+test-full: $(VENV)/.installed  ## the tests and the longer proofs
+	$(PY) -m pytest
+
+headline: $(VENV)/.installed  ## recovered accuracy against token budget, 3 seeds -> results/demo.json
+	$(PY) -m scripts.headline
+
+mask-quality: $(VENV)/.installed  ## learned masks against all C(16, 4) -> results/mask_quality.json
+	$(PY) -m scripts.mask_quality
+
+search-step: $(VENV)/.installed  ## one search step against the naive one -> results/search_step.json
+	$(PY) -m scripts.search_step
+
+lint: $(VENV)/.installed  ## ruff
+	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .
+
+types: $(VENV)/.installed  ## mypy
+	$(VENV)/bin/mypy
+
+teacher: $(VENV)/.installed  ## train the embedded teacher again (about an hour on 2 cores) into logs/teacher
+	$(PY) -m src.data.arithmetic --out logs/teacher/data --tokenizer logs/teacher/tokenizer --train 200000
+	$(CLI) fit --config configs/teacher/arithmetic.yaml --ckpt_path last
+
+tensorboard: $(VENV)/.installed  ## watch the runs under logs/
+	$(VENV)/bin/tensorboard --logdir logs
+
+clean:  ## delete all runs under logs/
+	find logs -mindepth 1 ! -name .gitkeep -delete

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import resource
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,9 +12,13 @@ from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
+from src.mask import write_json
+
 
 class SearchMonitor(Callback):
     """Logs the mask's entropy, and to TensorBoard a heat map of keep probabilities and the kept layers.
+
+    The course of the probabilities ends in ``gates.json`` in the run's log directory, for the report.
 
     Args:
         every: steps between pictures.
@@ -31,8 +36,10 @@ class SearchMonitor(Callback):
             self._draw(trainer, module)
 
     def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
-        if self.course:
+        if self.course and trainer.is_global_zero:
             self._draw(trainer, module)
+            course = [[round(p, 4) for p in keep_L.tolist()] for keep_L in self.course]
+            write_json(Path(trainer.log_dir or ".") / "gates.json", {"keep_probability": course})
 
     def _draw(self, trainer: Trainer, module: LightningModule) -> None:
         for logger in trainer.loggers:
