@@ -9,6 +9,7 @@ to say them itself.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 from transformers import BatchEncoding, PreTrainedTokenizerBase
@@ -95,9 +96,10 @@ class Encoder:
                 f"{document.where} has {len(ids):,} tokens, more than data.max_length={size}. "
                 "Raise it, or set data.too_long to 'truncate' or 'split'."
             )
-        starts = range(0, len(ids), size) if self.too_long == "split" else [0]
-        cut = 0 if self.too_long == "split" else lost
-        pieces = [TokenRow(ids[s : s + size], labels[s : s + size], document.where, cut) for s in starts]
+        count = -(-len(ids) // size) if self.too_long == "split" else 1
+        cuts = [len(ids) * i // count for i in range(count + 1)] if count > 1 else [0, size]
+        cut = lost if count == 1 else 0
+        pieces = [TokenRow(ids[a:b], labels[a:b], document.where, cut) for a, b in pairwise(cuts)]
         return [p for p in pieces if any(label != IGNORE for label in p.labels[1:])]
 
     def _supervised(self, encoded: BatchEncoding, i: int, document: Document) -> list[int]:

@@ -137,7 +137,7 @@ class Lanes(IterableDataset[Item | ConfigError]):
         offset, step = (worker.id, worker.num_workers) if worker else (0, 1)
         position, lanes = self.position, list[Iterator[Item]]()
         for turn in range(position["turn"] + offset, position["turn"] + LANES, step):
-            share, state = self.rank * LANES + turn % LANES, position["lanes"][turn % LANES]
+            share, state = turn % LANES * self.world + self.rank, position["lanes"][turn % LANES]
             lane = Lane(self.recipe, position["epoch"], share, self.world * LANES, state)
             lanes.append(iter(lane))
         try:
