@@ -129,7 +129,7 @@ def verdict(name: str, phase: str, batch_size: int, figures: dict[str, Any]) -> 
 
 def main(argv: list[str]) -> None:
     """Measure, print the table and what to beware of, write the JSON."""
-    args = _parse(argv)
+    args, began = _parse(argv), time.monotonic()
     names = [args.baseline, *args.model]
     models = [load(name, args) for name in names]
     for name, model in zip(names, models, strict=True):
@@ -161,6 +161,7 @@ def main(argv: list[str]) -> None:
             for name, model in zip(names, models, strict=True)
         ]
         settings = {key: getattr(args, key) for key in ("prompt_tokens", "new_tokens", "repeats")}
+        settings["seconds"] = time.monotonic() - began
         record = {"baseline": sizes[0], "models": sizes[1:], "measured": measured, **settings}
         write_json(args.out, record | provenance("benchmark", argv, models[0]))
 

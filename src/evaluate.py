@@ -161,13 +161,12 @@ def flips(correct: Sequence[bool], teacher_correct: Sequence[bool]) -> dict[str,
 
 def main(argv: list[str]) -> None:
     """Judge the models, print the table, write the JSON."""
-    args = _parse(argv)
-    columns = Columns(args.text, args.prompt, args.answer)
+    args, began = _parse(argv), time.monotonic()
     rows = read_rows(args.data, args.limit)
-    names = columns.of(rows[0])
-    task = len(names) == 2 and not args.no_exact_match and final_answer(str(rows[0][names[1]])) is not None
+    columns = Columns(args.text, args.prompt, args.answer).of(rows[0])
     tokenizer = load_tokenizer(args.teacher or args.model[0])
     encoded = encode(tokenizer, rows, columns, args.supervise, args.max_length)
+    task = None if args.no_exact_match else _task(columns, rows[0])
     teacher, results = None, list[dict[str, Any]]()
     for name in [*([args.teacher] if args.teacher else []), *args.model]:
         model = load(name, args)
@@ -176,21 +175,30 @@ def main(argv: list[str]) -> None:
         text = batches(encoded, args.batch_size, tokenizer.pad_token_id or 0)
         result |= held_out(model, teacher, text)
         if task:
-            result |= exact_match(
-                model, tokenizer, rows, names[0], names[1], args.max_new_tokens, args.batch_size
-            )
+            new, size = args.max_new_tokens, args.batch_size
+            result |= exact_match(model, tokenizer, rows, *task, max_new_tokens=new, batch_size=size)
         if args.teacher and teacher is None:
             teacher = model
             result |= {"kl": 0.0, "agreement": 1.0}
         results.append(result)
     if task and teacher is not None:
         for result in results[1:]:
-            result["retention"] = result["exact_match"] / max(results[0]["exact_match"], 1e-9)
+            if right := results[0]["exact_match"]:
+                result["retention"] = result["exact_match"] / right
             result["flips"] = flips(result["correct"], results[0]["correct"])
     show(summary(results, f"{len(rows)} rows of {args.data}"))
     if args.out:
-        origin = provenance("evaluate", argv, model)
-        write_json(args.out, _record(results, rows, names[0], teacher is not None) | origin)
+        origin = provenance("evaluate", argv, model) | {"seconds": time.monotonic() - began}
+        prompts = [row[task[0]] for row in rows[:3]] if task else []
+        figures = _record(results, teacher is not None) | {"rows": len(rows), "prompts": prompts}
+        write_json(args.out, figures | origin)
+
+
+def _task(columns: Columns, row: dict[str, Any]) -> tuple[str, str] | None:
+    """The columns of prompt and reference, if the reference ends in a final answer."""
+    if columns.prompt is None or columns.answer is None or final_answer(row[columns.answer]) is None:
+        return None
+    return columns.prompt, columns.answer
 
 
 def summary(results: list[dict[str, Any]], title: str) -> Table:
@@ -214,7 +222,7 @@ def summary(results: list[dict[str, Any]], title: str) -> Table:
     return table
 
 
-def _record(results: list[dict[str, Any]], rows: Rows, column: str, teacher: bool) -> dict[str, Any]:
+def _record(results: list[dict[str, Any]], teacher: bool) -> dict[str, Any]:
     """The JSON: verdicts as a string of 0 and 1, and the first few texts."""
     for result in results:
         if "texts" in result:
@@ -223,8 +231,6 @@ def _record(results: list[dict[str, Any]], rows: Rows, column: str, teacher: boo
     return {
         "teacher": results[0] if teacher else None,
         "models": results[1:] if teacher else results,
-        "rows": len(rows),
-        "prompts": [row[column] for row in rows[:3]],
     }
 
 

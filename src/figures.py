@@ -1,0 +1,205 @@
+"""The figures of a report, as SVG. Each takes the pieces it shows and draws nothing else.
+
+Colours mean the same everywhere: slate the teacher, amber the cut model, teal the recovered one.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Sequence
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import FancyBboxPatch
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+SLATE, AMBER, TEAL, INK, PALE = "#475569", "#d97706", "#0d9488", "#1e293b", "#e2e8f0"
+_OTHERS = ("#7c3aed", "#be123c", "#0369a1", "#4d7c0f")
+_STYLE: Any = {
+    "font.size": 10,
+    "axes.titlesize": 9.5,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.titlepad": 10,
+    "axes.edgecolor": "#94a3b8",
+    "axes.labelcolor": INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "axes.grid.axis": "y",
+    "grid.color": PALE,
+    "text.color": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "xtick.major.size": 0,
+    "ytick.major.size": 0,
+    "legend.frameon": False,
+    "svg.hashsalt": "e3pruner",
+}
+
+
+def colours(names: Sequence[str]) -> list[str]:
+    """The colour of each model; models that are neither teacher, cut nor recovered get their own."""
+    known = {"teacher": SLATE, "cut": AMBER, "recovered": TEAL}
+    others = iter(_OTHERS * len(names))
+    return [known.get(name) or next(others) for name in names]
+
+
+def _styled(draw: Callable[P, T]) -> Callable[P, T]:
+    """Draw in the style of this file, and leave matplotlib's own settings alone."""
+
+    @wraps(draw)
+    def styled(*args: P.args, **keys: P.kwargs) -> T:
+        with matplotlib.rc_context(_STYLE):
+            return draw(*args, **keys)
+
+    return styled
+
+
+@_styled
+def svg(figure: Figure) -> str:
+    """The SVG text of a figure; equal figures give equal text."""
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", bbox_inches="tight", metadata={"Date": None})
+    return buffer.getvalue()
+
+
+def _axes(columns: int, height: float, **keys: Any) -> tuple[Figure, list[Axes]]:
+    figure = Figure(figsize=(8.6, height), layout="constrained")
+    return figure, list(figure.subplots(1, columns, squeeze=False, **keys)[0])
+
+
+@_styled
+def layer_strip(num_layers: int, removed: Sequence[int]) -> Figure:
+    """Which layers are kept and which are gone, from the embedding (left) to the head (right)."""
+    figure, (axis,) = _axes(1, 1.15)
+    for layer in range(num_layers):
+        gone = layer in removed
+        box = FancyBboxPatch(
+            (layer + 0.08, 0), 0.84, 1, boxstyle="round,pad=0,rounding_size=0.12", mutation_aspect=1.2,
+            facecolor="white" if gone else TEAL, edgecolor=AMBER if gone else TEAL,
+            linestyle=(0, (3, 2)) if gone else "-", linewidth=1.3,
+        )  # fmt: skip
+        axis.add_patch(box)
+        if num_layers <= 48:
+            size = 10 if num_layers <= 32 else 7
+            axis.text(layer + 0.5, 0.47, str(layer), ha="center", va="center", fontsize=size,
+                      color=AMBER if gone else "white", fontweight="bold")  # fmt: skip
+    axis.set(xlim=(0, num_layers), ylim=(-0.08, 1.08))
+    axis.set_title(
+        f"Layers from the embedding (left) to the head: {num_layers - len(removed)} kept (filled), "
+        f"{len(removed)} removed (dashed)"
+    )
+    axis.axis("off")
+    return figure
+
+
+@_styled
+def quality(names: Sequence[str], models: Sequence[dict[str, Any]]) -> Figure:
+    """Exact match, agreement and divergence of every model, side by side."""
+    panels = [
+        ("exact_match", "Exact match", "{:.1%}"),
+        ("agreement", "Same first choice as the teacher", "{:.1%}"),
+        ("kl", "KL from the teacher, nats", "{:.3f}"),
+    ]
+    panels = [panel for panel in panels if all(panel[0] in model for model in models)]
+    figure, axes = _axes(len(panels), 2.7)
+    for axis, (key, title, form) in zip(axes, panels, strict=True):
+        values = [model[key] for model in models]
+        bars = axis.bar(names, values, color=colours(names), width=0.62)
+        axis.bar_label(bars, [form.format(value) for value in values], padding=3, fontweight="bold")
+        axis.set_title(title)
+        axis.set(yticks=[], ylim=(0, 1.15 * max([*values, 1e-3])))
+        axis.spines["left"].set_visible(False)
+    return figure
+
+
+@_styled
+def courses(search: Sequence[Sequence[float]], recover: Sequence[Sequence[float]]) -> Figure:
+    """How the divergence from the teacher fell in the search and in the recovery; ``(step, nats)``."""
+    shown = [(t, c, h) for t, c, h in (("Search", AMBER, search), ("Recovery", TEAL, recover)) if h]
+    figure, axes = _axes(len(shown), 2.8)
+    for axis, (title, colour, history) in zip(axes, shown, strict=True):
+        steps, values = np.array(history, dtype=float).T
+        window = max(1, len(values) // 20)
+        smooth = np.convolve(values, np.ones(window) / window, mode="valid")
+        axis.plot(steps, values, color=colour, alpha=0.28, linewidth=0.9)
+        axis.plot(steps[window // 2 :][: len(smooth)], smooth, color=colour, linewidth=2)
+        if values.min() > 0 and values.max() > 20 * values.min():
+            axis.set_yscale("log")
+        axis.set_title(f"{title}: KL from the teacher")
+        axis.set(xlabel="step", ylabel="nats per token", xlim=(steps[0], max(steps[-1], steps[0] + 1)))
+        axis.grid(visible=True)
+    return figure
+
+
+@_styled
+def gate_map(keep_SL: Sequence[Sequence[float]]) -> Figure:
+    """Probability that each layer is kept, over the search."""
+    figure, (axis,) = _axes(1, 3.0)
+    steps, layers = len(keep_SL), len(keep_SL[0])
+    image = axis.imshow(
+        np.array(keep_SL).T, aspect="auto", cmap="viridis", vmin=0, vmax=1, origin="lower",
+        interpolation="nearest", extent=(0, steps, -0.5, layers - 0.5),
+    )  # fmt: skip
+    figure.colorbar(image, ax=axis, fraction=0.03, pad=0.015, ticks=[0, 0.5, 1]).outline.set_visible(False)
+    axis.set(xlabel="step", ylabel="layer", yticks=range(0, layers, max(1, layers // 8)))
+    axis.set_title("Search: probability that a layer is kept")
+    return figure
+
+
+@_styled
+def speed(names: Sequence[str], measured: Sequence[dict[str, Any]]) -> Figure:
+    """Measured speed-up of every student, with quartiles, beside its ideal."""
+    figure, axes = _axes(2, 0.9 + 0.5 * len(names), sharex=True)
+    furthest = max(m[p]["ideal"] for m in measured for p in ("prefill", "decode"))
+    for axis, phase in zip(axes, ("prefill", "decode"), strict=True):
+        figures = [m[phase] for m in measured]
+        ups = np.array([f["speedup"] for f in figures])
+        low, high = np.array([f["speedup_iqr"] for f in figures]).T
+        furthest = max(furthest, *high)
+        axis.barh(names, ups, color=colours(names), height=0.5)
+        axis.errorbar(ups, range(len(names)), xerr=[ups - low, high - ups], fmt="none",
+                      ecolor=INK, elinewidth=1, capsize=3)  # fmt: skip
+        for row, figure_ in enumerate(figures):
+            axis.plot([figure_["ideal"]] * 2, [row - 0.36, row + 0.36], color=INK, linewidth=2)
+            axis.text(0.03, row, f"{figure_['speedup']:.2f}x of ideal {figure_['ideal']:.2f}x",
+                      va="center", color="white", fontweight="bold", fontsize=9)  # fmt: skip
+        axis.axvline(1, color="#94a3b8", linewidth=1, linestyle=(0, (4, 3)))
+        axis.set_title(f"{phase.capitalize()} speed-up over the teacher")
+        axis.invert_yaxis()
+    axes[1].set_yticks([])
+    axes[0].set_xlim(0, 1.06 * furthest)
+    return figure
+
+
+@_styled
+def cost(tokens: dict[str, float], seconds: dict[str, float]) -> Figure:
+    """Tokens and seconds, stage by stage."""
+    panels = [("Tokens", tokens, tokens_text), ("Seconds", seconds, "{:,.0f} s".format)]
+    panels = [panel for panel in panels if panel[1]]
+    rows = max(len(values) for _, values, _ in panels)
+    figure, axes = _axes(len(panels), 0.8 + 0.38 * rows)
+    for axis, (title, values, text) in zip(axes, panels, strict=True):
+        shades = [SLATE if name.startswith("teacher") else TEAL for name in values]
+        bars = axis.barh(list(values), list(values.values()), color=shades, height=0.58)
+        axis.bar_label(bars, [text(value) for value in values.values()], padding=4)
+        axis.set_title(title)
+        axis.set(xticks=[], xlim=(0, 1.3 * max([*values.values(), 1e-9])))
+        axis.spines["bottom"].set_visible(False)
+        axis.invert_yaxis()
+    return figure
+
+
+def tokens_text(count: float) -> str:
+    """A count of tokens in few characters: 960, 12.3 k, 4.56 M, 1.20 B."""
+    for unit, name in ((1e9, " B"), (1e6, " M"), (1e3, " k")):
+        if count >= unit:
+            return f"{count / unit:.3g}{name}"
+    return f"{count:.0f}"

@@ -1,0 +1,190 @@
+"""A report's words: the one table, the headline, and the Markdown and HTML around the figures."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Callable
+from dataclasses import dataclass
+from html import escape
+from typing import Any
+
+from src.benchmark import PHASES, verdict
+from src.figures import tokens_text
+
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A figure as SVG, with its file name and caption."""
+
+    name: str
+    caption: str
+    svg: str
+
+
+@dataclass(frozen=True)
+class Page:
+    """What both formats show, in this order."""
+
+    title: str
+    rows: list[list[str]]
+    notes: list[str]
+    pictures: list[Picture]
+    example: dict[str, str]
+    origin: dict[str, Any]
+
+
+# ---------------------------------------------------------------------- the table and the sentence
+
+
+def _match(m: Record) -> str:
+    kept = f"  ({m['retention']:.1%} kept)" if "retention" in m else ""
+    return f"{m['exact_match']:.1%}{kept}"
+
+
+def _speed(phase: str) -> Callable[[Record], str]:
+    def cell(m: Record) -> str:
+        speed = m[phase]
+        beside = f"  ({speed['speedup']:.2f}x, ideal {speed['ideal']:.2f}x)" if speed["ideal"] != 1 else ""
+        return f"{speed['tokens_per_s']:,.0f}{beside}"
+
+    return cell
+
+
+ROWS: tuple[tuple[str, str, Callable[[Record], str]], ...] = (
+    ("layers", "layers", lambda m: str(m["layers"])),
+    ("parameters", "parameters", lambda m: f"{m['parameters']:,}"),
+    ("exact match", "exact_match", _match),
+    ("items lost / gained", "flips", lambda m: "{lost} / {gained}  (p = {p:.2g})".format(**m["flips"])),
+    ("held-out KL, nats", "kl", lambda m: f"{m['kl']:.4f}"),
+    ("top-1 agreement", "agreement", lambda m: f"{m['agreement']:.2%}"),
+    ("perplexity", "perplexity", lambda m: f"{m['perplexity']:.4g}"),
+    ("tokens spent", "tokens", lambda m: tokens_text(m["tokens"])),
+    ("seconds spent", "seconds", lambda m: f"{m['seconds']:,.0f}"),
+    ("prefill, tokens/s", "prefill", _speed("prefill")),
+    ("decode, tokens/s", "decode", _speed("decode")),
+)
+"""Label, key that a model must have, and the text of the cell."""
+
+
+def table_rows(report: Record) -> list[list[str]]:
+    """A heading, then one row a figure; figures that no model has are left out."""
+    models = [report[name] for name in report["models"]]
+    rows = [["", *("cut, no recovery" if name == "cut" else name for name in report["models"])]]
+    for label, key, cell in ROWS:
+        if any(key in model for model in models):
+            rows.append([label, *(cell(model) if key in model else "-" for model in models)])
+    return rows
+
+
+def headline(report: Record) -> str:
+    """The run in one sentence, about its last model."""
+    student = report[report["models"][-1]]
+    parts = [f"{len(report['removed_layers'])} of {report['num_layers']} layers removed"]
+    if "retention" in student:
+        parts.append(f"{student['retention']:.1%} of the teacher's exact match kept")
+    else:
+        parts.append(f"{student['kl']:.3f} nats per token from the teacher")
+    if "decode" in student:
+        parts.append("decoding {speedup:.2f}x as fast (ideal {ideal:.2f}x)".format(**student["decode"]))
+    training = report["teacher_training_tokens"]
+    if training and "tokens" in student:
+        parts.append(f"for {student['tokens'] / training:.1%} of the teacher's training tokens")
+    return ", ".join(parts)
+
+
+def notes(report: Record) -> list[str]:
+    """What a reader of the speeds must beware of."""
+    found = [
+        verdict(name, phase, report[name]["batch_size"], report[name][phase])
+        for name in report["models"][1:]
+        for phase in PHASES
+        if phase in report[name]
+    ]
+    return [note for note in found if note is not None]
+
+
+# ---------------------------------------------------------------------- the pages
+
+
+def markdown(page: Page) -> str:
+    """The page as Markdown; its figures are files beside it."""
+    lines = [f"# {page.title}", "", _markdown_row(page.rows[0])]
+    lines += ["|---" + "|---:" * (len(page.rows[0]) - 1) + "|", *map(_markdown_row, page.rows[1:]), ""]
+    lines += [f"> {note}\n" for note in page.notes]
+    for picture in page.pictures:
+        lines += [f"![{picture.caption}](figures/{picture.name}.svg)", "", f"*{picture.caption}*", ""]
+    if page.example:
+        lines += ["## One of the problems", ""]
+        lines += [f"**{name}:** `{_one_line(text)}`\n" for name, text in page.example.items()]
+    lines += ["---", "", "; ".join(f"{key} `{value}`" for key, value in page.origin.items())]
+    return "\n".join(lines) + "\n"
+
+
+def _markdown_row(cells: list[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def _one_line(text: str) -> str:
+    return text.replace("\n", " ").replace("`", "'")[:500]
+
+
+def html(page: Page) -> str:
+    """The page as one file: nothing is loaded from elsewhere."""
+    head, *body = ("".join(f"<td>{escape(cell)}</td>" for cell in row) for row in page.rows)
+    images = [base64.b64encode(picture.svg.encode()).decode() for picture in page.pictures]
+    parts = [
+        f"<h1>{escape(page.title)}</h1>",
+        f"<table><thead><tr>{head}</tr></thead><tbody>",
+        *(f"<tr>{row}</tr>" for row in body),
+        "</tbody></table>",
+        *(f'<p class="note">{escape(note)}</p>' for note in page.notes),
+        *(
+            f'<figure><img alt="{escape(picture.caption)}" src="data:image/svg+xml;base64,{image}">'
+            f"<figcaption>{escape(picture.caption)}</figcaption></figure>"
+            for picture, image in zip(page.pictures, images, strict=True)
+        ),
+    ]
+    if page.example:
+        parts += ["<h2>One of the problems</h2>", "<dl>"]
+        parts += [
+            f"<dt>{escape(name)}</dt><dd>{escape(text[:500])}</dd>" for name, text in page.example.items()
+        ]
+        parts += ["</dl>"]
+    facts = [f"{key} <code>{escape(str(value))}</code>" for key, value in page.origin.items()]
+    return _TEMPLATE.format(title=escape(page.title), body="\n".join(parts), origin=" &middot; ".join(facts))
+
+
+_TEMPLATE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title>
+<style>
+body {{ font: 16px/1.5 system-ui, sans-serif; color: #1e293b;
+       max-width: 960px; margin: 3rem auto; padding: 0 1rem }}
+h1 {{ font-size: 1.55rem; line-height: 1.3 }}
+h2 {{ font-size: 1.1rem; margin-top: 2.5rem }}
+table {{ border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; margin: 1.5rem 0 }}
+td {{ padding: .42rem .7rem; border-bottom: 1px solid #e2e8f0; text-align: right }}
+td:first-child {{ text-align: left; color: #475569 }}
+thead td {{ font-weight: 600; border-bottom: 2px solid #94a3b8 }}
+tr td:last-child {{ background: #f0fdfa }}
+figure {{ margin: 2rem 0 }}
+img {{ width: 100% }}
+figcaption {{ color: #64748b; font-size: .9rem }}
+.note {{ border-left: 4px solid #d97706; background: #fffbeb; padding: .5rem 1rem }}
+dt {{ font-weight: 600; margin-top: .7rem }}
+dd {{ margin: 0; font-family: ui-monospace, monospace; font-size: .88rem; white-space: pre-wrap }}
+footer {{ margin-top: 3rem; padding-top: 1rem; border-top: 1px solid #e2e8f0;
+         color: #64748b; font-size: .85rem }}
+</style>
+</head>
+<body>
+{body}
+<footer>{origin}</footer>
+</body>
+</html>
+"""

@@ -1,0 +1,172 @@
+"""The report: what it gathers, what it says when pieces are missing, and that its pages stand alone."""
+
+from __future__ import annotations
+
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+
+from src import benchmark, evaluate, figures, report
+from src.data.arithmetic import build_tokenizer, problems
+from src.errors import ConfigError
+from src.mask import Mask, write_json
+from tests.tiny import tiny_model
+
+STUDENTS = ("cut", "recovered")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run as the stages leave it: judged and timed by the real commands, on tiny models."""
+    run = tmp_path_factory.mktemp("run")
+    tokenizer = build_tokenizer()
+    for seed, (name, layers) in enumerate((("teacher", 7), ("cut", 5), ("recovered", 5))):
+        keys = {"vocab_size": len(tokenizer), "eos_token_id": 1, "max_position_embeddings": 256}
+        tiny_model("llama", seed, num_hidden_layers=layers, **keys).save_pretrained(run / name)
+        tokenizer.save_pretrained(run / name)
+    rows = "".join(json.dumps(row) + "\n" for row in problems("test", 4, seed=0))
+    (run / "test.jsonl").write_text(rows)
+    students = [str(run / name) for name in STUDENTS]
+    evaluate.main([*f"--teacher {run}/teacher --data {run}/test.jsonl --max-new-tokens 3".split(),
+                   "--model", *students, "--out", f"{run}/evaluate.json"])  # fmt: skip
+    benchmark.main([*f"--baseline {run}/teacher --prompt-tokens 8 --new-tokens 2 --repeats 2".split(),
+                    "--model", *students, "--out", f"{run}/benchmark.json"])  # fmt: skip
+    Mask(f"{run}/teacher", 7, (0, 1, 3, 5, 6), "GumbelTopK", metrics={"kl": 0.22}).save(
+        run / "search/mask.json"
+    )
+    course = [(step, 1.0 / step) for step in range(1, 30)]
+    write_json(run / "search/record.json", {"tokens": 1000, "seconds": 2.5, "history": course})
+    write_json(run / "recover/record.json", {"tokens": 7000, "seconds": 20.0, "history": course})
+    write_json(run / "search/gates.json", {"keep_probability": [[0.5] * 7, [0.9] * 7]})
+    write_json(run / "teacher/training.json", {"tokens": 40_000, "seconds": 900.0})
+    report.main(["--run", str(run)])
+    return run
+
+
+@pytest.fixture
+def gathered(finished: Path) -> dict[str, Any]:
+    return json.loads((finished / "report.json").read_text())
+
+
+def test_every_model_has_every_figure(gathered: dict[str, Any]) -> None:
+    keys = {"exact_match", "kl", "agreement", "parameters", "prefill_tokens_per_s", "decode_tokens_per_s"}
+    for name in ("teacher", *STUDENTS):
+        assert keys <= set(gathered[name]), name
+    assert gathered["models"] == ["teacher", *STUDENTS]
+    assert (gathered["teacher"]["kl"], gathered["teacher"]["agreement"]) == (0, 1)
+    assert gathered["removed_layers"] == [2, 4]
+    assert {"commit", "command"} <= set(gathered)
+
+
+def test_costs_add_up(gathered: dict[str, Any]) -> None:
+    assert gathered["tokens"] == {"search": 1000, "recover": 7000}
+    assert gathered["teacher_training_tokens"] == gathered["teacher"]["tokens"] == 40_000
+    assert (gathered["cut"]["tokens"], gathered["recovered"]["tokens"]) == (1000, 8000)
+    assert (gathered["cut"]["seconds"], gathered["recovered"]["seconds"]) == (2.5, 22.5)
+    assert {"search", "recover", "evaluate", "benchmark"} == set(gathered["seconds"])
+    assert "for 20.0% of the teacher's training tokens" in report.headline(gathered)
+
+
+def test_the_ideal_is_that_of_the_benchmark(finished: Path, gathered: dict[str, Any]) -> None:
+    measured = json.loads((finished / "benchmark.json").read_text())["measured"]
+    assert gathered["ideal_speedup"] == measured[2]["decode"]["ideal"] > 1
+    assert gathered["recovered"]["decode_tokens_per_s"] == measured[2]["decode"]["tokens_per_s"]
+
+
+def test_the_table_is_the_same_everywhere(finished: Path, gathered: dict[str, Any]) -> None:
+    rows = report.table_rows(gathered)
+    assert rows[0] == ["", "teacher", "cut, no recovery", "recovered"]
+    page = Cells()
+    page.feed((finished / "report.html").read_text())
+    assert page.cells == [cell for row in rows for cell in row]
+    markdown = (finished / "report.md").read_text()
+    assert all("| " + " | ".join(row) + " |" in markdown for row in rows)
+
+
+class Cells(HTMLParser):
+    """The texts of all table cells."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cells: list[str] = []
+        self.inside = False
+
+    def handle_starttag(self, tag: str, attrs: Any) -> None:
+        self.inside = tag == "td"
+        self.cells += [""] * self.inside
+
+    def handle_endtag(self, tag: str) -> None:
+        self.inside &= tag != "td"
+
+    def handle_data(self, data: str) -> None:
+        if self.inside:
+            self.cells[-1] += data
+
+
+def test_the_pages_need_nothing_from_elsewhere(finished: Path) -> None:
+    page = (finished / "report.html").read_text()
+    sources = re.findall(r'(?:src|href)="([^"]{0,30})', page)
+    assert len(sources) == 6
+    assert all(source.startswith("data:image/svg+xml;base64,") for source in sources)
+    linked = re.findall(r"\]\((.*?)\)", (finished / "report.md").read_text())
+    assert len(linked) == 6
+    for name in linked:
+        ElementTree.parse(finished / name)
+
+
+def test_a_run_of_plain_text_without_speeds_is_reported(tmp_path: Path, finished: Path) -> None:
+    record = json.loads((finished / "evaluate.json").read_text())
+    for model in (record["teacher"], *record["models"]):
+        for key in ("exact_match", "flips", "samples", "correct"):
+            model.pop(key, None)
+    write_json(tmp_path / "evaluate.json", record)
+    Mask("parent", 7, (0, 1, 2), "Random").save(tmp_path / "search/mask.json")
+    report.main(["--run", str(tmp_path)])
+    rows = report.table_rows(json.loads((tmp_path / "report.json").read_text()))
+    labels = {row[0] for row in rows}
+    assert "held-out KL, nats" in labels
+    assert not {"exact match", "decode, tokens/s", "items lost / gained"} & labels
+
+
+def test_what_was_generated_is_shown_as_text_not_as_markup(tmp_path: Path, finished: Path) -> None:
+    record = json.loads((finished / "evaluate.json").read_text())
+    record["teacher"]["samples"][0] = "<script>alert(1)</script> `x`"
+    write_json(tmp_path / "evaluate.json", record)
+    Mask("parent", 7, (0, 1, 2), "Random").save(tmp_path / "search/mask.json")
+    report.main(["--run", str(tmp_path)])
+    assert "<script>" not in (tmp_path / "report.html").read_text()
+
+
+def test_missing_and_broken_pieces_are_named(tmp_path: Path, finished: Path) -> None:
+    with pytest.raises(ConfigError, match="evaluate --teacher DIR"):
+        report.main(["--run", str(tmp_path)])
+    write_json(tmp_path / "evaluate.json", json.loads((finished / "evaluate.json").read_text()))
+    with pytest.raises(ConfigError, match=r"mask\.json"):
+        report.main(["--run", str(tmp_path)])
+    Mask("parent", 7, (0, 1, 2), "Random").save(tmp_path / "search/mask.json")
+    (tmp_path / "benchmark.json").write_text("{")
+    with pytest.raises(ConfigError, match=r"benchmark\.json"):
+        report.main(["--run", str(tmp_path)])
+    assert not list(tmp_path.glob("report.*")), "nothing half-written"
+
+
+def test_equal_figures_are_equal_files() -> None:
+    first, second = (figures.svg(figures.layer_strip(9, [2, 5])) for _ in range(2))
+    assert first == second != figures.svg(figures.layer_strip(9, [2, 6]))
+
+
+def test_constant_and_single_point_courses_can_be_drawn() -> None:
+    for course in ([(1, 0.5)], [(1, 0.0), (2, 0.0)]):
+        figures.svg(figures.courses(course, []))
+
+
+@pytest.mark.parametrize(
+    ("count", "text"), [(0, "0"), (960, "960"), (12_345, "12.3 k"), (4.56e6, "4.56 M"), (1.2e9, "1.2 B")]
+)
+def test_token_counts_are_short(count: float, text: str) -> None:
+    assert figures.tokens_text(count) == text
