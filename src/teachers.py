@@ -14,6 +14,8 @@ from lightning import LightningModule
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from src.cache.corpus import CachedCorpus
+from src.errors import ConfigError
 from src.losses.signals import Signal, TopK, live_signal
 from src.models.gated import freeze
 from src.models.head import OutputHead
@@ -59,7 +61,9 @@ class LiveTeacher:
         attention: str | None = None,
     ) -> None:
         self.name, self.k = model, k
-        self.loading: dict[str, Any] = {"revision": revision, "dtype": dtype, "quantize": quantize, "attention": attention}
+        self.loading: dict[str, Any] = {
+            "revision": revision, "dtype": dtype, "quantize": quantize, "attention": attention,
+        }  # fmt: skip
         self._model: tuple[PreTrainedModel, ...] = ()
 
     def adopt(self, parent: PreTrainedModel) -> None:
@@ -87,16 +91,32 @@ class LiveTeacher:
 
 
 class CachedTeacher:
-    """The signal that a cached corpus put into the batch (``src/data/teacher_cache.py``): no model at all."""
+    """The signal that lies beside the tokens in a batch of ``src.cache.CachedCorpus``: no model at all."""
+
+    k: int | None = None
 
     def adopt(self, parent: PreTrainedModel) -> None:
         """Nothing to keep: the parent's memory is freed."""
 
     def setup(self, module: LightningModule) -> None:
-        """Nothing to prepare."""
+        """Check the cache against the student's vocabulary and the loss's k.
+
+        Raises:
+            ConfigError: they do not fit, or the data are no cache.
+        """
+        corpus = getattr(module.trainer, "datamodule", None)
+        if not isinstance(corpus, CachedCorpus):
+            raise ConfigError(
+                f"teacher: CachedTeacher needs 'data: {{class_path: src.cache.CachedCorpus}}', found "
+                f"{type(corpus).__name__}. Name a cache there, or use src.teachers.LiveTeacher."
+            )
+        head: Any = module.head
+        distillation: Any = module.distillation
+        self.k = distillation.k
+        corpus.fits(head.vocabulary, self.k)
 
     def signal(self, batch: Batch, index_N: Tensor) -> TopK:
         """The rows of the cache, in the order of the supervised positions."""
         signal = TopK(*(batch[f"teacher_{key}"] for key in ("ids", "log_probs", "entropy", "log_rest")))
         assert len(signal.ids) == len(index_N), "one row of the cache for each supervised position"
-        return signal
+        return signal if self.k in (None, signal.ids.shape[-1]) else signal.cut(self.k)

@@ -50,6 +50,11 @@ class TopK:
         """The signal of some positions of the first dimension."""
         return TopK(*(x[index] for x in (self.ids, self.log_probs, self.entropy, self.log_rest)))
 
+    def cut(self, k: int) -> TopK:
+        """The signal with fewer tokens: the mass of the others joins the rest."""
+        others = torch.cat([self.log_probs[..., k:], self.log_rest[..., None]], -1)
+        return TopK(self.ids[..., :k], self.log_probs[..., :k], self.entropy, others.logsumexp(-1))
+
     def tempered(self, temperature: float, vocabulary: int) -> tuple[Tensor, Tensor]:
         """Log-probabilities ``[..., K]`` and log-mass outside ``[...]`` at a temperature; they sum to 1."""
         power, inside, rest = 1 / temperature, self.log_probs, self.log_rest

@@ -1,0 +1,82 @@
+"""A cache as the corpus of a recovery: tokens and signal come from the same rows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning import LightningDataModule
+
+from src.cache.loader import CachedLoader
+from src.cache.manifest import tokenizer_fingerprint
+from src.cache.reader import Cache
+from src.errors import ConfigError
+from src.models.loading import load_tokenizer
+
+
+class CachedCorpus(LightningDataModule):
+    """Trains on a cache, with ``teacher: {class_path: src.teachers.CachedTeacher}``.
+
+    Args:
+        tokenizer: Hub id or directory of the student's tokenizer; it must be the one of the cache.
+        train: directory or URL of the cache to train on.
+        validation: another cache, to validate on.
+        corpus: fingerprint that the corpus of ``train`` must have, to pin an experiment to its data.
+        batch_size: documents of a batch.
+        seed: seed of the order.
+    """
+
+    def __init__(
+        self,
+        tokenizer: str,
+        train: str,
+        validation: str | None = None,
+        corpus: str | None = None,
+        batch_size: int = 32,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.tokenizer = load_tokenizer(tokenizer)
+        self.batch_size, self.seed = batch_size, seed
+        self.train_cache = Cache(train)
+        self.val_cache = Cache(validation) if validation else None
+        found = tokenizer_fingerprint(self.tokenizer)
+        for cache in filter(None, (self.train_cache, self.val_cache)):
+            if found != cache.about.tokenizer:
+                raise ConfigError(
+                    f"data: tokenizer: '{tokenizer}' has fingerprint {found}, but '{cache.path}' was written "
+                    f"with {cache.about.tokenizer}. Use the tokenizer of '{cache.about.teacher}'."
+                )
+        if corpus is not None and corpus != self.train_cache.corpus:
+            raise ConfigError(f"data: corpus: {corpus} is asked, '{train}' holds {self.train_cache.corpus}.")
+
+    def fits(self, vocabulary: int, k: int | None) -> None:
+        """Check what a loss needs against what is stored.
+
+        Raises:
+            ConfigError: names the field.
+        """
+        for cache in filter(None, (self.train_cache, self.val_cache)):
+            about = cache.about
+            if vocabulary != about.vocabulary:
+                raise ConfigError(
+                    f"cache: vocabulary: '{cache.path}' has {about.vocabulary} logits, the student "
+                    f"{vocabulary}. Write a cache with the student's own parent."
+                )
+            if (k or vocabulary) > about.k:
+                raise ConfigError(
+                    f"cache: k: '{cache.path}' keeps {about.k} tokens, the distillation wants {k or 'all'}. "
+                    f"Lower model.distillation.k, or write a cache with a larger k."
+                )
+
+    def train_dataloader(self) -> CachedLoader:
+        """Shuffled; every iteration is the next epoch."""
+        return self._loader(self.train_cache, shuffle=True)
+
+    def val_dataloader(self) -> CachedLoader | list[Any]:
+        """Each document once, or nothing."""
+        return self._loader(self.val_cache, shuffle=False) if self.val_cache else []
+
+    def _loader(self, cache: Cache, shuffle: bool) -> CachedLoader:
+        rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+        pad = self.tokenizer.pad_token_id
+        return CachedLoader(cache, self.batch_size, pad, self.seed, shuffle, rank, world)

@@ -1,0 +1,120 @@
+"""Batches of a cache, in an order that is a function of (seed, epoch) alone.
+
+An epoch takes the shards in a shuffled order; within one, rows are divided into batches of similar length,
+and ranks take batches in turn. The state of a run is therefore two numbers.
+
+Shapes: B documents of a batch, T tokens of the longest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from src.cache.manifest import Shard
+from src.cache.reader import Cache
+from src.cache.shards import Array, Rows
+from src.errors import ConfigError
+from src.losses.distill import IGNORE
+
+Batch = dict[str, Tensor]
+
+
+class CachedLoader:
+    """Batches of one rank. It has a length, so that Lightning does not read ahead of its saved position."""
+
+    def __init__(
+        self, cache: Cache, batch_size: int, pad_id: int, seed: int, shuffle: bool, rank: int, world: int
+    ) -> None:
+        self.cache, self.batch_size, self.pad_id = cache, batch_size, pad_id
+        self.seed, self.shuffle, self.rank, self.world = seed, shuffle, rank, world
+        self.epoch, self.done = -1, 0
+        self._resume: tuple[int, int] | None = None
+
+    def __len__(self) -> int:
+        return sum(self._count(shard) for _, shard in self.cache.shards)
+
+    def _count(self, shard: Shard) -> int:
+        return -(-shard.rows // (self.batch_size * self.world))
+
+    def __iter__(self) -> Iterator[Batch]:
+        self.epoch, self.done = self._resume or (self.epoch + 1, 0)
+        self._resume, first = None, self.done
+        shards = list(range(len(self.cache.shards)))
+        if self.shuffle:
+            self._rng(0).shuffle(shards)
+        start = 0
+        for index in shards:
+            count = self._count(self.cache.shards[index][1])
+            if start + count > first:
+                rows = self.cache.read(index)
+                plan = self._plan(rows, self._rng(1 + index))
+                for number in range(max(first - start, 0), count):
+                    self.done = start + number + 1
+                    yield collate(rows, plan[(number * self.world + self.rank) % len(plan)], self.pad_id)
+            start += count
+
+    def _rng(self, stream: int) -> np.random.Generator:
+        return np.random.default_rng([self.seed, self.epoch, stream])
+
+    def _plan(self, rows: Rows, rng: np.random.Generator) -> list[Array]:
+        """The documents of each batch: neighbours in length, in shuffled order."""
+        order = rng.permutation(len(rows.lengths)) if self.shuffle else np.arange(len(rows.lengths))
+        order = order[np.argsort(rows.lengths[order], kind="stable")]
+        batches = [order[i : i + self.batch_size] for i in range(0, len(order), self.batch_size)]
+        if self.shuffle:
+            rng.shuffle(batches)
+        return batches
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"epoch": self.epoch, "done": self.done, "corpus": self.cache.corpus, "world": self.world}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on after the last batch that was handed out.
+
+        Raises:
+            ConfigError: the place means nothing in this cache, or for so many ranks.
+        """
+        for key, now in (("corpus", self.cache.corpus), ("world", self.world)):
+            if state_dict[key] != now:
+                raise ConfigError(f"cache: {key} was {state_dict[key]} in the checkpoint and is now {now}.")
+        ended = state_dict["done"] == len(self)
+        self._resume = (state_dict["epoch"] + ended, 0 if ended else state_dict["done"])
+
+
+def collate(rows: Rows, chosen: Array, pad_id: int) -> Batch:
+    """A batch of documents: ``[B, T]`` token tensors and the flat signal of their supervised positions.
+
+    Args:
+        rows: rows of a shard.
+        chosen: ``[B]`` documents.
+        pad_id: token that fills rows, on the right.
+    """
+    lengths, counts = rows.lengths[chosen], rows.counts[chosen]
+    inside = np.arange(lengths.max()) < lengths[:, None]
+    tokens_at = _ranges(np.cumsum(rows.lengths)[chosen] - lengths, lengths)
+    signal_at = _ranges(np.cumsum(rows.counts)[chosen] - counts, counts)
+    ids = np.full(inside.shape, pad_id, np.int64)
+    labels = np.full(inside.shape, IGNORE, np.int64)
+    ids[inside] = rows.tokens[tokens_at]
+    labels[inside] = np.where(rows.supervised[tokens_at], rows.tokens[tokens_at], IGNORE)
+    arrays = {
+        "input_ids": ids,
+        "attention_mask": inside.astype(np.int64),
+        "labels": labels,
+        "teacher_ids": rows.ids[signal_at].astype(np.int64),
+        "teacher_log_probs": rows.log_probs[signal_at],
+        "teacher_entropy": rows.entropy[signal_at],
+        "teacher_log_rest": rows.log_rest[signal_at],
+    }
+    return {key: torch.from_numpy(array) for key, array in arrays.items()}
+
+
+def _ranges(starts: Array, sizes: Array) -> Array:
+    """``[start, start + size)`` of each pair, end to end."""
+    ends = np.cumsum(sizes)
+    return np.arange(ends[-1]) + np.repeat(starts - (ends - sizes), sizes)

@@ -1,0 +1,172 @@
+"""What a cache is: whose signal, on which tokens, in which files; and how damage shows.
+
+A cache is a directory with one part for each process that wrote it::
+
+    part-0/manifest.json  part-0/00000.parquet  part-0/00001.parquet  ...  part-1/...
+
+A manifest is replaced, whole, after each shard. It carries the checksum of every shard and, against edits, of
+itself. The checksums find faults, not forgers: whoever rewrites data and manifest alike is believed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, fields, replace
+from functools import cached_property
+from typing import Any
+
+import fsspec
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from src.cache.shards import Precision
+from src.errors import ConfigError
+from src.mask import write_json
+
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One Parquet file.
+
+    Attributes:
+        file: its name.
+        batches: batches of the corpus that it holds.
+        rows: documents.
+        tokens: tokens of the documents.
+        positions: supervised positions, each with one signal.
+        bytes: size of the file.
+        sha256: checksum of the file.
+        corpus: checksum of the tokens and of which are supervised, in order.
+        entropy: sum of the teacher's entropies, nats.
+    """
+
+    file: str
+    batches: int
+    rows: int
+    tokens: int
+    positions: int
+    bytes: int
+    sha256: str
+    corpus: str
+    entropy: float
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """One part of a cache; the fields above ``part`` must agree in all parts, and when writing resumes.
+
+    Attributes:
+        teacher: id of the teacher.
+        revision: its Hub revision, or None.
+        weights: fingerprint of its weights.
+        quantize: its quantisation, or None.
+        tokenizer: fingerprint of the tokenizer.
+        vocabulary: number of logits.
+        k: tokens kept.
+        precision: how log-probabilities are stored (:mod:`src.cache.shards`).
+        parts: processes that wrote.
+        part: which of them this is.
+        complete: whether the corpus was read to its end.
+        shards: the files, in order.
+    """
+
+    teacher: str
+    revision: str | None
+    weights: str
+    quantize: str | None
+    tokenizer: str
+    vocabulary: int
+    k: int
+    precision: Precision
+    parts: int
+    part: int = 0
+    complete: bool = False
+    shards: tuple[Shard, ...] = ()
+    version: int = VERSION
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """The fields that must not change while a cache is written."""
+        return {f.name: getattr(self, f.name) for f in fields(self)[:9]}
+
+    @cached_property
+    def corpus(self) -> str:
+        """Fingerprint of the tokens, of which are supervised, and of their order."""
+        return hashlib.sha256("".join(s.corpus for s in self.shards).encode()).hexdigest()
+
+    @property
+    def positions(self) -> int:
+        """Supervised positions."""
+        return sum(s.positions for s in self.shards)
+
+    @property
+    def mean_entropy(self) -> float:
+        """Mean entropy of the teacher, nats; ``Distillation(mean_entropy=...)`` takes it."""
+        return sum(s.entropy for s in self.shards) / max(1, self.positions)
+
+    @property
+    def bytes_per_position(self) -> float:
+        """Bytes on disk for each supervised position, the tokens of the corpus included."""
+        return sum(s.bytes for s in self.shards) / max(1, self.positions)
+
+    def with_shard(self, shard: Shard) -> Manifest:
+        """The manifest with one more shard."""
+        return replace(self, shards=(*self.shards, shard))
+
+    def save(self, cache: str) -> None:
+        """Replace the file, whole."""
+        content = asdict(self)
+        write_json(f"{cache}/part-{self.part}/manifest.json", {**content, "digest": _digest(content)})
+
+    @classmethod
+    def load(cls, cache: str, part: int = 0) -> Manifest | None:
+        """Read one part; None if there is none.
+
+        Raises:
+            ConfigError: the file is damaged, was edited, or is of another version.
+        """
+        file = f"{cache}/part-{part}/manifest.json"
+        try:
+            with fsspec.open(file, "rb") as stream:
+                text = stream.read().decode()
+            content = json.loads(text)
+            exact = text == json.dumps(content, indent=2) + "\n"
+            intact = exact and content.pop("digest") == _digest(content)
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, KeyError, AttributeError, TypeError) as e:
+            raise ConfigError(f"cache: '{file}' is damaged ({type(e).__name__}: {e}). {_REMEDY}") from e
+        if not intact:
+            raise ConfigError(f"cache: '{file}' was changed after it was written (digest). {_REMEDY}")
+        if content["version"] != VERSION:
+            raise ConfigError(f"cache: '{file}' has version {content['version']}, expected {VERSION}.")
+        return cls(**{**content, "shards": tuple(Shard(**shard) for shard in content["shards"])})
+
+
+_REMEDY = "Restore it from a copy, or delete the directory and write the cache again."
+
+
+def weights_fingerprint(model: PreTrainedModel) -> str:
+    """Fingerprint of the weights: name, type, shape and 64 evenly spaced values of every tensor.
+
+    Enough to tell trained models apart, and cheap enough for any size.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        flat = tensor.detach().reshape(-1)
+        at = torch.linspace(0, max(0, flat.numel() - 1), 64, device=flat.device).long()
+        sample = flat[at].cpu().double().numpy().tobytes() if flat.numel() else b""
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode() + sample)
+    return digest.hexdigest()[:16]
+
+
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Fingerprint of the mapping from text pieces to ids."""
+    return hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()[:16]
+
+
+def _digest(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=asdict).encode()).hexdigest()

@@ -1,0 +1,65 @@
+"""What a cache will cost, told before it is written."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from itertools import islice
+from typing import Any
+
+import torch
+from lightning import Trainer
+
+from src.cache.manifest import Manifest
+from src.cache.shards import Rows, documents, encode
+from src.cache.teacher import CacheTeacher
+
+TRIAL = 3
+"""Batches that are run to measure speed and size."""
+
+
+def projection(trainer: Trainer, teacher: CacheTeacher, manifest: Manifest, count_seconds: float) -> str:
+    """Size and time of a cache: a few batches are timed, and the corpus is counted as far as time allows.
+
+    Args:
+        trainer: about to predict.
+        teacher: the teacher, on its device.
+        manifest: what is written already.
+        count_seconds: time for counting; several ranks, whose loaders run in step, do not count.
+    """
+    batches: Any = iter(trainer.predict_dataloaders or ())
+    rows, seconds = _trial(trainer, teacher, islice(batches, TRIAL))
+    if rows is None:
+        return "cache: the corpus is empty."
+    size, rate = len(encode(rows, manifest.precision)) / len(rows.entropy), len(rows.tokens) / seconds
+    positions, tokens, ended = len(rows.entropy), len(rows.tokens), False
+    deadline = time.monotonic() + count_seconds
+    while trainer.world_size == 1 and time.monotonic() < deadline and not ended:
+        batch = next(batches, None)
+        ended = batch is None
+        if batch is not None:
+            _, _, lengths, counts = documents(batch)
+            positions, tokens = positions + int(counts.sum()), tokens + int(lengths.sum())
+    done = sum(shard.tokens for shard in manifest.shards)
+    return (
+        f"cache: {'' if ended else 'at least '}{tokens:,} tokens, {positions:,} supervised: about "
+        f"{positions * size / 1e6:,.1f} MB ({size:.0f} bytes each) and "
+        f"{max(0, tokens - done) / rate / 60:,.1f} min ({rate:,.0f} tokens/s); "
+        f"{done:,} tokens are there already. A million tokens: {1e6 / rate / 60:,.1f} min."
+    )
+
+
+def _trial(
+    trainer: Trainer, teacher: CacheTeacher, batches: Iterable[Any]
+) -> tuple[Rows | None, float]:
+    """Rows of a few batches, and the seconds they took; the first is run once before, as a warm-up."""
+    rows, seconds = list[Rows](), 0.0
+    for batch in batches:
+        batch = teacher.transfer_batch_to_device(batch, teacher.device, 0)
+        with torch.no_grad(), trainer.precision_plugin.predict_step_context():
+            if not rows:
+                teacher.predict_step(batch, teacher.skip)
+            began = time.perf_counter()
+            rows.append(teacher.predict_step(batch, teacher.skip))
+            seconds += time.perf_counter() - began
+    return (Rows.concatenate(rows) if rows else None), seconds

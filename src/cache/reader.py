@@ -1,0 +1,70 @@
+"""Open a cache for reading, trusting nothing that a checksum does not confirm.
+
+A shard is fetched whole, once, through fsspec (a local path, ``hf://``, ``s3://``, ...); the very bytes that
+were checked are the bytes that are decoded.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import fsspec
+
+from src.cache.manifest import Manifest
+from src.cache.shards import Rows, decode
+from src.errors import ConfigError
+
+
+class Cache:
+    """A complete cache, opened for reading.
+
+    Args:
+        path: directory or URL of the cache.
+
+    Raises:
+        ConfigError: there is none, it is incomplete, or its parts disagree.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = path.rstrip("/")
+        first = Manifest.load(self.path)
+        if first is None:
+            raise ConfigError(
+                f"cache: there is none in '{path}'. Write it: predict --config configs/cache/topk.yaml"
+            )
+        self.parts = [first]
+        for part in range(1, first.parts):
+            other = Manifest.load(self.path, part)
+            if other is None or other.identity != first.identity:
+                raise ConfigError(f"cache: part-{part} of '{path}' is missing or of another cache.")
+            self.parts.append(other)
+        if not all(part.complete for part in self.parts):
+            raise ConfigError(f"cache: '{path}' is incomplete; run the same predict command again to resume.")
+        self.about = first
+        self.shards = [(f"part-{m.part}/{s.file}", s) for m in self.parts for s in m.shards]
+        self.corpus = hashlib.sha256("".join(m.corpus for m in self.parts).encode()).hexdigest()[:16]
+
+    @property
+    def mean_entropy(self) -> float:
+        """Mean entropy of the teacher over all positions, nats."""
+        positions = sum(m.positions for m in self.parts)
+        return sum(m.mean_entropy * m.positions for m in self.parts) / positions
+
+    def read(self, index: int) -> Rows:
+        """The rows of a shard.
+
+        Raises:
+            ConfigError: the file is missing or damaged.
+        """
+        name, shard = self.shards[index]
+        try:
+            with fsspec.open(f"{self.path}/{name}", "rb") as stream:
+                data = stream.read()
+        except OSError as e:
+            raise ConfigError(f"cache: '{self.path}/{name}' cannot be read: {e.strerror or e}.") from e
+        if len(data) != shard.bytes or hashlib.sha256(data).hexdigest() != shard.sha256:
+            raise ConfigError(
+                f"cache: '{self.path}/{name}' is damaged: its checksum differs from the manifest's. Restore "
+                f"it from a copy, or delete the directory and write the cache again."
+            )
+        return decode(data, self.about.k)

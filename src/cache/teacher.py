@@ -1,0 +1,71 @@
+"""The teacher's forward pass, as the module that ``predict`` runs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from lightning import LightningModule
+from torch import Tensor
+
+from src.cache.shards import Rows, rows_of
+from src.errors import ConfigError
+from src.losses.distill import supervised
+from src.losses.signals import TopK, live_signal
+from src.models.gated import freeze
+from src.models.head import OutputHead
+from src.models.loading import Dtype, Quantization, load_model
+
+
+class CacheTeacher(LightningModule):
+    """Says, for every supervised position, the k likeliest tokens.
+
+    Args:
+        model: Hub id or directory of the teacher.
+        k: tokens kept.
+        revision: Hub revision.
+        dtype: type of the weights that are not quantised.
+        quantize: load the model in ``int8`` or ``nf4``.
+        attention: attention implementation; None lets transformers choose.
+        chunk_tokens: positions projected to the vocabulary at a time.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        k: int = 10,
+        revision: str | None = None,
+        dtype: Dtype = "float32",
+        quantize: Quantization | None = None,
+        attention: str | None = None,
+        chunk_tokens: int = 256,
+    ) -> None:
+        super().__init__()
+        if k < 1:
+            raise ConfigError(f"model.k: {k} given; accepted: at least 1.")
+        self.skip: int = 0
+        self.name, self.k, self.chunk_tokens = model, k, chunk_tokens
+        self.loading: dict[str, Any] = {
+            "revision": revision, "dtype": dtype, "quantize": quantize, "attention": attention,
+        }  # fmt: skip
+
+    def configure_model(self) -> None:
+        if hasattr(self, "model"):
+            return
+        self.model = load_model(self.name, **self.loading)
+        freeze(self.model)
+        self.head = OutputHead(self.model)
+
+    def on_predict_start(self) -> None:
+        self.head.check()
+
+    def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> Rows:
+        """The documents of a batch with their signal; without one for the first ``skip`` batches."""
+        if batch_idx < self.skip:
+            return rows_of(batch, None)
+        index = supervised(batch["labels"], batch.get("position_ids"))
+        with torch.no_grad():
+            hidden_NH = self.head.hidden(batch).flatten(0, 1)[index]
+            signal = live_signal(self.head, hidden_NH, self.k, self.chunk_tokens)
+        assert isinstance(signal, TopK)
+        return rows_of(batch, signal)

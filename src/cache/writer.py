@@ -1,0 +1,189 @@
+"""Write what the teacher says, shard by shard, so that a kill at any moment costs at most one shard.
+
+A shard is made of whole batches of the corpus in its fixed order. It is written under a temporary name,
+flushed and renamed, and only then entered in the manifest; what the manifest does not name does not exist. A
+second run skips the batches of the named shards, comparing their tokens with the recorded checksums.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections import deque
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from lightning import LightningModule, Trainer
+from lightning.pytorch.callbacks import BasePredictionWriter
+
+from src.cache.manifest import Manifest, Shard, tokenizer_fingerprint, weights_fingerprint
+from src.cache.projection import projection
+from src.cache.shards import Precision, Rows, encode
+from src.cache.teacher import CacheTeacher
+from src.errors import ConfigError
+
+
+class CacheWriter(BasePredictionWriter):
+    """Writes the cache of a :class:`CacheTeacher`; run it again to resume.
+
+    Args:
+        out: directory of the cache.
+        precision: of the log-probabilities: ``float32``, ``float16`` or ``compact`` (one byte).
+        shard_positions: supervised positions after which a shard is closed.
+        count_seconds: time spent on counting the corpus before it starts, for the projection.
+    """
+
+    def __init__(
+        self,
+        out: str,
+        precision: Precision = "float16",
+        shard_positions: int = 1 << 18,
+        count_seconds: float = 10.0,
+    ) -> None:
+        super().__init__(write_interval="batch")
+        self.out, self.precision = out, precision
+        self.shard_positions, self.count_seconds = shard_positions, count_seconds
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Find what is already there, and print what the rest will cost."""
+        assert isinstance(pl_module, CacheTeacher), "a cache is written by src.cache.CacheTeacher"
+        trainer.predict_loop.return_predictions = False  # they are on disk; memory stays flat
+        wanted = describe(trainer, pl_module, self.precision)
+        self.manifest = Manifest.load(self.out, wanted.part) or wanted
+        if self.manifest.identity != wanted.identity:
+            changed = "; ".join(
+                f"{key} was {was} and is now {wanted.identity[key]}"
+                for key, was in self.manifest.identity.items()
+                if was != wanted.identity[key]
+            )
+            raise ConfigError(f"cache: '{self.out}' holds another one: {changed}. Choose another directory.")
+        self.manifest = replace(self.manifest, complete=False)
+        self._check_files()
+        self._known = deque(self.manifest.shards)
+        pl_module.skip = sum(shard.batches for shard in self._known)
+        self._rows: list[Rows] = []
+        self._batches, self._first = 0, ""
+        self._pool, self._written = ThreadPoolExecutor(1), list[Future[None]]()
+        trainer.print(projection(trainer, pl_module, self.manifest, self.count_seconds))
+
+    def write_on_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        prediction: Rows,
+        batch_indices: Sequence[int] | None,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int,
+    ) -> None:
+        """Collect the rows of a batch; close the shard when it is full, or check it if it exists."""
+        self._batches += 1
+        if trainer.world_size > 1:  # a rank that runs out early is given its first batch again
+            repeated = prediction.corpus == self._first
+            self._first = self._first or prediction.corpus
+        if trainer.world_size == 1 or not repeated:
+            self._rows.append(prediction)
+        if self._known:
+            if self._batches == self._known[0].batches:
+                self._verify(self._known.popleft())
+        elif sum(len(rows.entropy) for rows in self._rows) >= self.shard_positions:
+            self._close()
+
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Close the last shard; the cache is complete."""
+        if self._known:
+            raise ConfigError(f"cache: corpus: it ends before {self._known[0].file} of '{self.out}' now.")
+        if self._rows:
+            self._close()
+        self._wait()
+        self._pool.shutdown()
+        self.manifest = replace(self.manifest, complete=True)
+        self.manifest.save(self.out)
+        trainer.print(
+            f"cache: '{self.out}' is complete: {self.manifest.positions:,} positions, "
+            f"{self.manifest.bytes_per_position:.1f} bytes each."
+        )
+
+    # ------------------------------------------------------------------ shards
+
+    def _take(self) -> tuple[Rows | None, int]:
+        rows, batches = self._rows, self._batches
+        self._rows, self._batches = [], 0
+        return Rows.concatenate(rows) if rows else None, batches
+
+    def _verify(self, shard: Shard) -> None:
+        rows, _ = self._take()
+        if rows is None or rows.corpus != shard.corpus:
+            raise ConfigError(
+                f"cache: corpus: the batches of {shard.file} in '{self.out}' are other tokens now, or in "
+                f"another order. Set the data back, or choose another directory."
+            )
+
+    def _close(self) -> None:
+        """Hand the shard to the writing thread, which is at most one shard behind."""
+        rows, batches = self._take()
+        self._wait()
+        if rows is not None:
+            self._written = [self._pool.submit(self._write, rows, batches)]
+
+    def _wait(self) -> None:
+        for future in self._written:
+            future.result()
+
+    def _write(self, rows: Rows, batches: int) -> None:
+        file = f"{len(self.manifest.shards):05d}.parquet"
+        data = encode(rows, self.precision)
+        path = self._path(file)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(".partial")
+        with partial.open("wb") as stream:
+            stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())
+        partial.replace(path)
+        shard = Shard(
+            file=file,
+            batches=batches,
+            rows=len(rows.lengths),
+            tokens=len(rows.tokens),
+            positions=len(rows.entropy),
+            bytes=len(data),
+            sha256=hashlib.sha256(data).hexdigest(),
+            corpus=rows.corpus,
+            entropy=float(rows.entropy.sum(dtype="float64")),
+        )
+        self.manifest = self.manifest.with_shard(shard)
+        self.manifest.save(self.out)
+
+    def _check_files(self) -> None:
+        """Refuse to build on shards that are gone or damaged; sweep what a killed run left half-written."""
+        for litter in self._path("").glob("*.partial"):
+            litter.unlink()
+        for shard in self.manifest.shards:
+            path = self._path(shard.file)
+            if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != shard.sha256:
+                raise ConfigError(
+                    f"cache: '{path}' is missing or damaged. Delete '{self.out}' and start anew."
+                )
+
+    def _path(self, file: str) -> Path:
+        return Path(self.out) / f"part-{self.manifest.part}" / file
+
+
+def describe(trainer: Trainer, teacher: CacheTeacher, precision: Precision) -> Manifest:
+    """The manifest of what is about to be written, still without shards."""
+    return Manifest(
+        teacher=teacher.name,
+        revision=teacher.loading["revision"] or getattr(teacher.model.config, "_commit_hash", None),
+        weights=weights_fingerprint(teacher.model),
+        quantize=teacher.loading["quantize"],
+        tokenizer=tokenizer_fingerprint(getattr(trainer, "datamodule").tokenizer),  # noqa: B009 (mypy)
+        vocabulary=teacher.head.vocabulary,
+        k=min(teacher.k, teacher.head.vocabulary),
+        precision=precision,
+        parts=trainer.world_size,
+        part=trainer.global_rank,
+    )
