@@ -1,0 +1,224 @@
+"""Sources: every form of corpus reads the same, and every fault names its file and row."""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import json
+import lzma
+from pathlib import Path
+from typing import Any
+
+import pytest
+from datasets import Dataset, DatasetDict
+
+from src.data import Columns, Source
+from src.data.documents import MAX_DOCUMENT
+from src.data.sources import WHERE, open_source
+from src.errors import ConfigError
+from tests.data_tools import corpus, numbered, texts, write_rows
+
+ROWS = numbered(41)
+TEXTS = sorted(row["text"] for row in ROWS)
+
+
+def lines() -> bytes:
+    return "".join(json.dumps(row) + "\n" for row in ROWS).encode()
+
+
+def written(folder: Path, form: str) -> Source:
+    """The same rows in each form a source may have."""
+    compress = {"gz": gzip.compress, "bz2": bz2.compress, "xz": lzma.compress}
+    if form in compress:
+        (folder / f"a.jsonl.{form}").write_bytes(compress[form](lines()))
+        return Source(str(folder / f"a.jsonl.{form}"))
+    data = Dataset.from_list(ROWS)
+    if form == "parquet":
+        data.to_parquet(folder / "a.parquet")
+    elif form == "saved":
+        data.save_to_disk(folder / "data")
+        return Source(str(folder / "data"))
+    elif form == "saved splits":
+        DatasetDict({"dev": data}).save_to_disk(folder / "data")
+        return Source(str(folder / "data"), split="dev")
+    elif form == "lines":
+        (folder / "a.txt").write_text("\n\n".join(row["text"] for row in ROWS))
+    elif form in ("directory", "glob"):
+        for i in range(4):
+            write_rows(folder / f"{i}.jsonl", ROWS[i::4])
+        return Source(str(folder) if form == "directory" else str(folder / "*.jsonl"))
+    elif form == "file url":
+        (folder / "a.jsonl").write_bytes(lines())
+        return Source(f"file://{folder}/a.jsonl")
+    elif form == "named format":
+        (folder / "a.data").write_bytes(lines())
+        return Source(str(folder / "a.data"), format="jsonl")
+    return Source(str(next(folder.glob("a.*"))))
+
+
+FORMS = ["gz", "bz2", "xz", "parquet", "saved", "saved splits", "lines", "directory", "glob"]
+FORMS += ["file url", "named format"]
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("shares", [1, 3, 4])
+def test_shares_of_every_form_are_disjoint_and_complete(tmp_path, form, shares):
+    source = written(tmp_path, form)
+    seen = [row["text"][0] for i in range(shares) for row in open_source(source, i, shares).iter(1)]
+    assert sorted(seen) == TEXTS
+
+
+@pytest.mark.parametrize("form", ["gz", "parquet", "saved", "glob"])
+@pytest.mark.parametrize("shares", [1, 3])
+def test_position_is_exact(tmp_path, form, shares):
+    source = written(tmp_path, form)
+    data = open_source(source, 0, shares)
+    rows = data.iter(1)
+    for _ in range(5):
+        next(rows)
+    position = json.loads(json.dumps(data.state_dict()))
+    again = open_source(source, 0, shares)
+    again.load_state_dict(position)
+    assert list(again.iter(1)) == list(rows)
+
+
+def test_a_file_may_be_one_document(tmp_path):
+    (tmp_path / "book.txt").write_text("one\n\ntwo\n")
+    (row,) = open_source(Source(str(tmp_path / "book.txt"), format="text"), 0, 1).iter(1)
+    assert row["text"] == ["one\n\ntwo\n"]
+    assert row[WHERE][0].endswith("book.txt row 1")
+
+
+def read(tmp_path: Path, train: Any, **options: Any) -> list[str]:
+    data = corpus(tmp_path, train, **options)
+    return texts(data, data.loader("train", shuffle=True, workers=options.get("num_workers", 0)))
+
+
+GOOD = [{"text": "good"}] * 3
+FAULTS: dict[str, tuple[bytes, str]] = {
+    "missing column": (b'{"text": "a"}\n{"story": "b"}\n', r"a\.jsonl row 2 lacks .*found: 'story'.*columns"),
+    "null": (b'{"text": "a"}\n{"text": null}\n', r"row 2: column 'text' holds null; expected text"),
+    "mixed types": (b'{"text": "a"}\n{"text": 7}\n', r"row 2: column 'text' holds int '7'; expected text"),
+    "not an object": (b'{"text": "a"}\n["b"]\n', r"row 2 is a list, not an object"),
+    "empty file": (b"", r"a\.jsonl is empty"),
+    "blank file": (b"\n\n", r"a\.jsonl is empty"),
+    "not JSON": (b'{"text": "a"}\n{"text": "b"\n', r"row 2 is not JSON"),
+    "an array": (b'[\n{"text": "a"}\n]\n', r"row 1 is not JSON"),
+    "not UTF-8": (b'{"text": "a"}\n{"text": "\xff"}\n', r"row 2 is not UTF-8.*byte 10"),
+    "half a surrogate": (b'{"text": "\\ud800"}\n', r"row 1: .*half of a surrogate pair"),
+    "a long line": (b'{"text": "' + b"x" * 10_000_000 + b'"}\n', r"row 1 is one line of more than 8 MiB"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_names_file_and_row(tmp_path, fault):
+    content, message = FAULTS[fault]
+    (tmp_path / "a.jsonl").write_bytes(content)
+    with pytest.raises(ConfigError, match=message) as error:
+        read(tmp_path, str(tmp_path / "a.jsonl"))
+    assert "\n" not in str(error.value)
+    assert len(str(error.value)) < 500
+
+
+@pytest.mark.parametrize("fault", ["mixed types", "not UTF-8"])
+def test_a_worker_fails_with_its_cause(tmp_path, fault):
+    content, message = FAULTS[fault]
+    (tmp_path / "a.jsonl").write_bytes(content)
+    with pytest.raises(ConfigError, match=message) as error:
+        read(tmp_path, str(tmp_path / "a.jsonl"), num_workers=2)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("kind", ["truncated", "damaged", "not gzip"])
+def test_broken_gzip(tmp_path, kind):
+    whole = gzip.compress(b"".join(json.dumps({"text": f"{i} " * 99}).encode() + b"\n" for i in range(999)))
+    middle = len(whole) // 2
+    broken = {
+        "truncated": whole[:middle],
+        "damaged": whole[:middle] + b"\0" * 64 + whole[middle + 64 :],
+        "not gzip": b'{"text": "a"}\n',
+    }
+    (tmp_path / "a.jsonl.gz").write_bytes(broken[kind])
+    with pytest.raises(ConfigError, match=r"a\.jsonl\.gz (cannot be read after row|row) \d+"):
+        read(tmp_path, str(tmp_path / "a.jsonl.gz"))
+
+
+def test_broken_parquet(tmp_path):
+    (tmp_path / "a.parquet").write_bytes(b"PAR1 not really")
+    with pytest.raises(ConfigError, match=r"a\.parquet cannot be read after row 0"):
+        read(tmp_path, str(tmp_path / "a.parquet"))
+
+
+def test_a_long_document_is_cut_split_or_refused(tmp_path):
+    path = write_rows(tmp_path / "a.jsonl", [{"text": "short"}, {"text": "x" * 100}])
+    with pytest.raises(ConfigError, match=r"row 2 has 10[12] tokens, more than data.max_length=64"):
+        read(tmp_path, path, too_long="error")
+    assert "".join(read(tmp_path, path, too_long="split")).count("x") == 100
+    assert max(map(len, read(tmp_path, path))) <= 64
+
+
+def test_a_document_beyond_all_measure_is_refused(tmp_path):
+    Dataset.from_list([{"text": "x" * (MAX_DOCUMENT + 1)}]).to_parquet(tmp_path / "a.parquet")
+    with pytest.raises(ConfigError, match=r"row 1: column 'text' holds 8,388,609 characters"):
+        read(tmp_path, str(tmp_path / "a.parquet"))
+
+
+SETTINGS: dict[str, tuple[dict[str, Any], str]] = {
+    "zero weight": (
+        {"train": [Source("a.jsonl", weight=0.0), Source("b.jsonl", weight=1.0)]},
+        r"data\.train: 'a\.jsonl' has weight 0\.0",
+    ),
+    "half weighted": ({"train": [Source("a.jsonl", weight=1.0), "b.jsonl"]}, r"'b\.jsonl' has no weight"),
+    "workers": ({"num_workers": 3}, r"data\.num_workers is 3; accepted: \[0, 1, 2, 4\]"),
+    "held out": ({"held_out": 1.5}, r"data\.held_out is 1\.5"),
+    "two validations": ({"held_out": 0.1, "validation": "v.jsonl"}, "both set"),
+    "tokens": ({"max_tokens": "many"}, "data.max_tokens is 'many'"),
+    "batch": ({"batch_size": 0}, "data.batch_size is 0"),
+}
+
+
+@pytest.mark.parametrize("case", SETTINGS)
+def test_settings_at_fault_name_their_key(tmp_path, case):
+    options, message = SETTINGS[case]
+    with pytest.raises(ConfigError, match=message):
+        corpus(tmp_path, **{"train": "a.jsonl", **options})
+
+
+@pytest.mark.parametrize("names", [{"prompt": "q"}, {"text": "t", "messages": "m"}])
+def test_columns_at_fault(names):
+    with pytest.raises(ConfigError, match="give 'text', or 'prompt' and 'answer', or 'messages'"):
+        Columns(**names)
+
+
+def test_several_faults_are_told_at_once(tmp_path):
+    with pytest.raises(ConfigError, match=r"num_workers is 3.*batch_size is 0"):
+        corpus(tmp_path, "a.jsonl", num_workers=3, batch_size=0)
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("missing.jsonl", r"'missing\.jsonl' matches no file \(looked from"),
+        ("nothing/*.jsonl", "matches no file"),
+        ("empty", "holds no file"),
+        ("a.unknown", r"suffix '\.unknown' does not say.*'format'"),
+    ],
+)
+def test_a_path_to_nothing(tmp_path, monkeypatch, path, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "a.unknown").write_text("x")
+    with pytest.raises(ConfigError, match=message):
+        read(tmp_path, path)
+
+
+def test_an_unknown_hub_id(tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    with pytest.raises(ConfigError, match=r"'nobody/nothing' \(split 'train'\) is no file here"):
+        read(tmp_path, "nobody/nothing")
+
+
+def test_a_corpus_without_anything_to_learn(tmp_path):
+    path = write_rows(tmp_path / "a.jsonl", [{"text": ""}] * 3)
+    with pytest.raises(ConfigError, match=r"no document has a token to learn from: 3 were left out"):
+        read(tmp_path, path, bos=False)
