@@ -116,7 +116,9 @@ def gather(run: Run) -> Record:
         "removed_layers": list(run.mask.removed),
         "num_layers": run.mask.num_layers,
         "search_kl": run.mask.metrics.get("kl"),
+        "decode_speedup": last["decode"]["speedup"] if "decode" in last else None,
         "ideal_speedup": last["decode"]["ideal"] if "decode" in last else None,
+        "commands": {s: vars(run)[s]["command"] for s in stages if "command" in vars(run)[s]},
     }
 
 

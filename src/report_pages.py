@@ -59,7 +59,7 @@ ROWS: tuple[tuple[str, str, Callable[[Record], str]], ...] = (
     ("items lost / gained", "flips", lambda m: "{lost} / {gained}  (p = {p:.2g})".format(**m["flips"])),
     ("held-out KL, nats", "kl", lambda m: f"{m['kl']:.4f}"),
     ("top-1 agreement", "agreement", lambda m: f"{m['agreement']:.2%}"),
-    ("perplexity", "perplexity", lambda m: f"{m['perplexity']:.4g}"),
+    ("perplexity", "perplexity", lambda m: f"{m['perplexity']:.3f}"),
     ("tokens spent", "tokens", lambda m: tokens_text(m["tokens"])),
     ("seconds spent", "seconds", lambda m: f"{m['seconds']:,.0f}"),
     ("prefill, tokens/s", "prefill", _speed("prefill")),

@@ -75,6 +75,8 @@ def test_costs_add_up(gathered: dict[str, Any]) -> None:
 def test_the_ideal_is_that_of_the_benchmark(finished: Path, gathered: dict[str, Any]) -> None:
     measured = json.loads((finished / "benchmark.json").read_text())["measured"]
     assert gathered["ideal_speedup"] == measured[2]["decode"]["ideal"] > 1
+    assert gathered["decode_speedup"] == measured[2]["decode"]["speedup"]
+    assert "--repeats 2" in gathered["commands"]["benchmark"]
     assert gathered["recovered"]["decode_tokens_per_s"] == measured[2]["decode"]["tokens_per_s"]
 
 
