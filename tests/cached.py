@@ -45,6 +45,7 @@ def small(family: str, seed: int = 0) -> PreTrainedModel:
 @dataclass(frozen=True)
 class Workspace:
     root: Path
+    family: str
 
     @property
     def model(self) -> str:
@@ -79,4 +80,4 @@ def workspace(root: Path, family: str = "llama", rows: int = 48) -> Workspace:
     tokenizer().save_pretrained(root / "model")
     small(family).save_pretrained(root / "model")
     (root / "train.jsonl").write_text("".join(json.dumps(problem(rng)) + "\n" for _ in range(rows)))
-    return Workspace(root)
+    return Workspace(root, family)

@@ -25,15 +25,28 @@ Batch = dict[str, Tensor]
 
 
 class CachedLoader:
-    """Batches of one rank. It has a length, so that Lightning does not read ahead of its saved position."""
+    """Batches of one rank, in training one epoch after the other.
+
+    It has a length, so Lightning does not read ahead of the saved position. While training, an iteration
+    that was broken off is continued by the next one: Lightning breaks one off when it resumes at the end of
+    an epoch, or at ``limit_train_batches``, and no document may be lost to that.
+
+    Args:
+        cache: what to read.
+        batch_size: documents of a batch.
+        pad_id: token that fills rows.
+        seed: seed of the order.
+        shuffle: shuffle, and go on with the next epoch; or always give the same batches.
+        rank: this rank.
+        world: number of ranks.
+    """
 
     def __init__(
         self, cache: Cache, batch_size: int, pad_id: int, seed: int, shuffle: bool, rank: int, world: int
     ) -> None:
         self.cache, self.batch_size, self.pad_id = cache, batch_size, pad_id
         self.seed, self.shuffle, self.rank, self.world = seed, shuffle, rank, world
-        self.epoch, self.done = -1, 0
-        self._resume: tuple[int, int] | None = None
+        self.epoch, self.done = 0, 0
 
     def __len__(self) -> int:
         return sum(self._count(shard) for _, shard in self.cache.shards)
@@ -42,8 +55,11 @@ class CachedLoader:
         return -(-shard.rows // (self.batch_size * self.world))
 
     def __iter__(self) -> Iterator[Batch]:
-        self.epoch, self.done = self._resume or (self.epoch + 1, 0)
-        self._resume, first = None, self.done
+        if not self.shuffle:
+            self.done = 0
+        elif self.done == len(self):
+            self.epoch, self.done = self.epoch + 1, 0
+        first = self.done
         shards = list(range(len(self.cache.shards)))
         if self.shuffle:
             self._rng(0).shuffle(shards)
@@ -82,8 +98,7 @@ class CachedLoader:
         for key, now in (("corpus", self.cache.corpus), ("world", self.world)):
             if state_dict[key] != now:
                 raise ConfigError(f"cache: {key} was {state_dict[key]} in the checkpoint and is now {now}.")
-        ended = state_dict["done"] == len(self)
-        self._resume = (state_dict["epoch"] + ended, 0 if ended else state_dict["done"])
+        self.epoch, self.done = state_dict["epoch"], state_dict["done"]
 
 
 def collate(rows: Rows, chosen: Array, pad_id: int) -> Batch:
