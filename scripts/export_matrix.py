@@ -20,7 +20,7 @@ import random
 import re
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -38,7 +38,7 @@ from src.gate import observe_gated, predicted_weights
 from src.mask import git_sha, write_json
 from src.models.cut import Constraints, constraints, cut
 from src.models.layers import decoder_layers, num_layers
-from src.models.observe import probe_tokens
+from src.models.observe import Observation, probe_tokens
 from src.verify import Reference, is_tied, verify
 
 Row = dict[str, Any]
@@ -80,8 +80,11 @@ def prepare(family: str, folder: Path) -> Row:
     except ConfigError as e:
         return {"result": "refused", "reason": str(e)}
     except Exception as e:  # whatever a family's own code raises is the finding
-        return {"result": "cannot be built", "reason": _short(e)}
-    limits = constraints(model.config)
+        return {"result": "cannot be built", "reason": f"its own code fails: {_short(e)}"}
+    try:
+        limits = constraints(model.config)
+    except ConfigError as e:
+        return {"result": "refused", "reason": str(e)}
     row: Row = {"class": type(model).__name__, "limits": limits.reason, "masks": []}
     for gone in sorted(limits.always_keep or (range(1, length - 1) if limits.tail_only else ())):
         try:
@@ -89,10 +92,9 @@ def prepare(family: str, folder: Path) -> Row:
             row["unrefused"] = gone
         except ConfigError as e:
             row.setdefault("refusal", str(e))
-    for number, keep in enumerate(draw_masks(length, limits, seed=len(family))):
-        student, expected = cut(model, keep), observe_gated(model, keep, ids_BT)
-        directory = folder / str(number)
-        student.save_pretrained(directory)
+
+    def save(name: str, student: PreTrainedModel, keep: Sequence[int], expected: Observation) -> None:
+        student.save_pretrained(folder / name)
         Reference(
             expected=expected,
             ids_BT=ids_BT,
@@ -100,18 +102,39 @@ def prepare(family: str, folder: Path) -> Row:
             layers=len(keep),
             tied=is_tied(student),
             attention=model.config._attn_implementation,
-        ).save(folder / f"{number}.reference")
+        ).save(folder / f"{name}.reference")
+
+    for number, keep in enumerate(draw_masks(length, limits, seed=len(family))):
+        expected = observe_gated(model, keep, ids_BT)
         moved = float((expected["plain"] - everything["plain"]).abs().max())
         row["masks"].append({"keep": keep, "moved": round(moved, 4)})
+        save(str(number), cut(model, keep), keep, expected)
     if not row["masks"]:
         return row | {"result": "refused", "reason": limits.reason}
+    save(
+        "control", model, range(length), everything
+    )  # the parent itself: what fails here is not the cut's fault
     return row
 
 
-def check(folder: Path) -> list[list[Row]]:
+def check(folder: Path) -> dict[str, list[Row]]:
     """The other side: verify each export, in a process that never saw the models."""
-    pairs = [(folder / f.stem, Reference.load(f)) for f in sorted(folder.glob("*.reference"))]
-    return [[asdict(f) for f in verify(directory, reference)] for directory, reference in pairs]
+    references = {f.stem: Reference.load(f) for f in sorted(folder.glob("*.reference"))}
+    return {name: [asdict(f) for f in verify(folder / name, r)] for name, r in references.items()}
+
+
+def verdict(masks: list[Row], findings: dict[str, list[Row]], unrefused: bool) -> Row:
+    """Judge the findings on the exports, with those on the parent as the control."""
+    failed = {
+        name: [f"{f['check']}: {f['detail']}" for f in fs if not f["passed"]] for name, fs in findings.items()
+    }
+    if control := failed.pop("control"):
+        return {"result": "refused", "reason": f"a saved parent does not load as it was: {control[0]}"}
+    for mask, found in zip(masks, failed.values(), strict=True):
+        mask["failed"] = found
+    wrong = unrefused or any(failed.values()) or not all(mask["moved"] for mask in masks)
+    as_parent = sorted({f["check"] for fs in findings.values() for f in fs if "the original" in f["detail"]})
+    return {"result": "WRONG" if wrong else "pass", "as_parent": as_parent}
 
 
 def judge(family: str) -> Row:
@@ -120,12 +143,7 @@ def judge(family: str) -> Row:
     with tempfile.TemporaryDirectory() as folder:
         row = isolated(prepare, family, Path(folder))
         if "result" not in row:
-            findings = isolated(check, Path(folder))
-            for mask, checks in zip(row["masks"], findings, strict=True):
-                mask["failed"] = [f"{f['check']}: {f['detail']}" for f in checks if not f["passed"]]
-                row["as_parent"] = [f["check"] for f in checks if "so does the original" in f["detail"]]
-            bad = [m for m in row["masks"] if m["failed"] or m["moved"] == 0]
-            row["result"] = "WRONG" if bad or "unrefused" in row else "pass"
+            row |= verdict(row["masks"], isolated(check, Path(folder)), "unrefused" in row)
     return row | {"seconds": round(time.monotonic() - start, 1)}
 
 

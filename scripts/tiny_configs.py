@@ -11,6 +11,8 @@ from typing import Any
 
 from transformers import AutoConfig, PretrainedConfig
 
+from src.models.layers import text_config
+
 LAYERS = 7
 PATTERN = (0, 1, 1, 0, 2, 1, 0)
 """Irregular, so that no period fits it; every value occurs early and late."""
@@ -19,7 +21,7 @@ SIZES: dict[str, int | float] = {
     **dict.fromkeys(("num_hidden_layers", "num_layers", "n_layer", "n_layers", "num_blocks"), LAYERS),
     **dict.fromkeys(("encoder_layers", "decoder_layers", "num_decoder_layers", "num_encoder_layers"), LAYERS),
     **dict.fromkeys(("hidden_size", "d_model", "n_embd", "embedding_dim", "dim", "word_embed_proj_dim"), 32),
-    **dict.fromkeys(("embedding_size", "lru_width", "emb_dim", "adapter_in_dim"), 32),
+    **dict.fromkeys(("embedding_size", "lru_width", "emb_dim", "adapter_in_dim", "adapter_input_size"), 32),
     **dict.fromkeys(("intermediate_size", "ffn_dim", "n_inner", "d_ff", "d_inner", "dim_ff"), 48),
     **dict.fromkeys(("encoder_ffn_dim", "decoder_ffn_dim", "feed_forward_size"), 48),
     **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size", "ffn_hidden_size"), 24),
@@ -48,6 +50,7 @@ SIZES: dict[str, int | float] = {
     "zero_expert_num": 2,
     "index_topk": 4,
     "use_sliding_window": True,
+    "is_decoder": True,
     "chunk_size": 8,
     "mamba_chunk_size": 8,
     "first_k_dense_replace": 3,
@@ -93,7 +96,6 @@ DOTS3 = {
     "swa_qk_rope_head_dim": 8,
     "head_dim": 16,
     "shared_experts_intermediate_size": 24,
-    "per_layer_config": None,
 }
 
 SPECIAL: dict[str, dict[str, Any]] = {
@@ -131,6 +133,10 @@ SPECIAL: dict[str, dict[str, Any]] = {
     },
     "xlstm": {"hidden_size": 128, "embedding_dim": 128, "num_heads": 2, "chunk_size": 8},
     "xmod": {"languages": ["en_XX"], "default_language": "en_XX"},
+    "zamba": {
+        "layers_block_type": [("linear_attention", "hybrid")[i in (1, 2, 3, 5, 6)] for i in range(LAYERS)]
+    },
+    "zamba2": {"layers_block_type": [("linear_attention", "hybrid")[p % 2] for p in PATTERN]},
     "zaya": {"num_experts_per_tok": 1},
 }
 
@@ -147,6 +153,8 @@ def shrunk(config: PretrainedConfig) -> dict[str, Any]:
     for key in config.sub_configs:
         if isinstance(section := getattr(config, key, None), PretrainedConfig):
             out[key] = shrunk(section)
+            if section is not text_config(config):  # vision and audio towers are of another depth
+                out[key] = {name: 2 if size == LAYERS else size for name, size in out[key].items()}
     return {**out, **SPECIAL.get(config.model_type, {})}
 
 

@@ -2,8 +2,8 @@
 
 The cut model is built by its own class from a cut config, so ``layer_idx`` and everything a layer derives
 from it are right by construction, and it receives the parent's weights under their new names. Then each
-layer is compared with its original: modules, shapes, plain attributes, constant buffers. Whatever differs is
-computed from the position in a way that the config cannot say, and the mask is refused by that name.
+layer is compared with its original: modules, shapes and plain attributes. Whatever differs is computed from
+the position in a way that the config cannot say, and the mask is refused by that name.
 
 What a family cannot express is offered to the search before it draws a mask: :func:`constraints`.
 """
@@ -13,6 +13,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,7 +23,7 @@ from transformers.initialization import no_init_weights
 from src.errors import ConfigError
 from src.models.cut_rules import attention_layers, forbidden, lenders, slice_section
 from src.models.layers import decoder_layers, num_layers, text_config
-from src.models.structure import structural_changes
+from src.models.structure import alike, structural_changes
 
 
 @dataclass(frozen=True)
@@ -88,9 +89,18 @@ def cut_config(config: PretrainedConfig, keep: Iterable[int]) -> PretrainedConfi
     section.clear()
     section.update(sliced)
     try:
-        new = type(config).from_dict(whole, attn_implementation=config._attn_implementation)
+        new = type(config).from_dict(copy.deepcopy(whole), attn_implementation=config._attn_implementation)
     except ValueError as e:
         raise ConfigError(f"keep: a '{config.model_type}' config cannot hold this mask: {e}") from e
+    read: Any = new.to_dict()
+    for key in path:
+        read = read[key]
+    for name in ("layer_types", "mlp_layer_types", "layers_block_type"):
+        if name in sliced and read.get(name) != sliced[name]:
+            raise ConfigError(
+                f"keep: the config class of a '{config.model_type}' turns {name} {sliced[name]} into "
+                f"{read.get(name)}, which is not what the kept layers are."
+            )
     new._experts_implementation = config._experts_implementation
     new._name_or_path = config._name_or_path
     return new
@@ -113,8 +123,9 @@ def cut(model: PreTrainedModel, keep: Iterable[int]) -> PreTrainedModel:
     config = cut_config(model.config, keep)
     with no_init_weights():
         new = type(model)._from_config(config, dtype=model.dtype)
-    misfits = structural_changes(layers, decoder_layers(new)[1], keep)
-    if misfits:
+    # Some layers change when they run (BigBird's attention), so a fresh parent is compared with a fresh cut.
+    fresh = decoder_layers(_weightless(model.config, type(model)))[1]
+    if misfits := structural_changes(fresh, decoder_layers(new)[1], keep):
         limit = constraints(model.config).reason
         raise ConfigError(f"keep: {next(iter(misfits.values()))} {limit}")
     shapes = {name: tensor.shape for name, tensor in new.state_dict().items()}
@@ -134,47 +145,55 @@ def cut(model: PreTrainedModel, keep: Iterable[int]) -> PreTrainedModel:
 def constraints(config: PretrainedConfig) -> Constraints:
     """Return what a mask of this model must respect, found by cutting weightless copies of the model.
 
-    Three probes (without a middle, the first and the last layer) tell a layer whose function depends on its
-    position from one that does not; if one does, the shortest period that can be taken out is looked for.
+    One layer of each kind, both ends and the whole tail are taken out in turn. Where no kind can go without
+    changing another layer, the layers compute with their positions: only the tail can go, or blocks of a
+    period, which is looked for.
     """
-    length, lent = num_layers(config), lenders(config)
+    length, lent, attend = num_layers(config), lenders(config), attention_layers(config)
     if why := forbidden(config):
         return Constraints(frozenset(range(length)), reason=f"This '{config.model_type}' {why}.")
     layers = decoder_layers(_weightless(config))[1]
 
-    def misfits(removed: Iterable[int]) -> dict[int, str]:
+    def changes(removed: Iterable[int]) -> str:
         keep = [i for i in range(length) if i not in set(removed)]
         try:
-            return structural_changes(layers, decoder_layers(_weightless(cut_config(config, keep)))[1], keep)
+            cut_layers = decoder_layers(_weightless(cut_config(config, keep)))[1]
         except ConfigError as e:
-            return dict.fromkeys(keep, str(e))
+            return str(e)
+        return next(iter(structural_changes(layers, cut_layers, keep).values()), "")
 
-    always, reasons, attend = set(lent), [], attention_layers(config)
+    kinds = [kind - lent.keys() - {length - 1} for kind in alike(layers)]
+    probes = {min(kind, key=lambda i: abs(i - length // 2)): kind for kind in kinds if kind}
+    fixed = {probe: why for probe in probes if (why := changes([probe]))}
+    reasons = [f"Layers {sorted(lent)} must stay: others use what they compute."] if lent else []
     if attend:
-        reasons.append(f"At least one of the attention layers {sorted(attend)} must stay.")
-    if lent:
-        reasons.append(f"Layers {sorted(lent)} must stay: other layers use what they compute.")
-    free = [i for i in range(1, length - 1) if i not in lent]
-    middle = misfits([free[len(free) // 2]]) if free else {}
-    if middle:
-        tail = not misfits([length - 1])
-        always |= set() if tail else set(range(length))
-        period = next((p for p in range(2, length // 2 + 1) if not misfits(range(p, 2 * p))), 1)
-        blocks = f", or whole aligned blocks of {period}" if period > 1 else ""
-        reasons.append(
-            f"Only the last layers{blocks} can be removed." if tail else "No layer can be removed."
-        )
-        return Constraints(frozenset(always), tail, period, attend, " ".join(reasons))
-    for edge in {0, length - 1} - always:
-        if misfits([edge]):
-            always.add(edge)
-            reasons.append(f"Layer {edge} must stay: it differs from the others by its position.")
-    return Constraints(frozenset(always), one_of=attend, reason=" ".join(reasons))
+        reasons.append(f"One or more of the attention layers {sorted(attend)} must stay.")
+    if fixed.keys() == probes.keys() and not changes([length - 1]):
+        period = next((p for p in range(2, length // 2 + 1) if not changes(range(p, 2 * p))), 1)
+        blocks = f", or whole aligned blocks of {period}," if period > 1 else ""
+        why = next(iter(fixed.values()))
+        reasons.append(f"Only the last layers{blocks} can be removed: {why}")
+        return Constraints(frozenset(lent), True, period, attend, " ".join(reasons))
+    stay = {i: why for probe, why in fixed.items() for i in probes[probe]}
+    tail = set(range(length // 2, length)) - lent.keys() - stay.keys()
+    for edge, removed in ((0, {0}), (length - 1, {length - 1}), (length - 1, tail)):
+        if edge not in stay and (why := changes(removed)):
+            stay[edge] = why
+    if stay:
+        reasons.append(f"Layers {sorted(stay)} must stay: {next(iter(stay.values()))}")
+    return Constraints(frozenset({*lent, *stay}), one_of=attend, reason=" ".join(reasons))
 
 
-def _weightless(config: PretrainedConfig) -> PreTrainedModel:
-    with torch.device("meta"), no_init_weights():
-        return AutoModelForCausalLM.from_config(copy.deepcopy(config))
+def _weightless(config: PretrainedConfig, family: type[PreTrainedModel] | None = None) -> PreTrainedModel:
+    config = copy.deepcopy(config)
+    try:
+        with torch.device("meta"), no_init_weights():
+            return family._from_config(config) if family else AutoModelForCausalLM.from_config(config)
+    except ValueError as e:
+        raise ConfigError(
+            f"model: AutoModelForCausalLM cannot build a '{config.model_type}' from its own config, so an "
+            f"export could not be loaded: {str(e).splitlines()[0][:160]}"
+        ) from e
 
 
 def _text_path(config: PretrainedConfig) -> tuple[str, ...]:

@@ -9,6 +9,7 @@ every cut layer with its original, and the export gate compares the logits.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -25,8 +26,10 @@ LAYER_COUNTS = (
     "num_blocks",
     "decoder_layers",
     "encoder_layers",
+    "num_decoder_layers",
+    "num_encoder_layers",
 )
-"""A decoder taken out of an encoder-decoder family reads its depth from either of the last two."""
+"""A decoder taken out of an encoder-decoder family may read its depth from either side."""
 
 INDEX_LISTS = (
     "attn_layer_indices",
@@ -47,6 +50,8 @@ PREFIX_COUNTS = (
 LAST_INDICES = ("moe_layer_end_index",)
 SUFFIX_COUNTS = ("num_kv_shared_layers",)
 INDEX_MAPPINGS = ("per_layer_config",)
+DEPTH_SCALES = ("scale_depth",)
+"""Divided by the square root of the depth before use."""
 STRINGS = ("hybrid_override_pattern",)
 """One character for each layer."""
 
@@ -74,6 +79,10 @@ EXTRA_LAYERS: dict[str, Any] = {
 
 
 FORBIDDEN = {
+    "n_layers_per_attn_res_block": "adds up blocks of layers beside the residual stream, so that a closed "
+    "layer is not a removed one",
+    "router_hidden_size": "hands the state of each router to the next layer, beside the residual stream",
+    "use_mems_eval": "carries a second stream (the query) through its layers, which a gate does not close",
     "rescale_every": "halves its weights by position in evaluation; set `rescale_every` to 0 in the parent's "
     "config.json, which computes the same, and cut that",
 }
@@ -90,6 +99,7 @@ def slice_section(section: Section, length: int, keep: Sequence[int]) -> Section
         (LAST_INDICES, lambda v: sum(i <= v for i in keep) - 1),
         (SUFFIX_COUNTS, lambda v: sum(i >= length - v for i in keep)),
         (INDEX_MAPPINGS, lambda v: {str(new[int(i)]): v[i] for i in v if int(i) in new}),
+        (DEPTH_SCALES, lambda v: _rescaled(v, length, len(keep))),
         (STRINGS, lambda v: "".join(v[i] for i in keep)),
         (NOT_PER_LAYER, lambda v: v),
     ]
@@ -112,6 +122,14 @@ def slice_section(section: Section, length: int, keep: Sequence[int]) -> Section
     if "attention_types" in cut:  # GPT-Neo stores runs and rebuilds the list from them
         cut["attention_types"] = [[[kind], 1] for kind in cut["attention_layers"]]
     return cut
+
+
+def _rescaled(scale: float, length: int, kept: int) -> float:
+    """The scale whose quotient by the root of the new depth is, to the last bit, that of the parent."""
+    wanted = scale / math.sqrt(length)
+    guess = wanted * math.sqrt(kept)
+    near = (guess, math.nextafter(guess, math.inf), math.nextafter(guess, 0.0))
+    return next((x for x in near if x / math.sqrt(kept) == wanted), guess)
 
 
 def spell_out_periods(section: Section, length: int) -> Section:
@@ -152,8 +170,9 @@ def extra_layers(config: PretrainedConfig) -> int:
 def lenders(config: PretrainedConfig) -> dict[int, set[int]]:
     """Layers whose output other layers read directly, with those that do.
 
-    Key/value sharing (Gemma-3n, Gemma-4), shared sparse-attention indices (GLM, Hunyuan), and the first text
-    layers of DeepStack vision models, after which visual features are added by position.
+    Key/value sharing (Gemma-3n, Gemma-4), shared sparse-attention indices (GLM, Hunyuan), a cache that counts
+    tokens in the first layer (MiniMax), and the first text layers of DeepStack vision models, after which
+    visual features are added by position.
     """
     text = config.get_text_config(decoder=True)
     types = getattr(text, "layer_types", None) or []
@@ -172,6 +191,8 @@ def lenders(config: PretrainedConfig) -> dict[int, set[int]]:
         full = full if kind == "shared" else i
         if full != i:
             lend(full, i)
+    if getattr(text, "full_attn_alpha_factor", None):  # MiniMax's cache counts tokens in layer 0
+        found[0] = set(range(1, text.num_hidden_layers))
     vision = getattr(config, "vision_config", None)
     for i in range(len(getattr(vision, "deepstack_visual_indexes", None) or ())):
         found[i] = set(range(text.num_hidden_layers)) - {i}

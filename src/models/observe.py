@@ -123,7 +123,7 @@ def compare(expected: Observation, found: Observation, dtype: str, exact: bool) 
         findings.append(Finding(f"{what} = original", same, detail))
     for what, ways in (("left padding = single", _padding), ("cache = no cache", _cache)):
         difference, own = _gap(*ways(found)), _gap(*ways(expected))
-        same = difference <= max(tolerance, own)
+        same = difference <= own + tolerance
         detail = f"differ by {difference:.1e} of {scale:.1f}"
         detail += "; so does the original" if same and difference > tolerance else ""
         findings.append(Finding(what, same, detail))

@@ -1,9 +1,9 @@
 """Compare the layers of a cut model with their originals, by everything but their weights.
 
 A layer of transformers decides what it is when it is built, from the config and its position: attention
-kind, window, expert or dense MLP, scale, rotary or none. So two layers that agree in their modules, shapes,
-plain attributes and constant buffers compute the same function of the same weights, and a difference names
-what the config failed to carry over.
+kind, window, expert or dense MLP, scale, rotary or none. So two layers that agree in their modules, shapes
+and plain attributes compute the same function of the same tensors, and a difference names what the config
+failed to carry over.
 """
 
 from __future__ import annotations
@@ -11,12 +11,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-OWN_POSITION = {"layer_idx", "layer_id", "layer_number"}
-"""The position itself, an address in the cache: it changes, as it should."""
-RUNNING_STATE = {"training", "gradient_checkpointing"}
+IGNORED = {"layer_idx", "layer_id", "layer_number", "num_hidden_layers", "training", "gradient_checkpointing"}
+"""Position and depth themselves, which change as they should (an address in the cache); and running state."""
 Plain = bool | int | float | str | None
 
 
@@ -31,40 +29,34 @@ def structural_changes(old: nn.ModuleList, new: nn.ModuleList, keep: Sequence[in
     found = {}
     for position, index in enumerate(keep):
         before, after = _traits(old[index]), _traits(new[position])
-        for name in before.keys() | after.keys():
+        for name in sorted(before.keys() | after.keys()):
             a, b = before.get(name, "absent"), after.get(name, "absent")
-            if not _same(a, b):
+            if (type(a), a) != (type(b), b):
                 found[position] = (
-                    f"layer {index} would become layer {position}, where its {name} is {_short(b)} "
-                    f"instead of {_short(a)}; the family derives it from the position, and no key of its "
-                    f"config can say otherwise."
+                    f"layer {index} would become layer {position}, where its {name} is {b!r} instead of "
+                    f"{a!r}; the family derives that from the position, and its config cannot say otherwise."
                 )
+                break
     return found
 
 
+def alike(layers: nn.ModuleList) -> list[set[int]]:
+    """Return the layers sorted into kinds, those of one kind differing in their weights alone."""
+    kinds: dict[str, set[int]] = {}
+    for index, layer in enumerate(layers):
+        kinds.setdefault(repr(_traits(layer)), set()).add(index)
+    return list(kinds.values())
+
+
 def _traits(layer: nn.Module) -> dict[str, Any]:
-    """Everything that makes a layer compute what it computes, but for its weights."""
+    """Everything that makes a layer compute what it computes, but for the values of its tensors."""
     traits: dict[str, Any] = {}
     for path, module in layer.named_modules():
         traits[path or "class"] = type(module).__name__
+        prefix = f"{path}." if path else ""
         for name, value in vars(module).items():
-            if name.startswith("_") or name in OWN_POSITION | RUNNING_STATE:
-                continue
-            if isinstance(value, Plain):
-                traits[f"{path}.{name}".lstrip(".")] = value
-        constants = module._non_persistent_buffers_set
-        for name, buffer in module.named_buffers(recurse=False):
-            traits[f"{path}.{name}".lstrip(".")] = buffer if name in constants else buffer.shape
-        for name, parameter in module.named_parameters(recurse=False):
-            traits[f"{path}.{name}".lstrip(".")] = parameter.shape
+            if not name.startswith("_") and name not in IGNORED and isinstance(value, Plain):
+                traits[prefix + name] = value
+        for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
+            traits[prefix + name] = tuple(tensor.shape)
     return traits
-
-
-def _same(a: Any, b: Any) -> bool:
-    if not isinstance(a, Tensor) or not isinstance(b, Tensor):
-        return type(a) is type(b) and a == b
-    return a.shape == b.shape and (a.is_meta or b.is_meta or torch.equal(a.cpu(), b.to(a.dtype).cpu()))
-
-
-def _short(value: Any) -> str:
-    return "another constant" if isinstance(value, Tensor) else repr(value)

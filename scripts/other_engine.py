@@ -1,0 +1,124 @@
+"""Serve exported models with an engine that shares no code with transformers, and compare greedy tokens.
+
+    pip install 'e3pruner[engines]'
+    python -m scripts.other_engine EXPORT [EXPORT ...] --out results/other_engine.json
+
+Each directory is converted by CTranslate2's own converter, which reads the config and the weights anew. Both
+engines continue the same prompts greedily and score the same texts; the prompts are drawn from the model, so
+no data set is needed. The tokens must be equal, and the log-probabilities within a tolerance.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from src.errors import ConfigError
+from src.mask import git_sha, write_json
+from src.models.loading import load_model, load_tokenizer
+
+TOLERANCE = 1e-3
+"""Largest difference in the log-probability of a token, in nats; float32 rounding is far below."""
+
+Tokens = list[list[int]]
+
+
+def draw_prompts(model: PreTrainedModel, start: int, count: int, length: int) -> Tokens:
+    """``count`` different openings of ``length`` tokens, written by the model itself from a fixed seed."""
+    torch.manual_seed(0)
+    generate: Any = model.generate
+    drawn = generate(
+        torch.full((4 * count, 1), start),
+        generation_config=GenerationConfig(do_sample=True, max_new_tokens=length - 1, pad_token_id=0),
+    )
+    return [list(row) for row in dict.fromkeys(map(tuple, drawn.tolist()))][:count]
+
+
+@torch.no_grad()
+def with_transformers(model: PreTrainedModel, prompts: Tokens, new_tokens: int) -> tuple[Tokens, list[float]]:
+    """Greedy continuations, and the log-probability of each prompt's tokens after the first."""
+    generate: Any = model.generate
+    model.generation_config = GenerationConfig()  # plain greedy: no stop token, no penalties
+    texts, scores = [], []
+    for prompt in prompts:
+        ids = torch.tensor([prompt])
+        out = generate(ids, max_new_tokens=new_tokens, pad_token_id=0, attention_mask=torch.ones_like(ids))
+        texts.append(out[0, len(prompt) :].tolist())
+        log_probs = model(ids).logits[0, :-1].log_softmax(-1)
+        scores.append(log_probs.gather(-1, ids[0, 1:, None]).sum().item())
+    return texts, scores
+
+
+def with_ctranslate2(
+    directory: Path, tokenizer: PreTrainedTokenizerBase, prompts: Tokens, new_tokens: int
+) -> tuple[Tokens, list[float]]:
+    """The same through CTranslate2, converted from the directory alone."""
+    try:
+        import ctranslate2
+    except ImportError as e:
+        raise ConfigError("this needs ctranslate2: pip install 'e3pruner[engines]'.") from e
+    pieces = [tokenizer.convert_ids_to_tokens(prompt) for prompt in prompts]
+    with tempfile.TemporaryDirectory() as folder:
+        ctranslate2.converters.TransformersConverter(str(directory)).convert(folder, force=True)
+        engine = ctranslate2.Generator(folder, device="cpu", compute_type="float32", intra_threads=1)
+        results = engine.generate_batch(
+            pieces,
+            beam_size=1,
+            max_length=new_tokens,
+            include_prompt_in_result=False,
+            end_token=[],
+        )
+        scores = engine.score_batch(pieces)
+    return [r.sequences_ids[0] for r in results], [sum(s.log_probs) for s in scores]
+
+
+def compare(directory: Path, count: int, prompt_tokens: int, new_tokens: int) -> dict[str, Any]:
+    """Both engines on one exported directory."""
+    model, tokenizer = load_model(str(directory)), load_tokenizer(str(directory))
+    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    prompts = draw_prompts(model, start, count, prompt_tokens)
+    own, own_scores = with_transformers(model, prompts, new_tokens)
+    other, other_scores = with_ctranslate2(directory, tokenizer, prompts, new_tokens)
+    gaps = [abs(a - b) / (prompt_tokens - 1) for a, b in zip(own_scores, other_scores, strict=True)]
+    return {
+        "model": directory.name,
+        "family": model.config.model_type,
+        "prompts": len(prompts),
+        "equal": sum(a == b for a, b in zip(own, other, strict=True)),
+        "new_tokens": new_tokens,
+        "log_prob_gap": max(gaps),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("directories", nargs="+", type=Path, metavar="EXPORT", help="exported directories")
+    parser.add_argument("--prompts", type=int, default=32, help="prompts for each model (default: 32)")
+    parser.add_argument("--prompt-tokens", type=int, default=12, help="tokens of a prompt (default: 12)")
+    parser.add_argument("--new-tokens", type=int, default=48, help="tokens to continue by (default: 48)")
+    parser.add_argument("--out", type=Path, help="write the figures as JSON")
+    args = parser.parse_args()
+    try:
+        rows = [compare(d, args.prompts, args.prompt_tokens, args.new_tokens) for d in args.directories]
+    except ConfigError as e:
+        raise SystemExit(f"error: {e}") from e
+    table = Table("model", "family", "equal continuations", "largest gap, nats per token")
+    for row in rows:
+        equal = f"{row['equal']} of {row['prompts']} x {row['new_tokens']} tokens"
+        table.add_row(row["model"], row["family"], equal, f"{row['log_prob_gap']:.1e}")
+    Console().print(table)
+    if args.out:
+        write_json(args.out, {"engine": "ctranslate2", "commit": git_sha(), "models": rows})
+    if any(row["equal"] < row["prompts"] or row["log_prob_gap"] > TOLERANCE for row in rows):
+        raise SystemExit("error: the engines differ")
+
+
+if __name__ == "__main__":
+    main()
