@@ -36,7 +36,7 @@ class Corpus(LightningDataModule):
     """A corpus, streamed in an order fixed by the seed, and resumed at the very next batch.
 
     Args:
-        tokenizer: Hub id or directory of the tokenizer.
+        tokenizer: Hub id or directory of the tokenizer; on the command line it is by default the model's.
         train: what to train on: a Hub id, file, glob, URL, directory or saved dataset; or a list of
             them; or a list of sources with weights.
         validation: what to validate on, in the same forms.
@@ -65,7 +65,7 @@ class Corpus(LightningDataModule):
 
     def __init__(
         self,
-        tokenizer: str,
+        tokenizer: str | None = None,
         train: Sources | None = None,
         validation: Sources | None = None,
         held_out: float = 0.0,
@@ -85,6 +85,8 @@ class Corpus(LightningDataModule):
     ) -> None:
         super().__init__()
         options.check(held_out, validation, num_workers, batch_size, max_length)
+        if tokenizer is None:
+            raise ConfigError("data.tokenizer: give the Hub id or directory of the model's tokenizer.")
         self.tokenizer = load_tokenizer(tokenizer)
         self.train = options.sources(train, "data.train")
         self.validation = options.sources(validation, "data.validation")
@@ -138,6 +140,10 @@ class Corpus(LightningDataModule):
             return []
         return self.loader("validation", shuffle=False, **self._ranks())
 
+    def test_dataloader(self) -> Loader | list[Any]:
+        """As :meth:`val_dataloader`: the final judgement on tasks is that of ``evaluate``."""
+        return self.val_dataloader()
+
     def predict_dataloader(self) -> Loader:
         """Every training document once, not shuffled, for a pass of the teacher."""
         return self.loader("train", shuffle=False, **self._ranks())
@@ -162,9 +168,10 @@ class Corpus(LightningDataModule):
         if trainer is None or not trainer.training or loader is None:
             return batch
         if "position_ids" in batch and loader.fresh:
-            for model in trainer.lightning_module.modules():
-                if isinstance(model, PreTrainedModel):
-                    check_boundaries(model)
+            parts = trainer.lightning_module.modules()
+            model = next((part for part in parts if isinstance(part, PreTrainedModel)), None)
+            if model is not None:
+                check_boundaries(model)
         loader.handed()
         self._report(trainer, loader)
         trainer.should_stop |= loader.position["finished"]
