@@ -1,0 +1,220 @@
+"""The export command: what lands in the directory, and what must never land there."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from src import cli, export, gate, model_card
+from src.errors import ConfigError
+from src.mask import Mask
+from src.models.cut import cut
+from src.models.observe import Finding
+from src.verify import verify
+
+KEEP = (0, 2, 3, 5)
+
+
+@pytest.fixture(autouse=True)
+def _gate_in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fresh process has a test of its own; here it would only cost time."""
+    monkeypatch.setattr(gate, "in_fresh_process", verify)
+
+
+@pytest.fixture
+def run(mask_file: str, tmp_path: Path) -> Callable[..., Path]:
+    def export_to(*more: str) -> Path:
+        out = tmp_path / "out"
+        export.main(["--mask", mask_file, "--out", str(out), *more])
+        return out
+
+    return export_to
+
+
+def left_beside(out: Path) -> list[str]:
+    return sorted(p.name for p in out.parent.iterdir() if p.name not in (out.name, "mask.json", "last.ckpt"))
+
+
+def recovered(mask_file: str, path: Path) -> tuple[Path, PreTrainedModel]:
+    """A checkpoint as a recovery leaves it, and the student it holds."""
+    mask = Mask.load(mask_file)
+    student = cut(AutoModelForCausalLM.from_pretrained(mask.model), mask.keep)
+    with torch.no_grad():
+        for parameter in student.parameters():
+            parameter.mul_(1.25)
+    state = {f"model.{name}": tensor for name, tensor in student.state_dict().items()}
+    record = {"tokens": 4321, "scope": "full", "rank": 16}
+    torch.save({"state_dict": state, "recovery": record}, path)
+    return path, student
+
+
+# ---------------------------------------------------------------------- what lands there
+
+
+def test_a_plain_directory_with_everything_that_belongs_to_the_model(
+    run: Callable[..., Path], teacher_dir: str, mask_file: str
+) -> None:
+    teacher = Path(teacher_dir)
+    out = run("--license", "mit", "--data", "forty problems")
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        assert (out / name).read_bytes() == (teacher / name).read_bytes()
+    assert Mask.load(out / "mask.json") == Mask.load(mask_file)
+    config = json.loads((out / "config.json").read_text())
+    assert config["num_hidden_layers"] == len(config["layer_types"]) == len(KEEP)
+    assert config["depth_pruning"] == {"parent": teacher.name, "revision": None, "keep": list(KEEP)}
+    card = (out / "README.md").read_text()
+    assert model_card.front_matter(out / "README.md")["license"] == "mit"
+    for fact in (
+        str(list(KEEP)),
+        "removed [1, 4]",
+        "forty problems",
+        "none: the kept layers hold the parent's",
+    ):
+        assert fact in card
+    assert str(teacher.parent) not in card
+    assert not left_beside(out)
+
+
+def test_a_checkpoint_is_what_is_exported(run: Callable[..., Path], mask_file: str, tmp_path: Path) -> None:
+    path, student = recovered(mask_file, tmp_path / "last.ckpt")
+    out = run("--checkpoint", str(path))
+    loaded = AutoModelForCausalLM.from_pretrained(out)
+    for name, tensor in student.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor)
+    card = (out / "README.md").read_text()
+    assert "distilled from the parent on 4,321 tokens (full)" in card
+    assert "logits = original, parent's weights" in card  # the law of the cut is proven all the same
+
+
+def test_stored_in_another_type_the_gate_still_asks_for_equal_bits(run: Callable[..., Path]) -> None:
+    out = run("--dtype", "bfloat16")
+    assert {p.dtype for p in AutoModelForCausalLM.from_pretrained(out).parameters()} == {torch.bfloat16}
+    assert "logits = original | equal to the last bit" in (out / "README.md").read_text()
+
+
+def test_scores_of_an_evaluation_go_into_the_card(run: Callable[..., Path], tmp_path: Path) -> None:
+    out, scores = run(), tmp_path / "scores.json"
+    parent, own = {"exact_match": 0.9, "kl": 0.0}, {"path": str(out), "exact_match": 0.85, "kl": 0.0123}
+    evaluation = {"teacher": parent, "models": [own], "rows": 600, "command": "evaluate ..."}
+    scores.write_text(json.dumps(evaluation))
+    model_card.main([str(out), "--scores", str(scores)])
+    card = (out / "README.md").read_text()
+    assert "| exact match | 90.0% | 85.0% |" in card
+    assert model_card.NO_SCORES not in card
+    scores.write_text(json.dumps({**evaluation, "models": [{**own, "path": "elsewhere"}]}))
+    with pytest.raises(ConfigError, match="found \\['elsewhere'\\]"):
+        model_card.main([str(out), "--scores", str(scores)])
+
+
+# ---------------------------------------------------------------------- what must not
+
+
+def test_an_existing_directory_stays_unless_forced(run: Callable[..., Path], mask_file: str) -> None:
+    out = run()
+    before = (out / "config.json").stat().st_ino
+    with pytest.raises(ConfigError, match=r"exists.*--force"):
+        run()
+    assert (out / "config.json").stat().st_ino == before
+    run("--force")
+    assert (out / "config.json").stat().st_ino != before
+    assert not left_beside(out)
+
+
+def test_force_does_not_replace_what_is_not_a_model(run: Callable[..., Path], tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.tex").write_text("years of work")
+    with pytest.raises(ConfigError, match="holds no model"):
+        run("--force")
+    assert (tmp_path / "out" / "thesis.tex").exists()
+
+
+def test_a_failed_check_leaves_no_directory_and_the_old_one_whole(
+    run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    failing = [Finding("logits = original", False, "differ by 3.0e-01 of 2.0")]
+    right = export.prove
+    monkeypatch.setattr(export, "prove", lambda *_, **__: failing)
+    with pytest.raises(ConfigError, match=r"gate failed.*logits = original: differ by 3.0e-01"):
+        run()
+    assert not (tmp_path / "out").exists()
+    assert not left_beside(tmp_path / "out")
+    monkeypatch.setattr(export, "prove", right)
+    before = (run() / "config.json").stat().st_ino
+    monkeypatch.setattr(export, "prove", lambda *_, **__: failing)
+    with pytest.raises(ConfigError, match="gate failed"):
+        run("--force")
+    assert (tmp_path / "out" / "config.json").stat().st_ino == before
+
+
+@pytest.mark.parametrize(
+    "fault", [OSError(errno.ENOSPC, "No space left on device"), SafetensorError("No space left on device")]
+)
+def test_a_full_disk_leaves_nothing(
+    fault: Exception, run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def full(self: PreTrainedModel, path: Path, **_: Any) -> None:
+        (path / "model.safetensors").write_bytes(b"half")
+        raise fault
+
+    monkeypatch.setattr(PreTrainedModel, "save_pretrained", full)
+    with pytest.raises(ConfigError, match=r"cannot write.*No space left"):
+        run()
+    assert not (tmp_path / "out").exists()
+    assert not left_beside(tmp_path / "out")
+
+
+def test_a_kill_leaves_no_directory_and_the_next_export_tidies_up(
+    run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    child = os.fork()
+    if child == 0:
+        monkeypatch.setattr(export, "prove", lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL))
+        run()
+        os._exit(0)
+    _, status = os.waitpid(child, 0)
+    assert os.WTERMSIG(status) == signal.SIGKILL
+    assert not (tmp_path / "out").exists()
+    assert left_beside(tmp_path / "out") == [".out.partial"]
+    assert not left_beside(run())
+
+
+@pytest.mark.parametrize(
+    ("change", "more", "message"),
+    [
+        ({"num_layers": 8}, (), "made for a model of 8 layers.*has 6"),
+        ({"keep": [0, 2, 2]}, (), r"rising list of layers, found \[0, 2, 2\]"),
+        ({"keep": [0, 9]}, (), r"must lie in 0\.\.5, found \[0, 9\]"),
+        ({}, ("--dtype", "int3"), "invalid choice: 'int3'.*float32.*bfloat16"),
+        ({}, ("--checkpoint", "nowhere.ckpt"), "'nowhere.ckpt' does not fit"),
+        ({}, ("--lisence", "mit"), "Did you mean '--license'"),
+        ({"model": "./nowhere"}, (), r"cannot read a config from '\./nowhere'"),
+    ],
+)
+def test_bad_input_gives_one_message(
+    change: dict[str, Any],
+    more: tuple[str, ...],
+    message: str,
+    mask_file: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    wrong = tmp_path / "wrong.json"
+    wrong.write_text(json.dumps(json.loads(Path(mask_file).read_text()) | change))
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["export", "--mask", str(wrong), "--out", str(tmp_path / "out"), *more])
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert error.count("error:") == 1
+    assert re.search(message, error)
+    assert not (tmp_path / "out").exists()
