@@ -25,7 +25,7 @@ TOOLS = {
 VERBS = {
     "fit": "run a search or a recovery: fit --config configs/search/gumbel_topk.yaml",
     "validate": "held-out divergence of a search or a recovery",
-    "test": "the same on the test split",
+    "test": "the same, once, at the end",
     "predict": "write the teacher's cache: predict --config configs/cache/topk.yaml",
 }
 
@@ -44,13 +44,11 @@ class ShortErrors(LightningArgumentParser):
 class PruneCLI(LightningCLI):
     """LightningCLI with the model's name shared with the data."""
 
-    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Share the tokenizer: it is the model's, unless the data names another."""
-        parser.set_defaults({"trainer.logger": True})
-
     def before_instantiate_classes(self) -> None:
         """Let the data use the model's tokenizer unless it names its own."""
         config = self.config[self.subcommand] if self.subcommand else self.config
+        if config.get("data") is None:
+            raise ConfigError("data: not given. Add a data section, such as class_path: src.data.Corpus.")
         model, data = config.model.init_args, config.data.init_args
         if "tokenizer" in data and data.tokenizer is None:
             data.tokenizer = model.get("model")
@@ -71,6 +69,18 @@ def _suggest(message: str, known: list[str]) -> str:
     if not (unknown and wrong) or "Did you mean" in message:
         return ""
     return did_you_mean(unknown.group(1), known)
+
+
+def _fault(error: BaseException | None) -> ConfigError | None:
+    """The user's fault behind an error: jsonargparse wraps what a constructor raises."""
+    while error is not None and not isinstance(error, ConfigError):
+        if isinstance(error, NotADirectoryError | PermissionError):
+            return ConfigError(
+                f"cannot use '{error.filename}': {error.strerror}. Choose another directory "
+                f"(trainer.logger.init_args.save_dir, or --out)."
+            )
+        error = error.__cause__
+    return error
 
 
 def _help() -> str:
@@ -113,8 +123,11 @@ def main(argv: list[str] | None = None) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         run(sys.argv[1:] if argv is None else argv)
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
+    except Exception as error:
+        fault = _fault(error)
+        if fault is None:
+            raise
+        print(f"error: {fault}", file=sys.stderr)
         raise SystemExit(2) from None
 
 

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 class CalibrationProbe:
     """The first ``calibration_batches`` validation batches, with the teacher's signal kept.
 
-    Results are averaged over ranks, so that all ranks decide alike, and remembered per mask.
+    Results are averaged over ranks, so that all ranks decide alike, and remembered per mask. A quick
+    measurement takes the first quarter of the batches: enough to drop bad masks, not to choose among good ones.
 
     Args:
         search: the search whose model is measured; its trainer must be attached.
@@ -36,16 +37,17 @@ class CalibrationProbe:
             self.rows.append((batch, search.teacher_signal(batch, index), len(index)))
         self.tokens = sum(int(batch["attention_mask"].sum()) for batch, _, _ in self.rows)
         search.tokens += self.tokens * search.trainer.world_size
-        self._known: dict[tuple[float, ...], float] = {}
+        self._known: dict[tuple[bool, tuple[float, ...]], float] = {}
 
     @torch.no_grad()
-    def divergence(self, gates_L: Tensor) -> float:
+    def divergence(self, gates_L: Tensor, quick: bool = False) -> float:
         """Mean divergence (nats per token) of the model under ``gates_L`` from the teacher."""
-        key = tuple(gates_L.tolist())
+        key = (quick, tuple(gates_L.tolist()))
         if key not in self._known:
+            rows = self.rows[: -(-len(self.rows) // 4)] if quick else self.rows
             gates_L = gates_L.to(self.search.device)
-            losses = [self.search.divergence(b, s, gates_L) * n for b, s, n in self.rows]
-            sums = torch.stack([torch.stack(losses).sum(), losses[0].new_tensor(sum(r[2] for r in self.rows))])
+            losses = [self.search.divergence(batch, signal, gates_L) * n for batch, signal, n in rows]
+            sums = torch.stack([torch.stack(losses).sum(), losses[0].new_tensor(sum(n for *_, n in rows))])
             total, count = self.search.trainer.strategy.reduce(sums, reduce_op="sum")
             self._known[key] = float(total / count)
         return self._known[key]

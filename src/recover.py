@@ -21,7 +21,7 @@ from src.mask import Mask
 from src.models.cut import cut
 from src.models.head import OutputHead
 from src.models.layers import decoder_layers, num_layers
-from src.models.loading import Dtype, load_config, load_model
+from src.models.loading import Dtype, check_vocabulary, load_config, load_model
 from src.schedules import warmup_decay
 from src.teachers import LiveTeacher, TeacherSource
 
@@ -89,6 +89,7 @@ class Recovery(LightningModule):
         """Ready the output head and the teacher, now that the student is on its device."""
         self.head = OutputHead(self.model)
         self.head.check()
+        check_vocabulary(self.trainer.datamodule.tokenizer, self.model)
         self.teacher.setup(self)
 
     on_validation_start = on_test_start = on_fit_start
@@ -114,6 +115,8 @@ class Recovery(LightningModule):
         parts = self.losses(batch, plain)
         size = int((batch["labels"][:, 1:] != -100).sum())
         self.log("val/kl", parts["kd"], prog_bar=True, batch_size=size, sync_dist=True)
+
+    test_step = validation_step
 
     def configure_optimizers(self) -> Any:
         optimizer = self.optimizer([p for p in self.model.parameters() if p.requires_grad])

@@ -26,7 +26,7 @@ from src.models.cut import constraints
 from src.models.gated import GatedLayers, Observer, freeze
 from src.models.head import OutputHead
 from src.models.layers import num_layers
-from src.models.loading import Dtype, Quantization, load_config, load_model
+from src.models.loading import Dtype, Quantization, check_vocabulary, load_config, load_model
 from src.policies import MaskPolicy
 from src.teachers import TeacherSource
 
@@ -68,7 +68,7 @@ class MaskSearch(LightningModule):
         draws: int = 4,
         optimizer: OptimizerCallable = torch.optim.Adam,
         checkpoint_activations: bool = False,
-        calibration_batches: int = 4,
+        calibration_batches: int = 16,
     ) -> None:
         super().__init__()
         self.name, self.revision = model, revision
@@ -101,6 +101,7 @@ class MaskSearch(LightningModule):
         if self.loading["quantize"] is None:
             network.to(self.device)
         self.head.check()
+        check_vocabulary(self.trainer.datamodule.tokenizer, network)
         if self.teacher is not None:
             self.teacher.setup(self)
 
@@ -155,6 +156,8 @@ class MaskSearch(LightningModule):
         gates_L = self.policy.gates(self.policy.harden())
         loss = self.divergence(batch, self.teacher_signal(batch, index), gates_L)
         self.log("val/kl", loss, prog_bar=True, batch_size=len(index), sync_dist=True)
+
+    test_step = validation_step
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return self.optimizer(self.policy.parameters())

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from src.data.sources import Source, check_weights
 from src.data.stream import LANES
-from src.errors import ConfigError
+from src.errors import ConfigError, did_you_mean
 
-Sources = str | list[str | Source]
+Sources = str | list[str | dict[str, Any]]
+"""A path, or parts of a mixture with the keys of :class:`src.data.sources.Source`.
+
+Not ``Source`` itself: for a dataclass the parser of the command line would try a path as a file of settings,
+and so read the whole corpus.
+"""
 
 _POWERS = {"K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}
 
@@ -18,9 +25,24 @@ def sources(given: Sources | None, key: str) -> list[Source]:
         ConfigError: the weights make no mixture.
     """
     listed = [given] if isinstance(given, str) else given or []
-    parts = [Source(part) if isinstance(part, str) else part for part in listed]
+    parts = [_source({"path": part} if isinstance(part, str) else part, key) for part in listed]
     check_weights(parts, key)
     return parts
+
+
+def _source(part: dict[str, Any] | Source, key: str) -> Source:
+    if isinstance(part, Source):
+        return part
+    known = Source.__dataclass_fields__
+    for name in part:
+        if name not in known:
+            accepted = ", ".join(known)
+            raise ConfigError(
+                f"{key}: unknown key '{name}' (accepted: {accepted}).{did_you_mean(name, known)}"
+            )
+    if "path" not in part:
+        raise ConfigError(f"{key}: a part of the mixture names no path: {part}.")
+    return Source(**part)
 
 
 def token_count(tokens: int | str | None) -> int | None:

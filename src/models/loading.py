@@ -104,6 +104,20 @@ def load_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenize
     return tokenizer
 
 
+def check_vocabulary(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
+    """Refuse a tokenizer that can give tokens the model has no embedding for.
+
+    Raises:
+        ConfigError: names both sizes.
+    """
+    highest, rows = max(tokenizer.get_vocab().values()), model.get_input_embeddings().weight.shape[0]
+    if highest >= rows:
+        raise ConfigError(
+            f"data.tokenizer: its tokens go up to {highest}, but the vocabulary of this "
+            f"'{model.config.model_type}' has {rows}. Leave data.tokenizer out to use the model's own."
+        )
+
+
 def _first_line(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__

@@ -23,8 +23,11 @@ from src.models.gated import Observer
 class Probe(Protocol):
     """What a policy may measure on the calibration rows before and after the search."""
 
-    def divergence(self, gates_L: Tensor) -> float:
-        """Mean KL (nats per token) from the teacher to the model under ``gates_L``; same on all ranks."""
+    def divergence(self, gates_L: Tensor, quick: bool = False) -> float:
+        """Mean KL (nats per token) from the teacher to the model under ``gates_L``; same on all ranks.
+
+        A quick measurement uses a part of the rows.
+        """
 
     def observe(self, observer: Observer) -> None:
         """Run the open model once, calling ``observer(layer, h_in_BTH, h_out_BTH)`` at each layer."""

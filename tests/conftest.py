@@ -1,0 +1,62 @@
+"""Shared fixtures: a tiny model directory, a corpus, and a guard that tests leave nothing behind."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from src.data.arithmetic import build_tokenizer, problems
+
+LAYERS = 6
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _clean_working_directory() -> Iterator[None]:
+    before = {p.name for p in Path.cwd().iterdir()}
+    yield
+    left = {p.name for p in Path.cwd().iterdir()} - before - {".pytest_cache", ".hypothesis"}
+    assert not left, f"the test left {left} in the working directory"
+
+
+@pytest.fixture(scope="session")
+def teacher_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A random 6-layer Qwen3 with the arithmetic tokenizer, as a Hugging Face directory."""
+    path = tmp_path_factory.mktemp("teacher")
+    tokenizer = build_tokenizer()
+    config = AutoConfig.for_model(
+        "qwen3", vocab_size=len(tokenizer), hidden_size=16, intermediate_size=24, num_hidden_layers=LAYERS,
+        num_attention_heads=2, num_key_value_heads=1, head_dim=8, tie_word_embeddings=True,
+        initializer_range=0.2, pad_token_id=0, eos_token_id=1, bos_token_id=None,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return str(path)
+
+
+@pytest.fixture(scope="session")
+def corpus_file(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Forty problems as JSONL."""
+    path = tmp_path_factory.mktemp("corpus") / "train.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in problems("train", 40, 0)))
+    return str(path)
+
+
+@pytest.fixture
+def mask_file(tmp_path: Path, teacher_dir: str) -> str:
+    """A mask of the tiny teacher that removes two layers."""
+    from src.mask import Mask
+
+    path = tmp_path / "mask.json"
+    Mask(model=teacher_dir, num_layers=LAYERS, keep=(0, 2, 3, 5), method="test").save(path)
+    return str(path)
