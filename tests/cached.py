@@ -12,7 +12,7 @@ from typing import Any
 from lightning import Trainer
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from src.cache import CacheTeacher, CacheWriter
+from src.cache import CacheTeacher
 from src.cache.shards import Precision
 from src.data import Corpus
 from src.data.arithmetic import build_tokenizer, problem
@@ -66,11 +66,10 @@ class Workspace:
     ) -> str:
         """Write the cache ``out``; returns its path."""
         path = str(self.root / out)
-        module = CacheTeacher(self.model, k=k)
-        writer = CacheWriter(path, precision, shard_positions, count_seconds)
-        Trainer(callbacks=[writer], **BARE).predict(
-            module, datamodule=self.corpus(**corpus), return_predictions=False
+        module = CacheTeacher(
+            self.model, path, k, precision, shard_positions=shard_positions, count_seconds=count_seconds
         )
+        Trainer(**BARE).predict(module, datamodule=self.corpus(**corpus))
         return path
 
 

@@ -5,14 +5,16 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable
 from itertools import islice
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning import Trainer
 
 from src.cache.manifest import Manifest
 from src.cache.shards import Rows, documents, encode
-from src.cache.teacher import CacheTeacher
+
+if TYPE_CHECKING:
+    from src.cache.teacher import CacheTeacher
 
 TRIAL = 3
 """Batches that are run to measure speed and size."""

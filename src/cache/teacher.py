@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from lightning import LightningModule
+from lightning import Callback, LightningModule
 from torch import Tensor
 
-from src.cache.shards import Rows, rows_of
+from src.cache.shards import Precision, Rows, rows_of
+from src.cache.writer import CacheWriter
 from src.errors import ConfigError
 from src.losses.distill import supervised
 from src.losses.signals import TopK, live_signal
@@ -18,29 +19,38 @@ from src.models.loading import Dtype, Quantization, load_model
 
 
 class CacheTeacher(LightningModule):
-    """Says, for every supervised position, the k likeliest tokens.
+    """Says, for every supervised position, the k likeliest tokens; a :class:`CacheWriter` keeps it.
 
     Args:
         model: Hub id or directory of the teacher.
+        out: directory of the cache; the same command again resumes it.
         k: tokens kept.
+        precision: of the stored log-probabilities: ``float32``, ``float16``, or ``compact`` (one byte).
         revision: Hub revision.
         dtype: type of the weights that are not quantised.
         quantize: load the model in ``int8`` or ``nf4``.
         attention: attention implementation; None lets transformers choose.
         chunk_tokens: positions projected to the vocabulary at a time.
+        shard_positions: supervised positions after which a file is closed; a kill costs at most these.
+        count_seconds: time for counting the corpus before it starts, so that its cost can be told.
     """
 
     def __init__(
         self,
         model: str,
+        out: str,
         k: int = 10,
+        precision: Precision = "float16",
         revision: str | None = None,
         dtype: Dtype = "float32",
         quantize: Quantization | None = None,
         attention: str | None = None,
         chunk_tokens: int = 256,
+        shard_positions: int = 1 << 18,
+        count_seconds: float = 10.0,
     ) -> None:
         super().__init__()
+        self.writer = CacheWriter(out, precision, shard_positions, count_seconds)
         if k < 1:
             raise ConfigError(f"model.k: {k} given; accepted: at least 1.")
         self.skip: int = 0
@@ -55,6 +65,10 @@ class CacheTeacher(LightningModule):
         self.model = load_model(self.name, **self.loading)
         freeze(self.model)
         self.head = OutputHead(self.model)
+
+    def configure_callbacks(self) -> list[Callback]:
+        """Lightning adds the writer to the trainer's callbacks."""
+        return [self.writer]
 
     def on_predict_start(self) -> None:
         self.head.check()

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
@@ -22,8 +22,10 @@ from lightning.pytorch.callbacks import BasePredictionWriter
 from src.cache.manifest import Manifest, Shard, tokenizer_fingerprint, weights_fingerprint
 from src.cache.projection import projection
 from src.cache.shards import Precision, Rows, encode
-from src.cache.teacher import CacheTeacher
 from src.errors import ConfigError
+
+if TYPE_CHECKING:
+    from src.cache.teacher import CacheTeacher
 
 
 class CacheWriter(BasePredictionWriter):
@@ -49,9 +51,9 @@ class CacheWriter(BasePredictionWriter):
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find what is already there, and print what the rest will cost."""
-        assert isinstance(pl_module, CacheTeacher), "a cache is written by src.cache.CacheTeacher"
         trainer.predict_loop.return_predictions = False  # they are on disk; memory stays flat
-        wanted = describe(trainer, pl_module, self.precision)
+        teacher = cast("CacheTeacher", pl_module)
+        wanted = describe(trainer, teacher, self.precision)
         self.manifest = Manifest.load(self.out, wanted.part) or wanted
         if self.manifest.identity != wanted.identity:
             changed = "; ".join(
@@ -63,11 +65,11 @@ class CacheWriter(BasePredictionWriter):
         self.manifest = replace(self.manifest, complete=False)
         self._check_files()
         self._known = deque(self.manifest.shards)
-        pl_module.skip = sum(shard.batches for shard in self._known)
+        teacher.skip = sum(shard.batches for shard in self._known)
         self._rows: list[Rows] = []
         self._batches, self._first = 0, ""
         self._pool, self._written = ThreadPoolExecutor(1), list[Future[None]]()
-        trainer.print(projection(trainer, pl_module, self.manifest, self.count_seconds))
+        trainer.print(projection(trainer, teacher, self.manifest, self.count_seconds))
 
     def write_on_batch_end(
         self,
@@ -103,7 +105,7 @@ class CacheWriter(BasePredictionWriter):
         self.manifest = replace(self.manifest, complete=True)
         self.manifest.save(self.out)
         trainer.print(
-            f"cache: '{self.out}' is complete: {self.manifest.positions:,} positions, "
+            f"cache: '{self._path('')}' is complete: {self.manifest.positions:,} positions, "
             f"{self.manifest.bytes_per_position:.1f} bytes each."
         )
 
