@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from src.data import options
 from src.data.batches import Batch, Batching, Packed, Padded
 from src.data.boundaries import check_boundaries
-from src.data.documents import Columns
+from src.data.documents import WELL_KNOWN, Columns
 from src.data.encode import Encoder, TooLong
 from src.data.loader import Loader, across_ranks, alone
 from src.data.options import Sources
@@ -69,7 +69,7 @@ class Corpus(LightningDataModule):
         train: Sources | None = None,
         validation: Sources | None = None,
         held_out: float = 0.0,
-        columns: Columns | None = None,
+        columns: Columns = WELL_KNOWN,
         separator: str = "\n",
         supervise: Literal["all", "answer"] = "all",
         packing: Literal["padded", "documents"] = "padded",
@@ -90,7 +90,7 @@ class Corpus(LightningDataModule):
         self.tokenizer = load_tokenizer(tokenizer)
         self.train = options.sources(train, "data.train")
         self.validation = options.sources(validation, "data.validation")
-        self.held_out, self.columns, self.separator = held_out, columns or Columns(), separator
+        self.held_out, self.columns, self.separator = held_out, columns, separator
         self.encoder = Encoder(self.tokenizer, max_length, supervise, too_long, bos, eos)
         kind = Packed if packing == "documents" else Padded
         self.batching: Batching = kind(batch_size, max_length, self.tokenizer.pad_token_id)

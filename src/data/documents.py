@@ -57,7 +57,7 @@ class Columns:
         Raises:
             ConfigError: the row lacks them; says what it has.
         """
-        for columns in [self] if self.names else KNOWN:
+        for columns in [self] if self.names else _KNOWN:
             if all(name in row for name in columns.names):
                 return columns
         found = ", ".join(f"'{name}'" for name in row if name != WHERE)
@@ -68,7 +68,9 @@ class Columns:
         )
 
 
-KNOWN = (
+WELL_KNOWN = Columns()
+
+_KNOWN = (
     Columns(messages="messages"),
     Columns(messages="conversations"),
     Columns(prompt="question", answer="answer"),

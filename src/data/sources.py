@@ -82,7 +82,8 @@ def check_weights(sources: list[Source], key: str) -> None:
         ConfigError: naming the part and the key.
     """
     for source in sources:
-        if source.weight is not None and not source.weight > 0:
+        number = isinstance(source.weight, int | float) and source.weight > 0
+        if source.weight is not None and not number:
             raise ConfigError(
                 f"{key}: '{source.path}' has weight {source.weight}; a weight is a positive "
                 "number. To leave a part out, remove it."

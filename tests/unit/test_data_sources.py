@@ -168,6 +168,10 @@ SETTINGS: dict[str, tuple[dict[str, Any], str]] = {
         {"train": [Source("a.jsonl", weight=0.0), Source("b.jsonl", weight=1.0)]},
         r"data\.train: 'a\.jsonl' has weight 0\.0",
     ),
+    "weight as text": (
+        {"train": [{"path": "a.jsonl", "weight": "much"}]},
+        r"data\.train: 'a\.jsonl' has weight much; a weight is a positive number",
+    ),
     "half weighted": ({"train": [Source("a.jsonl", weight=1.0), "b.jsonl"]}, r"'b\.jsonl' has no weight"),
     "workers": ({"num_workers": 3}, r"data\.num_workers is 3; accepted: \[0, 1, 2, 4\]"),
     "held out": ({"held_out": 1.5}, r"data\.held_out is 1\.5"),
