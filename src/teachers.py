@@ -115,7 +115,7 @@ class CachedTeacher:
         self.k = distillation.k
         corpus.fits(head.vocabulary, self.k)
 
-    def signal(self, batch: Batch, index_N: Tensor) -> TopK:
+    def signal(self, batch: Batch, index_N: Tensor) -> Signal:
         """The rows of the cache, in the order of the supervised positions."""
         signal = TopK(*(batch[f"teacher_{key}"] for key in ("ids", "log_probs", "entropy", "log_rest")))
         assert len(signal.ids) == len(index_N), "one row of the cache for each supervised position"
