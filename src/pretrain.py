@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from lightning import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from src.mask import write_json
 from src.schedules import warmup_decay
 
 
@@ -74,8 +76,14 @@ class Pretrain(LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.tokens = checkpoint["tokens"]
 
+    def on_fit_start(self) -> None:
+        self._since = time.monotonic()
+
     def on_fit_end(self) -> None:
+        """Write the model, its tokenizer and ``training.json``, which the report quotes as the parent's cost."""
         if self.save_to and self.trainer.is_global_zero:
-            Path(self.save_to).mkdir(parents=True, exist_ok=True)
             self.model.save_pretrained(self.save_to)
             self.tokenizer.save_pretrained(self.save_to)
+            seconds = round(time.monotonic() - self._since)
+            record = {"tokens": self.tokens, "seconds": seconds, "steps": self.trainer.global_step}
+            write_json(Path(self.save_to) / "training.json", record)

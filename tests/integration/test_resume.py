@@ -1,0 +1,102 @@
+"""A run killed in the middle and resumed ends bit-equal to the uninterrupted run (CPU, float32)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning import Callback, LightningModule, Trainer
+
+from src.cli import run
+
+STEPS, SAVED, KILLED = 8, 4, 6
+
+
+class Killed(Exception):
+    """Stands for the signal: nothing after it runs, as after a power cut."""
+
+
+class Kill(Callback):
+    """Ends the process's run in the middle of a step, after the last checkpoint and off its beat."""
+
+    def on_before_optimizer_step(self, trainer: Trainer, module: LightningModule, _: Any) -> None:
+        if trainer.global_step == KILLED:
+            raise Killed
+
+
+def fit(config: str, out: Path, kill: bool = False, *extra: str, **paths: str) -> dict[str, Any]:
+    """Run an experiment; return the state of its last checkpoint."""
+    paths = {"model.init_args.model": paths["teacher"], "data.init_args.train": paths["corpus"],
+             "data.init_args.validation": paths["corpus"]}  # fmt: skip
+    arguments = [f"--{key}={value}" for key, value in paths.items()]
+    arguments += [
+        "--trainer.accelerator=cpu", f"--trainer.max_steps={STEPS}", "--data.init_args.batch_size=3",
+        "--trainer.limit_val_batches=0", f"--trainer.logger.init_args.save_dir={out}",
+        "--trainer.logger.init_args.version=run", "--trainer.enable_checkpointing=true",
+    ]  # fmt: skip
+    name = "lightning.pytorch.callbacks.ModelCheckpoint"
+    saver = f"{{class_path: {name}, init_args: {{dirpath: {out}, filename: '{{step}}', every_n_train_steps: {SAVED}, save_top_k: -1}}}}"  # noqa: E501
+    arguments.append(f"--trainer.callbacks+={saver}")
+    if kill:
+        arguments.append("--trainer.callbacks+=tests.integration.test_resume.Kill")
+    run(["fit", "--config", config, *arguments, *extra])
+    return torch.load(out / f"step={STEPS}.ckpt", weights_only=False)
+
+
+def same(one: dict[str, Any], other: dict[str, Any]) -> None:
+    assert one["state_dict"].keys() == other["state_dict"].keys()
+    for key, value in one["state_dict"].items():
+        assert torch.equal(value, other["state_dict"][key]), key
+    for a, b in zip(one["optimizer_states"], other["optimizer_states"], strict=True):
+        for p, moments in a["state"].items():
+            for name, value in moments.items():
+                assert torch.equal(torch.as_tensor(value), torch.as_tensor(b["state"][p][name])), name
+
+
+@pytest.mark.parametrize("stage", ["search", "recover"])
+def test_killed_and_resumed_equals_uninterrupted(
+    stage: str, tmp_path: Path, teacher_dir: str, corpus_file: str, mask_file: str
+) -> None:
+    config = {"search": "configs/search/gumbel_topk.yaml", "recover": "configs/recover/entropy_kd.yaml"}[stage]
+    extra = [f"--model.init_args.mask={mask_file}"] if stage == "recover" else ["--model.init_args.calibration_batches=2"]
+    paths = {"teacher": teacher_dir, "corpus": corpus_file}
+    whole = fit(config, tmp_path / "whole", False, *extra, **paths)
+    with pytest.raises(Killed):
+        fit(config, tmp_path / "broken", True, *extra, **paths)
+    assert not (tmp_path / "broken" / f"step={STEPS}.ckpt").exists()
+    assert not list((tmp_path / "broken").rglob("mask.json")), "nothing is written by a broken run"
+    assert not list((tmp_path / "broken").rglob("record.json"))
+    saved = tmp_path / "broken" / f"step={SAVED}.ckpt"
+    resumed = fit(config, tmp_path / "broken", False, *extra, f"--ckpt_path={saved}", **paths)
+    same(whole, resumed)
+    if stage == "search":
+        masks = [next((tmp_path / name).rglob("mask.json")).read_text() for name in ("whole", "broken")]
+        assert masks[0] == masks[1]
+
+
+def test_what_the_user_asks_wins_over_the_checkpoint(
+    tmp_path: Path, teacher_dir: str, corpus_file: str, mask_file: str
+) -> None:
+    """Lightning lets hyper-parameters of a checkpoint override the command line; this project does not."""
+    config, paths = "configs/recover/entropy_kd.yaml", {"teacher": teacher_dir, "corpus": corpus_file}
+    mask = f"--model.init_args.mask={mask_file}"
+    fit(config, tmp_path, False, mask, "--model.init_args.warmup=0.5", **paths)
+    saved = tmp_path / f"step={SAVED}.ckpt"
+    fit(config, tmp_path, False, mask, f"--ckpt_path={saved}", "--model.init_args.warmup=0.25", **paths)
+    import yaml
+
+    settings = yaml.safe_load((tmp_path / "recover" / "run" / "config.yaml").read_text())
+    assert settings["model"]["init_args"]["warmup"] == 0.25
+
+
+def test_a_checkpoint_holds_the_student_and_no_teacher(
+    tmp_path: Path, teacher_dir: str, corpus_file: str, mask_file: str
+) -> None:
+    paths = {"teacher": teacher_dir, "corpus": corpus_file}
+    mask = f"--model.init_args.mask={mask_file}"
+    state = fit("configs/recover/entropy_kd.yaml", tmp_path, False, mask, **paths)["state_dict"]
+    layers = {key.split(".layers.")[1].split(".")[0] for key in state if ".layers." in key}
+    assert layers == {"0", "1", "2", "3"}
+    assert all(key.startswith("model.") for key in state)
