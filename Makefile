@@ -9,7 +9,7 @@ export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-full headline mask-quality search-step lint types teacher tensorboard clean
+.PHONY: help setup demo test test-full headline mask-quality search-step results lint types teacher tensorboard clean
 
 help:  ## show the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -27,7 +27,8 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 LOG = --trainer.logger.init_args.save_dir $(RUN)
 DATA = --data.init_args.train $(RUN)/data/train.jsonl --data.init_args.validation $(RUN)/data/validation.jsonl
 
-demo: $(RUN)/report.json  ## remove 25 % of a small teacher's layers, recover, export, report (<= 10 minutes)
+demo: $(RUN)/evaluate.json $(RUN)/benchmark.json  ## remove 25 % of a small teacher's layers, recover, export, report (<= 10 minutes)
+	@$(CLI) report --run $(RUN)
 
 $(RUN)/data/test.jsonl: src/data/arithmetic.py | $(VENV)/.installed
 	$(PY) -m src.data.arithmetic --out $(RUN)/data --train 40000 --validation 256 --test 500 --seed 1000
@@ -54,9 +55,6 @@ $(RUN)/evaluate.json: $(RUN)/cut/config.json $(RUN)/recovered/config.json
 $(RUN)/benchmark.json: $(RUN)/recovered/config.json
 	$(CLI) benchmark --baseline $(TEACHER) --model $(RUN)/cut $(RUN)/recovered --out $@
 
-$(RUN)/report.json: $(RUN)/evaluate.json $(RUN)/benchmark.json
-	$(CLI) report --run $(RUN)
-
 # ---------------------------------------------------------------- proofs and figures
 
 test: $(VENV)/.installed  ## the tests (<= 10 minutes on 2 cores, no network)
@@ -73,6 +71,9 @@ mask-quality: $(VENV)/.installed  ## learned masks against all C(16, 4) -> resul
 
 search-step: $(VENV)/.installed  ## one search step against the naive one -> results/search_step.json
 	$(PY) -m scripts.search_step
+
+results: $(VENV)/.installed  ## fill the README's tables and figure from results/*.json
+	$(PY) -m scripts.readme_results
 
 lint: $(VENV)/.installed  ## ruff
 	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .

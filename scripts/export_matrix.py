@@ -86,10 +86,12 @@ def prepare(family: str, folder: Path) -> Row:
     except ConfigError as e:
         return {"result": "refused", "reason": str(e)}
     row: Row = {"class": type(model).__name__, "limits": limits.reason, "masks": []}
+    drawn = draw_masks(length, limits, seed=len(family))
     for gone in sorted(limits.always_keep or (range(1, length - 1) if limits.tail_only else ())):
+        keep = [i for i in range(length) if i != gone]
         try:
-            cut(model, [i for i in range(length) if i != gone])
-            row["unrefused"] = gone
+            cut(model, keep)
+            drawn.append(keep)  # stricter limits than this one mask needs: let the gate judge it
         except ConfigError as e:
             row.setdefault("refusal", str(e))
 
@@ -104,16 +106,14 @@ def prepare(family: str, folder: Path) -> Row:
             attention=model.config._attn_implementation,
         ).save(folder / f"{name}.reference")
 
-    for number, keep in enumerate(draw_masks(length, limits, seed=len(family))):
+    for number, keep in enumerate(drawn):
         expected = observe_gated(model, keep, ids_BT)
         moved = float((expected["plain"] - everything["plain"]).abs().max())
         row["masks"].append({"keep": keep, "moved": round(moved, 4)})
         save(str(number), cut(model, keep), keep, expected)
     if not row["masks"]:
         return row | {"result": "refused", "reason": limits.reason}
-    save(
-        "control", model, range(length), everything
-    )  # the parent itself: what fails here is not the cut's fault
+    save("control", model, range(length), everything)  # what fails on the parent is not the cut's fault
     return row
 
 
@@ -123,16 +123,16 @@ def check(folder: Path) -> dict[str, list[Row]]:
     return {name: [asdict(f) for f in verify(folder / name, r)] for name, r in references.items()}
 
 
-def verdict(masks: list[Row], findings: dict[str, list[Row]], unrefused: bool) -> Row:
+def verdict(masks: list[Row], findings: dict[str, list[Row]]) -> Row:
     """Judge the findings on the exports, with those on the parent as the control."""
     failed = {
         name: [f"{f['check']}: {f['detail']}" for f in fs if not f["passed"]] for name, fs in findings.items()
     }
     if control := failed.pop("control"):
         return {"result": "refused", "reason": f"a saved parent does not load as it was: {control[0]}"}
-    for mask, found in zip(masks, failed.values(), strict=True):
-        mask["failed"] = found
-    wrong = unrefused or any(failed.values()) or not all(mask["moved"] for mask in masks)
+    for number, mask in enumerate(masks):
+        mask["failed"] = failed[str(number)]
+    wrong = any(failed.values()) or not all(mask["moved"] for mask in masks)
     as_parent = sorted({f["check"] for fs in findings.values() for f in fs if "the original" in f["detail"]})
     return {"result": "WRONG" if wrong else "pass", "as_parent": as_parent}
 
@@ -143,7 +143,7 @@ def judge(family: str) -> Row:
     with tempfile.TemporaryDirectory() as folder:
         row = isolated(prepare, family, Path(folder))
         if "result" not in row:
-            row |= verdict(row["masks"], isolated(check, Path(folder)), "unrefused" in row)
+            row |= verdict(row["masks"], isolated(check, Path(folder)))
     return row | {"seconds": round(time.monotonic() - start, 1)}
 
 

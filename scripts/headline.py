@@ -13,14 +13,13 @@ import argparse
 import json
 import os
 import shutil
-import statistics
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from src.mask import git_sha, write_json
+from src.mask import Mask, git_sha, write_json
 
 TEACHER = Path("assets/arithmetic-teacher")
 ROW_TOKENS = 68.5
@@ -48,17 +47,17 @@ def one(work: Path, seed: int, percent: float, teacher_tokens: int, threads: int
     steps = max(1, int(left / (BATCH * ROW_TOKENS)))
     save = f"--trainer.max_steps {steps} --trainer.val_check_interval {steps}"
     make(f"{run}/evaluate.json", run, seed, threads, save)
-    scores = json.loads((run / "evaluate.json").read_text())
+    judged = json.loads((run / "evaluate.json").read_text())
+    named = {"teacher": judged["teacher"]} | {Path(m["path"]).name: m for m in judged["models"]}
+    keys = ("exact_match", "kl", "agreement", "parameters")
     recovery = json.loads((run / "recover/record.json").read_text())
     tokens = search["tokens"] + recovery["tokens"]
     row = {
-        "seed": seed,
-        "percent": percent,
-        "tokens": tokens,
-        "share": tokens / teacher_tokens,
-        "seconds": search["seconds"] + recovery["seconds"],
-        "scores": scores,
-    }
+        "seed": seed, "percent": percent, "tokens": tokens, "share": tokens / teacher_tokens,
+        "search_tokens": search["tokens"], "seconds": search["seconds"] + recovery["seconds"],
+        "removed": list(Mask.load(run / "search/mask.json").removed), "problems": judged["rows"],
+        "scores": {name: {key: model[key] for key in keys} for name, model in named.items()},
+    }  # fmt: skip
     print(f"seed {seed}, {percent:g} %: {tokens:,} tokens", flush=True)
     return row
 

@@ -70,7 +70,9 @@ def ladder(args: argparse.Namespace) -> dict[str, Step]:
 
     @torch.no_grad()
     def say() -> Tensor:
-        return teacher(input_ids=ids, attention_mask=batch["attention_mask"], use_cache=False).logits.log_softmax(-1)
+        return teacher(
+            input_ids=ids, attention_mask=batch["attention_mask"], use_cache=False
+        ).logits.log_softmax(-1)
 
     def naive(trained: bool, lean: bool, teach_once: bool) -> Step:
         network, gates, _ = student(trained, lean)
@@ -126,7 +128,9 @@ def main() -> None:
         "repeats": 5,
     }.items():  # fmt: skip
         parser.add_argument(f"--{name}", type=int, default=value)
-    parser.add_argument("--prompt", type=float, default=0.5, help="share of a row that is prompt, not supervised")
+    parser.add_argument(
+        "--prompt", type=float, default=0.5, help="share of a row that is prompt, not supervised"
+    )
     parser.add_argument("--out", type=Path, default=Path("results/search_step.json"))
     args = parser.parse_args()
     steps = ladder(args)

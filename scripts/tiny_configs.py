@@ -21,7 +21,10 @@ SIZES: dict[str, int | float] = {
     **dict.fromkeys(("num_hidden_layers", "num_layers", "n_layer", "n_layers", "num_blocks"), LAYERS),
     **dict.fromkeys(("encoder_layers", "decoder_layers", "num_decoder_layers", "num_encoder_layers"), LAYERS),
     **dict.fromkeys(("hidden_size", "d_model", "n_embd", "embedding_dim", "dim", "word_embed_proj_dim"), 32),
-    **dict.fromkeys(("embedding_size", "lru_width", "emb_dim", "adapter_in_dim", "adapter_input_size"), 32),
+    **dict.fromkeys(
+        ("embedding_size", "lru_width", "emb_dim", "adapter_in_dim", "adapter_input_size", "adapter_out_dim"),
+        32,
+    ),
     **dict.fromkeys(("intermediate_size", "ffn_dim", "n_inner", "d_ff", "d_inner", "dim_ff"), 48),
     **dict.fromkeys(("encoder_ffn_dim", "decoder_ffn_dim", "feed_forward_size"), 48),
     **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size", "ffn_hidden_size"), 24),

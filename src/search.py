@@ -21,7 +21,7 @@ from torch import Tensor
 from src.errors import ConfigError
 from src.losses.distill import Distillation, supervised
 from src.losses.signals import Signal, live_signal
-from src.mask import Mask
+from src.mask import Mask, git_sha
 from src.models.cut import constraints
 from src.models.gated import GatedLayers, Observer, freeze
 from src.models.head import OutputHead
@@ -173,6 +173,7 @@ class MaskSearch(LightningModule):
             keep=tuple(keep),
             method=type(self.policy).__name__,
             seed=self.policy.seed,
+            git_sha=git_sha(),
             tokens_seen=self.tokens,
             metrics=metrics,
         )

@@ -1,0 +1,120 @@
+"""Fill the README's results from ``results/*.json``, and draw its figure: ``make results``.
+
+Nothing is typed by hand: what stands between the markers comes from the files, with the commit that made them.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from src.command import write_text
+from src.figures import AMBER, INK, SLATE, TEAL, layer_strip, svg, tokens_text
+
+RESULTS, README = Path("results"), Path("README.md")
+BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
+
+
+def read(name: str) -> dict[str, Any]:
+    """A results file, empty if it was never made."""
+    path = RESULTS / f"{name}.json"
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def exact(run: dict[str, Any], model: str) -> float:
+    """Exact match of one model of a run, in percent."""
+    return 100 * run["scores"][model]["exact_match"]
+
+
+def curve(demo: dict[str, Any]) -> Figure:
+    """Recovered exact match against the share of the teacher's training tokens that was spent."""
+    figure = Figure(figsize=(7.2, 3.2), layout="constrained")
+    axes = figure.subplots()
+    runs = demo["runs"]
+    for seed in sorted({run["seed"] for run in runs}):
+        points = sorted((100 * r["share"], exact(r, "recovered")) for r in runs if r["seed"] == seed)
+        axes.plot(
+            *zip(*points, strict=True),
+            "o-",
+            color=TEAL,
+            alpha=0.9 if len(points) > 1 else 0.5,
+            label="recovered" if len(points) > 1 else None,
+        )
+    axes.axhline(exact(runs[0], "teacher"), color=SLATE, linestyle="--", label="teacher, 16 layers")
+    axes.axhline(exact(runs[0], "cut"), color=AMBER, linestyle=":", label="12 layers, not recovered")
+    axes.set_xscale("log")
+    axes.set_xticks(ticks := sorted({round(run["percent"], 1) for run in runs}), [f"{t:g} %" for t in ticks])
+    axes.minorticks_off()
+    axes.set_xlabel("tokens of search + recovery, of the teacher's own training tokens", color=INK)
+    axes.set_ylabel("exact match, %")
+    axes.legend(loc="lower right", frameon=False)
+    return figure
+
+
+def main() -> None:
+    """Write the figure and the README's table."""
+    demo, masks, step = read("demo"), read("mask_quality"), read("search_step")
+    lines = []
+    if demo:
+        lines += demo_lines(demo)
+    if masks:
+        ratios = ", ".join(f"{row['ratio_to_best']:.3f}" for row in masks["learned"])
+        lines += ["", f"**Masks.** Held-out KL of the learned mask over the best of all {masks['masks']:,} masks, per seed: "
+                  f"{ratios} (median mask: {masks['median_kl'] / masks['best']['kl']:.0f} times the best; best contiguous "
+                  f"run: {masks['best_contiguous']['kl'] / masks['best']['kl']:.2f}). `make mask-quality`, "
+                  f"commit `{masks['commit']}`."]  # fmt: skip
+    if step:
+        ours = next(row for name, row in step["variants"].items() if "shared teacher" in name)
+        lines += ["", f"**Search step.** {ours['speedup']:.1f} times faster than the naive step at equal gate gradient "
+                  f"(largest difference {ours['gradient_error']:.0e}), vocabulary 32,000, 16 layers, 256 tokens. "
+                  f"`make search-step`, commit `{step['commit']}`."]  # fmt: skip
+    matrix = read("export_matrix")
+    if matrix:
+        lines += ["", f"**Export.** {families(matrix)} `docs/export.md` has the table."]
+    page = README.read_text()
+    head, rest = page.split(BEGIN)
+    tail = rest.split(END)[1]
+    write_text(README, f"{head}{BEGIN}\n" + "\n".join(lines) + f"\n{END}{tail}")
+
+
+def families(matrix: dict[str, Any]) -> str:
+    """How many families pass the export gate."""
+    counts: dict[str, int] = {}
+    rows = matrix.get("families", matrix)
+    for row in rows.values() if isinstance(rows, dict) else rows:
+        verdict = row.get("verdict", row.get("status", "?"))
+        counts[verdict] = counts.get(verdict, 0) + 1
+    return ", ".join(f"{count} {verdict}" for verdict, count in sorted(counts.items())) + "."
+
+
+def demo_lines(demo: dict[str, Any]) -> list[str]:
+    """Table of the headline, and its figure."""
+    figures = Path("docs/figures")
+    figures.mkdir(parents=True, exist_ok=True)
+    write_text(figures / "headline.svg", svg(curve(demo)))
+    removed = demo["runs"][0]["removed"]
+    write_text(figures / "layers.svg", svg(layer_strip(16, removed)))
+    lines = [
+        "| tokens, of the teacher's training | exact match, recovered | teacher | cut, not recovered | seeds |",
+        "|---|---|---|---|---|",
+    ]
+    for percent in sorted({run["percent"] for run in demo["runs"]}):
+        runs = [run for run in demo["runs"] if run["percent"] == percent]
+        scores = [exact(run, "recovered") for run in runs]
+        each = f" ({', '.join(f'{s:.1f}' for s in scores)})" if len(scores) > 1 else ""
+        tokens = tokens_text(statistics.median(run["tokens"] for run in runs))
+        lines.append(f"| {percent:g} % ({tokens}) | **{statistics.median(scores):.1f} %**{each} | "
+                     f"{exact(runs[0], 'teacher_'):.1f} % | {exact(runs[0], 'cut'):.1f} % | {len(runs)} |")  # fmt: skip
+    return [
+        *lines,
+        "",
+        f"Median over seeds, all in brackets; {demo['runs'][0]['problems']} test problems. `make headline`, commit `{demo['commit']}`.",
+    ]
+
+
+if __name__ == "__main__":
+    main()
