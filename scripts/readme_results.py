@@ -1,12 +1,13 @@
-"""Fill the README's results from ``results/*.json``, and draw its figure: ``make results``.
+"""Fill the README's results from ``results/*.json``, and draw its figures: ``make results``.
 
-Nothing is typed by hand: what stands between the markers comes from the files, with the commit that made them.
+Nothing is typed by hand: what stands between the markers comes from the files.
 """
 
 from __future__ import annotations
 
 import json
 import statistics
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -62,16 +63,22 @@ def main() -> None:
     if demo:
         lines += demo_lines(demo)
     if masks:
+        best = masks["best"]["kl"]
         ratios = ", ".join(f"{row['ratio_to_best']:.3f}" for row in masks["learned"])
-        lines += ["", f"**Masks.** Held-out KL of the learned mask over the best of all {masks['masks']:,} masks, per seed: "
-                  f"{ratios} (median mask: {masks['median_kl'] / masks['best']['kl']:.0f} times the best; best contiguous "
-                  f"run: {masks['best_contiguous']['kl'] / masks['best']['kl']:.2f}). `make mask-quality`, "
-                  f"commit `{masks['commit']}`."]  # fmt: skip
+        lines += [
+            "",
+            f"**Masks.** Held-out KL of the learned mask over the best of all {masks['masks']:,} masks, per seed: "
+            f"{ratios}. The median mask has {masks['median_kl'] / best:.0f} times the best KL, the best "
+            f"contiguous run {masks['best_contiguous']['kl'] / best:.2f} times. `make mask-quality`.",
+        ]
     if step:
         ours = next(row for name, row in step["variants"].items() if "shared teacher" in name)
-        lines += ["", f"**Search step.** {ours['speedup']:.1f} times faster than the naive step at equal gate gradient "
-                  f"(largest difference {ours['gradient_error']:.0e}), vocabulary 32,000, 16 layers, 256 tokens. "
-                  f"`make search-step`, commit `{step['commit']}`."]  # fmt: skip
+        lines += [
+            "",
+            f"**Search step.** {ours['speedup']:.1f} times faster than the naive step at equal gate gradient "
+            f"(they differ by {ours['gradient_error']:.0e} of its size); vocabulary 32,000, 16 layers, "
+            f"256 tokens. `make search-step`.",
+        ]
     matrix = read("export_matrix")
     if matrix:
         lines += ["", f"**Export.** {families(matrix)} `docs/export.md` has the table."]
@@ -83,12 +90,9 @@ def main() -> None:
 
 def families(matrix: dict[str, Any]) -> str:
     """How many families pass the export gate."""
-    counts: dict[str, int] = {}
-    rows = matrix.get("families", matrix)
-    for row in rows.values() if isinstance(rows, dict) else rows:
-        verdict = row.get("verdict", row.get("status", "?"))
-        counts[verdict] = counts.get(verdict, 0) + 1
-    return ", ".join(f"{count} {verdict}" for verdict, count in sorted(counts.items())) + "."
+    counts = Counter(row["result"] for row in matrix["families"].values())
+    told = ", ".join(f"{count} {result}" for result, count in counts.most_common())
+    return f"Of {counts.total()} decoder families of transformers {matrix['transformers']}: {told}."
 
 
 def demo_lines(demo: dict[str, Any]) -> list[str]:
@@ -99,7 +103,7 @@ def demo_lines(demo: dict[str, Any]) -> list[str]:
     removed = demo["runs"][0]["removed"]
     write_text(figures / "layers.svg", svg(layer_strip(16, removed)))
     lines = [
-        "| tokens, of the teacher's training | exact match, recovered | teacher | cut, not recovered | seeds |",
+        "| tokens spent, of the teacher's training | recovered | teacher | cut, not recovered | seeds |",
         "|---|---|---|---|---|",
     ]
     for percent in sorted({run["percent"] for run in demo["runs"]}):
@@ -107,13 +111,13 @@ def demo_lines(demo: dict[str, Any]) -> list[str]:
         scores = [exact(run, "recovered") for run in runs]
         each = f" ({', '.join(f'{s:.1f}' for s in scores)})" if len(scores) > 1 else ""
         tokens = tokens_text(statistics.median(run["tokens"] for run in runs))
-        lines.append(f"| {percent:g} % ({tokens}) | **{statistics.median(scores):.1f} %**{each} | "
-                     f"{exact(runs[0], 'teacher_'):.1f} % | {exact(runs[0], 'cut'):.1f} % | {len(runs)} |")  # fmt: skip
-    return [
-        *lines,
-        "",
-        f"Median over seeds, all in brackets; {demo['runs'][0]['problems']} test problems. `make headline`, commit `{demo['commit']}`.",
-    ]
+        lines.append(
+            f"| {percent:g} % ({tokens}) | **{statistics.median(scores):.1f} %**{each} "
+            f"| {exact(runs[0], 'teacher'):.1f} % | {exact(runs[0], 'cut'):.1f} % | {len(runs)} |"
+        )
+    problems = demo["runs"][0]["problems"]
+    note = f"Exact match on {problems} test problems; median over seeds, all in brackets. `make headline`."
+    return [*lines, "", note]
 
 
 if __name__ == "__main__":
