@@ -2,8 +2,8 @@
 
 All C(L, n) masks are measured on held-out problems that no search has seen: each on a few, and the best
 sixty, with the learned ones, again on many others, because divergence is heavy-tailed and a few problems
-cannot rank good masks. The demo's search runs with three seeds, and each learned mask is looked up. Resumable:
-measurements are kept as they come.
+cannot rank good masks. The demo's search runs with three seeds, and each learned mask is looked up.
+Resumable: measurements are kept as they come.
 
 Writes ``results/mask_quality.json``: best, median and worst mask, the best contiguous one, and for each seed
 the learned mask, its KL, its rank and its ratio to the best.
@@ -120,14 +120,16 @@ def main() -> None:
     for seed, mask in learned.items():
         kl = final[text(mask.removed)]
         rows.append({
-            "seed": seed, "removed": list(mask.removed), "kl": kl, "rank": ranked.index(text(mask.removed)) + 1,
+            "seed": seed, "removed": list(mask.removed), "kl": kl,
+            "rank": ranked.index(text(mask.removed)) + 1,
             "ratio_to_best": kl / best, "tokens": mask.tokens_seen, "metrics": mask.metrics,
         })  # fmt: skip
         print(f"seed {seed}: {mask}; KL {kl:.4f}, {kl / best:.3f} x the best, rank {rows[-1]['rank']}")
     write_json(args.out, {
         "command": "python -m scripts.mask_quality " + " ".join(sys.argv[1:]), "commit": git_sha(),
         "teacher": args.teacher, "masks": len(every), "rows": args.rows, "final_rows": args.final_rows,
-        "finalists": len(final), "best": {"removed": ranked[0], "kl": best}, "top": {m: final[m] for m in ranked[:5]},
+        "finalists": len(final), "best": {"removed": ranked[0], "kl": best},
+        "top": {m: final[m] for m in ranked[:5]},
         "median_kl": statistics.median(every.values()), "worst_kl": every[order[-1]],
         "best_contiguous": {"removed": runs[0], "kl": final[runs[0]]}, "learned": rows,
     })  # fmt: skip

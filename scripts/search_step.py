@@ -1,8 +1,8 @@
 """What a search step costs, against the naive step, one saving at a time: ``make search-step``.
 
 The naive step runs, for each draw, a separate teacher and a student whose every layer and weight is under
-autograd, and takes the KL over the whole vocabulary at all positions. Each rung of the ladder adds one saving;
-all rungs but the last have the same gate gradient, and the script checks it. The last one (top-10 signal) is
+autograd, and takes the KL over the whole vocabulary at all positions. Each rung of the ladder adds one
+saving; all rungs but the last have the same gate gradient, and the script checks it. The last one (top-10 signal) is
 another, cheaper loss and stands apart.
 
 The variants take turns within a repeat, and ratios are taken within repeats. Writes

@@ -80,7 +80,7 @@ class Pretrain(LightningModule):
         self._since = time.monotonic()
 
     def on_fit_end(self) -> None:
-        """Write the model, its tokenizer and ``training.json``, which the report quotes as the parent's cost."""
+        """Write the model, its tokenizer and ``training.json``, the cost that reports quote."""
         if self.save_to and self.trainer.is_global_zero:
             self.model.save_pretrained(self.save_to)
             self.tokenizer.save_pretrained(self.save_to)

@@ -19,7 +19,7 @@ class CalibrationProbe:
     """The first ``calibration_batches`` validation batches, with the teacher's signal kept.
 
     Results are averaged over ranks, so that all ranks decide alike, and remembered per mask. A quick
-    measurement takes the first quarter of the batches: enough to drop bad masks, not to choose among good ones.
+    measurement takes the first quarter of the batches: enough to drop bad masks, not to rank good ones.
 
     Args:
         search: the search whose model is measured; its trainer must be attached.

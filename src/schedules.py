@@ -26,9 +26,7 @@ def warmup_decay(
     return final + (1 - final) * fall
 
 
-def interpolate(
-    progress: float, start: float, end: float, shape: Literal["linear", "exponential"]
-) -> float:
+def interpolate(progress: float, start: float, end: float, shape: Literal["linear", "exponential"]) -> float:
     """The value at ``progress`` on the way from ``start`` to ``end``."""
     progress = min(1.0, max(0.0, progress))
     if shape == "linear":

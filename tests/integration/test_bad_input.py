@@ -52,7 +52,9 @@ def test_unknown_model(fails: Any) -> None:
 
 def test_encoder_only_model(fails: Any, tmp_path: Path) -> None:
     tiny = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 8}
-    AutoModel.from_config(AutoConfig.for_model("bert", vocab_size=99, **tiny)).save_pretrained(tmp_path / "bert")
+    AutoModel.from_config(AutoConfig.for_model("bert", vocab_size=99, **tiny)).save_pretrained(
+        tmp_path / "bert"
+    )
     assert "encoder" in fails(SEARCH, **{"model.init_args.model": str(tmp_path / "bert")})
 
 

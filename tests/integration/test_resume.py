@@ -59,8 +59,14 @@ def same(one: dict[str, Any], other: dict[str, Any]) -> None:
 def test_killed_and_resumed_equals_uninterrupted(
     stage: str, tmp_path: Path, teacher_dir: str, corpus_file: str, mask_file: str
 ) -> None:
-    config = {"search": "configs/search/gumbel_topk.yaml", "recover": "configs/recover/entropy_kd.yaml"}[stage]
-    extra = [f"--model.init_args.mask={mask_file}"] if stage == "recover" else ["--model.init_args.calibration_batches=2"]
+    config = {"search": "configs/search/gumbel_topk.yaml", "recover": "configs/recover/entropy_kd.yaml"}[
+        stage
+    ]
+    extra = (
+        [f"--model.init_args.mask={mask_file}"]
+        if stage == "recover"
+        else ["--model.init_args.calibration_batches=2"]
+    )
     paths = {"teacher": teacher_dir, "corpus": corpus_file}
     whole = fit(config, tmp_path / "whole", False, *extra, **paths)
     with pytest.raises(Killed):

@@ -169,4 +169,3 @@ def test_a_checkpoint_of_a_recovery_can_hold_no_teacher(ws: Workspace) -> None:
     module.teacher.setup(module)
     assert not module.state_dict()
     assert not list(module.parameters())
-

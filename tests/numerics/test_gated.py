@@ -1,4 +1,4 @@
-"""Laws of the gated student, on every family: open = teacher, closed layers cost no autograd, same gradients."""
+"""Laws of the gated student, on every family: open = teacher, closed layers change no gradient."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_a_gate_gradient_is_its_finite_difference() -> None:
         with gates.use(values):
             return logits(model, ids).logsumexp(-1).mean()
 
-    # GPT-2, as it computes in double throughout. Away from 0 and 1, where closed layers would drop the second-order chain by design.
+    # GPT-2, as it computes in double throughout; away from 0, where the chain through a layer is dropped.
     values = torch.linspace(0.3, 0.9, LAYERS, dtype=torch.float64).requires_grad_()
     assert torch.autograd.gradcheck(loss, values)
 

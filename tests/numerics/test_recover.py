@@ -44,12 +44,15 @@ def test_the_checkpoint_comes_back_as_a_plain_model(
 ) -> None:
     """Recovered logits survive saving and loading; LoRA adapters are merged into plain weights."""
     arguments = {
-        "model.init_args.model": teacher_dir, "model.init_args.mask": mask_file, "model.init_args.scope": scope,
+        "model.init_args.model": teacher_dir, "model.init_args.mask": mask_file,
+        "model.init_args.scope": scope, "data.init_args.validation": corpus_file,
         "data.init_args.train": corpus_file, "data.init_args.batch_size": 4, "trainer.max_steps": 3,
-        "trainer.limit_val_batches": 0, "trainer.accelerator": "cpu", "data.init_args.validation": corpus_file,
+        "trainer.limit_val_batches": 0, "trainer.accelerator": "cpu",
         "trainer.logger.init_args.save_dir": tmp_path, "trainer.logger.init_args.version": "run",
     }  # fmt: skip
-    done = run(["fit", "--config", "configs/recover/entropy_kd.yaml"] + [f"--{k}={v}" for k, v in arguments.items()])
+    done = run(
+        ["fit", "--config", "configs/recover/entropy_kd.yaml"] + [f"--{k}={v}" for k, v in arguments.items()]
+    )
     trained = done.model.model.eval()
     done.trainer.save_checkpoint(tmp_path / "student.ckpt")
     parent, mask = load_model(teacher_dir), Mask.load(mask_file)
@@ -62,9 +65,7 @@ def test_the_checkpoint_comes_back_as_a_plain_model(
     assert torch.equal(fresh(ids).logits, back(ids).logits)
 
 
-def test_a_checkpoint_of_another_mask_is_refused(
-    tmp_path: Path, teacher_dir: str, mask_file: str
-) -> None:
+def test_a_checkpoint_of_another_mask_is_refused(tmp_path: Path, teacher_dir: str, mask_file: str) -> None:
     made = Recovery(teacher_dir, mask_file)
     made.configure_model()
     saved = {"state_dict": made.state_dict(), "recovery": {"tokens": 0, "scope": "full", "rank": 1}}

@@ -53,7 +53,9 @@ def test_the_surrogate_has_the_gradient_of_the_mean_loss(
     assert grad.abs().max() > 0
 
 
-def test_weights_stay_and_only_logits_are_in_the_module(teacher_dir: str, batch: dict[str, torch.Tensor]) -> None:
+def test_weights_stay_and_only_logits_are_in_the_module(
+    teacher_dir: str, batch: dict[str, torch.Tensor]
+) -> None:
     made = search(teacher_dir)
     (network,) = made._frozen
     before = {key: value.clone() for key, value in network.state_dict().items()}
@@ -63,7 +65,9 @@ def test_weights_stay_and_only_logits_are_in_the_module(teacher_dir: str, batch:
     assert list(made.state_dict()) == ["policy.logits"]
 
 
-def test_the_shared_teacher_says_what_a_second_copy_says(teacher_dir: str, batch: dict[str, torch.Tensor]) -> None:
+def test_the_shared_teacher_says_what_a_second_copy_says(
+    teacher_dir: str, batch: dict[str, torch.Tensor]
+) -> None:
     shared = search(teacher_dir)
     copy = LiveTeacher(k=10, model=teacher_dir)
     separate = search(teacher_dir, teacher=copy)
@@ -81,14 +85,18 @@ def test_open_gates_have_no_divergence(teacher_dir: str, batch: dict[str, torch.
     assert made.divergence(batch, signal, torch.ones(6)).abs() < 1e-6
 
 
-def test_the_budget_counts_tokens_and_layer_forwards(teacher_dir: str, batch: dict[str, torch.Tensor]) -> None:
+def test_the_budget_counts_tokens_and_layer_forwards(
+    teacher_dir: str, batch: dict[str, torch.Tensor]
+) -> None:
     made = search(teacher_dir)
     made.training_step(batch, 0)
     assert made.tokens == int(batch["attention_mask"].sum())
     assert made.layer_forwards == (1 + 3) * 6  # the teacher's pass and three draws
 
 
-@pytest.mark.parametrize(("layers", "ratio", "count"), [(16, 0.25, 4), (36, 0.25, 9), (5, 0.01, 1), (7, 0.5, 4)])
+@pytest.mark.parametrize(
+    ("layers", "ratio", "count"), [(16, 0.25, 4), (36, 0.25, 9), (5, 0.01, 1), (7, 0.5, 4)]
+)
 def test_ratio_to_count(layers: int, ratio: float, count: int) -> None:
     assert count_to_remove(layers, None, ratio) == count
 

@@ -24,7 +24,10 @@ def test_seeds_reproduce_and_differ() -> None:
 
 
 def test_splits_are_disjoint_by_construction(tmp_path) -> None:  # type: ignore[no-untyped-def]
-    found = {split: {row["question"] for row in problems(split, 200, 0)} for split in ("train", "validation", "test")}
+    found = {
+        split: {row["question"] for row in problems(split, 200, 0)}
+        for split in ("train", "validation", "test")
+    }
     for split, questions in found.items():
         assert all(split_of({"question": q}) == split for q in questions)
     write_splits(tmp_path, {"train": 30, "validation": 10, "test": 10})

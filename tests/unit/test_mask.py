@@ -12,7 +12,9 @@ from src.mask import Mask, write_json
 
 
 def test_round_trip_and_complement(tmp_path: Path) -> None:
-    mask = Mask(model="m", num_layers=5, keep=(0, 2, 4), method="x", seed=0, tokens_seen=7, metrics={"kl": 0.5})
+    mask = Mask(
+        model="m", num_layers=5, keep=(0, 2, 4), method="x", seed=0, tokens_seen=7, metrics={"kl": 0.5}
+    )
     mask.save(tmp_path / "deep" / "mask.json")
     assert Mask.load(tmp_path / "deep" / "mask.json") == mask
     assert mask.removed == (1, 3)
@@ -41,7 +43,7 @@ def test_faulty_files_are_refused(tmp_path: Path, change: dict[str, object], tol
 def test_a_mask_of_another_depth_is_refused() -> None:
     mask = Mask(model="m", num_layers=5, keep=(0,), method="x")
     mask.check(5, "m")
-    with pytest.raises(ConfigError, match="5 layers.*has 6"):
+    with pytest.raises(ConfigError, match=r"5 layers.*has 6"):
         mask.check(6, "other")
 
 
