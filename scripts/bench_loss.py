@@ -56,15 +56,16 @@ def case(form: str, vocabulary: int, tokens: int, hidden: int, chunk: int) -> di
     labels = ids[:, 0]
     loss = Distillation(weight="none", chunk_tokens=chunk)
     Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
-    before, began = _memory("VmRSS"), time.process_time()
+    before, began = memory("VmRSS"), time.process_time()
     value = whole(head, states, signal) if form == "whole" else loss(head, states, labels, signal)["loss"]  # type: ignore[arg-type]
     value.backward()
-    seconds, peak = time.process_time() - began, _memory("VmHWM") - before
+    seconds, peak = time.process_time() - began, memory("VmHWM") - before
     grads = [states.grad, head.projection.weight.grad]
     return {"peak_bytes": peak, "cpu_seconds": seconds, "loss": float(value.detach()), "grads": grads}
 
 
-def _memory(field: str) -> int:
+def memory(field: str) -> int:
+    """A figure of this process in bytes: ``VmRSS``, or its peak ``VmHWM``."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
 
@@ -91,9 +92,11 @@ def main() -> None:
         error = max(float((x - y).norm() / x.norm()) for x, y in zip(a, b, strict=True))
         ratio = results["whole"]["peak_bytes"] / results["chunked"]["peak_bytes"]
         rows.append({"vocabulary": vocabulary, **results, "memory_ratio": ratio, "gradient_error": error})
-        print(json.dumps(rows[-1]))
+        print(json.dumps(rows[-1]), flush=True)
     settings = {"tokens": args.tokens, "hidden": args.hidden, "chunk": args.chunk, "dtype": "float32"}
-    write_json(args.out, {"command": "python -m scripts.bench_loss", "commit": git_sha(), **settings, "rows": rows})
+    write_json(
+        args.out, {"command": "python -m scripts.bench_loss", "commit": git_sha(), **settings, "rows": rows}
+    )
 
 
 def _child(form: str, vocabulary: int) -> dict[str, Any]:

@@ -35,8 +35,9 @@ def make(target: str, run: Path, seed: int, threads: int, recover: str = "") -> 
         subprocess.run(command, check=True, env=environment, stdout=log, stderr=log)
 
 
-def one(work: Path, seed: int, percent: float, teacher_tokens: int, threads: int) -> dict[str, Any]:
+def one(work: Path, wanted: tuple[int, float], teacher_tokens: int, threads: int) -> dict[str, Any]:
     """Recover with one budget and judge the result."""
+    seed, percent = wanted
     run = work / f"seed{seed}-{percent:g}"
     run.mkdir(parents=True, exist_ok=True)
     if not (run / "search").exists():
@@ -84,7 +85,7 @@ def main() -> None:
             for s in args.seeds
             if p == max(args.percents) or s in args.curve_seeds
         ]
-        rows = list(pool.map(lambda sp: one(args.work, *sp, teacher_tokens, 1), wanted))
+        rows = list(pool.map(lambda sp: one(args.work, sp, teacher_tokens, 1), wanted))
     write_json(
         args.out,
         {

@@ -45,15 +45,12 @@ def draw_prompts(model: PreTrainedModel, start: int, count: int, length: int) ->
 def with_transformers(model: PreTrainedModel, prompts: Tokens, new_tokens: int) -> tuple[Tokens, list[float]]:
     """Greedy continuations, and the log-probability of each prompt's tokens after the first."""
     generate: Any = model.generate
-    model.generation_config = GenerationConfig()  # plain greedy: no stop token, no penalties
-    texts, scores = [], []
-    for prompt in prompts:
-        ids = torch.tensor([prompt])
-        out = generate(ids, max_new_tokens=new_tokens, pad_token_id=0, attention_mask=torch.ones_like(ids))
-        texts.append(out[0, len(prompt) :].tolist())
-        log_probs = model(ids).logits[0, :-1].log_softmax(-1)
-        scores.append(log_probs.gather(-1, ids[0, 1:, None]).sum().item())
-    return texts, scores
+    model.generation_config = GenerationConfig(pad_token_id=0)  # plain greedy: no stop token, no penalties
+    ids_BT = torch.tensor(prompts)
+    out = generate(ids_BT, attention_mask=torch.ones_like(ids_BT), max_new_tokens=new_tokens)
+    log_probs = model(ids_BT).logits[:, :-1].log_softmax(-1)
+    scores = log_probs.gather(-1, ids_BT[:, 1:, None]).sum((1, 2))
+    return out[:, ids_BT.shape[1] :].tolist(), scores.tolist()
 
 
 def with_ctranslate2(

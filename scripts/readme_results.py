@@ -69,7 +69,7 @@ def main() -> None:
             "",
             f"**Masks.** Held-out KL of the learned mask over the best of all {masks['masks']:,} masks, "
             f"per seed: {ratios}. The median mask has {masks['median_kl'] / best:.0f} times the best KL, "
-            f"the best contiguous run {masks['best_contiguous']['kl'] / best:.2f} times. `make mask-quality`.",
+            f"best contiguous {masks['best_contiguous']['kl'] / best:.2f} times. `make mask-quality`.",
         ]
     if step:
         ours = next(row for name, row in step["variants"].items() if "shared teacher" in name)

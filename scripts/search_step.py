@@ -2,8 +2,8 @@
 
 The naive step runs, for each draw, a separate teacher and a student whose every layer and weight is under
 autograd, and takes the KL over the whole vocabulary at all positions. Each rung of the ladder adds one
-saving; all rungs but the last have the same gate gradient, and the script checks it. The last one (top-10 signal) is
-another, cheaper loss and stands apart.
+saving; all rungs but the last have the same gate gradient, and the script checks it. The last one (top-10
+signal) is another, cheaper loss and stands apart.
 
 The variants take turns within a repeat, and ratios are taken within repeats. Writes
 ``results/search_step.json``.
@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -135,7 +136,7 @@ def main() -> None:
     args = parser.parse_args()
     steps = ladder(args)
     reference = steps["naive"]()
-    rows = {}
+    rows: dict[str, dict[str, Any]] = {}
     for name, step in steps.items():
         error = float((step() - reference).abs().max() / reference.abs().max())
         rows[name] = {"gradient_error": error, "seconds": []}

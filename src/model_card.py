@@ -69,7 +69,8 @@ def model_card(
     }
     before, after = weights
     facts = {
-        "Parent": f"`{public_name(mask.model)}`" + (f" at revision `{mask.revision}`" if mask.revision else ""),
+        "Parent": f"`{public_name(mask.model)}`"
+        + (f" at revision `{mask.revision}`" if mask.revision else ""),
         "Layers": f"{len(mask.keep)} of {mask.num_layers}; removed {list(mask.removed)}",
         "Kept layers": str(list(mask.keep)),
         "Weights": f"{after:,} of {before:,} ({after / before:.1%})",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -27,7 +27,7 @@ class CalibrationProbe:
 
     def __init__(self, search: MaskSearch) -> None:
         self.search = search
-        loader = search.trainer.datamodule.val_dataloader()
+        loader = cast(Any, search.trainer).datamodule.val_dataloader()
         self.rows: list[tuple[dict[str, Tensor], Signal, int]] = []
         for number, batch in enumerate(loader):
             if number == search.calibration_batches:

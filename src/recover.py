@@ -7,7 +7,7 @@ checkpoint, optimiser or sharding engine ever sees it.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from lightning import LightningModule
@@ -71,7 +71,7 @@ class Recovery(LightningModule):
         self.teacher = teacher or LiveTeacher()
         self.distillation = distillation or Distillation()
         self.scope, self.lora_rank = scope, lora_rank
-        self.loading = {"dtype": dtype, "attention": attention}
+        self.loading: dict[str, Any] = {"dtype": dtype, "attention": attention}
         self.optimizer = optimizer
         self.warmup, self.final_lr, self.decay = warmup, final_lr, decay
         self.tokens = 0
@@ -89,7 +89,7 @@ class Recovery(LightningModule):
         """Ready the output head and the teacher, now that the student is on its device."""
         self.head = OutputHead(self.model)
         self.head.check()
-        check_vocabulary(self.trainer.datamodule.tokenizer, self.model)
+        check_vocabulary(cast(Any, self.trainer).datamodule.tokenizer, self.model)
         self.teacher.setup(self)
 
     on_validation_start = on_test_start = on_fit_start
@@ -163,7 +163,7 @@ def scoped(student: PreTrainedModel, mask: Mask, scope: Scope, rank: int) -> Pre
         except ImportError as e:
             raise ConfigError("model.scope: 'lora' needs peft: pip install 'e3pruner[lora]'.") from e
         config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear")
-        return get_peft_model(student, config)
+        return cast(PreTrainedModel, get_peft_model(student, config))
     return student
 
 
@@ -182,4 +182,5 @@ def load_student(parent: PreTrainedModel, mask: Mask, checkpoint: str) -> PreTra
     except (OSError, KeyError, RuntimeError) as e:
         reason = str(e).splitlines()[0]
         raise ConfigError(f"checkpoint: '{checkpoint}' does not fit this model and mask: {reason}") from e
-    return (student.merge_and_unload() if scope == "lora" else student).eval()
+    plain = cast(Any, student).merge_and_unload() if scope == "lora" else student
+    return cast(PreTrainedModel, plain.eval())

@@ -11,7 +11,7 @@ By default the teacher is the student itself with its gates open: one copy of th
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lightning import LightningModule
@@ -72,7 +72,7 @@ class MaskSearch(LightningModule):
     ) -> None:
         super().__init__()
         self.name, self.revision = model, revision
-        self.loading = {"dtype": dtype, "quantize": quantize, "attention": attention}
+        self.loading: dict[str, Any] = {"dtype": dtype, "quantize": quantize, "attention": attention}
         self.policy, self.teacher, self.draws = policy, teacher, draws
         self.distillation = distillation or Distillation(weight="none")
         self.optimizer, self.checkpoint_activations = optimizer, checkpoint_activations
@@ -99,9 +99,9 @@ class MaskSearch(LightningModule):
         """Bring the frozen model to the device, which Lightning does not know of, and check its head."""
         (network,) = self._frozen
         if self.loading["quantize"] is None:
-            network.to(self.device)
+            cast(Any, network).to(self.device)
         self.head.check()
-        check_vocabulary(self.trainer.datamodule.tokenizer, network)
+        check_vocabulary(cast(Any, self.trainer).datamodule.tokenizer, network)
         if self.teacher is not None:
             self.teacher.setup(self)
 

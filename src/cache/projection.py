@@ -51,9 +51,7 @@ def projection(trainer: Trainer, teacher: CacheTeacher, manifest: Manifest, coun
     )
 
 
-def _trial(
-    trainer: Trainer, teacher: CacheTeacher, batches: Iterable[Any]
-) -> tuple[Rows | None, float]:
+def _trial(trainer: Trainer, teacher: CacheTeacher, batches: Iterable[Any]) -> tuple[Rows | None, float]:
     """Rows of a few batches, and the seconds they took; the first is run once before, as a warm-up."""
     rows, seconds = list[Rows](), 0.0
     for batch in batches:

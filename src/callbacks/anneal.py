@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from lightning import Callback, LightningModule, Trainer
 
 from src.schedules import interpolate
+
+if TYPE_CHECKING:
+    from src.search import MaskSearch
 
 
 class TemperatureAnnealing(Callback):
@@ -26,8 +29,9 @@ class TemperatureAnnealing(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, module: LightningModule, *_: Any) -> None:
         progress = trainer.global_step / max(1, trainer.estimated_stepping_batches - 1)
-        module.policy.temperature = interpolate(progress, self.start, self.end, self.shape)
-        module.log("mask/temperature", module.policy.temperature)
+        temperature = interpolate(progress, self.start, self.end, self.shape)
+        cast("MaskSearch", module).policy.temperature = temperature
+        module.log("mask/temperature", temperature)
 
 
 class PruningCurriculum(Callback):
@@ -41,8 +45,9 @@ class PruningCurriculum(Callback):
         self.until = until
 
     def on_train_batch_start(self, trainer: Trainer, module: LightningModule, *_: Any) -> None:
-        target, total = module.policy.target, trainer.estimated_stepping_batches
+        policy, total = cast("MaskSearch", module).policy, trainer.estimated_stepping_batches
+        target = policy.target
         rise = self.until * total
         now = target if rise == 0 else math.ceil(target * (trainer.global_step + 1) / rise)
-        module.policy.remove = min(target, now)
-        module.log("mask/removed", float(module.policy.remove))
+        policy.remove = min(target, now)
+        module.log("mask/removed", float(policy.remove))

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
 from src.probe import CalibrationProbe
+
+if TYPE_CHECKING:
+    from src.search import MaskSearch
 
 Keep = tuple[int, ...]
 Measure = Callable[[Keep, bool], float]
@@ -35,10 +38,11 @@ class HardenMask(Callback):
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
         if trainer.global_step == 0:
-            module.policy.initialise(CalibrationProbe(module))
+            search = cast("MaskSearch", module)
+            search.policy.initialise(CalibrationProbe(search))
 
     def on_train_batch_end(self, trainer: Trainer, module: LightningModule, *_: Any) -> None:
-        keep = module.policy.harden()
+        keep = cast("MaskSearch", module).policy.harden()
         if keep in self.recent:
             self.recent.remove(keep)
         self.recent = [*self.recent, keep][-self.candidates :]
@@ -46,7 +50,8 @@ class HardenMask(Callback):
     def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
         if trainer.interrupted:
             return
-        policy, probe = module.policy, CalibrationProbe(module)
+        search = cast("MaskSearch", module)
+        policy, probe = search.policy, CalibrationProbe(search)
 
         def measure(keep: Keep, quick: bool = False) -> float:
             return probe.divergence(policy.gates(keep), quick)
@@ -62,9 +67,9 @@ class HardenMask(Callback):
             "kl_best_candidate": measure(best),
             "kl_soft": soft,
             "hard_soft_gap": measure(learned) - soft,
-            "layer_forwards": float(module.layer_forwards),
+            "layer_forwards": float(search.layer_forwards),
         }
-        mask = module.mask(chosen, metrics)
+        mask = search.mask(chosen, metrics)
         for key, value in metrics.items():
             for logger in trainer.loggers:
                 logger.log_metrics({f"mask/{key}": value}, trainer.global_step)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import resource
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from lightning import Callback, LightningModule, Trainer
@@ -13,6 +13,9 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
 from src.mask import write_json
+
+if TYPE_CHECKING:
+    from src.search import MaskSearch
 
 
 class SearchMonitor(Callback):
@@ -29,7 +32,7 @@ class SearchMonitor(Callback):
         self.course: list[Tensor] = []
 
     def on_train_batch_end(self, trainer: Trainer, module: LightningModule, *_: Any) -> None:
-        keep_L = module.policy.keep_probabilities().clamp(0, 1)
+        keep_L = cast("MaskSearch", module).policy.keep_probabilities().clamp(0, 1)
         self.course.append(keep_L)
         module.log("mask/entropy", torch.special.entr(keep_L).add(torch.special.entr(1 - keep_L)).sum())
         if trainer.global_step % self.every == 0:
@@ -47,7 +50,8 @@ class SearchMonitor(Callback):
                 image = torch.stack(self.course, dim=1)[None]
                 tall = image.repeat_interleave(12, dim=1)
                 logger.experiment.add_image("mask/keep_probability", tall, trainer.global_step)
-                kept = str(module.mask(module.policy.harden(), {}))
+                search = cast("MaskSearch", module)
+                kept = str(search.mask(search.policy.harden(), {}))
                 logger.experiment.add_text("mask/kept", kept, trainer.global_step)
 
     def state_dict(self) -> dict[str, Any]:
@@ -61,12 +65,13 @@ class Throughput(Callback):
     """Logs tokens per second and the peak memory of the process (of the device, on a GPU)."""
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
-        self._time, self._tokens = time.monotonic(), module.tokens
+        self._time, self._tokens = time.monotonic(), cast(int, module.tokens)
 
     def on_train_batch_end(self, trainer: Trainer, module: LightningModule, *_: Any) -> None:
         now = time.monotonic()
-        speed = (module.tokens - self._tokens) / max(1e-9, now - self._time)
-        self._time, self._tokens = now, module.tokens
+        tokens = cast(int, module.tokens)
+        speed = (tokens - self._tokens) / max(1e-9, now - self._time)
+        self._time, self._tokens = now, tokens
         if module.device.type == "cuda":
             peak = torch.cuda.max_memory_allocated() / 2**20
         else:

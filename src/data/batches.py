@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -61,10 +62,11 @@ class Padded:
 
     def collate(self, batch: list[list[TokenRow]]) -> Batch:
         rows = [row for (row,) in batch]
-        width = max(len(row.ids) for row in rows)
+        lengths_B = torch.tensor([len(row.ids) for row in rows])
+        width = int(lengths_B.max())
         return {
             "input_ids": _matrix([row.ids for row in rows], width, self.pad_id),
-            "attention_mask": _matrix([[1] * len(row.ids) for row in rows], width, 0),
+            "attention_mask": (torch.arange(width) < lengths_B[:, None]).long(),
             "labels": _matrix([row.labels for row in rows], width, IGNORE),
         }
 
@@ -144,4 +146,5 @@ def _divide(rows: list[list[TokenRow]], size: int, rng: random.Random | None) ->
 
 
 def _matrix(rows: list[list[int]], width: int, fill: int) -> Tensor:
-    return torch.tensor([row + [fill] * (width - len(row)) for row in rows])
+    full = np.array([row + [fill] * (width - len(row)) for row in rows], dtype=np.int64)
+    return torch.from_numpy(full)

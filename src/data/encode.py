@@ -81,7 +81,8 @@ class Encoder:
         """
         if not documents:
             return []
-        encoded = self.tokenizer([d.text for d in documents], add_special_tokens=False, verbose=False)
+        texts, bare = [d.text for d in documents], {"return_attention_mask": False, "verbose": False}
+        encoded = self.tokenizer(texts, add_special_tokens=False, return_token_type_ids=False, **bare)
         return [self._rows(encoded, i, document) for i, document in enumerate(documents)]
 
     def _rows(self, encoded: BatchEncoding, i: int, document: Document) -> list[TokenRow]:

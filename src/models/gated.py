@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
@@ -106,6 +106,7 @@ def _hidden(out: Any) -> Tensor:
     return out[0] if isinstance(out, tuple) else out
 
 
-def freeze(model: nn.Module) -> nn.Module:
+def freeze(model: PreTrainedModel) -> PreTrainedModel:
     """Eval mode, no gradients; returns the model."""
-    return model.eval().requires_grad_(False)
+    model.eval().requires_grad_(False)
+    return model

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
+from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -78,9 +79,10 @@ def load_model(
             bnb_4bit_compute_dtype=getattr(torch, dtype),
         )
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             name, config=config, revision=revision, output_loading_info=True, **keys
         )
+        model, info = loaded
     except (OSError, ValueError, RuntimeError) as e:
         raise ConfigError(f"model: cannot load '{name}': {_first_line(e)}") from e
     if info["missing_keys"]:
@@ -110,7 +112,8 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel)
     Raises:
         ConfigError: names both sizes.
     """
-    highest, rows = max(tokenizer.get_vocab().values()), model.get_input_embeddings().weight.shape[0]
+    highest = max(tokenizer.get_vocab().values())
+    rows = cast(Tensor, model.get_input_embeddings().weight).shape[0]
     if highest >= rows:
         raise ConfigError(
             f"data.tokenizer: its tokens go up to {highest}, but the vocabulary of this "

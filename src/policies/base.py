@@ -46,6 +46,9 @@ class MaskPolicy(nn.Module):
     needs_gradient = True
     """Whether :meth:`surrogate` wants the losses' gradients with respect to the gates."""
 
+    temperature: float = 1.0
+    """Of a relaxation, for a policy that has one; a callback may anneal it."""
+
     logits: nn.Parameter
 
     def __init__(self, always_keep: Iterable[int] = (), seed: int = 0) -> None:

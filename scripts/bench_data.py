@@ -1,0 +1,126 @@
+"""Whether the data ever starves the step: ``python -m scripts.bench_data --shared DIR``.
+
+Two questions. How many tokens a second does the loader alone make, on real corpora and on the demo's, and
+with what waste; and how large a share of the demo's recovery step is spent waiting for its batches. Rates
+are per second of one core's own time, so that what else runs on the machine does not count. Writes
+``results/data_pipeline.json``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning import Trainer, seed_everything
+
+from src.data import Corpus
+from src.data.arithmetic import write_splits
+from src.data.loader import Loader
+from src.mask import Mask, git_sha, write_json
+from src.recover import Recovery
+
+Figures = dict[str, Any]
+
+
+def corpora(shared: Path, arithmetic: Path, teacher: str) -> Iterator[tuple[str, Corpus]]:
+    """The corpora to measure, each with the options a user would choose for it."""
+    real = str(shared / "models" / "stories260k")
+    answer: dict[str, Any] = {"supervise": "answer", "max_length": 512}
+    packed: dict[str, Any] = {"packing": "documents", "max_length": 1024, "batch_size": 8}
+    yield "arithmetic, padded", Corpus(teacher, str(arithmetic))
+    yield "arithmetic, packed", Corpus(teacher, str(arithmetic), **packed)
+    if not shared.is_dir():
+        return
+    gsm8k, stories = (str(shared / "data" / f"{name}_train.jsonl") for name in ("gsm8k", "tinystories"))
+    yield "GSM8K, answers, padded", Corpus(real, gsm8k, **answer)
+    yield "GSM8K, answers, packed", Corpus(real, gsm8k, **{**answer, **packed})
+    yield "TinyStories, padded", Corpus(real, stories, max_length=1024)
+    yield "TinyStories, packed", Corpus(real, stories, **packed)
+    books = str(shared / "data" / "ebooks.jsonl.gz")
+    yield "Standard Ebooks (gz), split, packed", Corpus(real, books, too_long="split", **packed)
+    yield "Standard Ebooks (gz), cut, padded", Corpus(real, books, max_length=1024)
+
+
+def loader_alone(corpus: Corpus, tokens: int) -> Figures:
+    """The statistics of an epoch, or of its first ``tokens``, and the rate on one core."""
+    loader: Loader = corpus.loader("train", shuffle=True, max_tokens=tokens)
+    began = time.process_time()
+    for _ in loader:
+        loader.handed()
+    seconds = time.process_time() - began
+    numbers = loader.statistics.numbers()
+    whole = not loader.position["finished"]
+    return {"tokens_per_core_second": round(numbers["tokens"] / seconds), "whole_epoch": whole, **numbers}
+
+
+class Timed(Recovery):
+    """A recovery that notes the processor's time at the start of each step."""
+
+    marks: list[tuple[float, int]]
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        self.marks.append((time.process_time(), self.tokens))
+
+
+def recovery(teacher: str, train: str, workers: int, steps: int, folder: Path) -> Figures:
+    """Steps of the demo's recovery: tokens a second of one core, and the share spent waiting."""
+    seed_everything(0, verbose=False)
+    layers = range(16)
+    mask = Mask(teacher, 16, tuple(i for i in layers if i not in (5, 7, 9, 11)), "benchmark")
+    mask.save(folder / "mask.json")
+    corpus = Corpus(teacher, train, num_workers=workers)
+    module = Timed(teacher, str(folder / "mask.json"))
+    module.marks = []
+    trainer = Trainer(
+        max_steps=steps, accelerator="cpu", logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    trainer.fit(module, datamodule=corpus)
+    (began, first), (ended, last) = module.marks[1], module.marks[-1]
+    loader = corpus._loader
+    assert loader is not None
+    return {
+        "workers": workers,
+        "steps": steps,
+        "tokens_per_core_second": round((last - first) / (ended - began)),
+        "waiting": round(loader.wait(), 5),
+    }
+
+
+def main() -> None:
+    """Measure and write."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--shared", type=Path, default=Path(os.environ.get("E3_SHARED", "/nonexistent")))
+    parser.add_argument("--teacher", default="assets/arithmetic-teacher")
+    parser.add_argument("--tokens", type=int, default=2_000_000, help="of each corpus at most")
+    parser.add_argument("--steps", type=int, default=20, help="of the recovery")
+    parser.add_argument("--out", type=Path, default=Path("results/data_pipeline.json"))
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_splits(folder, {"train": 20_000})
+        train = folder / "train.jsonl"
+        alone = {}
+        for corpus_name, corpus in corpora(args.shared, train, args.teacher):
+            alone[corpus_name] = loader_alone(corpus, args.tokens)
+            print(f"{corpus_name:38} {alone[corpus_name]}", flush=True)
+        steps = [recovery(args.teacher, str(train), workers, args.steps, folder) for workers in (0, 1)]
+    consumed = max(step["tokens_per_core_second"] for step in steps)
+    ratio = alone["arithmetic, padded"]["tokens_per_core_second"] / consumed
+    print(*steps, f"the loader alone is {ratio:.1f} times as fast as the recovery", sep="\n")
+    machine = {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count()}
+    record = {"git_sha": git_sha(), "torch": torch.__version__, "machine": machine, "threads": 1}
+    write_json(args.out, {**record, "loader": alone, "recovery": steps, "loader_over_recovery": ratio})
+
+
+if __name__ == "__main__":
+    main()

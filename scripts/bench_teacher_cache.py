@@ -1,0 +1,285 @@
+"""What the teacher's cache costs and saves: ``python -m scripts.bench_teacher_cache [bytes|write|recover]``.
+
+* ``bytes``: bytes for each supervised position, by column, and the divergence that rounding adds; on the
+  demo's teacher, and on 151,936 classes with the skew of English text (``--text``: an n-gram teacher over
+  BPE, whose entropy is above a language model's: its ids compress worse).
+* ``write``: predicting into a cache against the bare forward pass of the same teacher.
+* ``recover``: one step of a recovery, 16 layers cut to 12, with the signal from a cache, from a live teacher
+  and from a live 8-bit teacher; chunked projection and whole.
+
+Times are CPU seconds of one thread, variants taking turns; on a shared machine they are steadier than wall
+time. Writes the sections into ``results/teacher_cache.json``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import hashlib
+import io
+import json
+import logging
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import torch
+from lightning import Trainer
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from scripts.bench_loss import memory
+from scripts.ngram_teacher import ngram_rows
+from src.cache import Cache, CacheTeacher
+from src.cache.shards import Precision, Rows, decode, encode
+from src.data import Corpus
+from src.data.arithmetic import problem
+from src.losses.distill import Distillation, supervised
+from src.losses.signals import Signal, live_signal
+from src.mask import git_sha, write_json
+from src.models.cut import cut
+from src.models.gated import freeze
+from src.models.head import OutputHead
+from src.models.loading import load_model
+
+TEACHER = "assets/arithmetic-teacher"
+PRECISIONS: tuple[Precision, ...] = ("float32", "float16", "compact")
+BARE: dict[str, Any] = {
+    "accelerator": "cpu", "devices": 1, "logger": False, "enable_progress_bar": False,
+    "enable_model_summary": False, "enable_checkpointing": False,
+}  # fmt: skip
+
+# ---------------------------------------------------------------------- bytes
+
+
+def sizes(rows: Rows) -> dict[str, Any]:
+    """Bytes for each position and added divergence of each precision."""
+    exact, found = _classes(rows), dict[str, Any]()
+    for precision in PRECISIONS:
+        data = encode(rows, precision)
+        metadata, columns = pq.read_metadata(io.BytesIO(data)), dict[str, float]()
+        for group in range(metadata.num_row_groups):
+            for index in range(metadata.num_columns):
+                column = metadata.row_group(group).column(index)
+                name = column.path_in_schema.split(".")[0]
+                columns[name] = columns.get(name, 0) + column.total_compressed_size / len(rows.entropy)
+        rounded = _classes(decode(data, rows.ids.shape[1]))
+        added = (exact.exp() * (exact - rounded)).sum(-1)
+        found[precision] = {
+            "bytes_per_position": len(data) / len(rows.entropy),
+            "columns": {name: round(size, 2) for name, size in columns.items()},
+            "added_kl_mean": float(added.mean()),
+            "added_kl_p99": float(added.quantile(0.99)),
+        }
+    return {
+        "positions": len(rows.entropy), "mean_entropy": float(rows.entropy.mean()),
+        "mass_in_top_k": float(1 - np.exp(rows.log_rest).mean()), **found,
+    }  # fmt: skip
+
+
+def _classes(rows: Rows) -> Tensor:
+    """The k + 1 classes of the bucket rule."""
+    logs = np.concatenate([rows.log_probs, rows.log_rest[:, None]], 1)
+    return torch.from_numpy(logs).double().log_softmax(-1)
+
+
+def section_bytes(args: argparse.Namespace) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as folder:
+        teacher = CacheTeacher(TEACHER, f"{folder}/cache", precision="float32", count_seconds=0)
+        Trainer(**BARE).predict(teacher, datamodule=_demo(Path(folder), 1000))
+        cache = Cache(f"{folder}/cache")
+        demo = Rows.concatenate([cache.read(i) for i in range(len(cache.shards))])
+    found = {"demo": {"vocabulary": teacher.head.vocabulary, **sizes(demo)}}
+    if args.text:
+        with gzip.open(args.text, "rt") as lines:
+            texts = [json.loads(line)["text"] for line in lines]
+        found["wide"] = {"vocabulary": 151_936, "text": args.text.name, **sizes(ngram_rows(texts, 151_936))}
+    return found
+
+
+def _demo(folder: Path, count: int, batch_size: int = 32) -> Corpus:
+    rng = random.Random(0)
+    (folder / "train.jsonl").write_text("".join(json.dumps(problem(rng)) + "\n" for _ in range(count)))
+    return Corpus(TEACHER, train=str(folder / "train.jsonl"), batch_size=batch_size)
+
+
+# ---------------------------------------------------------------------- write
+
+
+def section_write(args: argparse.Namespace) -> dict[str, Any]:
+    """CPU seconds of the bare forward pass (all logits) and of the cache's work on the same batches."""
+    found = {}
+    models = {"demo": lambda: load_model(TEACHER), "0.6B": lambda: _qwen(151_936, 1024, 28, 16)}
+    for name, make in models.items():
+        teacher = CacheTeacher(TEACHER, "unused")
+        teacher.model = make()
+        teacher.head = OutputHead(teacher.model)
+        with tempfile.TemporaryDirectory() as folder:
+            count = 320 if name == "demo" else 8
+            corpus = _demo(Path(folder), count, min(32, count))
+            batches = list(corpus.predict_dataloader())
+
+        def bare(model: PreTrainedModel = teacher.model, batches: list[Any] = batches) -> None:
+            for batch in batches:
+                with torch.no_grad():
+                    model(batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
+
+        def cached(teacher: CacheTeacher = teacher, batches: list[Any] = batches) -> None:
+            rows = Rows.concatenate([teacher.predict_step(batch, 0) for batch in batches])
+            data = encode(rows, "float16")
+            hashlib.sha256(data).digest()
+
+        pairs = [(_cpu(bare), _cpu(cached)) for _ in range(args.repeats + 1)][1:]
+        ratios = [c / b - 1 for b, c in pairs]
+        tokens = sum(int(batch["attention_mask"].sum()) for batch in batches)
+        found[name] = {
+            "overhead": statistics.median(ratios), "range": [min(ratios), max(ratios)], "tokens": tokens,
+            "bare_cpu_seconds": statistics.median(b for b, _ in pairs),
+            "cache_cpu_seconds": statistics.median(c for _, c in pairs),
+        }  # fmt: skip
+    return found
+
+
+def _cpu(work: Callable[[], object]) -> float:
+    began = time.process_time()
+    work()
+    return time.process_time() - began
+
+
+def _qwen(vocabulary: int, hidden: int, layers: int, heads: int) -> PreTrainedModel:
+    """A Qwen3 from config, with weights large enough that its predictions differ from token to token."""
+    config = AutoConfig.for_model(
+        "qwen3", vocab_size=vocabulary, hidden_size=hidden, intermediate_size=3 * hidden,
+        num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=heads // 2,
+        head_dim=max(32, hidden // heads), tie_word_embeddings=True, initializer_range=0.06,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+# ---------------------------------------------------------------------- recover
+
+SOURCES = ("cached", "live", "live int8")
+FORMS = ("chunked", "whole")
+
+
+def stepper(vocabulary: int, source: str, form: str, args: argparse.Namespace) -> Callable[[], Tensor]:
+    """One optimiser step of a recovery, as a function."""
+    tokens = args.rows * args.length
+    chunk = 256 if form == "chunked" else tokens
+    torch.manual_seed(0)
+    ids = torch.randint(vocabulary, (args.rows, args.length))
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+    index = supervised(ids)
+    parent = _qwen(vocabulary, args.hidden, 16, 4)
+    student = cut(parent, range(12))
+    student.train()
+    if source == "live int8":
+        with tempfile.TemporaryDirectory() as folder:
+            parent.save_pretrained(folder)
+            parent = load_model(folder, quantize="int8")
+    freeze(parent)
+    optimizer = torch.optim.AdamW(student.parameters(), lr=1e-4)
+    teacher, head, loss = OutputHead(parent), OutputHead(student), Distillation(chunk_tokens=chunk)
+
+    def say() -> Signal:
+        with torch.no_grad():
+            return live_signal(teacher, teacher.hidden(batch).flatten(0, 1)[index], 10, chunk)
+
+    stored = say()
+    if source == "cached":
+        del teacher, parent
+
+    def step() -> Tensor:
+        signal = stored if source == "cached" else say()
+        hidden = head.hidden(batch).flatten(0, 1)[index]
+        value = loss(head, hidden, ids.flatten()[index + 1], signal)["loss"]
+        optimizer.zero_grad()
+        value.backward()
+        optimizer.step()
+        return value.detach()
+
+    return step
+
+
+def section_recover(args: argparse.Namespace) -> dict[str, Any]:
+    found = []
+    for vocabulary in args.vocabularies:
+        peaks = {}
+        for source in SOURCES:
+            for form in FORMS:
+                run = [sys.executable, "-m", "scripts.bench_teacher_cache", *sys.argv[1:]]
+                case = f"{vocabulary},{source},{form}"
+                done = subprocess.run([*run, "--case", case], check=True, capture_output=True, text=True)
+                peaks[source, form] = int(done.stdout.splitlines()[-1])
+        steps = {(s, f): stepper(vocabulary, s, f, args) for s in SOURCES for f in FORMS}
+        times: dict[Any, list[float]] = {case: [] for case in steps}
+        for repeat in range(args.repeats + 1):
+            for key, step in steps.items():
+                spent = _cpu(step)
+                if repeat:
+                    times[key].append(spent)
+        for (source, form), seconds in times.items():
+            ratios = [a / b for a, b in zip(seconds, times["cached", form], strict=True)]
+            found.append({
+                "vocabulary": vocabulary, "teacher": source, "projection": form,
+                "tokens_per_cpu_second": args.rows * args.length / statistics.median(seconds),
+                "peak_bytes": peaks[source, form],
+                "times_the_cached_step": statistics.median(ratios), "range": [min(ratios), max(ratios)],
+            })  # fmt: skip
+            print(json.dumps(found[-1]), flush=True)
+    return {"rows": args.rows, "length": args.length, "hidden": args.hidden, "cases": found}
+
+
+def peak(vocabulary: int, source: str, form: str, args: argparse.Namespace) -> int:
+    """Peak memory of two steps, models and optimiser included, above that of the imports."""
+    step = stepper(vocabulary, source, form, args)
+    Path("/proc/self/clear_refs").write_text("5")
+    step()
+    step()
+    return memory("VmHWM") - args.before
+
+
+SECTIONS = {"bytes": section_bytes, "write": section_write, "recover": section_recover}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("sections", nargs="*", default=list(SECTIONS), help=", ".join(SECTIONS))
+    parser.add_argument(
+        "--text", type=Path, help="gzipped JSONL with a 'text' column, for the wide vocabulary"
+    )
+    parser.add_argument("--vocabularies", type=int, nargs="+", default=[1_000, 32_000, 151_936])
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--rows", type=int, default=8)
+    parser.add_argument("--length", type=int, default=128)
+    parser.add_argument("--hidden", type=int, default=256)
+    parser.add_argument("--out", type=Path, default=Path("results/teacher_cache.json"))
+    parser.add_argument("--case", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    args.before = memory("VmRSS")
+    torch.set_num_threads(1)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    if args.case:
+        vocabulary, source, form = args.case.split(",")
+        print(peak(int(vocabulary), source, form, args))
+        return
+    for name in args.sections:
+        known = json.loads(args.out.read_text()) if args.out.exists() else {}
+        section = {"commit": git_sha(), "cpu_threads": 1, **SECTIONS[name](args)}
+        write_json(args.out, {"command": "python -m scripts.bench_teacher_cache", **known, name: section})
+        print(json.dumps({name: section}, indent=1), flush=True)
+
+
+if __name__ == "__main__":
+    main()
