@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from src.errors import ConfigError
-from src.models.layers import text_config
+from src.models.layers import decoder_layers, text_config
 
 TARGETS = ("labels", "row_id", "teacher_")
 """Keys of a batch (or their beginnings) that are no input of a model."""
@@ -35,6 +35,9 @@ class OutputHead:
     def __init__(self, model: PreTrainedModel) -> None:
         config = text_config(model.config)
         self.model = model
+        self.decoder: nn.Module = model.get_decoder()
+        if self.decoder is model:  # Llama-4 names a prefix that it does not have: take the layers' owner
+            self.decoder = model.get_submodule(decoder_layers(model)[0].rpartition(".")[0])
         self.projection: nn.Module = model.get_output_embeddings()
         self.vocabulary: int = config.vocab_size
         multiply = getattr(config, "logit_scale", None) or getattr(config, "lm_head_multiplier", None)
@@ -44,7 +47,7 @@ class OutputHead:
     def hidden(self, batch: Mapping[str, Any]) -> Tensor:
         """Hidden states ``[B, T, H]`` after the final norm."""
         inputs = {key: value for key, value in batch.items() if not key.startswith(TARGETS)}
-        return self.model.get_decoder()(**inputs, use_cache=False).last_hidden_state
+        return self.decoder(**inputs, use_cache=False).last_hidden_state
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits ``[..., V]`` of hidden states ``[..., H]``, post-processed as the family does."""
