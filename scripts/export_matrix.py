@@ -19,6 +19,7 @@ import multiprocessing as mp
 import random
 import re
 import tempfile
+import textwrap
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -199,7 +200,7 @@ def table(rows: dict[str, Row]) -> str:
         "|---|---|---|",
     ]
     for family, row in sorted(rows.items()):
-        why = row.get("reason") or row.get("limits", "")
+        why = textwrap.shorten(row.get("reason") or row.get("limits", ""), 280, placeholder=" ...")
         lines.append(f"| {family} | {row['result']} | {why.replace('|', '/')} |")
     return "\n".join(lines) + "\n"
 
