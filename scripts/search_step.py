@@ -125,8 +125,8 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     for name, value in {
-        "vocabulary": 32_000, "layers": 16, "hidden": 256, "tokens": 256, "rows": 1, "draws": 4, "remove": 4,
-        "repeats": 5,
+        "vocabulary": 32_000, "layers": 16, "hidden": 256, "tokens": 256, "rows": 2, "draws": 4, "remove": 4,
+        "repeats": 3,
     }.items():  # fmt: skip
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument(

@@ -107,7 +107,7 @@ class Recovery(LightningModule):
     def training_step(self, batch: Batch, _: int) -> Tensor:
         parts = self.losses(batch, self.distillation)
         self.tokens += int(batch["attention_mask"].sum()) * self.trainer.world_size
-        self.log_dict({f"train/{key}": parts[key] for key in ("loss", "kd", "ce")}, prog_bar=True)
+        self.log_dict({f"train/{key}": value for key, value in parts.items()}, prog_bar=True)
         return parts["loss"]
 
     def validation_step(self, batch: Batch, _: int) -> None:

@@ -86,7 +86,9 @@ class Distillation:
     def __call__(
         self, head: OutputHead, hidden_NH: Tensor, labels_N: Tensor, signal: Signal
     ) -> dict[str, Tensor]:
-        """Return scalars: ``loss``, and without gradient the unweighted means ``kd`` and ``ce`` (nats).
+        """Return scalars: ``loss``, and without gradient the unweighted means of its terms (nats).
+
+        They are ``kd``, and ``ce`` where it takes part (``alpha < 1``): it costs a pass over the vocabulary.
 
         Args:
             head: output head of the student.
@@ -99,15 +101,16 @@ class Distillation:
         def chunk(h_nH: Tensor, at: slice) -> tuple[Tensor, Tensor]:
             logits = head.logits(h_nH)
             kd = kl(logits, signal.select(at), self.rule, self.temperature) * self.temperature**2
-            with torch.set_grad_enabled(torch.is_grad_enabled() and self.alpha < 1):
-                ce = F.cross_entropy(logits.float(), labels_N[at], reduction="none")
-            tokens = self.alpha * kd + (1 - self.alpha) * ce if self.alpha < 1 else kd
-            return weights_N[at] @ tokens, torch.stack([kd.detach(), ce.detach()])
+            if self.alpha == 1:
+                return weights_N[at] @ kd, kd.detach()[None]
+            ce = F.cross_entropy(logits.float(), labels_N[at], reduction="none")
+            mixed = self.alpha * kd + (1 - self.alpha) * ce
+            return weights_N[at] @ mixed, torch.stack([kd.detach(), ce.detach()])
 
-        loss, parts_2N = chunked(chunk, hidden_NH, head.parameters, self.chunk_tokens)
+        loss, parts_PN = chunked(chunk, hidden_NH, head.parameters, self.chunk_tokens)
         count = max(1, len(hidden_NH))
-        kd, ce = parts_2N.sum(-1) / count
-        return {"loss": loss / count, "kd": kd, "ce": ce}
+        means = parts_PN.sum(-1) / count
+        return {"loss": loss / count, **dict(zip(("kd", "ce"), means, strict=False))}
 
     def _weights(self, head: OutputHead, hidden_NH: Tensor, signal: Signal) -> Tensor:
         if self.weight == "none":
