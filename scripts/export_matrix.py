@@ -37,7 +37,7 @@ from scripts.tiny_configs import tiny_config
 from src.errors import ConfigError
 from src.gate import observe_gated, predicted_weights
 from src.mask import git_sha, write_json
-from src.models.cut import Constraints, constraints, cut
+from src.models.cut import Constraints, attention_implementation, constraints, cut
 from src.models.layers import decoder_layers, num_layers
 from src.models.observe import Observation, probe_tokens
 from src.verify import Reference, is_tied, verify
@@ -48,12 +48,18 @@ TABLE = re.compile(r"(?<=<!-- matrix -->\n).*?(?=<!-- /matrix -->)", re.DOTALL)
 
 
 def tiny_model(family: str) -> PreTrainedModel:
-    """A tiny model of any family, with weights large enough to betray a wrong cut."""
+    """A tiny model of any family, with weights large enough to betray a wrong cut, saved and loaded once.
+
+    A parent is always a loaded one, and some families change weights on loading (Youtu's padding row).
+    """
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(tiny_config(family)).eval()
     for parameter in model.parameters():
         parameter.data.add_(0.05 * torch.randn_like(parameter))
-    return model
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder)
+    return loaded.eval()._apply(torch.clone)
 
 
 def draw_masks(length: int, limits: Constraints, seed: int) -> list[list[int]]:
@@ -104,7 +110,7 @@ def prepare(family: str, folder: Path) -> Row:
             weights=predicted_weights(model, student, keep),
             layers=len(keep),
             tied=is_tied(student),
-            attention=model.config._attn_implementation,
+            attention=attention_implementation(model.config),
         ).save(folder / f"{name}.reference")
 
     for number, keep in enumerate(drawn):

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from src.models.cut import cut
+from src.models.cut import attention_implementation, cut
 from src.models.gated import GatedLayers
 from src.models.layers import decoder_layers
 from src.models.observe import Finding, Observation, compare, observe, probe_tokens
@@ -69,7 +69,7 @@ def prove(
         text_ids=tokenizer(PROBE_TEXT).input_ids if tokenizer else None,
         chat_template=tokenizer.chat_template if tokenizer else None,
         dtype=dtype,
-        attention=student.config._attn_implementation,
+        attention=attention_implementation(student.config),
         device=device,
         threads=torch.get_num_threads(),
     )

@@ -55,7 +55,7 @@ class Reference:
     text_ids: list[int] | None = None
     chat_template: str | None = None
     dtype: str = "float32"
-    attention: str | None = None
+    attention: dict[str, str | None] | None = None
     device: str = "cpu"
     threads: int = 1
 

@@ -89,7 +89,7 @@ def cut_config(config: PretrainedConfig, keep: Iterable[int]) -> PretrainedConfi
     section.clear()
     section.update(sliced)
     try:
-        new = type(config).from_dict(copy.deepcopy(whole), attn_implementation=config._attn_implementation)
+        new = type(config).from_dict(copy.deepcopy(whole))
     except ValueError as e:
         raise ConfigError(f"keep: a '{config.model_type}' config cannot hold this mask: {e}") from e
     read: Any = new.to_dict()
@@ -101,6 +101,7 @@ def cut_config(config: PretrainedConfig, keep: Iterable[int]) -> PretrainedConfi
                 f"keep: the config class of a '{config.model_type}' turns {name} {sliced[name]} into "
                 f"{read.get(name)}, which is not what the kept layers are."
             )
+    new._attn_implementation = attention_implementation(config)
     new._experts_implementation = config._experts_implementation
     new._name_or_path = config._name_or_path
     return new
@@ -194,6 +195,13 @@ def _weightless(config: PretrainedConfig, family: type[PreTrainedModel] | None =
             f"model: AutoModelForCausalLM cannot build a '{config.model_type}' from its own config, so an "
             f"export could not be loaded: {str(e).splitlines()[0][:160]}"
         ) from e
+
+
+def attention_implementation(config: PretrainedConfig) -> dict[str, str | None]:
+    """How the model attends, ``""`` for the whole and by name for its parts; transformers takes this form."""
+    parts = {key: getattr(config, key, None) for key in config.sub_configs}
+    named = {key: part._attn_implementation for key, part in parts.items() if part is not None}
+    return {"": config._attn_implementation, **named}
 
 
 def _text_path(config: PretrainedConfig) -> tuple[str, ...]:

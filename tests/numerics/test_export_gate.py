@@ -39,7 +39,7 @@ def reference(parent: PreTrainedModel, student: PreTrainedModel, keep: Sequence[
         weights=predicted_weights(parent, student, keep),
         layers=len(keep),
         tied=is_tied(student),
-        attention=parent.config._attn_implementation,
+        attention=cutting.attention_implementation(parent.config),
         threads=torch.get_num_threads(),
     )
 
