@@ -9,7 +9,7 @@ export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-full headline mask-quality search-step results lint types teacher tensorboard clean
+.PHONY: help setup demo test test-full headline mask-quality search-step other-engine results lint types teacher tensorboard clean
 
 help:  ## show the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -71,6 +71,10 @@ mask-quality: $(VENV)/.installed  ## learned masks against all C(16, 4) -> resul
 
 search-step: $(VENV)/.installed  ## one search step against the naive one -> results/search_step.json
 	$(PY) -m scripts.search_step
+
+other-engine: $(VENV)/.installed $(RUN)/recovered/config.json  ## greedy tokens of the export in CTranslate2, against transformers
+	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[engines]'
+	$(PY) -m scripts.other_engine $(RUN)/recovered --out results/other_engine.json
 
 results: $(VENV)/.installed  ## fill the README's tables and figure from results/*.json
 	$(PY) -m scripts.readme_results
