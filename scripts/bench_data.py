@@ -99,7 +99,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--shared", type=Path, default=Path(os.environ.get("E3_SHARED", "/nonexistent")))
     parser.add_argument("--teacher", default="assets/arithmetic-teacher")
-    parser.add_argument("--tokens", type=int, default=2_000_000, help="of each corpus at most")
+    parser.add_argument("--tokens", type=int, default=20_000_000, help="of each corpus at most")
     parser.add_argument("--steps", type=int, default=20, help="of the recovery")
     parser.add_argument("--out", type=Path, default=Path("results/data_pipeline.json"))
     args = parser.parse_args()

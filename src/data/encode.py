@@ -97,9 +97,10 @@ class Encoder:
                 f"{document.where} has {len(ids):,} tokens, more than data.max_length={size}. "
                 "Raise it, or set data.too_long to 'truncate' or 'split'."
             )
-        count = -(-len(ids) // size) if self.too_long == "split" else 1
-        cuts = [len(ids) * i // count for i in range(count + 1)] if count > 1 else [0, size]
-        cut = lost if count == 1 else 0
+        cuts, cut = [0, size], lost
+        if self.too_long == "split" and lost:
+            cuts, cut = [*range(0, len(ids), size), len(ids)], 0
+            cuts[-2] -= cuts[-1] - cuts[-2] == 1  # a token alone would teach nothing
         pieces = [TokenRow(ids[a:b], labels[a:b], document.where, cut) for a, b in pairwise(cuts)]
         return [p for p in pieces if any(label != IGNORE for label in p.labels[1:])]
 
