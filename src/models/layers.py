@@ -35,12 +35,12 @@ def decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     """
     count = num_layers(model.config)
     lists = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList)]
-    fits = [(name, m) for name, m in lists if len(m) == count]
-    outer = [(n, m) for n, m in fits if not any(n.startswith(o + ".") for o, _ in lists if o != n)]
-    if len(outer) != 1:
-        found = [f"{name} ({len(m)})" for name, m in outer or lists]
+    outer = [(n, m) for n, m in lists if not any(n.startswith(o + ".") for o, _ in lists if o != n)]
+    fits = [(name, m) for name, m in outer if len(m) == count]
+    if len(fits) != 1:
+        found = [f"{name} ({len(m)})" for name, m in fits or outer]
         raise ConfigError(
             f"model: a '{model.config.model_type}' with {count} layers should hold one list of "
             f"{count} layers; found {', '.join(found) or 'none'}."
         )
-    return outer[0]
+    return fits[0]
