@@ -116,7 +116,7 @@ def test_models_that_keep_documents_apart_pass(family):
     check_boundaries(tiny_model(family))
 
 
-@pytest.mark.parametrize("family", ["mamba", "lfm2", "opt", "bloom"])
+@pytest.mark.parametrize("family", ["mamba", "lfm2", "opt", "bloom", "gpt_oss"])
 def test_models_that_do_not_are_refused(family):
     with pytest.raises(ConfigError, match=r"does not keep the documents of a packed row apart.*'padded'"):
         check_boundaries(tiny_model(family))
