@@ -11,8 +11,9 @@ from lightning import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from src.data.batches import real_tokens
 from src.mask import write_json
-from src.schedules import warmup_decay
+from src.schedules import total_steps, warmup_decay
 
 
 class Pretrain(LightningModule):
@@ -54,7 +55,7 @@ class Pretrain(LightningModule):
 
     def training_step(self, batch: dict[str, torch.Tensor], _: int) -> torch.Tensor:
         loss = self.model(**batch, use_cache=False).loss
-        self.tokens += int(batch["attention_mask"].sum())
+        self.tokens += real_tokens(batch)
         self.log("train/loss", loss, prog_bar=True)
         self.log("train/tokens", float(self.tokens))
         return loss
@@ -64,7 +65,7 @@ class Pretrain(LightningModule):
 
     def configure_optimizers(self) -> Any:
         optimizer = self.optimizer(self.parameters())
-        total = self.trainer.estimated_stepping_batches
+        total = total_steps(self.trainer)
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: warmup_decay(step / total, self.warmup, 0.0, "linear")
         )

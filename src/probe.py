@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor
 
+from src.data.batches import real_tokens
 from src.losses.distill import supervised
 from src.losses.signals import Signal
 from src.models.gated import Observer
@@ -35,7 +36,7 @@ class CalibrationProbe:
             batch = search.transfer_batch_to_device(batch, search.device, 0)
             index = supervised(batch["labels"])
             self.rows.append((batch, search.teacher_signal(batch, index), len(index)))
-        self.tokens = sum(int(batch["attention_mask"].sum()) for batch, _, _ in self.rows)
+        self.tokens = sum(real_tokens(batch) for batch, _, _ in self.rows)
         search.tokens += self.tokens * search.trainer.world_size
         self._known: dict[tuple[bool, tuple[float, ...]], float] = {}
 

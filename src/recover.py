@@ -15,6 +15,7 @@ from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from src.data.batches import real_tokens
 from src.errors import ConfigError
 from src.losses.distill import Distillation, supervised
 from src.mask import Mask
@@ -22,7 +23,7 @@ from src.models.cut import cut
 from src.models.head import OutputHead
 from src.models.layers import decoder_layers, num_layers
 from src.models.loading import Dtype, check_vocabulary, load_config, load_model
-from src.schedules import warmup_decay
+from src.schedules import total_steps, warmup_decay
 from src.teachers import LiveTeacher, TeacherSource
 
 Batch = dict[str, Tensor]
@@ -106,7 +107,7 @@ class Recovery(LightningModule):
 
     def training_step(self, batch: Batch, _: int) -> Tensor:
         parts = self.losses(batch, self.distillation)
-        self.tokens += int(batch["attention_mask"].sum()) * self.trainer.world_size
+        self.tokens += real_tokens(batch) * self.trainer.world_size
         self.log_dict({f"train/{key}": value for key, value in parts.items()}, prog_bar=True)
         return parts["loss"]
 
@@ -120,7 +121,7 @@ class Recovery(LightningModule):
 
     def configure_optimizers(self) -> Any:
         optimizer = self.optimizer([p for p in self.model.parameters() if p.requires_grad])
-        total = self.trainer.estimated_stepping_batches
+        total = total_steps(self.trainer)
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: warmup_decay(step / total, self.warmup, self.final_lr, self.decay)
         )

@@ -5,6 +5,10 @@ from __future__ import annotations
 import math
 from typing import Literal
 
+from lightning import Trainer
+
+from src.errors import ConfigError
+
 
 def warmup_decay(
     progress: float, warmup: float, final: float, shape: Literal["cosine", "linear", "constant"]
@@ -32,3 +36,15 @@ def interpolate(progress: float, start: float, end: float, shape: Literal["linea
     if shape == "linear":
         return start + (end - start) * progress
     return start * (end / start) ** progress
+
+
+def total_steps(trainer: Trainer) -> int:
+    """Optimiser steps of the run, which every schedule needs.
+
+    Raises:
+        ConfigError: the run has no known end, as a streamed corpus has no length.
+    """
+    steps = trainer.estimated_stepping_batches
+    if not 0 < steps < math.inf:
+        raise ConfigError("trainer.max_steps: not given, and a streamed corpus has no length; give it.")
+    return int(steps)

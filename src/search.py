@@ -18,6 +18,7 @@ from lightning import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
 
+from src.data.batches import real_tokens
 from src.errors import ConfigError
 from src.losses.distill import Distillation, supervised
 from src.losses.signals import Signal, live_signal
@@ -146,7 +147,7 @@ class MaskSearch(LightningModule):
                 grads.append(torch.autograd.grad(loss, leaf)[0])
             gates.append(asked)
             losses.append(loss.detach())
-        self.tokens += int(batch["attention_mask"].sum()) * self.trainer.world_size
+        self.tokens += real_tokens(batch) * self.trainer.world_size
         self.log("train/kl", torch.stack(losses).mean(), prog_bar=True)
         told = torch.stack(grads) if grads else None
         return self.policy.surrogate(torch.stack(gates), torch.stack(losses), told)

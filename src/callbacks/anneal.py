@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 from lightning import Callback, LightningModule, Trainer
 
-from src.schedules import interpolate
+from src.schedules import interpolate, total_steps
 
 if TYPE_CHECKING:
     from src.search import MaskSearch
@@ -28,7 +28,7 @@ class TemperatureAnnealing(Callback):
         self.start, self.end, self.shape = start, end, shape
 
     def on_train_batch_start(self, trainer: Trainer, module: LightningModule, *_: Any) -> None:
-        progress = trainer.global_step / max(1, trainer.estimated_stepping_batches - 1)
+        progress = trainer.global_step / max(1, total_steps(trainer) - 1)
         temperature = interpolate(progress, self.start, self.end, self.shape)
         cast("MaskSearch", module).policy.temperature = temperature
         module.log("mask/temperature", temperature)
@@ -45,7 +45,7 @@ class PruningCurriculum(Callback):
         self.until = until
 
     def on_train_batch_start(self, trainer: Trainer, module: LightningModule, *_: Any) -> None:
-        policy, total = cast("MaskSearch", module).policy, trainer.estimated_stepping_batches
+        policy, total = cast("MaskSearch", module).policy, total_steps(trainer)
         target = policy.target
         rise = self.until * total
         now = target if rise == 0 else math.ceil(target * (trainer.global_step + 1) / rise)
