@@ -93,12 +93,23 @@ def dense_signal(logits: Tensor) -> Dense:
 
 def topk_signal(logits: Tensor, k: int) -> TopK:
     """The signal in logits ``[..., V]``, cut to the ``k`` likeliest tokens (at most V)."""
-    log_p = dense_signal(logits).log_probs
-    log_probs, ids = log_p.topk(min(k, log_p.shape[-1]), dim=-1)
-    p = log_p.exp()
-    entropy = -log_p.mul_(p).sum(-1)
-    rest = p.scatter_(-1, ids, 0.0).sum(-1)  # summed, not 1 - sum: small residues survive float32
-    return TopK(ids, log_probs, entropy, rest.log().clamp_min(FLOOR))
+    return _topk(logits.float().clone(), k, torch.empty_like(logits, dtype=torch.float32))
+
+
+def _topk(x: Tensor, k: int, e: Tensor) -> TopK:
+    """:func:`topk_signal` of float32 logits that may be overwritten, with a buffer of their shape.
+
+    Most of the time of the plain formula goes into fresh buffers as large as the logits.
+    """
+    top, ids = x.topk(min(k, x.shape[-1]), dim=-1)
+    x.sub_(top[..., :1]).clamp_(min=FLOOR)
+    torch.exp(x, out=e).scatter_(-1, ids, 0.0)
+    inside = (top - top[..., :1]).clamp_min(FLOOR)
+    p, rest = inside.exp(), e.sum(-1)  # summed, not 1 - sum: small residues survive float32
+    total = rest + p.sum(-1)
+    entropy = total.log() - (x.mul_(e).sum(-1) + (p * inside).sum(-1)) / total
+    log_probs = (inside - total.log()[..., None]).clamp_min(FLOOR)
+    return TopK(ids, log_probs, entropy, (rest.log() - total.log()).clamp_min(FLOOR))
 
 
 @torch.no_grad()
@@ -114,6 +125,10 @@ def live_signal(head: OutputHead, hidden_NH: Tensor, k: int | None, chunk: int =
     pieces = hidden_NH.split(chunk) or (hidden_NH,)
     if k is None:
         return Dense(torch.cat([dense_signal(head.logits(h)).log_probs for h in pieces]))
-    tops = [topk_signal(head.logits(h), k) for h in pieces]
+    tops, buffer = list[TopK](), hidden_NH.new_empty(0, dtype=torch.float32)
+    for h in pieces:
+        logits = head.logits(h).float()
+        buffer = buffer if len(buffer) >= len(h) > 0 else torch.empty_like(logits)
+        tops.append(_topk(logits, k, buffer[: len(h)]))
     fields = ("ids", "log_probs", "entropy", "log_rest")
     return TopK(*(torch.cat([getattr(top, field) for top in tops]) for field in fields))
