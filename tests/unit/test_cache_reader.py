@@ -9,6 +9,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pytest
 import torch
@@ -139,6 +140,17 @@ def test_the_library_reads_the_same_rows(cache: str) -> None:
     assert first["input_ids"] == ours.tokens[: ours.lengths[0]].tolist()
     assert first["teacher_ids"] == ours.ids[: ours.counts[0]].flatten().tolist()
     np.testing.assert_allclose(first["teacher_entropy"], ours.entropy[: ours.counts[0]])
+
+
+def test_a_cache_elsewhere_is_read_and_checked_like_a_local_one(cache: str) -> None:
+    """Any fsspec file system: a bucket, the Hub, or as here memory."""
+    remote = fsspec.filesystem("memory")
+    remote.put(cache, "/bucket/cache", recursive=True)
+    there, here = Cache("memory://bucket/cache"), Cache(cache)
+    np.testing.assert_array_equal(there.read(1).tokens, here.read(1).tokens)
+    remote.pipe("/bucket/cache/part-0/00001.parquet", b"PAR1")
+    with pytest.raises(ConfigError, match=r"00001\.parquet.*damaged"):
+        there.read(1)
 
 
 @pytest.mark.parametrize(
