@@ -42,15 +42,15 @@ def recover(weight: Weight, seed: int, mask: Path, cache: str, steps: int) -> Re
     """One recovery from the cache."""
     seed_everything(seed, verbose=False)
     module = Recovery(
-        TEACHER,
-        str(mask),
+        model=TEACHER,
+        mask=str(mask),
         teacher=CachedTeacher(),
         distillation=Distillation(weight=weight),
         optimizer=lambda parameters: AdamW(parameters, lr=1e-3, betas=(0.9, 0.95), weight_decay=0.0),
         final_lr=0.02,
     )
     trainer = Trainer(max_steps=steps, gradient_clip_val=1.0, **QUIET)
-    trainer.fit(module, datamodule=CachedCorpus(TEACHER, cache, seed=seed))
+    trainer.fit(module, datamodule=CachedCorpus(tokenizer=TEACHER, train=cache, seed=seed))
     return module
 
 

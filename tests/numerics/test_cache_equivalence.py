@@ -61,7 +61,7 @@ def close(a: torch.Tensor, b: torch.Tensor, tolerance: float = 1e-5) -> None:
 
 def test_cached_whole_vocabulary_is_the_dense_teacher(ws: Workspace) -> None:
     path = ws.write("all", precision="float32", k=1000)
-    batch = next(iter(CachedCorpus(ws.model, path, batch_size=6).train_dataloader()))
+    batch = next(iter(CachedCorpus(tokenizer=ws.model, train=path, batch_size=6).train_dataloader()))
     loss, student = Distillation(k=None, chunk_tokens=50), small(ws.family, seed=1)
     expected = gradient(student, batch, live(teacher_of(ws), batch, None), loss)
     close(gradient(student, batch, cached(batch), loss), expected)
@@ -72,7 +72,7 @@ def train(ws: Workspace, path: str, live_k: int | None) -> tuple[torch.Tensor, t
     student, teacher = small(ws.family, seed=1).train(), teacher_of(ws)
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-3)
     head, loss = OutputHead(student), Distillation(k=10, weight="linear", alpha=0.9)
-    loader, losses = CachedCorpus(ws.model, path, batch_size=4).train_dataloader(), []
+    loader, losses = CachedCorpus(tokenizer=ws.model, train=path, batch_size=4).train_dataloader(), []
     while len(losses) < 50:
         for batch in loader:
             signal = cached(batch) if live_k is None else live(teacher, batch, live_k)

@@ -116,7 +116,7 @@ def test_a_missing_shard_an_incomplete_and_an_absent_cache_are_named(cache: str,
 def test_what_does_not_fit_the_loss_is_named(
     ws: Workspace, cache: str, field: str, vocabulary: int, k: int | None
 ) -> None:
-    corpus = CachedCorpus(ws.model, cache)
+    corpus = CachedCorpus(tokenizer=ws.model, train=cache)
     corpus.fits(87, 10)
     with pytest.raises(ConfigError, match=f"cache: {field}"):
         corpus.fits(vocabulary, k)
@@ -127,10 +127,10 @@ def test_another_tokenizer_or_corpus_is_named(ws: Workspace, cache: str, tmp_pat
     other.add_tokens(["<new>"])
     other.save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match="tokenizer"):
-        CachedCorpus(str(tmp_path), cache)
+        CachedCorpus(tokenizer=str(tmp_path), train=cache)
     with pytest.raises(ConfigError, match="corpus"):
-        CachedCorpus(ws.model, cache, corpus="0123456789abcdef")
-    CachedCorpus(ws.model, cache, corpus=Cache(cache).corpus)
+        CachedCorpus(tokenizer=ws.model, train=cache, corpus="0123456789abcdef")
+    CachedCorpus(tokenizer=ws.model, train=cache, corpus=Cache(cache).corpus)
 
 
 def test_the_library_reads_the_same_rows(cache: str) -> None:
@@ -184,16 +184,16 @@ def tokens_of(loader: object) -> list[list[int]]:
 
 
 def test_an_epoch_has_every_document_once_in_an_order_of_its_own(ws: Workspace, cache: str) -> None:
-    loader = CachedCorpus(ws.model, cache, batch_size=5).train_dataloader()
+    loader = CachedCorpus(tokenizer=ws.model, train=cache, batch_size=5).train_dataloader()
     first, second = tokens_of(loader), tokens_of(loader)
     assert first != second
     assert sorted(first) == sorted(second)
     assert len(first) == 48
-    assert first == tokens_of(CachedCorpus(ws.model, cache, batch_size=5).train_dataloader())
+    assert first == tokens_of(CachedCorpus(tokenizer=ws.model, train=cache, batch_size=5).train_dataloader())
 
 
 def test_ranks_share_the_batches_and_have_equally_many(ws: Workspace, cache: str) -> None:
-    corpus = CachedCorpus(ws.model, cache, batch_size=4)
+    corpus = CachedCorpus(tokenizer=ws.model, train=cache, batch_size=4)
     loaders = [corpus.train_dataloader() for _ in range(3)]
     for rank, loader in enumerate(loaders):
         loader.rank, loader.world = rank, 3
@@ -225,7 +225,7 @@ def test_training_resumes_at_the_next_batch(ws: Workspace, cache: str, tmp_path:
 
     def fit(steps: int, checkpoint: Path | None = None) -> tuple[list[list[int]], Trainer]:
         module, trainer = Recorder(), Trainer(max_steps=steps, **BARE)
-        corpus = CachedCorpus(ws.model, cache, batch_size=5)
+        corpus = CachedCorpus(tokenizer=ws.model, train=cache, batch_size=5)
         assert len(corpus.train_dataloader()) == 12
         trainer.fit(module, datamodule=corpus, ckpt_path=checkpoint, weights_only=False)
         return module.seen, trainer
@@ -238,9 +238,9 @@ def test_training_resumes_at_the_next_batch(ws: Workspace, cache: str, tmp_path:
 
 
 def test_the_place_in_another_cache_is_refused(ws: Workspace, cache: str) -> None:
-    loader = CachedCorpus(ws.model, cache).train_dataloader()
+    loader = CachedCorpus(tokenizer=ws.model, train=cache).train_dataloader()
     next(iter(loader))
-    other = CachedCorpus(ws.model, ws.write("other", supervise="answer")).train_dataloader()
+    other = CachedCorpus(tokenizer=ws.model, train=ws.write("other", supervise="answer")).train_dataloader()
     with pytest.raises(ConfigError, match="corpus"):
         other.load_state_dict(loader.state_dict())
 
@@ -253,7 +253,7 @@ def test_cached_teacher_wants_a_cached_corpus_and_gives_its_signal(ws: Workspace
     teacher = CachedTeacher()
     with pytest.raises(ConfigError, match="CachedCorpus"):
         teacher.setup(module)
-    module.trainer.datamodule = CachedCorpus(ws.model, cache)
+    module.trainer.datamodule = CachedCorpus(tokenizer=ws.model, train=cache)
     teacher.setup(module)
     batch = next(iter(module.trainer.datamodule.train_dataloader()))
     signal = teacher.signal(batch, torch.arange(len(batch["teacher_ids"])))
