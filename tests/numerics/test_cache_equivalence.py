@@ -165,7 +165,7 @@ def test_no_loss_and_no_gradient_when_the_student_is_the_teacher(ws: Workspace) 
 
 def test_a_checkpoint_of_a_recovery_can_hold_no_teacher(ws: Workspace) -> None:
     module = LightningModule()
-    module.teacher = LiveTeacher(ws.model)
+    module.distillation, module.teacher = Distillation(), LiveTeacher(ws.model)
     module.teacher.setup(module)
     assert not module.state_dict()
     assert not list(module.parameters())
