@@ -9,7 +9,7 @@ export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-full headline mask-quality search-step other-engine results lint types teacher tensorboard clean
+.PHONY: help setup demo test test-full headline mask-quality search-step export-matrix other-engine results lint types teacher tensorboard clean
 
 help:  ## show the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -27,17 +27,29 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 LOG = --trainer.logger.init_args.save_dir $(RUN)
 DATA = --data.init_args.train $(RUN)/data/train.jsonl --data.init_args.validation $(RUN)/data/validation.jsonl
 
+# A stage that was interrupted resumes; one whose inputs or settings changed since its checkpoint starts anew.
+STALE = for input in $^; do if [ $$input -nt $(@D)/checkpoints/last.ckpt ]; then rm -rf $(@D); break; fi; done
+
+# Settings given on the command line count as inputs: the stamp changes only when they do.
+$(RUN)/.search: FORCE
+	@mkdir -p $(@D); echo '$(SEED) $(SEARCH)' | cmp -s - $@ || echo '$(SEED) $(SEARCH)' > $@
+$(RUN)/.recover: FORCE
+	@mkdir -p $(@D); echo '$(SEED) $(RECOVER)' | cmp -s - $@ || echo '$(SEED) $(RECOVER)' > $@
+FORCE:
+
 demo: $(RUN)/evaluate.json $(RUN)/benchmark.json  ## remove 25 % of a small teacher's layers, recover, export, report (<= 10 minutes)
 	@$(CLI) report --run $(RUN)
 
 $(RUN)/data/test.jsonl: src/data/arithmetic.py | $(VENV)/.installed
 	$(PY) -m src.data.arithmetic --out $(RUN)/data --train 40000 --validation 256 --test 500 --seed 1000
 
-$(RUN)/search/mask.json: $(RUN)/data/test.jsonl configs/demo/search.yaml
+$(RUN)/search/mask.json: $(RUN)/data/test.jsonl configs/demo/search.yaml $(RUN)/.search
+	@$(STALE)
 	$(CLI) fit --config configs/demo/search.yaml $(LOG) $(DATA) --seed_everything $(SEED) \
 	  --model.init_args.policy.init_args.seed $(SEED) --data.init_args.seed $(SEED) $(SEARCH) --ckpt_path last
 
-$(RUN)/recover/record.json: $(RUN)/search/mask.json configs/demo/recover.yaml
+$(RUN)/recover/record.json: $(RUN)/search/mask.json configs/demo/recover.yaml $(RUN)/.recover
+	@$(STALE)
 	$(CLI) fit --config configs/demo/recover.yaml $(LOG) $(DATA) --seed_everything $(SEED) \
 	  --model.init_args.mask $< --data.init_args.seed 10$(SEED) $(RECOVER) --ckpt_path last
 
@@ -71,6 +83,9 @@ mask-quality: $(VENV)/.installed  ## learned masks against all C(16, 4) -> resul
 
 search-step: $(VENV)/.installed  ## one search step against the naive one -> results/search_step.json
 	$(PY) -m scripts.search_step
+
+export-matrix: $(VENV)/.installed  ## the export gate on every decoder family -> results/export_matrix.json, docs/export.md
+	$(PY) -m scripts.export_matrix
 
 other-engine: $(VENV)/.installed $(RUN)/recovered/config.json  ## greedy tokens of the export in CTranslate2, against transformers
 	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[engines]'

@@ -42,6 +42,7 @@ def one(work: Path, wanted: tuple[int, float], teacher_tokens: int, threads: int
     run.mkdir(parents=True, exist_ok=True)
     if not (run / "search").exists():
         shutil.copytree(work / f"seed{seed}" / "data", run / "data")
+        shutil.copy2(work / f"seed{seed}" / ".search", run / ".search")
         shutil.copytree(work / f"seed{seed}" / "search", run / "search")
     search = json.loads((run / "search/record.json").read_text())
     left = teacher_tokens * percent / 100 - search["tokens"]

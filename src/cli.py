@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from src.errors import ConfigError, did_you_mean
+from src.mask import Mask
 
 TOOLS = {
     "export": "write the shortened model as a plain Hugging Face directory, proven equal",
@@ -51,7 +52,7 @@ class PruneCLI(LightningCLI):
             raise ConfigError("data: not given. Add a data section, such as class_path: src.data.Corpus.")
         model, data = config.model.init_args, config.data.init_args
         if "tokenizer" in data and data.tokenizer is None:
-            data.tokenizer = model.get("model")
+            data.tokenizer = model.get("model") or (Mask.load(model.mask).model if "mask" in model else None)
 
     def _parse_ckpt_path(self) -> None:
         """Leave YAML and command line in charge on resume; Lightning would let the checkpoint win."""

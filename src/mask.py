@@ -26,7 +26,6 @@ class Mask:
         keep: kept layers, 0-based, rising.
         method: name of the policy that chose them.
         seed: seed of the search, or None.
-        config_sha: digest of the resolved configuration of the search.
         git_sha: commit of the code.
         tokens_seen: corpus tokens the search consumed.
         metrics: figures of the search, such as the held-out KL.
@@ -38,7 +37,6 @@ class Mask:
     method: str
     revision: str | None = None
     seed: int | None = None
-    config_sha: str | None = None
     git_sha: str | None = None
     tokens_seen: int = 0
     metrics: dict[str, float] = field(default_factory=dict)

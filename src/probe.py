@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from src.data.batches import real_tokens
+from src.errors import ConfigError
 from src.losses.distill import supervised
 from src.losses.signals import Signal
 from src.models.gated import Observer
@@ -36,6 +37,11 @@ class CalibrationProbe:
             batch = search.transfer_batch_to_device(batch, search.device, 0)
             index = supervised(batch["labels"])
             self.rows.append((batch, search.teacher_signal(batch, index), len(index)))
+        if not self.rows:
+            raise ConfigError(
+                "data.validation: a search needs held-out rows to score layers and choose a mask; name a "
+                "file, or set data.held_out to a share of the training documents."
+            )
         self.tokens = sum(real_tokens(batch) for batch, _, _ in self.rows)
         search.tokens += self.tokens * search.trainer.world_size
         self._known: dict[tuple[bool, tuple[float, ...]], float] = {}

@@ -12,6 +12,7 @@ from typing import Any, Literal, cast
 import torch
 from lightning import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -34,14 +35,14 @@ class Recovery(LightningModule):
     """Trains the cut model to behave like its parent again.
 
     Args:
-        model: Hub id or directory of the parent.
         mask: the ``mask.json`` of a search.
+        model: Hub id or directory of the parent; None is the one the mask names.
         teacher: source of the teacher's signal; None runs the parent live.
         distillation: loss on that signal.
         scope: what trains: ``full``, the blocks next to each cut (``cut_adjacent``), or ``lora`` adapters on
             all linear layers (needs the extra ``lora``), merged on export.
         lora_rank: rank of the adapters.
-        revision: Hub revision of the parent.
+        revision: Hub revision of the parent; None is the one the mask names.
         dtype: type of the weights; keep float32 and set ``trainer.precision`` for mixed precision.
         attention: attention implementation; None lets transformers choose.
         optimizer: optimiser of the weights that train.
@@ -52,8 +53,8 @@ class Recovery(LightningModule):
 
     def __init__(
         self,
-        model: str,
         mask: str,
+        model: str | None = None,
         teacher: TeacherSource | None = None,
         distillation: Distillation | None = None,
         scope: Scope = "full",
@@ -67,8 +68,11 @@ class Recovery(LightningModule):
         decay: Literal["cosine", "linear", "constant"] = "cosine",
     ) -> None:
         super().__init__()
-        self.name, self.revision, self.mask = model, revision, Mask.load(mask)
-        self.mask.check(num_layers(load_config(model, revision)), model)
+        self.mask = Mask.load(mask)
+        self.name, self.revision = model or self.mask.model, revision or self.mask.revision
+        self.mask.check(num_layers(load_config(self.name, self.revision)), self.name)
+        if self.name != self.mask.model:
+            rank_zero_warn(f"model: '{self.name}' is recovered with a mask made for '{self.mask.model}'.")
         self.teacher = teacher or LiveTeacher()
         self.distillation = distillation or Distillation()
         self.scope, self.lora_rank = scope, lora_rank
@@ -130,10 +134,26 @@ class Recovery(LightningModule):
     # ------------------------------------------------------------------ records
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["recovery"] = {"tokens": self.tokens, "scope": self.scope, "rank": self.lora_rank}
+        checkpoint["recovery"] = {
+            "tokens": self.tokens, "scope": self.scope, "rank": self.lora_rank, "keep": list(self.mask.keep),
+        }  # fmt: skip
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        same_layers(checkpoint["recovery"], self.mask)
         self.tokens = checkpoint["recovery"]["tokens"]
+
+
+def same_layers(recovery: dict[str, Any], mask: Mask) -> None:
+    """Refuse a checkpoint of other layers: cuts of one depth have the same shapes, so shapes cannot tell.
+
+    Raises:
+        ConfigError: names both sets of layers.
+    """
+    if tuple(recovery["keep"]) != mask.keep:
+        raise ConfigError(
+            f"checkpoint: it does not fit the mask: it was trained with layers {list(recovery['keep'])}, "
+            f"the mask keeps {list(mask.keep)}. Give the mask it was trained with."
+        )
 
 
 def cut_adjacent(mask: Mask) -> set[int]:
@@ -162,7 +182,7 @@ def scoped(student: PreTrainedModel, mask: Mask, scope: Scope, rank: int) -> Pre
         try:
             from peft import LoraConfig, get_peft_model
         except ImportError as e:
-            raise ConfigError("model.scope: 'lora' needs peft: pip install 'e3pruner[lora]'.") from e
+            raise ConfigError("model.scope: 'lora' needs peft: pip install -e '.[lora]'.") from e
         config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear")
         return cast(PreTrainedModel, get_peft_model(student, config))
     return student
@@ -176,6 +196,7 @@ def load_student(parent: PreTrainedModel, mask: Mask, checkpoint: str) -> PreTra
     """
     try:
         saved = torch.load(checkpoint, map_location="cpu", weights_only=False)
+        same_layers(saved["recovery"], mask)
         scope, rank = saved["recovery"]["scope"], saved["recovery"]["rank"]
         state = {k.removeprefix("model."): v for k, v in saved["state_dict"].items()}
         student = scoped(cut(parent, mask.keep), mask, scope, rank)

@@ -43,9 +43,8 @@ class LiveTeacher:
     It is held in a tuple: no state dict, optimiser or sharding engine ever sees it.
 
     Args:
-        model: Hub id or directory; None takes the student's parent.
-        k: likeliest tokens kept; None keeps the whole distribution.
-        quantize: load the model in ``int8`` or ``nf4``; needs ``model``.
+        model: Hub id or directory; None is the model being shortened.
+        quantize: load the model in ``int8`` or ``nf4``, as a copy of its own.
         dtype: type of the weights that are not quantised.
         revision: Hub revision.
         attention: attention implementation; None lets transformers choose.
@@ -54,28 +53,30 @@ class LiveTeacher:
     def __init__(
         self,
         model: str | None = None,
-        k: int | None = 10,
         quantize: Quantization | None = None,
         dtype: Dtype = "float32",
         revision: str | None = None,
         attention: str | None = None,
     ) -> None:
-        self.name, self.k = model, k
+        self.name = model
+        self.k: int | None = None
         self.loading: dict[str, Any] = {
             "revision": revision, "dtype": dtype, "quantize": quantize, "attention": attention,
         }  # fmt: skip
         self._model: tuple[PreTrainedModel, ...] = ()
 
     def adopt(self, parent: PreTrainedModel) -> None:
-        """Take the parent, unless another model was asked for."""
-        if self.name is None:
+        """Take the parent, unless another model or another form of it was asked for."""
+        if self.name is None and self.loading["quantize"] is None:
             self._model = (parent,)
 
     def setup(self, module: LightningModule) -> None:
-        """Load the model if need be, move it, and check its output head."""
+        """Load the model if need be, move it, and check its head; the loss says how many tokens."""
+        parent: Any = module
+        self.k = parent.distillation.k
         if not self._model:
-            assert self.name is not None, "a teacher without a name adopts the parent first"
-            self._model = (load_model(self.name, **self.loading),)
+            revision = self.loading["revision"] if self.name else parent.revision
+            self._model = (load_model(self.name or parent.name, **{**self.loading, "revision": revision}),)
         (model,) = self._model
         freeze(model)
         if self.loading["quantize"] is None:

@@ -4,8 +4,6 @@ The parent with hard gates (or the recovered student) is observed in memory (:mo
 process knows only the directory and that observation: it loads the directory with stock
 ``AutoModelForCausalLM``, without remote code, and observes it in the same ways. On a CPU both must agree to
 the last bit, in any type; on a GPU within the tolerance of the type.
-
-Run it on any export: ``python -m src.verify DIRECTORY --reference FILE``.
 """
 
 from __future__ import annotations

@@ -27,14 +27,18 @@ class CachedCorpus(LightningDataModule):
 
     def __init__(
         self,
-        tokenizer: str,
-        train: str,
+        tokenizer: str | None = None,
+        train: str | None = None,
         validation: str | None = None,
         corpus: str | None = None,
         batch_size: int = 32,
         seed: int = 0,
     ) -> None:
         super().__init__()
+        if train is None:
+            raise ConfigError("data.train: give the directory of a cache.")
+        if tokenizer is None:
+            raise ConfigError("data.tokenizer: give the Hub id or directory of the model's tokenizer.")
         self.tokenizer = load_tokenizer(tokenizer)
         self.batch_size, self.seed = batch_size, seed
         self.train_cache = Cache(train)

@@ -37,8 +37,8 @@ class HardenMask(Callback):
         self.recent: list[Keep] = []
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
+        search = cast("MaskSearch", module)
         if trainer.global_step == 0:
-            search = cast("MaskSearch", module)
             search.policy.initialise(CalibrationProbe(search))
 
     def on_train_batch_end(self, trainer: Trainer, module: LightningModule, *_: Any) -> None:

@@ -168,7 +168,9 @@ class Corpus(LightningDataModule):
         if trainer is None or not trainer.training or loader is None:
             return batch
         if "position_ids" in batch and loader.fresh:
-            parts = trainer.lightning_module.modules()
+            module = trainer.lightning_module
+            # A search keeps its frozen model out of the module tree; its output head knows it.
+            parts = [getattr(getattr(module, "head", None), "model", None), *module.modules()]
             model = next((part for part in parts if isinstance(part, PreTrainedModel)), None)
             if model is not None:
                 check_boundaries(model)

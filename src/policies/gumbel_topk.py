@@ -65,7 +65,7 @@ class GumbelTopK(MaskPolicy):
         # Importance is heavy-tailed (one layer can be a thousand times the median): take logarithms.
         score = torch.log(_SCORES[self.init](probe, self.num_layers).clamp_min(0) + 1e-8)
         free = score[self.free]
-        spread = (free - free.mean()) / free.std().clamp_min(1e-8)
+        spread = (free - free.mean()) / free.std(correction=0).clamp_min(1e-8)
         with torch.no_grad():
             self.logits[self.free] = (self.init_scale * spread).to(self.logits)
 

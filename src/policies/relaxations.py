@@ -40,7 +40,7 @@ def successive_form(z_L: Tensor, q: int, tau: float) -> Tensor:
 
     The mass is q; single entries may exceed 1, so they are no probabilities.
     """
-    total = torch.zeros_like(z_L)
+    total = z_L * 0.0
     for _ in range(q):
         a = torch.softmax(z_L / tau, 0)
         total = total + a
@@ -82,6 +82,8 @@ def marginals(theta_L: Tensor, q: int) -> Tensor:
 
     They are the gradient of ``log e_q(exp theta)``, and are themselves differentiable.
     """
+    if q == 0:
+        return theta_L * 0.0
     with torch.enable_grad():
         live = theta_L if theta_L.requires_grad else theta_L.detach().requires_grad_()
         log_e = elementary(live, q)[-1, q].log()
@@ -91,6 +93,8 @@ def marginals(theta_L: Tensor, q: int) -> Tensor:
 
 def exact_draw(theta_L: Tensor, q: int, generator: torch.Generator) -> Tensor:
     """Draw a subset of size q from the law of :func:`marginals`: walk back through the prefix table."""
+    if q == 0:
+        return torch.zeros_like(theta_L)
     table = elementary(theta_L.detach(), q)
     uniform = torch.rand(len(theta_L), generator=generator, dtype=torch.float64)
     chosen, left = torch.zeros_like(theta_L), q

@@ -123,6 +123,26 @@ def test_harden_keeps_the_highest_logits_and_the_constrained() -> None:
     assert made.harden() == (0, 1, 3)
 
 
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("side", ["prune", "keep"])
+@pytest.mark.parametrize(("remove", "kept"), [(2, [0, 1, 2]), (1, [0, 1, 2, 3])])
+def test_a_forced_choice_is_made(form: str, side: str, remove: int, kept: list[int]) -> None:
+    """A family whose tail alone may go leaves exactly as many free layers as are to be removed."""
+
+    class Flat:
+        def divergence(self, gates_L: torch.Tensor, quick: bool = False) -> float:
+            return 0.5
+
+    asked = GumbelTopK(form=form, side=side)
+    asked.setup(5, remove, pinned=kept)
+    asked.initialise(Flat())
+    assert asked.sample(0, 0).tolist() == [float(i in kept) for i in range(5)]
+    assert asked.sample(0, 0).requires_grad
+    assert asked.harden() == tuple(kept)
+    assert torch.equal(asked.keep_probabilities().round(), asked.gates(kept))
+    assert asked.logits.isfinite().all()
+
+
 @pytest.mark.parametrize("remove", [0, -1, 5, 9])
 def test_an_impossible_count_is_refused(remove: int) -> None:
     with pytest.raises(ConfigError, match="remove"):

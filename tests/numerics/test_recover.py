@@ -31,7 +31,7 @@ def test_blocks_next_to_the_cuts(layers: int, keep: tuple[int, ...], near: set[i
 
 def test_only_the_blocks_next_to_the_cut_train(teacher_dir: str, tmp_path: Path) -> None:
     Mask(model=teacher_dir, num_layers=6, keep=(0, 1, 4, 5), method="x").save(tmp_path / "mask.json")
-    made = Recovery(teacher_dir, str(tmp_path / "mask.json"), scope="cut_adjacent")
+    made = Recovery(str(tmp_path / "mask.json"), scope="cut_adjacent")
     made.configure_model()
     _, layers = decoder_layers(made.model)
     trained = {id(p) for p in made.model.parameters() if p.requires_grad}
@@ -66,10 +66,16 @@ def test_the_checkpoint_comes_back_as_a_plain_model(
 
 
 def test_a_checkpoint_of_another_mask_is_refused(tmp_path: Path, teacher_dir: str, mask_file: str) -> None:
-    made = Recovery(teacher_dir, mask_file)
+    made = Recovery(mask_file)
     made.configure_model()
-    saved = {"state_dict": made.state_dict(), "recovery": {"tokens": 0, "scope": "full", "rank": 1}}
+    saved = {"state_dict": made.state_dict()}
+    made.on_save_checkpoint(saved)
     torch.save(saved, tmp_path / "student.ckpt")
-    other = Mask(model=teacher_dir, num_layers=6, keep=(0, 5), method="x")
-    with pytest.raises(ConfigError, match="does not fit"):
-        load_student(load_model(teacher_dir), other, str(tmp_path / "student.ckpt"))
+    load_student(load_model(teacher_dir), Mask.load(mask_file), str(tmp_path / "student.ckpt"))
+    for keep in ((0, 5), (0, 2, 3, 4)):  # another depth, and the same depth: shapes alone could not tell
+        other = Mask(model=teacher_dir, num_layers=6, keep=keep, method="x")
+        with pytest.raises(ConfigError, match="does not fit"):
+            load_student(load_model(teacher_dir), other, str(tmp_path / "student.ckpt"))
+        other.save(tmp_path / "other.json")
+        with pytest.raises(ConfigError, match="does not fit"):
+            Recovery(str(tmp_path / "other.json")).on_load_checkpoint(saved)

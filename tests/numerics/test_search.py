@@ -69,7 +69,7 @@ def test_the_shared_teacher_says_what_a_second_copy_says(
     teacher_dir: str, batch: dict[str, torch.Tensor]
 ) -> None:
     shared = search(teacher_dir)
-    copy = LiveTeacher(k=10, model=teacher_dir)
+    copy = LiveTeacher()
     separate = search(teacher_dir, teacher=copy)
     copy.setup(separate)
     one = torch.autograd.grad(shared.training_step(batch, 0), shared.policy.logits)[0]

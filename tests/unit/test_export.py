@@ -54,7 +54,7 @@ def recovered(mask_file: str, path: Path) -> tuple[Path, PreTrainedModel]:
         for parameter in student.parameters():
             parameter.mul_(1.25)
     state = {f"model.{name}": tensor for name, tensor in student.state_dict().items()}
-    record = {"tokens": 4321, "scope": "full", "rank": 16}
+    record = {"tokens": 4321, "scope": "full", "rank": 16, "keep": list(KEEP)}
     torch.save({"state_dict": state, "recovery": record}, path)
     return path, student
 
