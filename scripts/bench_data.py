@@ -23,7 +23,8 @@ from lightning import Trainer, seed_everything
 from src.data import Corpus
 from src.data.arithmetic import write_splits
 from src.data.loader import Loader
-from src.mask import Mask, git_sha, write_json
+from src.files import write_json
+from src.mask import Mask, git_sha
 from src.recover import Recovery
 
 Figures = dict[str, Any]

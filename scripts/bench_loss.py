@@ -19,9 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from src.files import write_json
 from src.losses.distill import Distillation
 from src.losses.signals import TopK
-from src.mask import git_sha, write_json
+from src.mask import git_sha
 
 VOCABULARIES = (1_000, 32_000, 151_936)
 

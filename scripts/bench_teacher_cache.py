@@ -42,9 +42,10 @@ from src.cache import Cache, CacheTeacher
 from src.cache.shards import Precision, Rows, decode, encode
 from src.data import Corpus
 from src.data.arithmetic import problem
+from src.files import write_json
 from src.losses.distill import Distillation, supervised
 from src.losses.signals import Signal, live_signal
-from src.mask import git_sha, write_json
+from src.mask import git_sha
 from src.models.cut import cut
 from src.models.gated import freeze
 from src.models.head import OutputHead

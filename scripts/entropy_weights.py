@@ -23,9 +23,10 @@ from src.data import Corpus
 from src.data.arithmetic import problems
 from src.data.documents import Columns
 from src.evaluate import exact_match, held_out
+from src.files import write_json
 from src.losses.distill import Distillation
 from src.losses.entropy import Weight
-from src.mask import Mask, git_sha, write_json
+from src.mask import Mask, git_sha
 from src.models.loading import load_model, load_tokenizer
 from src.recover import Recovery
 from src.rows import batches, encode

@@ -35,8 +35,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from scripts.tiny_configs import tiny_config
 from src.errors import ConfigError
+from src.files import write_json
 from src.gate import observe_gated, predicted_weights
-from src.mask import git_sha, write_json
+from src.mask import git_sha
 from src.models.cut import Constraints, attention_implementation, constraints, cut
 from src.models.layers import decoder_layers, num_layers
 from src.models.observe import Observation, probe_tokens

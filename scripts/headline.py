@@ -19,7 +19,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from src.mask import Mask, git_sha, write_json
+from src.files import write_json
+from src.mask import Mask, git_sha
 
 TEACHER = Path("assets/arithmetic-teacher")
 ROW_TOKENS = 68.5

@@ -24,9 +24,10 @@ from rich.progress import track
 
 from src.data.arithmetic import problems
 from src.data.documents import Columns
+from src.files import write_json
 from src.losses.distill import Distillation, supervised
 from src.losses.signals import live_signal
-from src.mask import Mask, git_sha, write_json
+from src.mask import Mask, git_sha
 from src.models.gated import GatedLayers, freeze
 from src.models.head import OutputHead
 from src.models.loading import load_model, load_tokenizer

@@ -21,7 +21,8 @@ from rich.table import Table
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from src.errors import ConfigError
-from src.mask import git_sha, write_json
+from src.files import write_json
+from src.mask import git_sha
 from src.models.loading import load_model, load_tokenizer
 
 TOLERANCE = 1e-3

@@ -24,9 +24,10 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from src.files import write_json
 from src.losses.distill import Distillation, supervised
 from src.losses.signals import live_signal
-from src.mask import git_sha, write_json
+from src.mask import git_sha
 from src.models.gated import GatedLayers, freeze
 from src.models.head import OutputHead
 

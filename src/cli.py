@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import re
 import sys
 import warnings
 from typing import Any, NoReturn
@@ -63,8 +64,6 @@ def _names(dest: str) -> list[str]:
 
 
 def _suggest(message: str, known: list[str]) -> str:
-    import re
-
     unknown = re.search(r"(?:Option|Key|key|arguments?:?) '?(?:--)?([\w.]+)'?", message)
     wrong = "not accepted" in message or "nrecognized" in message or "not expected" in message
     if not (unknown and wrong) or "Did you mean" in message:

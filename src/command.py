@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import os
 import re
 import shlex
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
@@ -63,21 +61,6 @@ def load(name: str, args: argparse.Namespace) -> PreTrainedModel:
         return load_model(name, dtype=args.dtype).to(device)
     except (RuntimeError, AssertionError) as e:
         raise ConfigError(f"--device: cannot use '{device}': {str(e).splitlines()[0]}") from e
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file under a temporary name, then rename.
-
-    Raises:
-        ConfigError: the directory cannot be written to.
-    """
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(text)
-        partial.replace(path)
-    except OSError as e:
-        raise ConfigError(f"cannot write '{path}': {e.strerror}. Choose another directory.") from e
 
 
 def show(table: Table) -> None:

@@ -27,8 +27,8 @@ from src.command import Parser, load, parameters, positive, provenance, show
 from src.data.arithmetic import final_answer
 from src.data.documents import Columns
 from src.errors import ConfigError
+from src.files import write_json
 from src.generate import greedy, stop_tokens
-from src.mask import write_json
 from src.models.layers import num_layers
 from src.models.loading import load_tokenizer
 from src.rows import Rows, batches, encode, prompt, read_rows

@@ -6,13 +6,13 @@ Every method writes it; recovery, export, evaluation and benchmark read nothing 
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from src.errors import ConfigError, did_you_mean
+from src.files import write_json
 
 
 @dataclass(frozen=True)
@@ -91,22 +91,6 @@ class Mask:
     def __str__(self) -> str:
         strip = "".join("#" if i in set(self.keep) else "." for i in range(self.num_layers))
         return f"[{strip}] keeps {len(self.keep)} of {self.num_layers}, removes {list(self.removed)}"
-
-
-def write_json(path: str | Path, value: Any) -> None:
-    """Write ``value`` as indented JSON under a temporary name, then rename.
-
-    Raises:
-        ConfigError: the directory cannot be written to.
-    """
-    path = Path(path)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(json.dumps(value, indent=2) + "\n")
-        partial.replace(path)
-    except OSError as e:
-        raise ConfigError(f"cannot write '{path}': {e.strerror}. Choose another directory.") from e
 
 
 def git_sha() -> str | None:

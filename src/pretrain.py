@@ -12,8 +12,8 @@ from lightning.pytorch.cli import OptimizerCallable
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from src.data.batches import real_tokens
-from src.mask import write_json
-from src.schedules import total_steps, warmup_decay
+from src.files import write_json
+from src.schedules import with_warmup
 
 
 class Pretrain(LightningModule):
@@ -64,12 +64,7 @@ class Pretrain(LightningModule):
         self.log("val/loss", self.model(**batch, use_cache=False).loss, prog_bar=True)
 
     def configure_optimizers(self) -> Any:
-        optimizer = self.optimizer(self.parameters())
-        total = total_steps(self.trainer)
-        schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: warmup_decay(step / total, self.warmup, 0.0, "linear")
-        )
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        return with_warmup(self.optimizer(self.parameters()), self.trainer, self.warmup, 0.0, "linear")
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["tokens"] = self.tokens

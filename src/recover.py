@@ -12,6 +12,7 @@ from typing import Any, Literal, cast
 import torch
 from lightning import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -24,7 +25,7 @@ from src.models.cut import cut
 from src.models.head import OutputHead
 from src.models.layers import decoder_layers, num_layers
 from src.models.loading import Dtype, check_vocabulary, load_config, load_model
-from src.schedules import total_steps, warmup_decay
+from src.schedules import Decay, with_warmup
 from src.teachers import LiveTeacher, TeacherSource
 
 Batch = dict[str, Tensor]
@@ -65,7 +66,7 @@ class Recovery(LightningModule):
         optimizer: OptimizerCallable = torch.optim.AdamW,
         warmup: float = 0.05,
         final_lr: float = 0.1,
-        decay: Literal["cosine", "linear", "constant"] = "cosine",
+        decay: Decay = "cosine",
     ) -> None:
         super().__init__()
         self.mask = Mask.load(mask)
@@ -97,7 +98,12 @@ class Recovery(LightningModule):
         check_vocabulary(cast(Any, self.trainer).datamodule.tokenizer, self.model)
         self.teacher.setup(self)
 
-    on_validation_start = on_test_start = on_fit_start
+    def on_validation_start(self) -> None:
+        """Ready too when validation is all that runs."""
+        if self.trainer.state.fn != TrainerFn.FITTING:
+            self.on_fit_start()
+
+    on_test_start = on_fit_start
 
     # ------------------------------------------------------------------ learning
 
@@ -125,11 +131,7 @@ class Recovery(LightningModule):
 
     def configure_optimizers(self) -> Any:
         optimizer = self.optimizer([p for p in self.model.parameters() if p.requires_grad])
-        total = total_steps(self.trainer)
-        schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: warmup_decay(step / total, self.warmup, self.final_lr, self.decay)
-        )
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        return with_warmup(optimizer, self.trainer, self.warmup, self.final_lr, self.decay)
 
     # ------------------------------------------------------------------ records
 

@@ -26,9 +26,10 @@ from rich.table import Table
 
 from src import figures
 from src.benchmark import PHASES
-from src.command import Parser, show, write_text
+from src.command import Parser, show
 from src.errors import ConfigError
-from src.mask import Mask, git_sha, write_json
+from src.files import write_json, write_text
+from src.mask import Mask, git_sha
 from src.report_pages import Page, Picture, headline, html, markdown, notes, table_rows
 
 Record = dict[str, Any]

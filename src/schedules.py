@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 from lightning import Trainer
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
 
 from src.errors import ConfigError
 
+Decay = Literal["cosine", "linear", "constant"]
 
-def warmup_decay(
-    progress: float, warmup: float, final: float, shape: Literal["cosine", "linear", "constant"]
-) -> float:
+
+def warmup_decay(progress: float, warmup: float, final: float, shape: Decay) -> float:
     """Learning-rate factor: a linear rise over ``warmup``, then a decay from 1 to ``final``.
 
     Args:
@@ -48,3 +50,10 @@ def total_steps(trainer: Trainer) -> int:
     if not 0 < steps < math.inf:
         raise ConfigError("trainer.max_steps: not given, and a streamed corpus has no length; give it.")
     return int(steps)
+
+
+def with_warmup(optimizer: Optimizer, trainer: Trainer, warmup: float, final: float, shape: Decay) -> Any:
+    """What ``configure_optimizers`` returns: the optimiser under :func:`warmup_decay`, step by step."""
+    total = total_steps(trainer)
+    schedule = LambdaLR(optimizer, lambda step: warmup_decay(step / total, warmup, final, shape))
+    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

@@ -16,6 +16,7 @@ from typing import Any, cast
 import torch
 from lightning import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from src.data.batches import real_tokens
@@ -106,7 +107,12 @@ class MaskSearch(LightningModule):
         if self.teacher is not None:
             self.teacher.setup(self)
 
-    on_validation_start = on_test_start = on_fit_start
+    def on_validation_start(self) -> None:
+        """Ready too when validation is all that runs."""
+        if self.trainer.state.fn != TrainerFn.FITTING:
+            self.on_fit_start()
+
+    on_test_start = on_fit_start
 
     # ------------------------------------------------------------------ measuring
 

@@ -33,6 +33,14 @@ BASE: dict[str, Any] = {
 MIXED = ["sliding_attention", "full_attention", "full_attention", "sliding_attention", "full_attention",
          "sliding_attention", "sliding_attention"]  # fmt: skip
 SLIDING: dict[str, Any] = {"sliding_window": WINDOW, "layer_types": MIXED}
+KV_SHARED: dict[str, Any] = {  # of gemma3n_text: the last two layers borrow keys and values
+    "num_kv_shared_layers": 2,
+    "layer_types": ["sliding_attention", "full_attention"] * 3 + ["sliding_attention"],
+    "sliding_window": WINDOW,
+    "intermediate_size": [48] * LAYERS,
+    "hidden_size_per_layer_input": 8,
+    "vocab_size_per_layer_input": VOCAB,
+}
 MOE: dict[str, Any] = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
 
 FAMILIES: dict[str, dict[str, Any]] = {

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from src.cache.shards import Precision
 from src.errors import ConfigError
-from src.mask import write_json
+from src.files import write_json
 
 VERSION = 1
 

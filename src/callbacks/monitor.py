@@ -12,7 +12,7 @@ from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
-from src.mask import write_json
+from src.files import write_json
 
 if TYPE_CHECKING:
     from src.search import MaskSearch

@@ -8,7 +8,8 @@ from typing import Any
 
 from lightning import Callback, LightningModule, Trainer
 
-from src.mask import git_sha, write_json
+from src.files import write_json
+from src.mask import git_sha
 
 
 class StageRecord(Callback):

@@ -22,6 +22,8 @@ from pathlib import Path
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from src.files import write_text
+
 NAMES = ("Ana", "Ben", "Cleo", "Dan", "Eva", "Finn", "Gina", "Hugo", "Iris", "Jon", "Kim", "Leo")
 ITEMS = ("apples", "books", "cards", "coins", "eggs", "pens", "shells", "stamps", "stones", "tickets")
 GAIN = ("{name} buys {n} more.", "{name} finds {n} more.", "A friend gives {name} {n} more.")
@@ -114,14 +116,11 @@ def write_splits(out: Path, sizes: dict[str, int], seed: int = 0) -> None:
     Raises:
         AssertionError: two splits share a question, which the construction rules out.
     """
-    out.mkdir(parents=True, exist_ok=True)
     questions: dict[str, set[str]] = {}
     for split, size in sizes.items():
         rows = list(problems(split, size, seed + SPLITS.index(split)))
         questions[split] = {row["question"] for row in rows}
-        partial = out / f".{split}.jsonl.partial"
-        partial.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        partial.rename(out / f"{split}.jsonl")
+        write_text(out / f"{split}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     for split, own in questions.items():
         for other, theirs in questions.items():
             assert split == other or not own & theirs, f"{split} and {other} share a question"

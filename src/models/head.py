@@ -65,15 +65,21 @@ class OutputHead:
 
     @torch.no_grad()
     def check(self) -> None:
-        """Compare with the model's own logits on a few tokens.
+        """Compare with the model's own logits on a few tokens, without dropout.
 
         Raises:
             ConfigError: they differ, so the head does something this class does not know.
         """
         ids = torch.arange(3, 11, device=self.model.device)[None] % text_config(self.model.config).vocab_size
         batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        theirs = self.model(**batch, use_cache=False).logits.float()
-        ours = self.logits(self.hidden(batch)).float()
+        training = [part for part in self.model.modules() if part.training]
+        self.model.eval()
+        try:
+            theirs = self.model(**batch, use_cache=False).logits.float()
+            ours = self.logits(self.hidden(batch)).float()
+        finally:
+            for part in training:
+                part.training = True
         error = float((ours - theirs).abs().max() / theirs.abs().max().clamp_min(1e-6))
         tolerance = 1e-4 if self.model.dtype == torch.float32 else 2e-2
         if not error <= tolerance:

@@ -90,6 +90,9 @@ def test_what_the_user_asks_wins_over_the_checkpoint(
     mask = f"--model.init_args.mask={mask_file}"
     fit(config, tmp_path, False, mask, "--model.init_args.warmup=0.5", **paths)
     saved = tmp_path / f"step={SAVED}.ckpt"
+    state = torch.load(saved, weights_only=False)
+    state["hyper_parameters"] = {"_class_path": "src.recover.Recovery", "warmup": 0.5}
+    torch.save(state, saved)
     fit(config, tmp_path, False, mask, f"--ckpt_path={saved}", "--model.init_args.warmup=0.25", **paths)
     import yaml
 

@@ -18,17 +18,9 @@ from src.models.cut import cut
 from src.models.cut_rules import slice_section
 from src.models.observe import Finding, compare, observe, probe_tokens
 from src.verify import Reference, is_tied, verify
-from tests.tiny import FAMILIES, LAYERS, tiny_model
+from tests.tiny import FAMILIES, KV_SHARED, tiny_model
 
 KEEP = (0, 2, 3, 5, 6)
-KV_SHARED: dict[str, Any] = {
-    "num_kv_shared_layers": 2,
-    "layer_types": ["sliding_attention", "full_attention"] * 3 + ["sliding_attention"],
-    "sliding_window": 4,
-    "intermediate_size": [48] * LAYERS,
-    "hidden_size_per_layer_input": 8,
-    "vocab_size_per_layer_input": 97,
-}
 
 
 def reference(parent: PreTrainedModel, student: PreTrainedModel, keep: Sequence[int]) -> Reference:

@@ -206,6 +206,15 @@ def test_no_supervised_position_gives_zero_not_nan() -> None:
     assert out["loss"] == 0
 
 
+def test_a_model_in_training_with_dropout_is_understood_and_stays_as_it_was() -> None:
+    model = tiny_model("gpt2").train()
+    model.transformer.h[0].eval()
+    modes = [part.training for part in model.modules()]
+    OutputHead(model).check()
+    assert [part.training for part in model.modules()] == modes
+    assert any(part.p > 0 for part in model.modules() if isinstance(part, torch.nn.Dropout))
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_head_is_the_models_own(family: str) -> None:
     OutputHead(tiny_model(family)).check()

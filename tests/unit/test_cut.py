@@ -8,7 +8,7 @@ import torch
 from src.errors import ConfigError
 from src.models.cut import Constraints, constraints, cut, cut_config
 from src.models.cut_rules import slice_section
-from tests.tiny import FAMILIES, LAYERS, tiny_config, tiny_ids, tiny_model
+from tests.tiny import FAMILIES, KV_SHARED, LAYERS, tiny_config, tiny_ids, tiny_model
 
 KEEP = (0, 2, 3, 5, 6)
 
@@ -156,15 +156,7 @@ def test_a_mask_within_the_limits_is_cut_and_one_outside_is_refused_by_name() ->
 
 
 def test_a_borrower_needs_its_lender() -> None:
-    shared = {
-        "num_kv_shared_layers": 2,
-        "layer_types": ["sliding_attention", "full_attention"] * 3 + ["sliding_attention"],
-        "sliding_window": 4,
-        "intermediate_size": [48] * LAYERS,
-        "hidden_size_per_layer_input": 8,
-        "vocab_size_per_layer_input": 97,
-    }
-    config = tiny_config("gemma3n_text", **shared)
+    config = tiny_config("gemma3n_text", **KV_SHARED)
     assert constraints(config).always_keep == {3, 4, 6}  # the lenders, and one that borrows
     with pytest.raises(ConfigError, match=r"layer 3 is removed, but layers \[5\].*Keep layer 3 too"):
         cut_config(config, [0, 1, 2, 4, 5, 6])

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from src.errors import ConfigError
-from src.mask import Mask, write_json
+from src.files import write_json
+from src.mask import Mask
 
 
 def test_round_trip_and_complement(tmp_path: Path) -> None:

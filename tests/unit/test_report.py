@@ -14,7 +14,8 @@ import pytest
 from src import benchmark, evaluate, figures, report
 from src.data.arithmetic import build_tokenizer, problems
 from src.errors import ConfigError
-from src.mask import Mask, write_json
+from src.files import write_json
+from src.mask import Mask
 from tests.tiny import tiny_model
 
 STUDENTS = ("cut", "recovered")
