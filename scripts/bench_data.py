@@ -20,11 +20,12 @@ from typing import Any
 import torch
 from lightning import Trainer, seed_everything
 
+from scripts import origin
 from src.data import Corpus
 from src.data.arithmetic import write_splits
 from src.data.loader import Loader
 from src.files import write_json
-from src.mask import Mask, git_sha
+from src.mask import Mask
 from src.recover import Recovery
 
 Figures = dict[str, Any]
@@ -119,7 +120,7 @@ def main() -> None:
     ratio = alone["arithmetic, padded"]["tokens_per_core_second"] / consumed
     print(*steps, f"the loader alone is {ratio:.1f} times as fast as the recovery", sep="\n")
     machine = {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count()}
-    record = {"git_sha": git_sha(), "torch": torch.__version__, "machine": machine, "threads": 1}
+    record = {**origin("bench_data"), "torch": torch.__version__, "machine": machine, "threads": 1}
     write_json(args.out, {**record, "loader": alone, "recovery": steps, "loader_over_recovery": ratio})
 
 

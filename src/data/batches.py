@@ -116,13 +116,18 @@ def pack(rows: list[TokenRow], size: int) -> list[list[TokenRow]]:
     return bins
 
 
+def real(batch: Batch) -> Tensor:
+    """Which tokens ``[B, T]`` of a batch are not padding."""
+    if "attention_mask" in batch:
+        return batch["attention_mask"].bool()
+    inside = batch["position_ids"] > 0
+    # A document has at least two tokens, so its first is followed by position 1.
+    return inside | torch.nn.functional.pad(inside[:, 1:], (0, 1))
+
+
 def real_tokens(batch: Batch) -> int:
     """Tokens of a batch that are not padding."""
-    if "attention_mask" in batch:
-        return int(batch["attention_mask"].sum())
-    inside = batch["position_ids"] > 0
-    starts = inside[:, 1:] & ~inside[:, :-1]  # a document has at least two tokens, so each has one such step
-    return int(inside.sum() + starts.sum())
+    return int(real(batch).sum())
 
 
 def row_ids(batch: Batch) -> list[int]:

@@ -26,6 +26,7 @@ from src.data.encode import Encoder, TooLong
 from src.data.loader import Loader, across_ranks, alone
 from src.data.options import Sources
 from src.data.reader import Corpora, State
+from src.data.redistribute import redistribute
 from src.data.statistics import Statistics
 from src.data.stream import Recipe
 from src.errors import ConfigError
@@ -98,7 +99,7 @@ class Corpus(LightningDataModule):
         self.shuffle_buffer, self.num_workers, self.seed = shuffle_buffer, num_workers, seed
         self.order = {
             "tokenizer": len(self.tokenizer),
-            "train": [[Path(source.path).name, source.weight] for source in self.train],
+            "train": [{**asdict(source), "path": Path(source.path).name} for source in self.train],
             "columns": asdict(self.columns), "held_out": held_out, "separator": separator,
             "supervise": supervise, "packing": packing, "batch_size": batch_size,
             "max_length": max_length, "too_long": too_long, "bos": bos, "eos": eos,
@@ -201,7 +202,7 @@ class Corpus(LightningDataModule):
         return {"order": self.order, "positions": positions}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from saved positions, in a fit; validation has no position.
+        """Go on from saved positions, in a fit, on any number of ranks; validation has no position.
 
         Raises:
             ConfigError: the order of the documents would be another; names the keys.
@@ -209,18 +210,16 @@ class Corpus(LightningDataModule):
         if self.trainer is not None and self.trainer.state.fn != TrainerFn.FITTING:
             return
         changed = [
-            f"data.{key} was {state_dict['order'].get(key)} and is now {value}"
+            f"data.init_args.{key} was {state_dict['order'].get(key)} and is now {value}"
             for key, value in self.order.items()
             if state_dict["order"].get(key) != value
         ]
-        world, now = len(state_dict["positions"]), self._ranks()["world"]
-        changed += [f"{world} ranks were training and now {now}"] * (world != now)
         if changed:
             raise ConfigError(
                 "data: the checkpoint's place in the corpus has no meaning now: "
                 f"{'; '.join(changed)}. Set them back, or start anew without the checkpoint."
             )
-        self._resume = state_dict["positions"]
+        self._resume = redistribute(state_dict["positions"], self._ranks()["world"])
 
     def _ranks(self) -> dict[str, Any]:
         trainer = self.trainer

@@ -13,6 +13,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
+from math import gcd
 from typing import Any
 
 import torch
@@ -27,9 +28,6 @@ from src.errors import ConfigError
 
 Agree = Callable[[bool, int], tuple[bool, int]]
 """Given whether this rank has more and its number of tokens: whether any rank has, and the sum."""
-
-
-_START: State = {"turn": 0, "lanes": [None] * LANES}  # of an epoch
 
 
 def alone(more: bool, tokens: int) -> tuple[bool, int]:
@@ -52,7 +50,12 @@ def across_ranks() -> Agree:
 def start() -> State:
     """The position before the first batch of the first epoch."""
     counts = asdict(Statistics())
-    return {"epoch": 0, **_START, "tokens": 0, "finished": False, "statistics": counts}
+    return {"epoch": 0, **_epoch(LANES), "tokens": 0, "finished": False, "statistics": counts}
+
+
+def _epoch(lanes: int) -> State:
+    """The part of a position that tells the place in an epoch, at its start."""
+    return {"turn": 0, "lanes": [None] * lanes}
 
 
 class Loader:
@@ -66,7 +69,7 @@ class Loader:
         recipe: what the batches are made of.
         rank: this rank.
         world: number of ranks.
-        workers: worker processes; 0 reads in this process. A divisor of ``LANES``.
+        workers: worker processes, at most; 0 reads in this process. As many as divide the lanes.
         max_tokens: tokens, over all ranks and epochs, after which there are no more batches.
         agree: how ranks agree that an epoch goes on.
         position: where to start.
@@ -124,7 +127,7 @@ class Loader:
             tokens += total
             finished = self.max_tokens is not None and tokens >= self.max_tokens
             if not more:
-                here = {**position, "epoch": position["epoch"] + 1, **_START}
+                here = {**position, "epoch": position["epoch"] + 1, **_epoch(len(position["lanes"]))}
             counts = {**here["statistics"], "repeated": repeated}
             self._queue.append({**here, "tokens": tokens, "finished": finished, "statistics": counts})
             yield this
@@ -144,6 +147,7 @@ class Loader:
         if workers:  # a fork keeps no threads: with them a tokenizer would wait for ever
             os.environ["TOKENIZERS_PARALLELISM"] = "false"
         lanes, ended = list(position["lanes"]), set[int]()
+        count, workers = len(lanes), gcd(workers, len(lanes)) if workers else 0
         counts = Statistics(**position["statistics"])
         data = DataLoader(
             Lanes(self.recipe, position, self.rank, self.world),
@@ -156,19 +160,19 @@ class Loader:
         for turn, item in enumerate(data, start=position["turn"]):
             if isinstance(item, ConfigError):
                 raise item
-            batch, lanes[turn % LANES], more = item
+            batch, lanes[turn % count], more = item
             counts += more
             here = {
                 **position,
-                "turn": (turn + 1) % LANES,
+                "turn": (turn + 1) % count,
                 "lanes": list(lanes),
                 "statistics": asdict(counts),
             }
             if batch is not None:
                 yield batch, here
             else:
-                ended.add(turn % LANES)
-                if len(ended) == LANES:
+                ended.add(turn % count)
+                if len(ended) == count:
                     break
         del data
         while True:
@@ -176,7 +180,7 @@ class Loader:
 
     def _first(self) -> Batch:
         """The first batch of the epoch, for a rank that has run out of its own."""
-        batch, _ = next(self._items({**self.position, **_START}, workers=0))
+        batch, _ = next(self._items({**self.position, **_epoch(len(self.position["lanes"]))}, workers=0))
         if batch is None:
             raise ConfigError(
                 f"data: rank {self.rank} of {self.world} found no document; the corpus is too "

@@ -49,7 +49,9 @@ _UNREADABLE = (
     lzma.LZMAError,
     pa.ArrowException,
 )
-_COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
+_COMPRESSED = (".gz", ".bz2", ".xz")
+_REFUSED = (".zst", ".zstd", ".lz4")
+"""Compression that nothing here undoes; it must not be read as if it were text."""
 
 
 @dataclass(frozen=True)
@@ -195,7 +197,7 @@ _READERS: dict[Format, tuple[Callable[[str], Iterator[tuple[int, Any]]], Callabl
 
 def _suffix(file: str) -> str:
     path = Path(file)
-    return path.with_suffix("").suffix if path.suffix in _COMPRESSED else path.suffix
+    return path.with_suffix("").suffix if path.suffix in (*_COMPRESSED, *_REFUSED) else path.suffix
 
 
 def _format(file: str) -> Format:
@@ -229,6 +231,12 @@ def _files(source: Source) -> list[str] | None:
         return None
     if not files:
         raise ConfigError(f"data: '{path}' {wanted}.")
+    refused = next((f for f in files if Path(f).suffix in _REFUSED), None)
+    if refused is not None:
+        raise ConfigError(
+            f"data: '{refused}': '{Path(refused).suffix}' files are not read; accepted: plain files, and "
+            f"{', '.join(_COMPRESSED)}. Unpack it, or compress it again with gzip."
+        )
     return files
 
 

@@ -2,6 +2,8 @@
 
 A corpus is dealt into ``world x LANES`` shares. A rank takes a batch from each of its ``LANES``
 lanes in turn; workers are only hands that serve some of the lanes, so their number changes nothing.
+The shares stay when a run is resumed on another number of ranks: each rank then has more lanes, or
+fewer (:mod:`src.data.redistribute`).
 A lane works in blocks: it reads and encodes documents, then shuffles them and plans their batches
 with a generator seeded by (seed, epoch, share, block). Its state is therefore small: where its
 sources stood when the block began, and how many batches of the block were given. The position of a
@@ -27,7 +29,7 @@ from src.data.statistics import Statistics
 from src.errors import ConfigError
 
 LANES = 4
-"""Lanes of a rank, and so the most workers that can serve it."""
+"""Lanes of a rank when a run starts, and so the most workers that can serve it."""
 
 _CHUNK = 64  # documents encoded at once
 
@@ -136,9 +138,10 @@ class Lanes(IterableDataset[Item | ConfigError]):
         worker = get_worker_info()
         offset, step = (worker.id, worker.num_workers) if worker else (0, 1)
         position, lanes = self.position, list[Iterator[Item]]()
-        for turn in range(position["turn"] + offset, position["turn"] + LANES, step):
-            share, state = turn % LANES * self.world + self.rank, position["lanes"][turn % LANES]
-            lane = Lane(self.recipe, position["epoch"], share, self.world * LANES, state)
+        count = len(position["lanes"])
+        for turn in range(position["turn"] + offset, position["turn"] + count, step):
+            share, state = turn % count * self.world + self.rank, position["lanes"][turn % count]
+            lane = Lane(self.recipe, position["epoch"], share, self.world * count, state)
             lanes.append(iter(lane))
         try:
             for items in cycle(lanes):

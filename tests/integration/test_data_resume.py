@@ -177,8 +177,8 @@ def test_a_changed_corpus_is_refused_at_resume(tmp_path, small):
     run.fit(Recorder(tmp_path / "log"), datamodule=corpus(tmp_path, small))
     run.save_checkpoint(path)
     for changes, message in [
-        ({"seed": 1}, r"data\.seed was 0 and is now 1"),
-        ({"batch_size": 2, "eos": False}, r"data\.batch_size was 4 and is now 2; data\.eos was True"),
+        ({"seed": 1}, r"data\.init_args\.seed was 0 and is now 1"),
+        ({"batch_size": 2, "eos": False}, r"batch_size was 4 and is now 2; data\.init_args\.eos was True"),
     ]:
         with pytest.raises(ConfigError, match=message):
             trainer(tmp_path, max_steps=4).fit(
@@ -187,6 +187,18 @@ def test_a_changed_corpus_is_refused_at_resume(tmp_path, small):
     # validation has no place in the corpus to lose
     data = corpus(tmp_path, small, validation=small, batch_size=2)
     trainer(tmp_path).validate(Recorder(tmp_path / "log"), datamodule=data, ckpt_path=path, verbose=False)
+
+
+@pytest.mark.parametrize(("key", "value"), [("name", "other"), ("split", "test"), ("format", "lines")])
+def test_another_part_or_reading_of_the_same_path_is_refused_at_resume(tmp_path, small, key, value):
+    """The path alone does not say what is read: a place in one split means nothing in another."""
+    before = corpus(tmp_path, [{"path": small}])
+    next(iter(before.train_dataloader()))
+    saved = before.state_dict()
+    moved = write_rows(tmp_path / "tokenizer" / "a.jsonl", numbered(21))
+    corpus(tmp_path, [{"path": moved}]).load_state_dict(saved)
+    with pytest.raises(ConfigError, match=rf"data\.init_args\.train was .*'{key}': .* '{key}': '{value}'"):
+        corpus(tmp_path, [{"path": small, key: value}]).load_state_dict(saved)
 
 
 def test_a_token_limit_stops_the_trainer(tmp_path, small):

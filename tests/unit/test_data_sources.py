@@ -129,6 +129,16 @@ def test_a_worker_fails_with_its_cause(tmp_path, fault):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("form", ["a.jsonl.zst", ".", "*.zst", "named format"])
+def test_compression_that_cannot_be_undone_is_refused_by_its_suffix(tmp_path, form):
+    """By name, in a directory (not passed over), through a glob, and whatever the format is said to be."""
+    (tmp_path / "a.jsonl.zst").write_bytes(b"\x28\xb5\x2f\xfd" + bytes(range(256)))
+    named = form == "named format"
+    source = Source(str(tmp_path / ("a.jsonl.zst" if named else form)), format="jsonl" if named else None)
+    with pytest.raises(ConfigError, match=r"a\.jsonl\.zst': '\.zst' files are not read.*\.gz, \.bz2, \.xz"):
+        list(open_source(source, 0, 1))
+
+
 @pytest.mark.parametrize("kind", ["truncated", "damaged", "not gzip"])
 def test_broken_gzip(tmp_path, kind):
     whole = gzip.compress(b"".join(json.dumps({"text": f"{i} " * 99}).encode() + b"\n" for i in range(999)))
