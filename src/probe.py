@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from src.data.batches import real_tokens
+from src.data.batches import real, real_tokens
 from src.errors import ConfigError
-from src.losses.distill import supervised
+from src.losses.distill import Distillation, supervised
 from src.losses.signals import Signal
-from src.models.gated import Observer
 
 if TYPE_CHECKING:
     from src.search import MaskSearch
+
+LABELS = Distillation(alpha=0.0, weight="none")
+"""The plain language-model loss."""
 
 
 class CalibrationProbe:
@@ -44,23 +47,78 @@ class CalibrationProbe:
             )
         self.tokens = sum(real_tokens(batch) for batch, _, _ in self.rows)
         search.tokens += self.tokens * search.trainer.world_size
-        self._known: dict[tuple[bool, tuple[float, ...]], float] = {}
+        self._known: dict[tuple[Any, ...], float] = {}
 
-    @torch.no_grad()
     def divergence(self, gates_L: Tensor, quick: bool = False) -> float:
         """Mean divergence (nats per token) of the model under ``gates_L`` from the teacher."""
-        key = (quick, tuple(gates_L.tolist()))
+        return self._measure(gates_L, quick, None)
+
+    def cross_entropy(self, gates_L: Tensor) -> float:
+        """Mean cross-entropy (nats per supervised token) of the model under ``gates_L`` on the labels."""
+        return self._measure(gates_L, False, LABELS)
+
+    @torch.no_grad()
+    def _measure(self, gates_L: Tensor, quick: bool, by: Distillation | None) -> float:
+        key = (quick, by, tuple(gates_L.tolist()))
         if key not in self._known:
             rows = self.rows[: -(-len(self.rows) // 4)] if quick else self.rows
             gates_L = gates_L.to(self.search.device)
-            losses = [self.search.divergence(batch, signal, gates_L) * n for batch, signal, n in rows]
-            sums = torch.stack([torch.stack(losses).sum(), losses[0].new_tensor(sum(n for *_, n in rows))])
-            total, count = self.search.trainer.strategy.reduce(sums, reduce_op="sum")
-            self._known[key] = float(total / count)
+            losses = [self.search.divergence(batch, signal, gates_L, by) * n for batch, signal, n in rows]
+            count = losses[0].new_tensor(sum(n for *_, n in rows))
+            self._known[key] = float(self.mean(torch.stack(losses).sum(), count))
         return self._known[key]
 
+    def mean(self, sums: Tensor, counts: Tensor) -> Tensor:
+        """``sums / counts``, both added up over the ranks first."""
+        reduce, device = self.search.trainer.strategy.reduce, self.search.device
+        totals = [cast(Tensor, reduce(x.to(device), reduce_op="sum")).to(x.device) for x in (sums, counts)]
+        return totals[0] / totals[1]
+
     @torch.no_grad()
-    def observe(self, observer: Observer) -> None:
-        """Run the open model over the rows, showing each layer's input and output."""
+    def states(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """The open model's residual stream, a batch at a time: ``(h_JBTH, real_BT)``, J = L + 1."""
         for batch, _, _ in self.rows:
-            self.search.hidden(batch, None, observer)
+            seen: list[Tensor] = []
+
+            def observe(layer: int, h_in: Tensor, h_out: Tensor, seen: list[Tensor] = seen) -> None:
+                seen.extend([h_in] * (layer == 0) + [h_out])
+
+            self.search.hidden(batch, None, observe)
+            yield torch.stack(seen), real(batch)
+
+    def gradients(self, visit: Callable[[int, nn.Module], None]) -> None:
+        """Differentiate the mean cross-entropy of the open model with respect to the layers' weights.
+
+        Raises:
+            ConfigError: the weights are quantised.
+        """
+        search = self.search
+        if search.loading["quantize"] is not None:
+            raise ConfigError(
+                f"model.quantize: this policy differentiates the weights, which "
+                f"'{search.loading['quantize']}' does not allow. Set it to null, or choose another policy."
+            )
+        if search.device_mesh is not None:
+            raise ConfigError(
+                "trainer.strategy: this policy differentiates the weights, which FSDP2 holds in parts. Use "
+                "configs/strategy/ddp.yaml, or choose another policy."
+            )
+        reduce = search.trainer.strategy.reduce
+        weights = [p for layer in search.gates.layers for p in layer.parameters()]
+        own = torch.tensor(sum(n for *_, n in self.rows), device=search.device)
+        supervised_tokens = int(cast(Tensor, reduce(own, reduce_op="sum")))
+        try:
+            with torch.enable_grad():
+                for p in weights:
+                    p.requires_grad_(True)
+                for batch, signal, n in self.rows:
+                    search.spent(batch, search.num_layers)
+                    (search.divergence(batch, signal, None, LABELS) * (n / supervised_tokens)).backward()
+            for p in weights:
+                p.grad = cast(Tensor, reduce(p.grad, reduce_op="sum"))
+            for index, layer in enumerate(search.gates.layers):
+                visit(index, layer)
+        finally:
+            for p in weights:
+                p.requires_grad_(False)
+                p.grad = None

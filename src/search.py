@@ -14,11 +14,12 @@ from collections.abc import Iterable
 from typing import Any, cast
 
 import torch
-from lightning import LightningModule
+from lightning import LightningModule, Trainer
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
+from src.compatibility import check_search
 from src.data.batches import real_tokens
 from src.errors import ConfigError
 from src.losses.distill import Distillation, supervised
@@ -29,7 +30,9 @@ from src.models.gated import GatedLayers, Observer, freeze
 from src.models.head import OutputHead
 from src.models.layers import num_layers
 from src.models.loading import Dtype, Quantization, check_vocabulary, load_config, load_model
+from src.models.sharding import shard
 from src.policies import MaskPolicy
+from src.ranks import Part, total, world
 from src.teachers import TeacherSource
 
 Batch = dict[str, Tensor]
@@ -82,11 +85,23 @@ class MaskSearch(LightningModule):
         config = load_config(model, revision)
         self.num_layers = num_layers(config)
         count = count_to_remove(self.num_layers, remove, ratio)
-        policy.setup(self.num_layers, count, constraints(config).pinned(self.num_layers, count))
+        limits = constraints(config)
+        try:
+            policy.setup(self.num_layers, count, limits.pinned(self.num_layers, count))
+        except ConfigError as e:
+            raise ConfigError(f"{e} {limits.reason}".strip()) from e
         self.tokens = 0
-        self.layer_forwards = 0
+        self.forward_tokens = 0.0
+        """Tokens passed through all layers; a backward pass through the activations counts as another."""
 
     # ------------------------------------------------------------------ model
+
+    def refuse(self, trainer: Trainer, data: object) -> None:
+        """Refuse, before anything is loaded, what cannot work with this trainer and these data."""
+        check_search(trainer, data, self.loading["quantize"], self.teacher)
+
+    def setup(self, stage: str) -> None:
+        self.refuse(self.trainer, getattr(self.trainer, "datamodule", None))
 
     def configure_model(self) -> None:
         """Load the frozen model and gate it; a tuple keeps it out of the module tree and checkpoints."""
@@ -96,11 +111,13 @@ class MaskSearch(LightningModule):
         self._frozen = (network,)
         self.gates = GatedLayers(network, self.checkpoint_activations)
         self.head = OutputHead(network)
+        if self.device_mesh is not None:
+            shard(network, self.device_mesh["data_parallel"])
 
     def on_fit_start(self) -> None:
         """Bring the frozen model to the device, which Lightning does not know of, and check its head."""
         (network,) = self._frozen
-        if self.loading["quantize"] is None:
+        if self.loading["quantize"] is None and self.device_mesh is None:
             cast(Any, network).to(self.device)
         self.head.check()
         check_vocabulary(cast(Any, self.trainer).datamodule.tokenizer, network)
@@ -118,9 +135,15 @@ class MaskSearch(LightningModule):
 
     def hidden(self, batch: Batch, gates_L: Tensor | None, observer: Observer | None = None) -> Tensor:
         """Final hidden states ``[B, T, H]`` of the model under gates (None is open)."""
-        self.layer_forwards += self.num_layers
+        before = self.gates.evaluated
         with self.gates.use(gates_L, observer):
-            return self.head.hidden(batch)
+            hidden_BTH = self.head.hidden(batch)
+        self.spent(batch, self.gates.evaluated - before)
+        return hidden_BTH
+
+    def spent(self, batch: Batch, layers: int) -> None:
+        """Count a pass of a batch through some layers."""
+        self.forward_tokens += real_tokens(batch) * self.trainer.world_size * layers / self.num_layers
 
     @torch.no_grad()
     def teacher_signal(self, batch: Batch, index: Tensor) -> Signal:
@@ -130,17 +153,33 @@ class MaskSearch(LightningModule):
         hidden_NH = self.hidden(batch, None).flatten(0, 1)[index]
         return live_signal(self.head, hidden_NH, self.distillation.k)
 
-    def divergence(self, batch: Batch, signal: Signal, gates_L: Tensor) -> Tensor:
-        """Loss of the model under gates against a teacher's signal on the same batch."""
+    def divergence(
+        self,
+        batch: Batch,
+        signal: Signal,
+        gates_L: Tensor | None,
+        by: Distillation | None = None,
+        part: Part | None = None,
+    ) -> Tensor:
+        """Loss of the model under gates against a teacher's signal on the same batch.
+
+        Args:
+            batch: rows.
+            signal: what the teacher says at their supervised positions.
+            gates_L: gates, or None for all open.
+            by: the loss, if not the search's own.
+            part: the batch of all ranks that this one is a part of; None: it is on its own.
+        """
         index = supervised(batch["labels"])
         labels_N = batch["labels"].flatten()[index + 1]
         hidden_NH = self.hidden(batch, gates_L).flatten(0, 1)[index]
-        return self.distillation(self.head, hidden_NH, labels_N, signal)["loss"]
+        return (by or self.distillation)(self.head, hidden_NH, labels_N, signal, part)["loss"]
 
     # ------------------------------------------------------------------ learning
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         index = supervised(batch["labels"])
+        part = Part(len(index), real_tokens(batch), self.device)
         signal = self.teacher_signal(batch, index)
         micro = batch_idx % self.trainer.accumulate_grad_batches
         gates, losses, grads = [], [], []
@@ -148,21 +187,23 @@ class MaskSearch(LightningModule):
             asked = self.policy.sample(self.trainer.global_step, micro * self.draws + draw)
             leaf = asked.detach().requires_grad_(self.policy.needs_gradient)
             with torch.set_grad_enabled(self.policy.needs_gradient):
-                loss = self.divergence(batch, signal, leaf)
+                loss = self.divergence(batch, signal, leaf, part=part)
             if self.policy.needs_gradient:
                 grads.append(torch.autograd.grad(loss, leaf)[0])
+                self.spent(batch, self.num_layers)
             gates.append(asked)
             losses.append(loss.detach())
-        self.tokens += real_tokens(batch) * self.trainer.world_size
-        self.log("train/kl", torch.stack(losses).mean(), prog_bar=True)
-        told = torch.stack(grads) if grads else None
-        return self.policy.surrogate(torch.stack(gates), torch.stack(losses), told)
+        self.tokens += part.tokens
+        losses_D, grads_DL = told(losses, grads)
+        self.log("train/kl", losses_D.mean(), prog_bar=True)
+        return self.policy.surrogate(torch.stack(gates), losses_D, grads_DL)
 
     def validation_step(self, batch: Batch, _: int) -> None:
         index = supervised(batch["labels"])
+        part = Part(len(index), real_tokens(batch), self.device)
         gates_L = self.policy.gates(self.policy.harden())
-        loss = self.divergence(batch, self.teacher_signal(batch, index), gates_L)
-        self.log("val/kl", loss, prog_bar=True, batch_size=len(index), sync_dist=True)
+        loss = self.divergence(batch, self.teacher_signal(batch, index), gates_L, part=part)
+        self.log("val/kl", loss, prog_bar=True, batch_size=part.positions, sync_dist=True)
 
     test_step = validation_step
 
@@ -186,10 +227,22 @@ class MaskSearch(LightningModule):
         )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["budget"] = {"tokens": self.tokens, "layer_forwards": self.layer_forwards}
+        checkpoint["budget"] = {"tokens": self.tokens, "forward_tokens": self.forward_tokens}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self.tokens, self.layer_forwards = checkpoint["budget"].values()
+        self.tokens, self.forward_tokens = checkpoint["budget"].values()
+
+
+def told(losses: list[Tensor], grads: list[Tensor]) -> tuple[Tensor, Tensor | None]:
+    """Losses ``[D]`` and their gradients ``[D, L]`` (None if there are none), means over the ranks.
+
+    Every policy is told the same bits on every rank, so that all make the same update.
+    """
+    if world() == 1:
+        return torch.stack(losses), torch.stack(grads) if grads else None
+    columns = [torch.stack(losses)[:, None], *([torch.stack(grads)] if grads else [])]
+    table = total(torch.cat(columns, 1)) / world()
+    return table[:, 0], table[:, 1:] if grads else None
 
 
 def count_to_remove(layers: int, remove: int | None, ratio: float | None) -> int:

@@ -2,11 +2,15 @@
 
 from src.callbacks.anneal import PruningCurriculum, TemperatureAnnealing
 from src.callbacks.harden import HardenMask
+from src.callbacks.last import LastCheckpoint
 from src.callbacks.monitor import SearchMonitor, Throughput
+from src.callbacks.recompute import CheckpointActivations
 from src.callbacks.record import StageRecord
 
 __all__ = [
+    "CheckpointActivations",
     "HardenMask",
+    "LastCheckpoint",
     "PruningCurriculum",
     "SearchMonitor",
     "StageRecord",

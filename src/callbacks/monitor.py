@@ -39,10 +39,11 @@ class SearchMonitor(Callback):
             self._draw(trainer, module)
 
     def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
+        path = Path(trainer.log_dir or ".") / "gates.json"  # log_dir asks all ranks
         if self.course and trainer.is_global_zero:
             self._draw(trainer, module)
             course = [[round(p, 4) for p in keep_L.tolist()] for keep_L in self.course]
-            write_json(Path(trainer.log_dir or ".") / "gates.json", {"keep_probability": course})
+            write_json(path, {"keep_probability": course})
 
     def _draw(self, trainer: Trainer, module: LightningModule) -> None:
         for logger in trainer.loggers:

@@ -34,6 +34,7 @@ class StageRecord(Callback):
             self.history.append((trainer.global_step, float(value)))
 
     def on_fit_end(self, trainer: Trainer, module: LightningModule) -> None:
+        path = self.path or Path(trainer.log_dir or ".") / "record.json"  # log_dir asks all ranks
         if trainer.interrupted or not trainer.is_global_zero:
             return
         record = {
@@ -43,7 +44,7 @@ class StageRecord(Callback):
             "history": self.history,
             "commit": git_sha(),
         }
-        write_json(self.path or Path(trainer.log_dir or ".") / "record.json", record)
+        write_json(path, record)
 
     def state_dict(self) -> dict[str, Any]:
         return {"seconds": time.monotonic() - self._since, "history": self.history}

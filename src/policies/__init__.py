@@ -1,6 +1,36 @@
 """Mask policies: one file each, named by class path in YAML."""
 
+from src.policies.angular import AngularDistance
 from src.policies.base import MaskPolicy, Probe
+from src.policies.block_influence import BlockInfluence
+from src.policies.bypass import BypassBP
+from src.policies.concave import ConcaveGate
+from src.policies.exhaustive import Exhaustive
 from src.policies.gumbel_topk import GumbelTopK
+from src.policies.hard_concrete import HardConcrete
+from src.policies.layer_kl import LayerKL
+from src.policies.perplexity import OneShotPerplexity
+from src.policies.random_search import RandomSearch
+from src.policies.sleb import SLEB
+from src.policies.streamline import Streamline
+from src.policies.tail import Tail
+from src.policies.taylor import Taylor
 
-__all__ = ["GumbelTopK", "MaskPolicy", "Probe"]
+__all__ = [
+    "AngularDistance",
+    "BlockInfluence",
+    "BypassBP",
+    "ConcaveGate",
+    "Exhaustive",
+    "GumbelTopK",
+    "HardConcrete",
+    "LayerKL",
+    "MaskPolicy",
+    "OneShotPerplexity",
+    "Probe",
+    "RandomSearch",
+    "SLEB",
+    "Streamline",
+    "Tail",
+    "Taylor",
+]

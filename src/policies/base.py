@@ -10,27 +10,45 @@ Shapes: D draws, L layers.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from src.errors import ConfigError
-from src.models.gated import Observer
 
 
 class Probe(Protocol):
-    """What a policy may measure on the calibration rows before and after the search."""
+    """What a policy may measure on the calibration rows before and after the search.
+
+    Numbers are means over the rows of all ranks, hence equal on all ranks.
+    """
 
     def divergence(self, gates_L: Tensor, quick: bool = False) -> float:
-        """Mean KL (nats per token) from the teacher to the model under ``gates_L``; same on all ranks.
+        """Mean KL (nats per token) from the teacher to the model under ``gates_L``.
 
         A quick measurement uses a part of the rows.
         """
 
-    def observe(self, observer: Observer) -> None:
-        """Run the open model once, calling ``observer(layer, h_in_BTH, h_out_BTH)`` at each layer."""
+    def cross_entropy(self, gates_L: Tensor) -> float:
+        """Mean cross-entropy (nats per supervised token) of the model under ``gates_L`` on the labels."""
+
+    def states(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """The open model's residual stream, a batch at a time: ``(h_JBTH, real_BT)``.
+
+        J = L + 1: ``h[l]`` enters layer l, and ``h[L]`` leaves the last layer, before the final norm.
+        ``real`` is false at padding.
+        """
+
+    def mean(self, sums: Tensor, counts: Tensor) -> Tensor:
+        """``sums / counts``, both added up over the ranks first."""
+
+    def gradients(self, visit: Callable[[int, nn.Module], None]) -> None:
+        """Differentiate the mean cross-entropy of the open model with respect to the layers' weights.
+
+        ``visit(layer, module)`` is called for each layer with the gradient in its parameters' ``grad``.
+        """
 
 
 class MaskPolicy(nn.Module):
@@ -41,6 +59,9 @@ class MaskPolicy(nn.Module):
     Args:
         always_keep: layers that may not be removed, such as ``[0, -1]``; negative counts from the end.
         seed: seed of the policy's own draws.
+        candidates: how many of the last distinct hardened masks compete on held-out rows; 1 is the plain
+            answer of the method.
+        polish: whether single swaps of a removed and a kept layer are tried on held-out rows.
     """
 
     needs_gradient = True
@@ -51,9 +72,16 @@ class MaskPolicy(nn.Module):
 
     logits: nn.Parameter
 
-    def __init__(self, always_keep: Iterable[int] = (), seed: int = 0) -> None:
+    def __init__(
+        self,
+        always_keep: Iterable[int] = (),
+        seed: int = 0,
+        candidates: int = 1,
+        polish: bool = False,
+    ) -> None:
         super().__init__()
         self.always_keep, self.seed = tuple(always_keep), seed
+        self.candidates, self.polish = candidates, polish
 
     def setup(self, num_layers: int, remove: int, pinned: Iterable[int] = ()) -> None:
         """Learn the sizes and create the parameters. Called once, before anything else.
@@ -87,6 +115,7 @@ class MaskPolicy(nn.Module):
     def sample(self, step: int, draw: int) -> Tensor:
         """Ask for a mask: gates ``[L]``, exactly 0 or 1, exactly ``self.remove`` zeros.
 
+        A method whose gates are relaxed by definition may return values in [0, 1] instead.
         A pure function of the parameters, (seed, step, draw) and the schedules, hence equal on all ranks.
         The result may carry a relaxed gradient to the parameters.
         """

@@ -38,32 +38,42 @@ class GumbelTopK(MaskPolicy):
             marginals of the subset law, no temperature), ``sigmoid``, or ``identity`` (control).
         side: ``prune`` draws the layers to remove, ``keep`` those to keep.
         init: start of the logits: ``kl`` (rise of the KL when the layer is bypassed), ``block_influence``
-            (ShortGPT) or ``zeros``. Scores go through a logarithm and are standardised.
+            (ShortGPT), ``zeros``, or ``random`` (normal, by the seed). Scores go through a logarithm and are
+            standardised.
         init_scale: standard deviation of the initial logits.
         temperature: of the relaxation; :class:`src.callbacks.TemperatureAnnealing` moves it.
         always_keep: layers that may not be removed, such as ``[0, -1]``.
         seed: seed of the noise.
+        candidates: how many of the last distinct masks compete on held-out rows (the paper's own budget
+            table is not monotone: the last mask is not always the best).
+        polish: try single swaps of a removed and a kept layer on held-out rows.
     """
 
     def __init__(
         self,
         form: Literal["softmax", "successive", "simple", "sigmoid", "identity"] = "softmax",
         side: Literal["prune", "keep"] = "prune",
-        init: Literal["kl", "block_influence", "zeros"] = "kl",
+        init: Literal["kl", "block_influence", "zeros", "random"] = "kl",
         init_scale: float = 1.0,
         temperature: float = 1.0,
         always_keep: Iterable[int] = (),
         seed: int = 0,
+        candidates: int = 4,
+        polish: bool = True,
     ) -> None:
-        super().__init__(always_keep, seed)
+        super().__init__(always_keep, seed, candidates, polish)
         self.form, self.side, self.init = form, side, init
         self.init_scale, self.temperature = init_scale, temperature
 
     def initialise(self, probe: Probe) -> None:
         if self.init == "zeros":
             return
-        # Importance is heavy-tailed (one layer can be a thousand times the median): take logarithms.
-        score = torch.log(_SCORES[self.init](probe, self.num_layers).clamp_min(0) + 1e-8)
+        if self.init == "random":
+            # A stream of its own: draw 0 of step 0 would give the noise of the first mask.
+            score = torch.randn(self.num_layers, generator=self.generator(-1, 0))
+        else:
+            # Importance is heavy-tailed (one layer can be a thousand times the median): take logarithms.
+            score = torch.log(_SCORES[self.init](probe, self.num_layers).clamp_min(0) + 1e-8)
         free = score[self.free]
         spread = (free - free.mean()) / free.std(correction=0).clamp_min(1e-8)
         with torch.no_grad():

@@ -19,13 +19,11 @@ def layer_kl(probe: Probe, num_layers: int) -> Tensor:
 
 
 def block_influence(probe: Probe, num_layers: int) -> Tensor:
-    """``1 - mean cos(h_l, h_{l+1})`` over the calibration tokens (ShortGPT, arXiv 2403.03853)."""
+    """``1 - mean cos(h_l, h_{l+1})`` over the real calibration tokens (ShortGPT, arXiv 2403.03853)."""
     total, count = torch.zeros(num_layers), torch.zeros(num_layers)
-
-    def observe(layer: int, h_in: Tensor, h_out: Tensor) -> None:
-        cosine = torch.nn.functional.cosine_similarity(h_in.float(), h_out.float(), dim=-1)
-        total[layer] += (1 - cosine).sum().cpu()
-        count[layer] += cosine.numel()
-
-    probe.observe(observe)
-    return total / count
+    for h_JBTH, real_BT in probe.states():
+        h_JNH = h_JBTH[:, real_BT].float()
+        cosine_LN = torch.nn.functional.cosine_similarity(h_JNH[:-1], h_JNH[1:], dim=-1)
+        total += (1 - cosine_LN).sum(-1).cpu()
+        count += cosine_LN.shape[-1]
+    return probe.mean(total, count)

@@ -116,6 +116,19 @@ def test_exact_draws_follow_the_subset_law() -> None:
     assert (rate - R.marginals(theta, q)).abs().max() < 5 * math.sqrt(0.25 / count)
 
 
+def test_a_random_start_is_standardised_and_follows_the_seed() -> None:
+    def start(seed: int) -> torch.Tensor:
+        asked = GumbelTopK(init="random", init_scale=2.0, always_keep=[0], seed=seed)
+        asked.setup(9, 3)
+        asked.initialise(None)  # type: ignore[arg-type]  # nothing is measured
+        return asked.logits.detach()[1:]
+
+    assert torch.equal(start(0), start(0))
+    assert not torch.equal(start(0), start(1))
+    torch.testing.assert_close(start(0).mean(), torch.tensor(0.0), atol=1e-6, rtol=0)
+    torch.testing.assert_close(start(0).std(correction=0), torch.tensor(2.0))
+
+
 def test_harden_keeps_the_highest_logits_and_the_constrained() -> None:
     made = policy(remove=2, layers=5, always_keep=[0])
     with torch.no_grad():

@@ -85,13 +85,11 @@ def test_open_gates_have_no_divergence(teacher_dir: str, batch: dict[str, torch.
     assert made.divergence(batch, signal, torch.ones(6)).abs() < 1e-6
 
 
-def test_the_budget_counts_tokens_and_layer_forwards(
-    teacher_dir: str, batch: dict[str, torch.Tensor]
-) -> None:
+def test_the_budget_counts_tokens_and_passes(teacher_dir: str, batch: dict[str, torch.Tensor]) -> None:
     made = search(teacher_dir)
     made.training_step(batch, 0)
     assert made.tokens == int(batch["attention_mask"].sum())
-    assert made.layer_forwards == (1 + 3) * 6  # the teacher's pass and three draws
+    assert made.forward_tokens == made.tokens * (1 + 2 * 3)  # the teacher; three draws, there and back
 
 
 @pytest.mark.parametrize(
@@ -116,8 +114,20 @@ def test_polish_reaches_a_local_optimum_and_measures_finalists_only() -> None:
             exact.append(keep)
         return sum(values[i] for i in range(9) if i not in keep)
 
-    found = polish((0, 1, 2, 3, 4, 5), list(range(1, 9)), measure, finalists=2)
+    found = polish((0, 1, 2, 3, 4, 5), list(range(1, 9)), measure, [0.0] * 9, finalists=2)
     best = min(itertools.combinations(range(1, 9), 3), key=lambda gone: sum(values[i] for i in gone))
     assert set(range(9)) - set(found) == set(best)
     assert 0 in found
     assert len(set(exact)) <= 2 * 4 + 1
+
+
+def test_polish_tries_the_swaps_that_the_search_finds_likeliest() -> None:
+    worth, tried = [5.0, 1.0, 4.0, 2.0, 3.0, 0.0], []
+
+    def measure(keep: tuple[int, ...], quick: bool) -> float:
+        tried.append(keep)
+        return float(keep != (0, 1, 2, 3))  # no swap helps
+
+    assert polish((0, 1, 2, 3), list(range(6)), measure, worth, swaps=2) == (0, 1, 2, 3)
+    # Layer 4 for 1 gains two, 4 for 3 gains one; every other swap loses worth.
+    assert set(tried) == {(0, 2, 3, 4), (0, 1, 2, 4), (0, 1, 2, 3)}

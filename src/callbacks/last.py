@@ -1,0 +1,31 @@
+"""A ``last.ckpt`` that is the last step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+
+class LastCheckpoint(ModelCheckpoint):
+    """Lightning's ``ModelCheckpoint`` whose ``last.ckpt`` holds the last step however the run ends.
+
+    With ``every_n_train_steps`` alone, a run of other than a multiple of it, or one that ends with its data
+    (``data.max_tokens``), leaves the last multiple there, and an export would take it without a word.
+    """
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        """Save the final step before its epoch is counted as complete: a longer run resumes in its middle."""
+        super().on_train_batch_end(trainer, pl_module, *args)
+        if trainer.global_step == trainer.max_steps or trainer.should_stop:
+            self._save_now(trainer)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save what no step could know to be the last."""
+        if not trainer.interrupted:
+            self._save_now(trainer)
+
+    def _save_now(self, trainer: Trainer) -> None:
+        if not self._should_skip_saving_checkpoint(trainer):
+            self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))

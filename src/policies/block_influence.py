@@ -1,0 +1,16 @@
+"""ShortGPT (arXiv 2403.03853): drop the layers that turn the residual stream least."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from src.policies.base import Probe
+from src.policies.one_shot import OneShot
+from src.policies.scores import block_influence
+
+
+class BlockInfluence(OneShot):
+    """Score ``1 - mean cos(h_l, h_{l+1})`` over the real tokens; one forward pass."""
+
+    def score(self, probe: Probe) -> Tensor:
+        return block_influence(probe, self.num_layers)

@@ -1,0 +1,69 @@
+"""L0 gates with a Lagrangian, as in Sheared-LLaMA (arXiv 2310.06694), at layer level.
+
+Multipliers drive the expected number of open hard concrete gates (arXiv 1712.01312) to the target. A gate is
+a stretched and clipped binary concrete variable, so a forward pass sees values in [0, 1], many of them
+exactly 0 or 1. The count is met in expectation only; hardening takes the exact count by the log-alphas.
+Weights stay frozen here, while Sheared-LLaMA trains them along with the gates.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from src.policies.base import MaskPolicy
+
+TEMPERATURE, LOW, HIGH = 2 / 3, -0.1, 1.1
+"""Of the concrete variable, and the interval it is stretched to (the constants of arXiv 1712.01312)."""
+
+
+class HardConcrete(MaskPolicy):
+    """Learned log-alphas (the logits) and two Lagrange multipliers, which ascend while the logits descend.
+
+    The loss gains ``m_1 d + m_2 d^2`` with d the expected number of layers kept too many; under
+    :class:`src.callbacks.PruningCurriculum` the number to remove rises, as in Sheared-LLaMA. One optimiser
+    steps both kinds of parameters: use a per-coordinate one such as Adam, for their units differ.
+
+    Args:
+        log_alpha: start of the log-alphas. At 2 a layer is open with probability 0.97 (our choice).
+        kwargs: ``always_keep``, ``seed``, ``candidates``, ``polish`` of the base class.
+    """
+
+    def __init__(self, log_alpha: float = 2.0, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.log_alpha = log_alpha
+
+    def setup(self, num_layers: int, remove: int, pinned: Iterable[int] = ()) -> None:
+        super().setup(num_layers, remove, pinned)
+        with torch.no_grad():
+            self.logits[self.free] = self.log_alpha
+        self.multipliers = nn.Parameter(torch.zeros(2))
+
+    def sample(self, step: int, draw: int) -> Tensor:
+        """Relaxed gates ``[L]`` in [0, 1]; the layers that may not go are open."""
+        u = torch.rand(len(self.free), generator=self.generator(step, draw)).clamp(1e-6, 1 - 1e-6)
+        noise = (torch.log(u) - torch.log1p(-u)).to(self.logits)
+        concrete = torch.sigmoid((noise + self.logits[self.free]) / TEMPERATURE)
+        gates = torch.ones(self.num_layers, device=self.logits.device)
+        gates[self.free] = (concrete * (HIGH - LOW) + LOW).clamp(0, 1)
+        return gates
+
+    def open_probabilities(self) -> Tensor:
+        """Probability that each free layer's gate is not zero (arXiv 1712.01312)."""
+        return torch.sigmoid(self.logits[self.free] - TEMPERATURE * math.log(-LOW / HIGH))
+
+    def surrogate(self, gates_DL: Tensor, losses_D: Tensor, grads_DL: Tensor | None) -> Tensor:
+        excess = self.open_probabilities().sum() - (len(self.free) - self.remove)
+        # Value of the multipliers, negated gradient: the optimiser's descent is their ascent.
+        rising = 2 * self.multipliers.detach() - self.multipliers
+        pathwise = super().surrogate(gates_DL, losses_D, grads_DL)
+        return pathwise + rising[0] * excess + rising[1] * excess**2
+
+    def keep_probabilities(self) -> Tensor:
+        keep = torch.ones(self.num_layers)
+        keep[self.free] = self.open_probabilities().detach().cpu()
+        return keep

@@ -1,0 +1,96 @@
+"""Training-free methods: the layers are scored once on calibration rows, and nothing is learned after.
+
+The scores live in ``logits``, so a checkpoint holds them and a resumed run hardens alike. One training step
+is enough (``trainer.max_steps: 1``): it only gives the run its beginning and its end.
+
+Shapes: B rows, T tokens of a row, H hidden, J = L + 1 places of the residual stream, W = L + 1 - n windows of
+n = ``remove`` neighbouring layers, N measured tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from src.errors import ConfigError
+from src.policies.base import MaskPolicy, Probe
+
+BROKEN = 1e30
+"""Score of a layer without which the model yields no finite number; finite, so that ``nothing()`` is."""
+
+
+class OneShot(MaskPolicy):
+    """Removes the layers of the lowest scores. A subclass gives the scores.
+
+    Args:
+        always_keep: layers that may not be removed, such as ``[0, -1]``; negative counts from the end.
+        seed: unused by the scores.
+        candidates: 1; a method that never moves has one mask.
+        polish: whether single swaps of a removed and a kept layer are tried on held-out rows.
+    """
+
+    needs_gradient = False
+
+    def score(self, probe: Probe) -> Tensor:
+        """Scores ``[L]``; the higher, the more a layer matters."""
+        raise NotImplementedError
+
+    def initialise(self, probe: Probe) -> None:
+        with torch.no_grad():
+            self.logits.copy_(self.score(probe).nan_to_num(nan=BROKEN, posinf=BROKEN))
+
+    def sample(self, step: int, draw: int) -> Tensor:
+        """The same mask at every draw: gates ``[L]`` without the ``self.remove`` lowest free layers."""
+        gone = sorted(self.free, key=self.logits.detach().tolist().__getitem__)[: self.remove]
+        return self.gates(set(range(self.num_layers)) - set(gone))
+
+    def surrogate(self, gates_DL: Tensor, losses_D: Tensor, grads_DL: Tensor | None) -> Tensor:
+        return self.nothing()
+
+
+class Contiguous(OneShot):
+    """Removes the one run of neighbouring layers that changes the residual stream least.
+
+    Only runs of which every layer may be removed compete. A subclass measures the change.
+    """
+
+    def setup(self, num_layers: int, remove: int, pinned: Iterable[int] = ()) -> None:
+        """As the base class.
+
+        Raises:
+            ConfigError: no run of this length is free of layers that must stay.
+        """
+        super().setup(num_layers, remove, pinned)
+        windows = range(num_layers - remove + 1)
+        self.starts = [i for i in windows if set(range(i, i + remove)) <= set(self.free)]
+        if not self.starts:
+            raise ConfigError(
+                f"remove: {remove} neighbouring layers asked, but only {self.free} may be removed, and no "
+                f"{remove} of them lie side by side. Remove fewer (model.remove, model.ratio), shorten "
+                f"policy.always_keep, or choose a policy that may remove scattered layers."
+            )
+
+    def change(self, h_in_WBTH: Tensor, h_out_WBTH: Tensor, real_BT: Tensor) -> Tensor:
+        """How far each window moves the stream ``[W, N]``, at the tokens the method looks at.
+
+        Args:
+            h_in_WBTH: the stream before each window.
+            h_out_WBTH: and after it.
+            real_BT: false at padding.
+        """
+        raise NotImplementedError
+
+    def score(self, probe: Probe) -> Tensor:
+        """0 within the window of the smallest mean change, 1 outside."""
+        windows = self.num_layers + 1 - self.target
+        total, count = torch.zeros(windows), torch.zeros(windows)
+        for h_JBTH, real_BT in probe.states():
+            change_WN = self.change(h_JBTH[: -self.target], h_JBTH[self.target :], real_BT)
+            total += change_WN.sum(-1).cpu()
+            count += change_WN.shape[-1]
+        best = min(self.starts, key=probe.mean(total, count).nan_to_num(nan=BROKEN).tolist().__getitem__)
+        score = torch.ones(self.num_layers)
+        score[best : best + self.target] = 0.0
+        return score

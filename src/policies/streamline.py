@@ -1,0 +1,15 @@
+"""LLM-Streamline's choice of layers (arXiv 2403.19135), with nothing put in their place."""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.nn.functional import cosine_similarity
+
+from src.policies.one_shot import Contiguous
+
+
+class Streamline(Contiguous):
+    """Drops the run of layers with the greatest mean ``cos(h_l, h_{l+n})`` over the real tokens."""
+
+    def change(self, h_in_WBTH: Tensor, h_out_WBTH: Tensor, real_BT: Tensor) -> Tensor:
+        return 1 - cosine_similarity(h_in_WBTH[:, real_BT].float(), h_out_WBTH[:, real_BT].float(), dim=-1)

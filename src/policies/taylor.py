@@ -1,0 +1,41 @@
+"""Shortened LLaMA, Taylor criterion (arXiv 2402.02834): drop the layers of the smallest weight salience."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from src.policies.base import Probe
+from src.policies.one_shot import OneShot
+
+PLUS = (0, 1, 2, 3, -2, -1)
+"""Layers that the paper's "+" variant never removes."""
+
+
+class Taylor(OneShot):
+    """Score: the sum of ``|w dLoss/dw|`` over a layer's weights, biases excluded.
+
+    One pass there and back, with a gradient for every weight: memory for a second copy of the layers.
+
+    Args:
+        plus: keep the first four and the last two layers besides (Taylor+).
+        always_keep: layers that may not be removed, such as ``[0, -1]``; negative counts from the end.
+        kwargs: ``seed``, ``candidates``, ``polish`` of the base class.
+    """
+
+    def __init__(self, plus: bool = False, always_keep: Iterable[int] = (), **kwargs: Any) -> None:
+        super().__init__(always_keep=[*always_keep, *(PLUS if plus else ())], **kwargs)
+
+    def score(self, probe: Probe) -> Tensor:
+        scores = torch.zeros(self.num_layers)
+
+        def visit(layer: int, module: nn.Module) -> None:
+            for name, weight in module.named_parameters():
+                if weight.grad is not None and not name.endswith("bias"):
+                    scores[layer] += (weight.detach().float() * weight.grad.float()).abs().sum().cpu()
+
+        probe.gradients(visit)
+        return scores

@@ -1,0 +1,104 @@
+"""Every policy overlay runs by the same command; CLP's two halves do what they say."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from lightning import Callback, LightningModule, Trainer
+
+from src.cli import run
+from src.mask import Mask
+from src.recover import Recovery
+from tests.integration.test_resume import SAVED, Killed, fit, same
+
+OVERLAYS = sorted(Path("configs/policy").glob("*.yaml"))
+SEARCH = "configs/search/gumbel_topk.yaml"
+
+
+def arguments(out: Path, corpus: str, **keys: Any) -> list[str]:
+    keys |= {
+        "data.init_args.train": corpus, "data.init_args.validation": corpus, "data.init_args.batch_size": 4,
+        "trainer.limit_val_batches": 0, "trainer.accelerator": "cpu",
+        "trainer.logger.init_args.save_dir": out, "trainer.logger.init_args.version": "run",
+    }  # fmt: skip
+    return [f"--{key}={value}" for key, value in keys.items()]
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS, ids=lambda path: path.stem)
+def test_an_overlay_makes_the_search_another_method(
+    overlay: Path, tmp_path: Path, teacher_dir: str, corpus_file: str
+) -> None:
+    given = arguments(
+        tmp_path, corpus_file,
+        **{
+            "trainer.max_steps": 2, "model.init_args.model": teacher_dir,
+            "model.init_args.calibration_batches": 2,
+        },
+    )  # fmt: skip
+    done = run(["fit", "--config", SEARCH, "--config", str(overlay), *given])
+    mask = Mask.load(tmp_path / "search" / "run" / "mask.json")
+    named = yaml.safe_load(overlay.read_text())["model"]["init_args"]["policy"]
+    assert mask.method == named["class_path"].split(".")[-1]
+    assert len(mask.removed) == 2  # a quarter of six layers, rounded to the nearest even
+    used = yaml.safe_load((tmp_path / "search" / "run" / "config.yaml").read_text())
+    policy = used["model"]["init_args"]["policy"]["init_args"]
+    assert (policy.get("candidates", 1), policy.get("polish", False)) == (1, False), "the plain answer"
+    if overlay.stem == "concave":
+        assert done.model.policy.temperature == pytest.approx(0.05), (
+            "the overlay's schedule has the last word"
+        )
+    callbacks = [c["class_path"].split(".")[-1] for c in used["trainer"]["callbacks"]]
+    assert "HardenMask" in callbacks
+    assert "StageRecord" in callbacks
+
+
+@pytest.mark.parametrize("name", ["bypass", "concave"])
+def test_a_killed_and_resumed_rival_equals_the_uninterrupted(
+    name: str, tmp_path: Path, teacher_dir: str, corpus_file: str
+) -> None:
+    extra = [f"--config=configs/policy/{name}.yaml", "--model.init_args.calibration_batches=2"]
+    paths = {"teacher": teacher_dir, "corpus": corpus_file}
+    whole = fit(SEARCH, tmp_path / "whole", False, *extra, **paths)
+    with pytest.raises(Killed):
+        fit(SEARCH, tmp_path / "broken", True, *extra, **paths)
+    saved = tmp_path / "broken" / f"step={SAVED}.ckpt"
+    same(whole, fit(SEARCH, tmp_path / "broken", False, *extra, f"--ckpt_path={saved}", **paths))
+
+
+class Watch(Callback):
+    """Keeps the student's weights from the start of a recovery, and which of them had a gradient."""
+
+    before: dict[str, torch.Tensor] = {}  # noqa: RUF012
+    moved: set[str] = set()  # noqa: RUF012
+
+    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
+        Watch.before = {name: p.detach().clone() for name, p in module.named_parameters()}
+        Watch.moved = set()
+
+    def on_after_backward(self, trainer: Trainer, module: LightningModule) -> None:
+        Watch.moved |= {name for name, p in module.named_parameters() if p.grad is not None}
+
+
+def test_clp_tunes_the_blocks_next_to_the_cut_and_nothing_else(
+    tmp_path: Path, teacher_dir: str, corpus_file: str
+) -> None:
+    Mask(model=teacher_dir, num_layers=6, keep=(0, 1, 4, 5), method="x").save(tmp_path / "mask.json")
+    given = arguments(
+        tmp_path, corpus_file,
+        **{
+            "trainer.max_steps": 4, "model.init_args.mask": tmp_path / "mask.json",
+            "trainer.callbacks+": "tests.integration.test_overlays.Watch",
+            "model.init_args.optimizer.init_args.weight_decay": 0.1,  # must not reach what does not train
+        },
+    )  # fmt: skip
+    configs = ["--config", "configs/recover/entropy_kd.yaml", "--config", "configs/recover/clp.yaml"]
+    module: Recovery = run(["fit", *configs, *given]).model
+    tuned = {name for name in Watch.before if ".layers.1." in name or ".layers.2." in name}
+    assert tuned
+    assert Watch.moved == tuned
+    changed = {n for n, p in module.named_parameters() if not torch.equal(p, Watch.before[n])}
+    assert changed == tuned
