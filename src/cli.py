@@ -13,12 +13,18 @@ import warnings
 from typing import Any, NoReturn
 
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.strategies.launchers import subprocess_script
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from src import faults
+from src.compatibility import check_checkpoint
 from src.errors import ConfigError, did_you_mean
 from src.mask import Mask
 
 TOOLS = {
+    "plan": "tell memory, hours and disk of a run before it starts: plan --config ... --device h100",
     "export": "write the shortened model as a plain Hugging Face directory, proven equal",
+    "patch": "export the shortened model with its cuts repaired, without training, on a few rows",
     "evaluate": "held-out KL, agreement, exact match; beside the teacher",
     "benchmark": "measured prefill and decode speed against another model and the ideal",
     "report": "gather a run's figures into a table, JSON, Markdown and HTML",
@@ -51,9 +57,21 @@ class PruneCLI(LightningCLI):
         config = self.config[self.subcommand] if self.subcommand else self.config
         if config.get("data") is None:
             raise ConfigError("data: not given. Add a data section, such as class_path: src.data.Corpus.")
+        if "class_path" in (strategy := config.trainer.strategy):
+            module, _, name = strategy.class_path.rpartition(".")
+            getattr(getattr(importlib.import_module(module), name), "check_installed", lambda: None)()
         model, data = config.model.init_args, config.data.init_args
         if "tokenizer" in data and data.tokenizer is None:
             data.tokenizer = model.get("model") or (Mask.load(model.mask).model if "mask" in model else None)
+
+    def instantiate_classes(self) -> None:
+        """Build trainer, model and data; refuse what they cannot do together before processes start."""
+        super().instantiate_classes()
+        refuse = getattr(self.model, "refuse", None)
+        if refuse is not None:
+            refuse(self.trainer, self.datamodule)
+        check_checkpoint(self.trainer, self.config[self.subcommand or "fit"].get("ckpt_path"))
+        setattr(subprocess_script, "_launch_process_observer", faults.watch_children)  # noqa: B010 (mypy)
 
     def _parse_ckpt_path(self) -> None:
         """Leave YAML and command line in charge on resume; Lightning would let the checkpoint win."""
@@ -79,6 +97,8 @@ def _fault(error: BaseException | None) -> ConfigError | None:
                 f"cannot use '{error.filename}': {error.strerror}. Choose another directory "
                 f"(trainer.logger.init_args.save_dir, or --out)."
             )
+        if isinstance(error, MisconfigurationException):
+            return ConfigError(f"trainer: {error}")
         error = error.__cause__
     return error
 
@@ -121,14 +141,17 @@ def main(argv: list[str] | None = None) -> None:
     # The arguments are handed over so that tests can call this; Lightning suspects a mistake.
     warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    faults.watch_parent()
     try:
         run(sys.argv[1:] if argv is None else argv)
     except Exception as error:
-        fault = _fault(error)
-        if fault is None:
-            raise
-        print(f"error: {fault}", file=sys.stderr)
-        raise SystemExit(2) from None
+        if fault := _fault(error):
+            print(f"error: {fault}", file=sys.stderr)
+            raise SystemExit(2) from None
+        if message := faults.explain(error):
+            print(message, file=sys.stderr)
+            raise SystemExit(1) from None
+        raise
 
 
 if __name__ == "__main__":

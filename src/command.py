@@ -5,17 +5,19 @@ from __future__ import annotations
 import argparse
 import re
 import shlex
-from collections.abc import Sequence
-from typing import Any, NoReturn
+from collections.abc import Iterator, Sequence
+from typing import Any, NoReturn, cast
 
 import torch
 from rich.console import Console
 from rich.table import Table
-from transformers import PreTrainedModel
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from src.errors import ConfigError, did_you_mean
 from src.mask import git_sha
+from src.models.layers import num_layers
 from src.models.loading import load_model
 
 
@@ -45,6 +47,13 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def natural(text: str) -> int:
+    """An option's value that must be a whole number, zero included."""
+    if not text.isdigit():
+        raise argparse.ArgumentTypeError(f"'{text}' given; accepted: a whole number from 0")
+    return int(text)
+
+
 def load(name: str, args: argparse.Namespace) -> PreTrainedModel:
     """Load a model as the options of :meth:`Parser.add_model_options` say.
 
@@ -61,6 +70,27 @@ def load(name: str, args: argparse.Namespace) -> PreTrainedModel:
         return load_model(name, dtype=args.dtype).to(device)
     except (RuntimeError, AssertionError) as e:
         raise ConfigError(f"--device: cannot use '{device}': {str(e).splitlines()[0]}") from e
+
+
+def family(
+    args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase
+) -> Iterator[tuple[dict[str, Any], PreTrainedModel]]:
+    """Load ``--teacher``, if there is one, then each ``--model``; with its path, parameters and layers.
+
+    Raises:
+        ConfigError: one cannot be loaded, or their vocabularies differ.
+    """
+    teacher: int | None = None
+    for name in [*([args.teacher] if args.teacher else []), *args.model]:
+        model = load(name, args)
+        size = cast(nn.Embedding, model.get_input_embeddings()).num_embeddings
+        if size < len(tokenizer) or size != (teacher or size):
+            raise ConfigError(
+                f"--model: '{name}' has a vocabulary of {size}, the tokenizer {len(tokenizer)} tokens"
+                f"{f' and the teacher {teacher}' if teacher else ''}; they must be one family."
+            )
+        teacher = size if args.teacher else None
+        yield {"path": name, "parameters": parameters(model), "layers": num_layers(model.config)}, model
 
 
 def show(table: Table) -> None:

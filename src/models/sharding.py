@@ -1,0 +1,41 @@
+"""Spread a network's weights over the ranks, by decoder layer, whatever its family.
+
+With FSDP2 each decoder layer is gathered for its own turn, and what is left (embeddings, final norm, head)
+from the start of the pass to the end of the backward pass. That hangs on a forward pass of the *root*, which
+a step that calls the decoder and the head apart never makes: :func:`within` makes one around such a call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import MethodType
+from typing import TypeVar
+
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from transformers import PreTrainedModel
+
+from src.models.layers import decoder_layers
+
+T = TypeVar("T")
+
+
+def shard(network: PreTrainedModel, mesh: DeviceMesh) -> None:
+    """Shard ``network`` in place over a data-parallel mesh (FSDP2); its weights move to the mesh's device."""
+    for layer in decoder_layers(network)[1]:
+        fully_shard(layer, mesh=mesh)
+    # Not resharded after the forward pass: the loss projects to the vocabulary after it.
+    fully_shard(network, mesh=mesh, reshard_after_forward=False)
+    setattr(network, "within", MethodType(_call, network))  # noqa: B010 (mypy)
+    register_fsdp_forward_method(network, "within")
+
+
+def within(network: nn.Module, step: Callable[[], T]) -> T:
+    """Run a step that calls parts of ``network``, as one forward pass of the whole."""
+    run: Callable[[Callable[[], T]], T] | None = getattr(network, "within", None)
+    return run(step) if run else step()
+
+
+def _call(network: nn.Module, step: Callable[[], T]) -> T:
+    return step()

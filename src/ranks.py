@@ -1,0 +1,107 @@
+"""One batch on several ranks: sums and means over all of it.
+
+A rank that averaged over its own tokens would weigh them by how few they are. Here every rank knows how many
+positions the whole batch has, so that the mean of the ranks' losses is the loss of one process that holds all
+rows, and so are their gradients.
+
+Shapes: N entries of this rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def world() -> int:
+    """Number of ranks."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def total(x: Tensor) -> Tensor:
+    """The sum of ``x`` over the ranks, the same bits on all of them."""
+    if world() > 1:
+        x = x.clone()
+        dist.all_reduce(x)
+    return x
+
+
+def least(number: int, device: torch.device | str) -> int:
+    """The least of the ranks' numbers."""
+    if world() == 1:
+        return number
+    numbers = torch.tensor(number, device=device)
+    dist.all_reduce(numbers, dist.ReduceOp.MIN)
+    return int(numbers)
+
+
+class Part:
+    """This rank's part of a batch.
+
+    Args:
+        positions: supervised positions of this rank.
+        tokens: its tokens that are not padding.
+        device: where the ranks talk.
+
+    Attributes:
+        share: supervised positions of a rank, on average over the ranks. A sum over this rank's positions is
+            divided by it, so that the mean over the ranks is the mean over all positions.
+        positions: supervised positions of all ranks.
+        tokens: tokens of all ranks.
+    """
+
+    def __init__(self, positions: int, tokens: int, device: torch.device | str) -> None:
+        self.positions, self.tokens = positions, tokens
+        if world() > 1:
+            self.positions, self.tokens = total(torch.tensor([positions, tokens], device=device)).tolist()
+        self.share = self.positions / world()
+
+    def mean(self, x_N: Tensor) -> Tensor:
+        """Mean over the entries of all ranks."""
+        if world() == 1:
+            return x_N.mean()
+        return total(x_N.sum()) / self.positions
+
+    def gather(self, x_N: Tensor) -> Tensor:
+        """The entries of all ranks."""
+        if world() == 1:
+            return x_N
+        sizes = [int(n) for n in total(_one_hot(len(x_N), x_N.device)).tolist()]
+        padded = x_N.new_zeros(max(sizes))
+        padded[: len(x_N)] = x_N
+        parts = [torch.empty_like(padded) for _ in sizes]
+        dist.all_gather(parts, padded)
+        return torch.cat([part[:n] for part, n in zip(parts, sizes, strict=True)])
+
+
+def _one_hot(size: int, device: torch.device) -> Tensor:
+    sizes = torch.zeros(world(), dtype=torch.long, device=device)
+    sizes[dist.get_rank()] = size
+    return sizes
+
+
+class MicroBatches:
+    """Makes the gradient of accumulated micro-batches that of one batch: tokens weigh alike.
+
+    Lightning takes the mean of the micro-batches' losses. So each loss is scaled by its positions, relative
+    to the first one's, and the sum of the gradients is put right before the step.
+    """
+
+    def __init__(self) -> None:
+        self.first = self.sum = 0.0
+
+    def weigh(self, loss: Tensor, share: float) -> Tensor:
+        """The loss of the next micro-batch, which has ``share`` positions on each rank."""
+        self.first = self.first or share
+        self.sum += share
+        return loss * (share / self.first)
+
+    def settle(self, parameters: Iterable[Tensor], count: int) -> None:
+        """Scale the gradients of a step, whose losses were divided by ``count``."""
+        for parameter in parameters:
+            if parameter.grad is not None:
+                parameter.grad.mul_(count * self.first / self.sum)
+        self.first = self.sum = 0.0

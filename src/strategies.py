@@ -1,0 +1,178 @@
+"""Lightning's sharding strategies, told by the model which layers to shard; for ``configs/strategy/``.
+
+No class of a layer is named anywhere: the layers are the one list that :mod:`src.models.layers` finds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from lightning import Trainer
+from lightning.pytorch.strategies import (
+    DDPStrategy,
+    DeepSpeedStrategy,
+    FSDPStrategy,
+    ModelParallelStrategy,
+    ParallelStrategy,
+    Strategy,
+)
+from torch import nn
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+from transformers import PreTrainedModel
+
+from src.errors import ConfigError
+from src.models.layers import decoder_layers
+
+if TYPE_CHECKING:
+    from torch.distributed.fsdp import MixedPrecision
+
+
+def kind(strategy: Strategy) -> str:
+    """What a strategy does to a model: ``single``, ``ddp``, ``fsdp``, ``fsdp2`` or ``deepspeed``."""
+    kinds = {
+        ModelParallelStrategy: "fsdp2",
+        FSDPStrategy: "fsdp",
+        DeepSpeedStrategy: "deepspeed",
+        DDPStrategy: "ddp",
+    }
+    return next((name for family, name in kinds.items() if isinstance(strategy, family)), "single")
+
+
+class FSDP2(ModelParallelStrategy):
+    """FSDP2: every process holds a part of every layer; the modules shard themselves in ``configure_model``.
+
+    Args:
+        save_distributed_checkpoint: each process writes its part into a directory; or one whole file.
+    """
+
+    def __init__(self, save_distributed_checkpoint: bool = True) -> None:
+        super().__init__(tensor_parallel_size=1, save_distributed_checkpoint=save_distributed_checkpoint)
+
+    def setup_environment(self) -> None:
+        """One mesh of all processes; Lightning's own choice is one of the nodes."""
+        self._data_parallel_size = self.num_nodes * self.num_processes
+        super().setup_environment()
+
+    @property
+    def _saver(self) -> type[Strategy]:
+        """Whose checkpoints are written: plain files where nothing that is trained is in parts (a search)."""
+        parts = any(isinstance(p, DTensor) for p in cast(nn.Module, self.lightning_module).parameters())
+        return ModelParallelStrategy if parts else ParallelStrategy
+
+    @property
+    def lightning_restore_optimizer(self) -> bool:
+        return self._saver is ParallelStrategy
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        return self._saver.lightning_module_state_dict(self)
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        return self._saver.optimizer_state(self, optimizer)
+
+    def save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        self._saver.save_checkpoint(self, *args, **kwargs)
+
+    def load_checkpoint(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        return self._saver.load_checkpoint(self, *args, **kwargs)
+
+    def load_model_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._saver.load_model_state_dict(self, *args, **kwargs)
+
+    def load_optimizer_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._saver.load_optimizer_state_dict(self, *args, **kwargs)
+
+
+class FSDP(FSDPStrategy):
+    """The first FSDP, a unit for each decoder layer.
+
+    Args:
+        sharded_checkpoint: each process writes its part into a directory; or one whole file.
+        kwargs: of :class:`lightning.pytorch.strategies.FSDPStrategy`.
+    """
+
+    def __init__(self, sharded_checkpoint: bool = True, **kwargs: Any) -> None:
+        super().__init__(state_dict_type="sharded" if sharded_checkpoint else "full", **kwargs)
+
+    @property
+    def mixed_precision_config(self) -> MixedPrecision | None:
+        """As Lightning's, but rotary frequencies and sums over ranks stay in float32."""
+        config = super().mixed_precision_config
+        return config and replace(config, buffer_dtype=torch.float32, reduce_dtype=torch.float32)
+
+    def setup(self, trainer: Trainer) -> None:
+        """Set up, and let gradients be clipped by their norm over all ranks, which the root unit knows."""
+        super().setup(trainer)
+        root = cast(Any, self.model)
+        plugin: Any = self.precision_plugin
+        plugin.clip_grad_by_norm = lambda _, value: root.clip_grad_norm_(value)
+
+    def _setup_model(self, model: nn.Module) -> nn.Module:
+        from torch.distributed.fsdp.wrap import CustomPolicy
+
+        networks = (part for part in model.modules() if isinstance(part, PreTrainedModel))
+        units = {id(layer) for layer in decoder_layers(next(networks))[1]}
+        self.kwargs["auto_wrap_policy"] = CustomPolicy(lambda part: id(part) in units)
+        return super()._setup_model(model)
+
+
+class ZeRO(DeepSpeedStrategy):
+    """DeepSpeed's ZeRO. Models are loaded whole, then sharded by the engine.
+
+    Args:
+        stage: 2 shards gradients and optimiser states, 3 the weights too.
+        kwargs: of :class:`lightning.pytorch.strategies.DeepSpeedStrategy`.
+    """
+
+    def __init__(self, stage: int = 2, **kwargs: Any) -> None:
+        super().__init__(stage=stage, **kwargs)
+
+    @staticmethod
+    def check_installed() -> None:
+        """Called by the command line, which could not tell a constructor's reason from other faults.
+
+        Raises:
+            ConfigError: DeepSpeed is not installed.
+        """
+        if find_spec("deepspeed") is None:
+            raise ConfigError(
+                "trainer.strategy: DeepSpeed is not installed: pip install -e '.[deepspeed]', or use "
+                "configs/strategy/fsdp2.yaml."
+            )
+
+    @contextmanager
+    def model_sharded_context(self) -> Iterator[None]:
+        """Nothing: weights that are partitioned as they are made cannot be loaded from files."""
+        self._init_config_if_needed()
+        yield
+
+    def setup(self, trainer: Trainer) -> None:
+        """Set up; rotary frequencies and a cache's log-probabilities keep their precision."""
+        plugin: Any = self.precision_plugin
+        plugin.convert_input = lambda data: data
+        buffers = {name: x.clone() for name, x in cast(nn.Module, self.model).named_buffers()}
+        super().setup(trainer)
+        module = cast(Any, self.lightning_module)
+        for name, x in module.named_buffers():
+            x.data = buffers[name].to(x.device)
+        if self.zero_stage_3:
+            self._keep_whole(module.head.projection)
+
+    def _keep_whole(self, projection: nn.Module) -> None:
+        """Keep the output head in one piece on each rank, and its calls out of the engine's sight.
+
+        The loss projects a chunk of tokens at a time, and ranks have different numbers of chunks: gathering
+        the head for each would leave ranks waiting for one another for ever.
+        """
+        weights: list[Any] = [*projection.parameters()]
+        for hooks in (projection._forward_pre_hooks, projection._forward_hooks):
+            hooks.clear()
+        for weight in weights:
+            weight.ds_persist = True
+        weights[0].all_gather(weights)
+        cast(Any, self.model).optimizer.persistent_parameters.extend(weights)

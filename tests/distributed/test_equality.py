@@ -1,0 +1,103 @@
+"""One process, two of DDP and two of FSDP2 make the same steps from the same batches (gloo, CPU, fp32)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from src.mask import Mask
+from src.models.loading import load_model
+from src.recover import load_student
+from tests.distributed.launch import STEPS, Bench, diary, drift, saver
+
+MAX, MEAN = 1e-5, 1e-6
+pytestmark = pytest.mark.slow
+
+
+@pytest.mark.parametrize("stage", ["search", "recover"])
+def test_one_process_equals_two_of_ddp_and_two_of_fsdp2(
+    stage: str, bench: Bench, record_property: Any
+) -> None:
+    """Search logits, or recovery losses, over 50 steps; and masks equal on all ranks at every step.
+
+    The ranks have different rows, and different numbers of supervised tokens, at every step.
+    """
+    alone = diary(bench.fit("single", stage, "single", 1))
+    assert len(alone) == STEPS
+    for overlay in ("ddp", "fsdp2"):
+        run = bench.fit(overlay, stage, overlay, 2)
+        first, second = diary(run, 0), diary(run, 1)
+        for a, b in zip(first, second, strict=True):
+            assert a["rows"] != b["rows"]
+            assert a["gates"] == b["gates"], "ranks ask for the same masks"
+            assert a["logits"] == b["logits"], "ranks make the same update, to the last bit"
+        assert (
+            sum(a["supervised"] != b["supervised"] for a, b in zip(first, second, strict=True)) > STEPS // 2
+        )
+        for key in ("logits", "loss") if stage == "search" else ("loss",):
+            largest, mean = drift(alone, first, key)
+            record_property(f"{stage} {overlay} {key}", f"max {largest:.1e} mean {mean:.1e}")
+            assert largest <= MAX
+            assert mean <= MEAN
+        if stage == "search":
+            assert [step["gates"] for step in alone] == [step["gates"] for step in first]
+    if stage == "search":
+        moved = [abs(a - b) for a, b in zip(alone[0]["logits"], alone[-1]["logits"], strict=True)]
+        assert max(moved) > 0.1, "a search that stands still would agree with anything"
+
+
+@pytest.mark.parametrize("overlay", ["fsdp", "deepspeed_z2", "deepspeed_z3"])
+def test_other_engines_make_the_same_steps(overlay: str, bench: Bench) -> None:
+    """On CPUs, where the product refuses them; in chunks whose number differs over the ranks.
+
+    What they save is exported too.
+    """
+    if overlay.startswith("deepspeed"):
+        pytest.importorskip("deepspeed")
+    keys = {"trainer__max_steps": 6, "model__init_args__distillation__init_args__chunk_tokens": 16}
+    alone = diary(bench.fit("single", "recover", "single", 1, **keys))
+    saved = bench.out / "saved"
+    keys |= {"callbacks": [saver(saved, 6)], "program": "tests.distributed.engines"}
+    pair = diary(bench.fit("pair", "recover", overlay, 2, **keys))
+    assert drift(alone, pair, "loss")[0] <= MAX
+    ids = torch.arange(3, 33)[None]
+    parent, mask = load_model(bench.teacher), Mask.load(bench.mask)
+    trained = next((bench.out / "single").rglob("last.ckpt"))
+    one, other = (
+        load_student(parent, mask, str(path))(ids).logits for path in (trained, saved / "step=6.ckpt")
+    )
+    torch.testing.assert_close(one, other, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("weight", ["linear", "topq", "eakd"])
+def test_entropy_weights_are_those_of_the_whole_batch(weight: str, bench: Bench) -> None:
+    """Each weight is normalised, and the top share chosen, over the tokens of all ranks."""
+    keys = {
+        "model__init_args__distillation__init_args__weight": weight, "trainer__max_steps": 4,
+        "model__init_args__distillation__init_args__alpha": 0.7,
+    }  # fmt: skip
+    alone = diary(bench.fit("single", "recover", "single", 1, **keys))
+    pair = diary(bench.fit("ddp", "recover", "ddp", 2, **keys))
+    assert drift(alone, pair, "loss")[0] <= MAX
+
+
+def test_a_policy_that_is_not_learned_by_gradient_stays_equal(bench: Bench) -> None:
+    """Random search remembers losses: all ranks are told the same ones, and choose the same mask."""
+    keys = {"model__init_args__policy": "src.policies.RandomSearch", "trainer__max_steps": 8}
+    run = bench.fit("ddp", "search", "ddp", 2, **keys)
+    assert [step["gates"] for step in diary(run, 0)] == [step["gates"] for step in diary(run, 1)]
+    assert [step["loss"] for step in diary(run, 0)] == [step["loss"] for step in diary(run, 1)]
+
+
+@pytest.mark.parametrize(("scope", "sharded"), [("cut_adjacent", "false"), ("lora", "true")])
+def test_a_sharded_student_learns_in_every_scope(scope: str, sharded: str, bench: Bench) -> None:
+    """Frozen weights beside trained ones, adapters, and a teacher in parts or whole go with FSDP2."""
+    keys = {
+        "model__init_args__scope": scope, "trainer__max_steps": 4, "model__init_args__lora_rank": 4,
+    }  # fmt: skip
+    alone = diary(bench.fit("single", "recover", "single", 1, **keys))
+    keys["model__init_args__teacher__init_args__shard"] = sharded
+    pair = diary(bench.fit("fsdp2", "recover", "fsdp2", 2, **keys))
+    assert drift(alone, pair, "loss")[0] <= MAX
