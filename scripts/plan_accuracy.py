@@ -1,0 +1,276 @@
+"""Planned against measured peak memory on a CPU: ``python -m scripts.plan_accuracy`` -> results/plan.json.
+
+Each case is the real command (``fit`` or ``predict``) on a random model, in a process of its own. What is
+measured is the kernel's record of the largest resident memory (VmHWM) less the resident memory before: after
+all imports, and after the same command has run once on a model of 16 hidden units, so that what a first run
+leaves behind (libraries, thread stacks, caches) does not count. Weights that safetensors maps from the file
+count as resident, as they should: they are read.
+
+glibc keeps freed blocks for itself, up to 32 MB each, which adds what depends on the history of the process.
+For the comparison each freed tensor goes back to the kernel (MALLOC_MMAP_THRESHOLD_); the cases marked
+``default`` are measured with the allocator as it comes, and are outside the largest error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import gc
+import importlib
+import json
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning import Callback
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from src.cli import run
+from src.data.arithmetic import build_tokenizer
+from src.files import write_json
+from src.mask import Mask, git_sha
+from src.models.layers import num_layers
+from src.models.loading import load_config
+from src.planner.devices import device
+from src.planner.experiment import Experiment
+from src.planner.planner import Planner
+
+OUT = Path("results/plan.json")
+BAR = 0.10
+DOCUMENTS = 64
+SHAPES: dict[str, dict[str, Any]] = {
+    "tiny": {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 4},
+    "tiny-llama": {"model_type": "llama", "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 4},
+    "42M": {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 12},
+    "42M-llama": {
+        "model_type": "llama", "hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 12,
+    },
+    "129M": {
+        "hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 16, "vocab_size": 16384,
+        "tie_word_embeddings": False,
+    },
+}  # fmt: skip
+CONFIGS = {
+    "search": ["configs/search/gumbel_topk.yaml"],
+    "recover": ["configs/recover/entropy_kd.yaml"],
+    "cached": ["configs/recover/entropy_kd.yaml", "configs/cache/recover.yaml"],
+    "cache": ["configs/cache/topk.yaml"],
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A stage on a model: ``rows x length`` tokens, further keys of ``model.init_args``, other keys."""
+
+    name: str
+    stage: str
+    model: str
+    rows: int
+    length: int
+    model_keys: tuple[str, ...] = ()
+    keys: tuple[str, ...] = ()
+    default_malloc: bool = False
+
+
+RECOMPUTE = ("checkpoint_activations=true",)
+PACKED = ("data.init_args.packing=documents",)
+CASES = [
+    Case("search", "search", "42M", 8, 128),
+    Case("search", "search", "42M", 8, 128, default_malloc=True),
+    Case("search, activations recomputed", "search", "42M", 8, 128, RECOMPUTE),
+    Case("search, eager attention", "search", "42M", 2, 512, ("attention=eager",)),
+    Case("search, packed rows, Llama", "search", "42M-llama", 4, 256, (), PACKED),
+    Case("search, wider and deeper", "search", "129M", 4, 128),
+    Case("cache", "cache", "129M", 8, 128),
+    Case("recovery, cached teacher", "cached", "129M", 2, 128),
+    Case("recovery, live teacher", "recover", "42M", 4, 128),
+    Case("recovery, live teacher", "recover", "42M", 4, 128, default_malloc=True),
+    Case("recovery, activations recomputed", "recover", "42M", 4, 128, RECOMPUTE),
+    Case("recovery, LoRA", "recover", "42M", 4, 128, ("scope=lora",)),
+    Case("recovery, layers beside the cuts", "recover", "42M", 4, 128, ("scope=cut_adjacent",)),
+]  # fmt: skip
+
+
+class Clock(Callback):
+    """CPU seconds from the first batch to the end of the last."""
+
+    began: float | None = None
+    seconds = 0.0
+
+    def _start(self, *_: Any) -> None:
+        Clock.began = Clock.began or time.process_time()
+
+    def _end(self, *_: Any) -> None:
+        Clock.seconds = time.process_time() - (Clock.began or 0.0)
+
+    on_train_batch_start = on_predict_batch_start = _start  # type: ignore[assignment]
+    on_train_batch_end = on_predict_batch_end = _end  # type: ignore[assignment]
+
+
+def prepare(work: Path) -> None:
+    """Random models with a tokenizer, masks that remove a quarter, and documents longer than any row."""
+    for name, shape in SHAPES.items():
+        heads = 2 if shape["hidden_size"] == 16 else 8
+        keys = {"model_type": "qwen3", "vocab_size": 8192, "tie_word_embeddings": True, **shape}
+        config = AutoConfig.for_model(
+            **keys, num_attention_heads=heads, num_key_value_heads=heads // 2,
+            head_dim=shape["hidden_size"] // heads, pad_token_id=0, eos_token_id=1, bos_token_id=None,
+        )  # fmt: skip
+        AutoModelForCausalLM.from_config(config).save_pretrained(work / name)
+        build_tokenizer().save_pretrained(work / name)
+        layers = shape["num_hidden_layers"]
+        gone = range(layers // 2, layers // 2 + layers // 4)
+        keep = tuple(i for i in range(layers) if i not in gone)
+        Mask(str(work / name), layers, keep, "test").save(work / f"{name}.json")
+    numbers = random.Random(0)
+    with (work / "text.jsonl").open("w") as file:
+        for _ in range(DOCUMENTS):
+            text = " ".join(str(numbers.randrange(100)) for _ in range(800))
+            file.write(json.dumps({"text": text}) + "\n")
+
+
+def arguments(case: Case, work: Path, model: str) -> list[str]:
+    """What follows ``fit`` or ``predict``."""
+    path = str(work / model)
+    keys = {
+        "data.init_args.tokenizer": path, "data.init_args.train": work / "text.jsonl",
+        "data.init_args.batch_size": case.rows, "data.init_args.max_length": case.length,
+        "trainer.accelerator": "cpu", "trainer.logger": "false", "trainer.enable_checkpointing": "false",
+        "trainer.callbacks": "scripts.plan_accuracy.Clock", "trainer.enable_progress_bar": "false",
+        "trainer.max_steps": 1 if case.stage == "search" else 2, "trainer.limit_val_batches": 0,
+        "trainer.limit_predict_batches": 2, "trainer.default_root_dir": work / "runs",
+    }  # fmt: skip
+    stages: dict[str, dict[str, Any]] = {
+        "search": {"model": path, "draws": 2},
+        "recover": {"mask": f"{path}.json"},
+        "cached": {"mask": f"{path}.json"},
+        "cache": {"model": path, "out": work / "cache" / model, "count_seconds": 0},
+    }
+    if case.stage in ("cache", "cached"):
+        keys |= {
+            "data.init_args.train": work / ("cache" if case.stage == "cached" else "") / _corpus(case, model)
+        }
+    if case.stage == "cached":
+        del keys["data.init_args.max_length"]
+    if case.stage == "search":
+        keys["data.init_args.validation"] = work / "text.jsonl"
+    elif case.stage == "recover":
+        keys["data.init_args.validation"] = "null"
+    keys |= {f"model.init_args.{key}": value for key, value in stages[case.stage].items()}
+    argv = [part for config in CONFIGS[case.stage] for part in ("--config", config)]
+    argv += [f"--{key}={value}" for key, value in keys.items()]
+    return [
+        *argv,
+        *(f"--model.init_args.{key}" for key in case.model_keys),
+        *(f"--{key}" for key in case.keys),
+    ]
+
+
+def _corpus(case: Case, model: str) -> str:
+    return model if case.stage == "cached" else "text.jsonl"
+
+
+def measure(case: Case, work: Path) -> dict[str, float]:
+    """Run the case in this process, after a tiny one."""
+    torch.set_num_threads(1)
+    verb = "predict" if case.stage == "cache" else "fit"
+    run([verb, *arguments(case, work, "tiny-llama" if "llama" in case.model else "tiny")])
+    Clock.began = None
+    gc.collect()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+    before = _status("VmRSS")
+    run([verb, *arguments(case, work, case.model)])
+    return {"measured": _status("VmHWM") - before, "baseline": before, "cpu_seconds": Clock.seconds}
+
+
+def _status(field: str) -> int:
+    """Bytes of a line of /proc/self/status."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field + ":"))
+
+
+def planned(case: Case, work: Path) -> dict[str, Any]:
+    """What the planner says of the same arguments."""
+    experiment = Experiment(arguments(case, work, case.model), length=case.length)
+    planner = Planner(
+        experiment, device("cpu"), tokens=str(2 * case.rows * case.length) if case.stage == "cache" else None
+    )
+    found = planner.configured
+    traced = planner.trace()
+    flops = traced.flops * planner.steps
+    return {
+        "parameters": traced.parent,
+        "parts": found.parts,
+        "planned": found.total,
+        "planned_cpu_seconds": planner.device.seconds(flops, "float32"),
+    }
+
+
+def compare(case: Case, work: Path) -> dict[str, Any]:
+    """Measure in a fresh process, plan in this one."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    if not case.default_malloc:
+        env |= {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    command = [
+        sys.executable,
+        "-m",
+        "scripts.plan_accuracy",
+        "--case",
+        str(CASES.index(case)),
+        "--work",
+        str(work),
+    ]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"{case.name}: {done.stderr[-2000:]}")
+    found = json.loads(done.stdout.splitlines()[-1])
+    plan = planned(case, work)
+    return {
+        "case": case.name, "model": case.model, "layers": num_layers(load_config(str(work / case.model))),
+        "rows": case.rows, "length": case.length, "malloc": "default" if case.default_malloc else "returns",
+        **plan, **found, "error": plan["planned"] / found["measured"] - 1,
+    }  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--case", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.case is not None:
+        # Not this module's own: the command line imports Clock under its full name.
+        print(
+            json.dumps(importlib.import_module("scripts.plan_accuracy").measure(CASES[args.case], args.work))
+        )
+        return
+    torch.set_num_threads(1)
+    began, cases = time.monotonic(), []
+    with tempfile.TemporaryDirectory() as folder:
+        prepare(Path(folder))
+        for case in CASES:
+            row = compare(case, Path(folder))
+            cases.append(row)
+            print(
+                f"{row['case']:36} {row['malloc']:8} planned {row['planned'] / 1e6:7.1f} MB, measured "
+                f"{row['measured'] / 1e6:7.1f} MB, {row['error']:+.1%}", flush=True,
+            )  # fmt: skip
+    largest = max(abs(row["error"]) for row in cases if row["malloc"] == "returns")
+    accuracy = {
+        "command": "python -m scripts.plan_accuracy", "commit": git_sha(), "torch": torch.__version__,
+        "measured": "bytes: largest resident memory (VmHWM) less that after imports and a tiny run",
+        "bar": BAR, "largest_error": largest, "seconds": time.monotonic() - began, "cases": cases,
+    }  # fmt: skip
+    write_json(OUT, {**(json.loads(OUT.read_text()) if OUT.exists() else {}), "accuracy": accuracy})
+    print(f"largest error {largest:.1%}; accepted: {BAR:.0%}")
+
+
+if __name__ == "__main__":
+    main()

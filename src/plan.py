@@ -1,0 +1,140 @@
+"""Tell what a run will cost before it is started: ``python -m src.cli plan --config ...``.
+
+Everything that ``fit`` accepts is accepted, and nothing is loaded: the module's own step runs on tensors
+without data (:mod:`src.planner`). Batches count as full and every token as supervised, so figures are upper
+ones. Hours are operations over the peak of the device times an assumed efficiency.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+from typing import Any
+
+from rich.table import Table
+
+from src.command import Parser, positive, show
+from src.data.options import token_count
+from src.files import write_json
+from src.mask import git_sha
+from src.planner.advice import Advice, advise, label
+from src.planner.devices import GIB, device
+from src.planner.experiment import Experiment
+from src.planner.planner import Estimate, Planner
+
+
+def main(argv: list[str]) -> None:
+    """Plan, print the tables and the recommendation, write the JSON."""
+    args, rest = _parse(argv)
+    planner = Planner(
+        Experiment(rest, args.ratio, args.length), device(args.device), args.devices, args.tokens
+    )
+    configured = planner.configured
+    advice = advise(planner, token_count(args.disk))
+    record = summary(planner, configured, advice)
+    _print(record, configured, advice)
+    if args.json:
+        command = shlex.join(["python", "-m", "src.cli", "plan", *argv])
+        write_json(args.json, {"command": command, "commit": git_sha(), **record})
+
+
+def summary(planner: Planner, configured: Estimate, advice: Advice) -> dict[str, Any]:
+    """The plan as plain values: counts, bytes, operations and hours."""
+    traced, device, experiment = planner.trace(), planner.device, planner.experiment
+    size = planner.cache
+    return {
+        "stage": experiment.stage,
+        "model": experiment.name,
+        "parameters": {
+            "parent": traced.parent,
+            "student": experiment.student_parameters(),
+            "trained": traced.trainable,
+        },
+        "rows": {"count": experiment.rows.count, "length": experiment.rows.length},
+        "steps": planner.steps,
+        "tokens": planner.tokens,
+        "calibration_passes": planner.calibration,
+        "cache_bytes": {"raw": size.raw, "expected": size.expected},
+        "device": {
+            "name": device.name, "title": device.title, "memory": device.memory, "tflops": device.tflops,
+            "efficiency": device.efficiency, "source": device.source,
+        },
+        "configured": _estimate(configured),
+        "recommended": {
+            "way": None if advice.best is None else _estimate(advice.best),
+            "options": list(advice.options),
+            "reason": advice.reason,
+        },
+    }  # fmt: skip
+
+
+def _estimate(e: Estimate) -> dict[str, Any]:
+    return {
+        "teacher": e.setting.mode,
+        "strategy": e.setting.strategy,
+        "ranks": e.setting.ranks,
+        "checkpoint_activations": e.checkpoint,
+        "precision": e.precision,
+        "parts": e.parts,
+        "total": e.total,
+        "fits": e.fits,
+        "flops": e.flops,
+        "hours": e.hours,
+    }
+
+
+def _print(plan: dict[str, Any], configured: Estimate, advice: Advice) -> None:
+    spec, counts = plan["device"], plan["parameters"]
+    ranks = configured.setting.ranks
+    run = Table(title=f"{plan['stage']} of {plan['model']}, {ranks} x {spec['title']}", show_header=False)
+    rows = {
+        "parameters of the parent": f"{counts['parent']:,}",
+        "after the cut": f"{counts['student']:,}" if counts["student"] else "",
+        "trained": f"{counts['trained']:,}" if counts["trained"] else "",
+        "batch of a rank": f"{plan['rows']['count']} x {plan['rows']['length']} tokens",
+        "steps": f"{plan['steps']:,}" if plan["stage"] != "cache" else "",
+        "tokens, at most": f"{plan['tokens']:,}",
+        "cache of these tokens": f"{plan['cache_bytes']['expected'] / 1e9:,.2f} GB ("
+        f"{plan['cache_bytes']['raw'] / 1e9:,.2f} before compression)",
+        "operations": f"{configured.flops:.3g}",
+        "hours": f"{configured.hours:,.2f} (at {spec['efficiency']:.0%} of the peak: an assumption)",
+    }
+    for key, value in rows.items():
+        if value:
+            run.add_row(key, value)
+    show(run)
+    ways = [("as configured", configured)]
+    if advice.best is not None and advice.best != configured:
+        ways.append(("recommended", advice.best))
+    memory = Table(title=f"Peak memory of a rank, GiB; {spec['memory'] / GIB:,.1f} are there")
+    memory.add_column("part")
+    for name, _ in ways:
+        memory.add_column(name, justify="right")
+    for part in configured.parts:
+        memory.add_row(part, *(f"{way.parts[part] / GIB:,.2f}" for _, way in ways))
+    memory.add_row("all", *(f"{way.total / GIB:,.2f}" for _, way in ways))
+    memory.add_row("fits", *("yes" if way.fits else "no" for _, way in ways))
+    memory.add_row("hours", *(f"{way.hours:,.2f}" for _, way in ways))
+    memory.add_row("", *(label(way) for _, way in ways))
+    show(memory)
+    print(advice.reason)
+    for option in advice.options:
+        print(f"  {option}")
+
+
+def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    parser = Parser(
+        "plan",
+        "Tell memory, time and disk of a run before it starts. All other options are those of fit: "
+        "--config, overlays, dotted keys. A model may be the JSON file of a config, such as "
+        "--model.init_args.model configs/models/qwen3-32b.json.",
+    )
+    add = parser.add_argument
+    add("--device", default="cpu", help="a name in configs/devices.json, such as h100 (default: cpu)")
+    add("--devices", type=positive, metavar="N", help="how many (default: as the config says)")
+    add("--ratio", type=float, help="share of layers to remove, for a recovery without a mask yet")
+    add("--length", type=positive, metavar="T", help="tokens of a row (default: data.max_length)")
+    add("--tokens", metavar="N", help="tokens of the run, such as 500M (default: as the config says)")
+    add("--disk", metavar="BYTES", help="what a cache may take, such as 100B for 100 GB (default: no limit)")
+    add("--json", metavar="FILE", help="write the plan as JSON")
+    return parser.parse_known_args(argv)

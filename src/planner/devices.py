@@ -1,0 +1,92 @@
+"""What devices can do: peak speed and memory, with their sources, from ``configs/devices.json``."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from src.errors import ConfigError, did_you_mean
+
+FILE = Path(__file__).parents[2] / "configs" / "devices.json"
+GIB = 1 << 30
+
+
+@dataclass(frozen=True)
+class Device:
+    """One device.
+
+    Attributes:
+        name: its key in the file.
+        title: its full name.
+        memory: bytes that a process can use.
+        tflops: peak 1e12 operations per second of dense matrix products, by type of the factors.
+        efficiency: share of the peak that a training step reaches; an assumption.
+        overhead: bytes taken before the first tensor (context, libraries' workspaces); an assumption.
+        fragmentation: share of the tensors' bytes that the allocator holds beyond them; an assumption.
+        source: where memory and speed come from.
+    """
+
+    name: str
+    title: str
+    memory: int
+    tflops: dict[str, float]
+    efficiency: float
+    overhead: int
+    fragmentation: float
+    source: str
+
+    @property
+    def gpu(self) -> bool:
+        """Whether it is no CPU."""
+        return self.name != "cpu"
+
+    def seconds(self, flops: float, dtype: str) -> float:
+        """Time of so many operations on numbers of a type."""
+        return flops / (self.tflops[dtype] * 1e12 * self.efficiency)
+
+
+def device(name: str) -> Device:
+    """Read a device's figures; those of ``cpu`` are this machine's, its speed measured.
+
+    Raises:
+        ConfigError: the file has no such device.
+    """
+    table = json.loads(FILE.read_text())
+    known = table["devices"]
+    if name not in known:
+        raise ConfigError(
+            f"--device: '{name}' is unknown; accepted: {', '.join(known)}."
+            f"{did_you_mean(name, known)} Add others to {FILE.relative_to(FILE.parents[1])}."
+        )
+    entry = {**table["assumed"], **known[name]}
+    tflops = entry.get("tflops") or dict.fromkeys(("float32", "bfloat16", "float16"), _matmul_tflops())
+    return Device(
+        name=name,
+        title=entry["title"],
+        memory=int(entry["memory_gib"] * GIB) if "memory_gib" in entry else _machine_memory(),
+        tflops=tflops,
+        efficiency=entry["efficiency"],
+        overhead=int(entry["overhead_gib"] * GIB),
+        fragmentation=entry["fragmentation"],
+        source=entry["source"],
+    )
+
+
+def _machine_memory() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _matmul_tflops(size: int = 768, seconds: float = 0.3) -> float:
+    """Speed of float32 matrix products on this machine's CPU, with as many threads as torch uses."""
+    a, runs = torch.ones(size, size), 0
+    torch.mm(a, a)
+    began = time.perf_counter()
+    while time.perf_counter() - began < seconds:
+        torch.mm(a, a)
+        runs += 1
+    return 2 * size**3 * runs / (time.perf_counter() - began) / 1e12

@@ -1,0 +1,202 @@
+"""Read a run from the very arguments that ``fit`` and ``predict`` accept, without starting it."""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from jsonargparse import Namespace
+from lightning import LightningModule, Trainer
+from transformers import AutoModelForCausalLM
+
+from src.cli import PruneCLI, ShortErrors
+from src.data.options import token_count
+from src.errors import ConfigError
+from src.mask import Mask
+from src.models.cut import constraints, cut_config
+from src.models.layers import num_layers
+from src.models.loading import load_config
+from src.planner.rows import Rows
+from src.search import count_to_remove
+
+
+class _ParseOnly(PruneCLI):
+    """Parses, and stops there."""
+
+    def before_instantiate_classes(self) -> None:
+        """Leave tokenizers and masks unread."""
+
+    def instantiate_classes(self) -> None:
+        """Keep the parser, to instantiate the module alone."""
+        self.fit = self._parser("fit")
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Nothing runs."""
+
+
+class Experiment:
+    """A parsed search, recovery or cache.
+
+    Args:
+        argv: arguments of ``fit``.
+        ratio: share of the layers that a mask that does not exist yet will remove.
+        length: tokens of a row, for data that do not say.
+
+    Raises:
+        ConfigError: as ``fit`` would; or the mask is missing and no ratio is given.
+    """
+
+    def __init__(self, argv: Sequence[str], ratio: float | None = None, length: int | None = None) -> None:
+        logging.getLogger("lightning.fabric.utilities.seed").setLevel(logging.ERROR)
+        self._cli = _ParseOnly(
+            args=["fit", *argv],
+            parser_class=ShortErrors,
+            auto_configure_optimizers=False,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            save_config_callback=None,
+            seed_everything_default=False,
+        )
+        config: Any = self._cli.config["fit"]
+        self.config, self.trainer = config, config.trainer
+        self.model = config.model.init_args
+        self.ratio = ratio
+        self.data = config.data.init_args if config.get("data") else Namespace()
+        length = length or self.data.get("max_length")
+        if length is None:
+            raise ConfigError(
+                "--length: the data do not say how long a row is; give it, such as --length 2048."
+            )
+        if self.stage in ("search", "recover", "cache"):
+            load_config(self.name, self.model.get("revision"))  # before anything that takes longer
+        self.rows = Rows(self.data.get("batch_size", 1), length, self.data.get("packing") == "documents")
+
+    @property
+    def stage(self) -> str:
+        """``search``, ``recover`` or ``cache``; else the name of the class."""
+        name = self.config.model.class_path.split(".")[-1]
+        return {"MaskSearch": "search", "Recovery": "recover", "CacheTeacher": "cache"}.get(name, name)
+
+    @property
+    def accumulate(self) -> int:
+        """Batches of a step."""
+        return int(self.trainer.accumulate_grad_batches)
+
+    @property
+    def ranks(self) -> int:
+        """Devices that the config names; ``auto`` counts as one."""
+        devices = self.trainer.devices
+        listed = len(devices) if isinstance(devices, list) else devices
+        count = int(listed) if str(listed).isdigit() else 1
+        return count * int(self.trainer.num_nodes)
+
+    @property
+    def callbacks(self) -> dict[str, Any]:
+        """Arguments of the callbacks, by the name of their class."""
+        given = self.trainer.callbacks or []
+        listed = given if isinstance(given, list) else [given]
+        return {c.class_path.split(".")[-1]: c.get("init_args") for c in listed}
+
+    @cached_property
+    def name(self) -> str:
+        """The parent.
+
+        Raises:
+            ConfigError: only the mask names it, and there is none.
+        """
+        name = self.model.get("model")
+        if name is None and Path(self.model.mask).exists():
+            name = Mask.load(self.model.mask).model
+        if name is None:
+            raise ConfigError(f"{self._missing} --model.init_args.model to plan without it.")
+        return str(name)
+
+    @cached_property
+    def keep(self) -> tuple[int, ...] | None:
+        """Layers that are kept: the mask's, or as many as will be, the others far from each other.
+
+        Raises:
+            ConfigError: nothing says how many.
+        """
+        if self.stage == "cache":
+            return None
+        given = Path(self.model.get("mask") or "")
+        if given.is_file() and self.ratio is None:
+            return Mask.load(given).keep
+        config = load_config(self.name, self.model.get("revision"))
+        layers, remove, ratio = num_layers(config), self.model.get("remove"), self.model.get("ratio")
+        if self.ratio is not None:
+            remove, ratio = None, self.ratio
+        elif self.stage == "recover":
+            raise ConfigError(f"{self._missing} --ratio 0.25 to plan without it.")
+        count = count_to_remove(layers, remove, ratio)
+        free = sorted(set(range(layers)) - constraints(config).pinned(layers, count))
+        gone = {free[int((i + 0.5) * len(free) / count)] for i in range(min(count, len(free)))}
+        return tuple(i for i in range(layers) if i not in gone)
+
+    @property
+    def _missing(self) -> str:
+        return f"mask: '{self.model.get('mask')}' does not exist yet; give"
+
+    def student_parameters(self) -> int | None:
+        """Number of weights after the cut; None where nothing is cut."""
+        if self.keep is None:
+            return None
+        config = cut_config(load_config(self.name, self.model.get("revision")), self.keep)
+        with torch.device("meta"):
+            return sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
+
+    def tokens(self, ranks: int, given: str | None) -> tuple[int, int]:
+        """Tokens of the run, at most, and its steps.
+
+        Args:
+            ranks: devices.
+            given: ``--tokens``, which goes before the config.
+
+        Raises:
+            ConfigError: nothing says when the run ends.
+        """
+        step = self.rows.count * self.rows.length * self.accumulate * ranks
+        limit = token_count(given) or token_count(self.data.get("max_tokens"))
+        steps = self.trainer.max_steps if self.stage != "cache" else -1
+        if limit is None and steps in (-1, None):
+            raise ConfigError(
+                "--tokens: nothing says when this run ends; give its tokens, such as --tokens 500M"
+                f"{', or set trainer.max_steps' if self.stage != 'cache' else ''}."
+            )
+        if limit is not None and (given or steps in (-1, None) or limit < steps * step):
+            return limit, -(-limit // step)
+        return int(steps) * step, int(steps)
+
+    def module(self, checkpoint: bool = False, precision: str | None = None) -> LightningModule:
+        """A fresh module, no weights loaded, attached to a trainer.
+
+        Args:
+            checkpoint: whether activations are recomputed.
+            precision: of the trainer; None is as configured.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            model = self.config.model.clone()
+            if "mask" in model.init_args and self.keep is not None:
+                model.init_args.mask = str(Path(folder) / "mask.json")
+                layers = num_layers(load_config(self.name, self.model.get("revision")))
+                Mask(self.name, layers, self.keep, "plan").save(model.init_args.mask)
+            module: LightningModule = self._cli.fit.instantiate(Namespace(model=model)).model
+        if hasattr(module, "checkpoint_activations"):
+            setattr(module, "checkpoint_activations", checkpoint)  # noqa: B010 (mypy)
+        until = (self.callbacks.get("PruningCurriculum") or {}).get("until", 0)
+        if until and hasattr(module, "policy"):
+            cast(Any, module).policy.remove = 1  # the curriculum's first steps keep nearly all layers
+        for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
+            logging.getLogger(name).setLevel(logging.ERROR)
+        used = cast(Any, precision or self.trainer.precision)
+        module.trainer = Trainer(
+            accelerator="cpu", devices=1, precision=used, logger=False, enable_checkpointing=False,
+            enable_progress_bar=False, enable_model_summary=False,
+        )  # fmt: skip
+        return module

@@ -1,0 +1,156 @@
+"""Count the bytes and the floating-point operations of code that runs on tensors without data.
+
+Under ``FakeTensorMode`` the product's own step runs through every operation that the real one would run, and
+each tensor has a shape, a type and a lifetime, but no data. The ledger watches the storages come and go. So a
+plan follows the code (which tensors autograd keeps, when the graph of a draw dies, how long old gradients
+live), and no family of models needs formulas of its own. What a kernel uses inside itself it cannot see.
+"""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, cast
+from unittest import mock
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+from torch.utils.flop_counter import flop_registry
+from torch.utils.weak import WeakIdKeyDictionary
+
+PARTS = ("teacher", "student", "gradients", "optimiser", "activations", "loss chunk")
+
+
+@dataclass
+class _Record:
+    part: str
+    bytes: int
+
+
+class Ledger(TorchDispatchMode):
+    """Bytes alive by part (now, and when their sum was highest) and operations so far.
+
+    A new storage counts as ``loss chunk`` if it is as wide as the vocabulary, and as ``activations``
+    otherwise, until :meth:`own` says better.
+
+    Args:
+        vocabulary: number of logits.
+    """
+
+    def __init__(self, vocabulary: int) -> None:
+        super().__init__()
+        self.vocabulary = vocabulary
+        self.live: Counter[str] = Counter()
+        self.peak: Counter[str] = Counter()
+        self.flops = 0
+        self._known = WeakIdKeyDictionary()  # storage -> its record
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        packet = func._overloadpacket
+        out = _grouped_shape(*args, **kwargs) if packet is GROUPED else func(*args, **kwargs)
+        formula: Any = FLOPS.get(packet) or flop_registry.get(packet)
+        if formula is not None:
+            self.flops += formula(*args, **kwargs, out_val=out)
+        for value in tree_iter(out):
+            if isinstance(value, Tensor):
+                wide = self.vocabulary in value.shape[-2:]
+                self._enter(value, "loss chunk" if wide else "activations")
+        return out
+
+    def own(self, tensors: Iterable[Tensor | None], part: str) -> None:
+        """Move the storages of some tensors to a part, entering those that are new."""
+        for tensor in tensors:
+            if tensor is None:
+                continue
+            record = self._known.get(tensor.untyped_storage())
+            if record is None:
+                self._enter(tensor, part)
+            elif record.part != part:
+                self.live[record.part] -= record.bytes
+                self.live[part] += record.bytes
+                record.part = part
+
+    def _enter(self, tensor: Tensor, part: str) -> None:
+        storage = tensor.untyped_storage()
+        if storage in self._known or tensor.device.type == "meta":
+            return
+        record = _Record(part, storage.nbytes())
+        self._known[storage] = record
+        self.live[part] += record.bytes
+        weakref.finalize(storage, self._leave, record)
+        if self.live.total() > self.peak.total():
+            self.peak = Counter(self.live)
+
+    def _leave(self, record: _Record) -> None:
+        self.live[record.part] -= record.bytes
+
+
+def _attention(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> int:
+    """Two products, scores and their sum over values, each of the whole square."""
+    *batch, queries, width = query.shape
+    return 2 * math.prod(batch) * queries * key.shape[-2] * (width + value.shape[-1])
+
+
+def _attention_back(_: Tensor, query: Tensor, key: Tensor, value: Tensor, *rest: Any, **__: Any) -> int:
+    """Five products in place of two: the scores are made again."""
+    return _attention(query, key, value) * 5 // 2
+
+
+def _grouped(a: Tensor, b: Tensor, *_: Any, **__: Any) -> int:
+    """Experts' products: a row of ``a [S, K]`` meets one of ``b [E, K, N]``; or ``[K, S]`` and ``[S, N]``."""
+    return 2 * a.shape[0] * a.shape[1] * b.shape[-1]
+
+
+def _grouped_shape(a: Tensor, b: Tensor, offs: Tensor, *_: Any, **__: Any) -> Tensor:
+    """What the experts' product returns; torch knows it for bfloat16 only."""
+    return a.new_empty(*([a.shape[0]] if b.ndim == 3 else [offs.shape[0], a.shape[0]]), b.shape[-1])
+
+
+GROUPED = torch.ops.aten._grouped_mm
+# torch counts the fused attention of GPUs and the plain products; these it does not know.
+FLOPS = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_back,
+    GROUPED: _grouped,
+}
+
+
+@contextmanager
+def fused_attention(ledger: Ledger) -> Iterator[None]:
+    """Hold scaled dot-product attention as the fused kernels of GPUs do: no scores, whatever the head widths.
+
+    CPUs write the scores out where keys and values differ in width (multi-head latent attention). The
+    function is replaced, because a torch function mode would be off while a backward pass recomputes layers.
+    """
+
+    def attention(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, **_: Any) -> Tensor:
+        if attn_mask is not None and attn_mask.dtype == torch.bool:
+            attn_mask = q.new_empty(attn_mask.shape)  # kernels add it as numbers, a copy for each call
+        return cast(Tensor, _Fused.apply(ledger, attn_mask, q, k, v))
+
+    with mock.patch.object(F, "scaled_dot_product_attention", attention):
+        yield
+
+
+class _Fused(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, ledger: Ledger, mask: Tensor | None, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out = q.new_empty(*q.shape[:-1], v.shape[-1])
+        ctx.ledger, ctx.mask = ledger, mask
+        ctx.save_for_backward(q, k, v, out, q.new_empty(q.shape[:-1], dtype=torch.float32))
+        ledger.flops += _attention(q, k, v)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, *_ = ctx.saved_tensors
+        ctx.ledger.flops += _attention(q, k, v) * 5 // 2
+        return None, None, *(torch.empty_like(x) for x in (q, k, v))

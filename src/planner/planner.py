@@ -1,0 +1,178 @@
+"""What a config costs as it stands, and any other way to run the same stage."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, cast
+
+import yaml
+
+from src.errors import ConfigError
+from src.models.loading import Quantization
+from src.planner.devices import Device
+from src.planner.experiment import Experiment
+from src.planner.memory import Mode, Setting, memory, strategy_name
+from src.planner.trace import Trace, trace
+from src.planner.work import CacheSize, cache_size, calibration
+
+OVERLAYS = Path(__file__).parents[2] / "configs" / "strategy"
+PLAIN: dict[str, Mode] = {"search": "shared", "recover": "copy", "cache": "copy"}
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """One way to run the stage.
+
+    Attributes:
+        setting: teacher and strategy.
+        checkpoint: whether activations are recomputed.
+        precision: of the trainer.
+        parts: peak bytes of a rank by part.
+        fits: whether they are no more than the device has.
+        flops: operations of the whole run on all ranks.
+        hours: time of the run.
+    """
+
+    setting: Setting
+    checkpoint: bool
+    precision: str
+    parts: dict[str, int]
+    fits: bool
+    flops: float
+    hours: float
+
+    @property
+    def total(self) -> int:
+        """Peak bytes of a rank."""
+        return sum(self.parts.values())
+
+
+class Planner:
+    """Estimates ways to run an experiment.
+
+    Args:
+        experiment: what is run.
+        device: on which kind of device.
+        ranks: on how many.
+        tokens: tokens of the run; None leaves it to the config.
+    """
+
+    def __init__(
+        self, experiment: Experiment, device: Device, ranks: int | None = None, tokens: str | None = None
+    ) -> None:
+        if experiment.stage not in PLAIN:
+            raise ConfigError(
+                f"plan: model.class_path: '{experiment.stage}' cannot be planned; accepted: MaskSearch, "
+                f"Recovery, CacheTeacher."
+            )
+        self.experiment, self.device, self.ranks = experiment, device, ranks or experiment.ranks
+        self.tokens, self.steps = experiment.tokens(self.ranks, tokens)
+        self._traces: dict[tuple[bool, str | None], Trace] = {}
+
+    # ------------------------------------------------------------------ ways to run
+
+    @property
+    def configured(self) -> Estimate:
+        """The config as it stands."""
+        model, stage = self.experiment.model, self.experiment.stage
+        source = model.get("teacher")
+        name = source.class_path.split(".")[-1] if source else None
+        copy = ((source.get("init_args") or {}).get("quantize") if source else None) or "copy"
+        quantize = cast(Quantization | None, model.get("quantize"))
+        mode = {None: quantize or PLAIN[stage], "CachedTeacher": "cached"}.get(name, copy)
+        setting = Setting(
+            stage=stage,
+            mode=cast(Mode, mode),
+            strategy=strategy_name(self.experiment.trainer.strategy, self.ranks),
+            ranks=self.ranks,
+            beside=mode != "cached" and (stage == "recover" or name is not None),
+            quantize=quantize,
+        )
+        return self.estimate(setting, self.recomputes, None)
+
+    def way(
+        self, mode: Mode, strategy: str, checkpoint: bool | None = None, offload: bool = False
+    ) -> Estimate:
+        """A form of the teacher under a strategy's overlay, whose precision and checkpointing it takes."""
+        stage, (precision, recompute) = self.experiment.stage, overlay(strategy)
+        one = stage != "recover" and mode in ("int8", "nf4")
+        setting = Setting(
+            stage=stage,
+            mode=mode,
+            strategy=strategy,
+            ranks=self.ranks,
+            beside=stage == "recover" and mode != "cached",
+            quantize=cast(Quantization, mode) if one else None,
+            offload=offload,
+        )
+        on_gpus = self.device.gpu and strategy != "single"
+        return self.estimate(
+            setting,
+            recompute or self.recomputes if checkpoint is None else checkpoint,
+            precision if on_gpus else None,
+        )
+
+    def estimate(self, setting: Setting, checkpoint: bool, precision: str | None) -> Estimate:
+        """Cost of a setting; no precision leaves it to the config."""
+        traced = self.trace(checkpoint, precision)
+        used = str(precision or self.experiment.trainer.precision or "32-true")
+        setting = replace(setting, half="bf16" in used or used.startswith("16"))
+        parts = memory(traced, setting, self.device)
+        flops = float(traced.flops - (traced.teacher_flops if setting.mode == "cached" else 0))
+        flops = flops * self.steps * self.experiment.accumulate + self.calibration * traced.teacher_flops
+        return Estimate(
+            setting=setting,
+            checkpoint=checkpoint,
+            precision=used,
+            parts=parts,
+            fits=sum(parts.values()) <= self.device.memory,
+            flops=flops * self.ranks,
+            hours=self.device.seconds(flops, self._numbers(used)) / 3600,
+        )
+
+    def trace(self, checkpoint: bool | None = None, precision: str | None = None) -> Trace:
+        """The trace of a variant; settings share it."""
+        key = (self.recomputes if checkpoint is None else checkpoint, precision)
+        if key not in self._traces:
+            module = self.experiment.module(*key)
+            self._traces[key] = trace(module, self.experiment.rows.batch(), self.device.gpu)
+        return self._traces[key]
+
+    # ------------------------------------------------------------------ what they have in common
+
+    @property
+    def recomputes(self) -> bool:
+        """Whether the config recomputes activations."""
+        asked = bool(self.experiment.model.get("checkpoint_activations"))
+        return asked or "CheckpointActivations" in self.experiment.callbacks
+
+    @cached_property
+    def calibration(self) -> float:
+        """Forward passes of a search beside its steps; zero where it cannot be followed."""
+        if self.experiment.stage != "search":
+            return 0.0
+        module: Any = self.experiment.module()
+        return calibration(module.policy, module.calibration_batches) or 0.0
+
+    @property
+    def cache(self) -> CacheSize:
+        """Size of the cache of the run's tokens."""
+        model, rows = self.experiment.model, self.experiment.rows
+        k = model.get("k") or (model.get("distillation") or {}).get("init_args", {}).get("k") or 10
+        positions = self.tokens * rows.positions // (rows.count * rows.length)
+        return cache_size(self.tokens, positions, k, model.get("precision") or "float16")
+
+    def _numbers(self, precision: str) -> str:
+        """Type of the factors of the products."""
+        if precision.startswith(("bf16", "16")):
+            return "bfloat16" if precision.startswith("bf16") else "float16"
+        return str(self.experiment.model.get("dtype") or "float32")
+
+
+def overlay(strategy: str) -> tuple[str | None, bool]:
+    """Precision, and whether activations are recomputed, of an overlay in ``configs/strategy/``."""
+    trainer = yaml.safe_load((OVERLAYS / f"{strategy}.yaml").read_text())["trainer"]
+    callbacks = [c["class_path"].split(".")[-1] for c in trainer.get("callbacks+", [])]
+    return trainer.get("precision"), "CheckpointActivations" in callbacks

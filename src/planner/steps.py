@@ -1,0 +1,121 @@
+"""One step of each stage, in the order of its allocations; and a teacher without weights.
+
+Only the loops around the product's own functions are repeated here, because those talk to a running trainer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from lightning import LightningModule
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from src.cache.teacher import CacheTeacher
+from src.losses.distill import supervised
+from src.losses.signals import FLOOR, Signal, TopK, live_signal
+from src.models.head import OutputHead
+from src.models.loading import load_model
+from src.planner.ledger import Ledger
+from src.recover import Recovery
+from src.search import MaskSearch
+from src.teachers import LiveTeacher
+
+Batch = dict[str, Tensor]
+
+
+class PlannedTeacher:
+    """Stands in for a teacher: the same signal, from a model without weights or from nowhere.
+
+    Args:
+        source: the teacher of the config; what has no ``loading`` needs no model.
+        parent: name and revision of the parent.
+    """
+
+    def __init__(self, source: Any, parent: tuple[str, str | None]) -> None:
+        self.live = isinstance(source, LiveTeacher)
+        self.source, self.parent = source, parent
+        self.k: int | None = None
+        self.head: OutputHead | None = None
+        self.ledger: Ledger | None = None
+        self.vocabulary, self.flops = 0, 0
+
+    def adopt(self, parent: PreTrainedModel) -> None:
+        """Keep the parent if the real teacher would, or load what it would."""
+        self.vocabulary = OutputHead(parent).vocabulary
+        if self.live:
+            keys = self.source.loading
+            own = self.source.name is not None or keys["quantize"] is not None
+            name, revision = self.source.name or self.parent[0], keys["revision"] or self.parent[1]
+            model = load_model(name, revision, keys["dtype"], None, keys["attention"]) if own else parent
+            self.head = OutputHead(model.eval().requires_grad_(False))
+
+    def setup(self, module: LightningModule) -> None:
+        """Nothing to move."""
+
+    @torch.no_grad()
+    def signal(self, batch: Batch, index_N: Tensor) -> Signal:
+        """The signal's tensors."""
+        if self.head is not None and self.ledger is not None:
+            before = self.ledger.flops
+            signal = live_signal(self.head, self.head.hidden(batch).flatten(0, 1)[index_N], self.k)
+            self.flops = self.ledger.flops - before
+            return signal
+        size, k = len(index_N), self.k or self.vocabulary
+        log_probs, entropy = torch.full((size, k), FLOOR), torch.zeros(size)
+        return TopK(torch.zeros(size, k, dtype=torch.long), log_probs, entropy, entropy.clone())
+
+
+def _search(search: MaskSearch, batch: Batch, ledger: Ledger, gpu: bool) -> int:
+    """Two draws, of which the second still holds what is left of the first; the others cost the same."""
+    index = supervised(batch["labels"])
+    with search.trainer.precision_plugin.forward_context():
+        signal = search.teacher_signal(batch, index)
+        teacher_flops = ledger.flops
+        for draw in range(min(2, search.draws)):
+            before = ledger.flops
+            leaf = search.policy.sample(0, draw).detach().requires_grad_(search.policy.needs_gradient)
+            with torch.set_grad_enabled(search.policy.needs_gradient):
+                loss = search.divergence(batch, signal, leaf)
+            if search.policy.needs_gradient:
+                torch.autograd.grad(loss, leaf)
+    ledger.flops += (search.draws - min(2, search.draws)) * (ledger.flops - before)
+    return teacher_flops
+
+
+def _recover(recovery: Recovery, batch: Batch, ledger: Ledger, gpu: bool) -> int:
+    """A second step: the optimiser's state is there, and the last gradients live until the backward pass."""
+    trained = [p for p in recovery.model.parameters() if p.requires_grad]
+    optimizer = recovery.optimizer(trained)
+    for group in optimizer.param_groups:
+        if gpu and "foreach" in group and not group.get("fused"):
+            group["foreach"] = True  # torch's choice on GPUs, at the price of temporaries
+    for p in trained:
+        p.grad = torch.empty_like(p)
+        p.register_post_accumulate_grad_hook(lambda p: ledger.own([p.grad], "gradients"))
+    ledger.own([p.grad for p in trained], "gradients")
+    optimizer.step()
+    for state in optimizer.state.values():
+        ledger.own([x for x in state.values() if isinstance(x, Tensor)], "optimiser")
+    ledger.peak.clear()
+    with recovery.trainer.precision_plugin.forward_context():
+        loss = recovery.losses(batch, recovery.distillation)["loss"]
+    optimizer.zero_grad()  # Lightning's order
+    loss.backward()
+    flops = ledger.flops
+    optimizer.step()
+    ledger.flops = flops
+    teacher: Any = recovery.teacher
+    return int(teacher.flops)
+
+
+def _cache(cache: CacheTeacher, batch: Batch, ledger: Ledger, gpu: bool) -> int:
+    index = supervised(batch["labels"], batch.get("position_ids"))
+    with torch.no_grad(), cache.trainer.precision_plugin.forward_context():
+        live_signal(cache.head, cache.head.hidden(batch).flatten(0, 1)[index], cache.k, cache.chunk_tokens)
+    return ledger.flops
+
+
+STEPS: dict[type, Callable[..., int]] = {MaskSearch: _search, Recovery: _recover, CacheTeacher: _cache}

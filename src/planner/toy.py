@@ -1,0 +1,116 @@
+"""A divergence that costs nothing: removing layers of a made-up model, with the traits of the real one.
+
+Removing layer i alone costs ``a_i``, heavy-tailed over the layers; two removed layers cost more together the
+nearer they are. With ``r = 1 - gates`` the divergence is ``a r + r J r / 2``, ``J_ij = c sqrt(a_i a_j)
+rho^|i-j|``. Plans count with it what a policy measures, and ``scripts/scale.py`` how long one learns.
+
+Shapes: L layers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor, nn
+
+
+class Toy:
+    """A made-up divergence.
+
+    Args:
+        layers: L.
+        seed: of the costs.
+        spread: standard deviation of the logarithms of the costs.
+        strength: c.
+        reach: rho.
+        noise: standard deviation of the logarithm of a batch's factors on the costs.
+    """
+
+    def __init__(
+        self,
+        layers: int,
+        seed: int = 0,
+        spread: float = 1.0,
+        strength: float = 2.0,
+        reach: float = 0.5,
+        noise: float = 0.5,
+    ) -> None:
+        self.generator = torch.Generator().manual_seed(seed)
+        self.cost_L = (spread * torch.randn(layers, generator=self.generator)).exp()
+        at = torch.arange(layers)
+        near_LL = reach ** (at[:, None] - at).abs() * (at[:, None] != at)
+        self.near_LL, self.strength, self.noise = strength * near_LL, strength, noise
+
+    def divergence(self, gates_L: Tensor, noisy: bool = False) -> Tensor:
+        """The divergence under gates, differentiable; noisy as on one batch, or its expectation."""
+        cost_L = self.cost_L
+        if noisy:
+            draw_L = torch.randn(len(cost_L), generator=self.generator)
+            cost_L = cost_L * (self.noise * draw_L - self.noise**2 / 2).exp()
+        removed_L, root_L = 1 - gates_L, cost_L.sqrt()
+        pulled_L = root_L * removed_L
+        return cost_L @ removed_L + pulled_L @ self.near_LL @ pulled_L / 2
+
+
+class TooMany(Exception):
+    """A policy measures more than a plan follows."""
+
+
+class CountingProbe:
+    """Answers a policy from a toy, and counts what the real answers would cost.
+
+    Args:
+        layers: L.
+        rows: calibration batches.
+        limit: measurements after which counting is given up.
+
+    Attributes:
+        forward: passes of one batch through the whole model so far; a backward pass counts as one more.
+    """
+
+    def __init__(self, layers: int, rows: int, limit: int = 100_000) -> None:
+        self.toy, self.layers, self.rows, self.limit = Toy(layers), layers, rows, limit
+        self.forward, self._known = 0.0, dict[tuple[object, ...], float]()
+        self.signals()
+
+    def signals(self) -> None:
+        """The teacher's signals of all rows."""
+        self.forward += self.rows
+
+    def divergence(self, gates_L: Tensor, quick: bool = False) -> float:
+        """The toy's divergence."""
+        return self._measure(gates_L, quick, "kl")
+
+    def cross_entropy(self, gates_L: Tensor) -> float:
+        """The toy's divergence, too."""
+        return self._measure(gates_L, False, "ce")
+
+    def _measure(self, gates_L: Tensor, quick: bool, what: str) -> float:
+        key = (what, quick, tuple(gates_L.tolist()))
+        if key not in self._known:
+            if len(self._known) == self.limit:
+                raise TooMany
+            open_share = float((gates_L > 0).sum()) / self.layers
+            self.forward += open_share * (math.ceil(self.rows / 4) if quick else self.rows)
+            self._known[key] = float(self.toy.divergence(gates_L.detach().cpu()))
+        return self._known[key]
+
+    def mean(self, sums: Tensor, counts: Tensor) -> Tensor:
+        """One rank's mean."""
+        return sums / counts
+
+    def states(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Noise of the right form."""
+        self.forward += self.rows
+        yield torch.randn(self.layers + 1, 1, 4, 8), torch.ones(1, 4, dtype=torch.bool)
+
+    def gradients(self, visit: Callable[[int, nn.Module], None]) -> None:
+        """Noise of the right form."""
+        self.forward += 3 * self.rows
+        for layer in range(self.layers):
+            module = nn.Linear(2, 2)
+            for p in module.parameters():
+                p.grad = torch.randn_like(p)
+            visit(layer, module)

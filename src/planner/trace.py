@@ -1,0 +1,155 @@
+"""Run one step of a search, a recovery or a cache without data, and note what it holds and computes.
+
+The step is the product's own: the module's gated model, its loss and its teacher's signal, on a batch of full
+rows. Models are built on the meta device; then each tensor becomes one without data that believes to be on a
+CPU, so that the operations chosen are real ones.
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from lightning import LightningModule
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import PreTrainedModel
+
+from src.cache.teacher import CacheTeacher
+from src.errors import ConfigError
+from src.models.head import OutputHead
+from src.models.loading import load_model, weightless
+from src.planner.ledger import Ledger, fused_attention
+from src.planner.steps import STEPS, Batch, PlannedTeacher
+from src.planner.weights import Weights, tensors
+from src.search import MaskSearch
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What one micro-batch of a stage costs on one device, nothing being quantised or sharded.
+
+    Attributes:
+        peak: bytes by part (:data:`src.planner.ledger.PARTS`) when their sum is highest.
+        flops: floating-point operations of the step.
+        teacher_flops: those of the teacher's pass, a forward pass of the whole model.
+        parent: number of weights of the parent.
+        trainable: number of weights that are trained.
+        student: weights of the model that is searched, recovered or run.
+        teacher: weights of the model beside it, or of the parent where none is.
+    """
+
+    peak: dict[str, int]
+    flops: int
+    teacher_flops: int
+    parent: int
+    trainable: int
+    student: Weights
+    teacher: Weights
+
+
+def trace(module: LightningModule, batch: Batch, gpu: bool) -> Trace:
+    """Build the models of a stage without weights and run its step once; the module is spent.
+
+    Args:
+        module: a search, a recovery or a cache, as its config instantiates it; its trainer is attached.
+        batch: rows as the data module makes them.
+        gpu: whether kernels are those of GPUs.
+
+    Raises:
+        ConfigError: this family computes with data where a plan has none.
+    """
+    stage: Any = module
+    step = next((STEPS[c] for c in type(module).__mro__ if c in STEPS), None)
+    if step is None:
+        raise ConfigError(
+            f"plan: model.class_path: {type(module).__name__} cannot be planned; accepted: "
+            f"{', '.join(c.__name__ for c in STEPS)}."
+        )
+    teacher, parent = _build(stage)
+    student: PreTrainedModel = stage.head.model
+    beside = teacher.head.model if teacher and teacher.head else None
+    weights, count = Weights.of(beside or parent), sum(p.numel() for p in parent.parameters())
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    for model in filter(None, (student, beside)):
+        _arm(model, fake)
+    ledger = Ledger(stage.head.vocabulary)
+    ledger.own(tensors(student), "student")
+    if beside is not None:
+        ledger.own(tensors(beside), "teacher")
+    if teacher is not None:
+        teacher.ledger = ledger
+
+    def without_data(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        # A single row is never padded, so that it needs no mask.
+        drop = "attention_mask" if kwargs["input_ids"].shape[0] == 1 else ""
+        inputs = {k: fake.from_tensor(v) if isinstance(v, Tensor) else v for k, v in kwargs.items()}
+        return args, {k: v for k, v in inputs.items() if k != drop}
+
+    heads = [stage.head, *([teacher.head] if teacher and teacher.head else [])]
+    try:
+        with ExitStack() as stack:
+            for head in heads:
+                hook = head.decoder.register_forward_pre_hook(without_data, with_kwargs=True)
+                stack.callback(hook.remove)
+            stack.enter_context(ledger)
+            if gpu:
+                stack.enter_context(fused_attention(ledger))
+            teacher_flops = step(stage, batch, ledger, gpu)
+    except Exception as e:
+        raise ConfigError(
+            f"plan: a step of a '{student.config.model_type}' cannot be run without data: "
+            f"{type(e).__name__}: {str(e).splitlines()[0][:200] if str(e) else ''}"
+        ) from e
+    return Trace(
+        peak=dict(ledger.peak),
+        flops=ledger.flops,
+        teacher_flops=teacher_flops,
+        parent=count,
+        trainable=sum(p.numel() for p in student.parameters() if p.requires_grad),
+        student=Weights.of(student),
+        teacher=weights,
+    )
+
+
+def _build(stage: Any) -> tuple[PlannedTeacher | None, PreTrainedModel]:
+    """Build the models on the meta device; returns what stands in for the teacher, and the parent."""
+    teacher = None
+    if getattr(stage, "teacher", None) is not None:
+        teacher = stage.teacher = PlannedTeacher(stage.teacher, (stage.name, stage.revision))
+        teacher.k = stage.distillation.k
+    keys = {key: stage.loading.get(key) for key in ("dtype", "attention")}
+    revision = getattr(stage, "revision", None) or stage.loading.get("revision")
+    token = weightless.set(True)
+    try:
+        with torch.device("meta"):
+            parent = load_model(stage.name, revision, **keys)
+            if isinstance(stage, CacheTeacher):  # it would take the fingerprint of its weights
+                stage.model = parent.requires_grad_(False)
+                stage.head = OutputHead(parent)
+            stage.configure_model()
+            if isinstance(stage, MaskSearch) and teacher:
+                teacher.adopt(parent)  # a copy beside the gated model
+            stage.trainer.precision_plugin.convert_module(stage)
+    finally:
+        weightless.reset(token)
+    return teacher, parent
+
+
+def _arm(model: nn.Module, fake: FakeTensorMode) -> None:
+    """Put tensors without data where those of the meta device are; tied ones stay tied."""
+    known: dict[int, Any] = {}
+    for module in model.modules():
+        for held in (module._parameters, module._buffers):
+            tensors: dict[str, Any] = held
+            for name, old in tensors.items():
+                if old is None or old.device.type != "meta":
+                    continue
+                if id(old) not in known:
+                    with fake:
+                        new = torch.empty(old.shape, dtype=old.dtype)
+                    trained = isinstance(old, nn.Parameter)
+                    known[id(old)] = nn.Parameter(new, old.requires_grad) if trained else new
+                tensors[name] = known[id(old)]

@@ -1,0 +1,69 @@
+"""Bytes of a model's weights: whole, by layer, and quantised."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from src.models.layers import decoder_layers
+from src.models.loading import Quantization
+
+NF4_BLOCK = 64
+"""Weights that share one float32 scale (bitsandbytes' default)."""
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Weights of a model, in bytes.
+
+    Attributes:
+        whole: all of them, as loaded.
+        layer: the largest decoder layer.
+        root: what lies outside the decoder layers.
+        int8: all of them with 8-bit linear layers.
+        nf4: all of them with 4-bit linear layers.
+        widest: the largest linear layer; quantised ones are unpacked one at a time.
+    """
+
+    whole: int
+    layer: int
+    root: int
+    int8: int
+    nf4: int
+    widest: int
+
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> Weights:
+        """Measure a model; its weights may be on the meta device."""
+        layers = [size(layer) for layer in decoder_layers(model)[1]]
+        whole = size(model)
+        linear = [m.weight for m in model.modules() if isinstance(m, nn.Linear)]
+        head: Any = model.get_output_embeddings()
+        packed = [w for w in linear if head is None or w is not head.weight]  # bitsandbytes leaves the head
+        plain = whole - sum(w.nbytes for w in packed)
+        return cls(
+            whole=whole,
+            layer=max(layers),
+            root=whole - sum(layers),
+            int8=plain + sum(w.numel() + 4 * len(w) for w in packed),
+            nf4=plain + sum(w.numel() // 2 + 4 * math.ceil(w.numel() / NF4_BLOCK) for w in packed),
+            widest=max((w.nbytes for w in packed), default=0),
+        )
+
+    def held(self, quantize: Quantization | None) -> int:
+        """Bytes under a quantisation."""
+        return {None: self.whole, "int8": self.int8, "nf4": self.nf4}[quantize]
+
+
+def tensors(model: nn.Module) -> list[Tensor]:
+    """Parameters, tied ones once, and buffers."""
+    return [*model.parameters(), *model.buffers()]
+
+
+def size(model: nn.Module) -> int:
+    """Bytes of :func:`tensors`."""
+    return sum(x.nbytes for x in tensors(model))

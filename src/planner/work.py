@@ -1,0 +1,70 @@
+"""Tokens, operations, hours and bytes on disk of a planned run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from src.callbacks.harden import polish
+from src.planner.toy import CountingProbe, TooMany
+
+# Bytes of a stored value, and those measured after compression at V = 151,936 (docs/teacher_cache.md).
+_RAW = {"float32": (4, 4), "float16": (2, 2), "compact": (1, 2)}
+_COMPRESSED = {"float32": 3.04, "float16": 1.33, "compact": 1.06}
+_COMPRESSED_ID, _COMPRESSED_REST = 1.28, {"float32": 8.1, "float16": 4.9, "compact": 4.9}
+
+
+@dataclass(frozen=True)
+class CacheSize:
+    """Bytes of a cache: ``raw`` before compression, which is exact, and as ``expected`` on disk."""
+
+    raw: int
+    expected: int
+
+
+def cache_size(tokens: int, positions: int, k: int, precision: str = "float16") -> CacheSize:
+    """Bytes of a cache.
+
+    Args:
+        tokens: tokens of the corpus, each with its id (4 bytes) and whether it is supervised (1).
+        positions: supervised positions, each with k ids (4 bytes each) and log-probabilities, an entropy and
+            the mass outside.
+        k: tokens kept.
+        precision: of the log-probabilities.
+    """
+    value, rest = _RAW[precision]
+    raw = tokens * 5 + positions * (k * (4 + value) + 2 * rest)
+    each = k * (_COMPRESSED_ID + _COMPRESSED[precision]) + _COMPRESSED_REST[precision]
+    return CacheSize(raw, int(positions * each))
+
+
+def calibration(policy: Any, rows: int) -> float | None:
+    """Passes of a batch through the whole model that a search makes before its first step and after its last.
+
+    The policy and the polishing are run on a made-up divergence; what they ask for is counted.
+
+    Args:
+        policy: set up for the model's layers.
+        rows: calibration batches.
+
+    Returns:
+        None for a policy that measures too much to follow, such as all masks.
+    """
+    probe = CountingProbe(policy.num_layers, rows)
+    try:
+        policy.initialise(probe)
+        probe.signals()
+        policy.remove = policy.target
+        probe.divergence(policy.keep_probabilities())
+        keep = policy.harden()
+        probe.divergence(policy.gates(keep))
+        probe.forward += rows * len(keep) / policy.num_layers * (policy.candidates - 1)
+        if policy.polish:
+
+            def measure(keep: tuple[int, ...], quick: bool = False) -> float:
+                return probe.divergence(policy.gates(keep), quick)
+
+            polish(keep, policy.free, measure, policy.logits.tolist())
+    except TooMany:
+        return None
+    return probe.forward

@@ -1,0 +1,376 @@
+"""The planner: counts worked out by hand, laws of growth, and what it recommends at its thresholds."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from src.cli import run
+from src.errors import ConfigError
+from src.models.loading import load_config
+from src.planner.advice import advise, ways
+from src.planner.devices import GIB, Device, device
+from src.planner.experiment import Experiment
+from src.planner.ledger import Ledger
+from src.planner.memory import OVERHEAD, Setting, memory, strategy_name
+from src.planner.planner import Planner
+from src.planner.toy import CountingProbe, Toy
+from src.planner.trace import Trace
+from src.planner.weights import Weights
+from src.planner.work import cache_size, calibration
+from src.policies import GumbelTopK
+
+H, MLP, L, HEADS, KV, D, V = 8, 16, 4, 2, 1, 4, 32
+LAYER = 2 * H * HEADS * D + 2 * H * KV * D + 2 * D + 3 * H * MLP + 2 * H
+"""Weights of a layer: queries and output, keys and values, their norms, the three of the MLP, two norms."""
+ROWS, LENGTH = 4, 64
+SEARCH, RECOVER, CACHE = (
+    "configs/search/gumbel_topk.yaml",
+    "configs/recover/entropy_kd.yaml",
+    "configs/cache/topk.yaml",
+)
+ONE_ROW = {"data.init_args.batch_size": 1, "model.init_args.ratio": "null"}
+"""A single row is never padded: its attention needs no mask."""
+PLENTY = Device("h100", "test", 1 << 50, {"float32": 1.0, "bfloat16": 2.0}, 0.5, 0, 0.0, "none")
+
+KNOWN = {
+    "qwen3-0.6b": 596_049_920,
+    "qwen3-1.7b": 1_720_574_976,
+    "qwen3-4b": 4_022_468_096,
+    "qwen3-8b": 8_190_735_360,
+    "qwen3-14b": 14_768_307_200,
+    "qwen3-32b": 32_762_123_264,
+    "llama-3-8b": 8_030_261_248,
+    "llama-3-70b": 70_553_706_496,
+    "deepseek-r1": 671_026_404_352,
+}
+
+
+def write_config(path: Path, layers: int = L, **keys: Any) -> str:
+    """A config alone: there are no weights that could be loaded."""
+    config = AutoConfig.for_model(
+        "qwen3", vocab_size=V, hidden_size=H, intermediate_size=MLP, num_hidden_layers=layers,
+        num_attention_heads=HEADS, num_key_value_heads=KV, head_dim=D, tie_word_embeddings=True, **keys,
+    )  # fmt: skip
+    path.write_text(config.to_json_string())
+    return str(path)
+
+
+Make = Callable[..., Planner]
+
+
+@pytest.fixture
+def plan(tmp_path: Path) -> Make:
+    """Planner of a shipped config on a tiny model; keys are those of the command line."""
+
+    def make(
+        config: str, layers: int = L, spec: Device = PLENTY, ranks: int | None = None, **keys: Any
+    ) -> Planner:
+        argv = [
+            "--config",
+            config,
+            f"--model.init_args.model={write_config(tmp_path / f'{layers}.json', layers)}",
+        ]
+        keys = {"data.init_args.batch_size": ROWS, "data.init_args.max_length": LENGTH, **keys}
+        argv += [f"--{key}={value}" for key, value in keys.items()]
+        ratio = 1 / layers if config == RECOVER else None
+        return Planner(Experiment(argv, ratio), spec, ranks, "1M" if config == CACHE else None)
+
+    return make
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_shipped_configs_have_the_known_number_of_weights(name: str) -> None:
+    config = load_config(f"configs/models/{name}.json")
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    assert sum(p.numel() for p in model.parameters()) == KNOWN[name]
+    assert config._source.startswith("https://huggingface.co/")
+
+
+# ---------------------------------------------------------------- counts by hand
+
+
+def test_recovery_holds_parent_student_gradients_and_two_moments(plan: Make) -> None:
+    planner = plan(RECOVER)
+    traced, experiment = planner.trace(), planner.experiment
+    parent, student = V * H + L * LAYER + H, V * H + (L - 1) * LAYER + H
+    rotary = 2 * 4 * D // 2  # the frequencies, and their copy
+    assert (traced.parent, experiment.student_parameters(), traced.trainable) == (parent, student, student)
+    tensors = 2 + 11 * (L - 1)  # each has a step counter of its own in AdamW
+    assert traced.peak["teacher"] == 4 * parent + rotary
+    assert traced.peak["student"] == 4 * student + rotary
+    assert traced.peak["gradients"] == 4 * student
+    assert traced.peak["optimiser"] == 2 * 4 * student + 4 * tensors
+
+
+def test_a_layer_of_a_search_keeps_what_its_architecture_says(plan: Make) -> None:
+    """One more kept layer: the residual stream three times, norms, attention and MLP; exactly so."""
+    four, five = (plan(SEARCH, layers=n, **ONE_ROW, **{"model.init_args.remove": 1}) for n in (L, L + 1))
+    tokens = LENGTH
+    residual = 3 * H  # entering, after attention, before the gate
+    norms = 2 + HEADS + KV  # the inverse roots
+    attention = (HEADS + KV) * D + (2 * HEADS + 2 * KV) * D + HEADS  # before norms; q, k, v, out; logsumexp
+    gate = 4 + 4  # and its gradient
+    kept = 4 * tokens * (residual + norms + attention + 3 * MLP) + gate
+    more = {key: five.trace().peak.get(key, 0) - four.trace().peak.get(key, 0) for key in five.trace().peak}
+    assert {key: size for key, size in more.items() if size} == {"student": 4 * LAYER, "activations": kept}
+
+
+def test_a_closed_layer_keeps_the_residual_stream_only(plan: Make) -> None:
+    two, one = (plan(SEARCH, **ONE_ROW, **{"model.init_args.remove": n}) for n in (2, 1))
+    less = one.trace().peak["activations"] - two.trace().peak["activations"]
+    mlp, heads = 3 * MLP, 2 + HEADS + KV + (HEADS + KV) * D + (2 * HEADS + 2 * KV) * D + HEADS
+    assert less == 4 * LENGTH * (H + mlp + heads), "what stays is the stream before and after the gate"
+
+
+def test_cache_bytes() -> None:
+    size = cache_size(tokens=1000, positions=900, k=10, precision="float16")
+    assert size.raw == 1000 * 5 + 900 * (10 * (4 + 2) + 2 + 2)
+    assert cache_size(1000, 900, 10, "float32").raw == 1000 * 5 + 900 * (10 * 8 + 8)
+    assert cache_size(1000, 900, 10, "compact").raw == 1000 * 5 + 900 * (10 * 5 + 4)
+    measured = json.loads(Path("results/teacher_cache.json").read_text())["bytes"]["wide"]
+    for precision in ("float32", "float16", "compact"):
+        expected = cache_size(10**6, 10**6, 10, precision).expected / 10**6
+        assert expected == pytest.approx(measured[precision]["bytes_per_position"], rel=0.01)
+
+
+def test_quantised_weights_leave_head_embeddings_and_norms(tmp_path: Path) -> None:
+    config = load_config(write_config(tmp_path / "tiny.json"))
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    weights = Weights.of(model)
+    linear = LAYER - 2 * D - 2 * H
+    rows = HEADS * D + 2 * KV * D + H + 2 * MLP + H  # outputs, one scale each
+    plain = weights.whole - 4 * L * linear
+    assert weights.int8 == plain + L * (linear + 4 * rows)
+    blocks = 1 + 1 + 1 + 1 + 3 * 2  # of up to 64 weights: queries, keys, values, output, the MLP's three
+    assert weights.nf4 == plain + L * (linear // 2 + 4 * blocks)
+    assert weights.whole == weights.root + L * weights.layer
+
+
+def test_operations_are_those_of_the_real_model(plan: Make) -> None:
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(
+        "qwen3", vocab_size=V, hidden_size=H, intermediate_size=MLP, num_hidden_layers=L,
+        num_attention_heads=HEADS, num_key_value_heads=KV, head_dim=D, attn_implementation="eager",
+    ))  # fmt: skip
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(torch.ones(ROWS, LENGTH, dtype=torch.long), use_cache=False)
+    projection = 2 * ROWS * H * V  # of the last token, which predicts nothing
+    assert plan(CACHE).trace().flops == counter.get_total_flops() - projection
+
+
+def test_calibration_counts_what_the_policy_asks() -> None:
+    rows = 8
+    plain = GumbelTopK(init="zeros", candidates=1, polish=False)
+    plain.setup(L, 1)
+    signals, soft, hard = 2 * rows, rows, rows * (L - 1) / L
+    assert calibration(plain, rows) == pytest.approx(signals + soft + hard)
+    scored = GumbelTopK(init="kl", candidates=1, polish=False)
+    scored.setup(L, 1)
+    quick = L * 2 * (L - 1) / L  # each layer bypassed in turn, on a quarter of the rows
+    assert calibration(scored, rows) == pytest.approx(signals + quick + soft + hard)
+
+
+def test_the_toy_is_the_formula() -> None:
+    toy = Toy(3, strength=2.0, reach=0.5)
+    a, _, c = toy.cost_L.tolist()
+    assert float(toy.divergence(torch.tensor([1.0, 1, 1]))) == 0
+    assert float(toy.divergence(torch.tensor([0.0, 1, 1]))) == pytest.approx(a)
+    both = a + c + 2.0 * 0.5**2 * math.sqrt(a * c)
+    assert float(toy.divergence(torch.tensor([0.0, 1, 0]))) == pytest.approx(both)
+    assert CountingProbe(3, 4).divergence(torch.tensor([1.0, 0, 1])) == pytest.approx(float(Toy(3).cost_L[1]))
+
+
+def test_the_ledger_sees_tensors_come_and_go() -> None:
+    ledger = Ledger(vocabulary=7)
+    with ledger:
+        x = torch.ones(10)
+        y = x + 1
+        del x
+        z = torch.zeros(3, 7)
+        view = y[:5]
+        del y
+    assert dict(ledger.live) == {"activations": 40, "loss chunk": 84}, "a view keeps its storage"
+    assert ledger.peak.total() == 124
+    del view, z
+    assert ledger.live.total() == 0
+
+
+# ---------------------------------------------------------------- laws
+
+
+def test_more_costs_more(plan: Make) -> None:
+    base = plan(SEARCH).configured
+    for keys in ({"data.init_args.batch_size": 2 * ROWS}, {"data.init_args.max_length": 2 * LENGTH}):
+        larger = plan(SEARCH, **keys).configured
+        assert larger.total > base.total
+        assert larger.hours > base.hours
+    more_draws = plan(SEARCH, **{"model.init_args.draws": 8}).configured
+    assert more_draws.total == base.total, "the graph of a draw dies before the next"
+    assert more_draws.flops > base.flops
+
+
+def test_recomputing_saves_memory_and_costs_work(plan: Make) -> None:
+    planner = plan(RECOVER)
+    plain, recomputed = planner.trace(False), planner.trace(True)
+    assert recomputed.peak["activations"] < plain.peak["activations"]
+    assert recomputed.flops > plain.flops
+
+
+def test_shards_shrink_with_the_ranks() -> None:
+    weights = Weights(whole=1000, layer=90, root=100, int8=300, nf4=200, widest=30)
+    peak = {"teacher": 1000, "student": 1000, "gradients": 1000, "optimiser": 2000, "activations": 50}
+    traced = Trace(peak, 1, 1, 250, 250, weights, weights)
+
+    def parts(strategy: str, ranks: int, **keys: Any) -> dict[str, int]:
+        at = Setting("recover", keys.pop("mode", "copy"), strategy, ranks, beside=True, **keys)
+        return memory(traced, at, PLENTY)
+
+    assert sum(parts("single", 1).values()) == 5050
+    assert parts("ddp", 4)["gradients"] == 2000, "and its buckets"
+    gathered = 100 + 2 * 90
+    for ranks in (2, 4, 8):
+        held = parts("fsdp2", ranks)
+        assert held["optimiser"] == 2000 // ranks
+        assert held["student"] == held["teacher"] == 1000 // ranks + gathered - gathered // ranks
+    assert parts("fsdp", 4)["teacher"] == 1000, "only FSDP2 shards a teacher"
+    assert parts("fsdp2", 4, mode="int8")["teacher"] == 300, "quantised bytes are not sharded"
+    assert parts("fsdp2", 4, mode="int8")["activations"] == 50 + 30, "one layer unpacked at a time"
+    assert parts("deepspeed_z3", 4, offload=True)["optimiser"] == 0
+    used = memory(
+        traced,
+        Setting("recover", "copy", "single", 1, beside=True),
+        replace(PLENTY, overhead=7, fragmentation=0.1),
+    )
+    assert used[OVERHEAD] == 7 + 505
+
+
+def test_fused_attention_holds_no_scores(tmp_path: Path) -> None:
+    """Keys and values of different widths: the CPU writes the scores out, a GPU's kernels do not."""
+    config = AutoConfig.for_model(
+        "deepseek_v3", vocab_size=V, hidden_size=H, intermediate_size=MLP, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=2, q_lora_rank=8, kv_lora_rank=8, qk_nope_head_dim=8,
+        qk_rope_head_dim=8, v_head_dim=8, first_k_dense_replace=1, n_routed_experts=4, num_experts_per_tok=2,
+        n_group=2, topk_group=1, moe_intermediate_size=8,
+    )  # fmt: skip
+    path = tmp_path / "deepseek.json"
+    path.write_text(config.to_json_string())
+    keys = {"model": path, "ratio": "null", "remove": 1}
+    argv = ["--config", SEARCH, *(f"--model.init_args.{key}={value}" for key, value in keys.items())]
+    argv += ["--data.init_args.batch_size=1", "--data.init_args.max_length=256"]
+    cpu, gpu = (Planner(Experiment(argv), replace(PLENTY, name=name)).trace() for name in ("cpu", "h100"))
+    assert gpu.peak["activations"] < cpu.peak["activations"] / 2
+    assert gpu.teacher_flops == cpu.teacher_flops
+    assert gpu.flops > cpu.flops, "the backward pass makes the scores again"
+
+
+# ---------------------------------------------------------------- advice
+
+
+def test_a_device_one_byte_too_small_is_too_small(plan: Make) -> None:
+    planner = plan(SEARCH)
+    plain, recomputed = planner.way("shared", "single", False), planner.way("shared", "single", True)
+    packed = planner.way("int8", "single", True)
+    assert packed.total < recomputed.total < plain.total
+
+    def best(size: int) -> Any:
+        planner.device = replace(PLENTY, memory=size)
+        return advise(planner)
+
+    assert best(plain.total).best == plain
+    assert best(plain.total).options == ()
+    assert not best(plain.total - 1).best.setting.quantize
+    assert best(plain.total - 1).options == ("--trainer.callbacks+=src.callbacks.CheckpointActivations",)
+    assert best(recomputed.total - 1).best.setting.quantize == "int8"
+    assert "--model.init_args.quantize int8" in best(recomputed.total - 1).options
+    nothing = best(1000)
+    assert nothing.best is None
+    assert "bfloat16" in nothing.reason
+
+
+def test_a_recovery_without_room_reads_a_cache(plan: Make) -> None:
+    planner = plan(RECOVER)
+    live, cached = planner.way("copy", "single", True), planner.way("cached", "single", False)
+    plain = planner.way("copy", "single", False)
+    assert plain.total - cached.total == plain.parts["teacher"]
+    planner.device = replace(PLENTY, memory=live.total - 1)
+    assert advise(planner).best.setting.mode == "cached"  # type: ignore[union-attr]
+    assert "--config configs/cache/recover.yaml" in advise(planner).options
+    assert advise(planner, disk=1).best.setting.mode == "int8"  # type: ignore[union-attr]
+    assert cached.hours < plain.hours, "the teacher's pass is saved"
+
+
+def test_ways_are_legal_pairs() -> None:
+    """What src/compatibility.py refuses is never recommended; sharding needs ranks."""
+    for stage in ("search", "recover", "cache"):
+        for ranks in (1, 2):
+            for mode, strategy, _, offload in ways(stage, ranks):
+                assert ranks > 1 or strategy != "fsdp2"
+                assert strategy not in ("fsdp", "deepspeed_z3") or stage == "recover"
+                assert not (stage != "recover" and mode in ("int8", "nf4") and strategy == "fsdp2")
+                assert not offload or strategy == "deepspeed_z3"
+
+
+def test_strategies_are_known_by_any_of_their_names() -> None:
+    assert [strategy_name(name, 1) for name in ("auto", "ddp", "deepspeed_stage_3")] == [
+        "single",
+        "ddp",
+        "deepspeed_z3",
+    ]
+    assert strategy_name("auto", 2) == "ddp"
+    with pytest.raises(ConfigError, match="'horovod' cannot be planned"):
+        strategy_name("horovod", 1)
+
+
+# ---------------------------------------------------------------- the command
+
+
+def test_command_writes_the_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "plan.json"
+    argv = ["--config", SEARCH, "--config", "configs/strategy/fsdp2.yaml", "--trainer.max_steps=10"]
+    argv += [f"--model.init_args.model={write_config(tmp_path / 'tiny.json')}"]
+    run(["plan", *argv, "--device", "h100", "--devices", "2", "--json", str(out)])
+    written = json.loads(out.read_text())
+    assert written["configured"]["strategy"] == "fsdp2"
+    assert written["tokens"] == 10 * 16 * 256 * 2
+    assert written["configured"]["total"] == sum(written["configured"]["parts"].values())
+    assert written["recommended"]["way"]["strategy"] == "ddp"
+    assert written["device"]["memory"] == 79 * GIB
+    assert "as configured" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ([SEARCH, "--device", "h1000"], r"--device: 'h1000' is unknown; accepted: h100, .*mean 'h100'"),
+        ([SEARCH, "--model.init_args.modle=x"], r"modle.*Did you mean"),
+        (
+            [SEARCH, "--model.init_args.model=no/such/file.json"],
+            r"model: cannot read a config from 'no/such/f",
+        ),
+        ([RECOVER, "--model.init_args.mask=no.json"], r"mask: 'no.json' does not exist yet; give"),
+        ([CACHE], r"--tokens: nothing says when this run ends"),
+        (["configs/teacher/arithmetic.yaml"], r"'Pretrain' cannot be planned; accepted: MaskSearch, Rec"),
+        ([SEARCH, "--devices", "none"], r"--devices.*a whole number above 0"),
+    ],
+)
+def test_faults_have_one_clear_message(argv: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        run(["plan", "--config", *argv])
+
+
+def test_this_machines_cpu_is_measured() -> None:
+    cpu = device("cpu")
+    assert cpu.memory > GIB
+    assert 1e-4 < cpu.tflops["float32"] < 1e3
+    assert not cpu.gpu
