@@ -6,7 +6,8 @@ bit (``h + g * (F(h) - h)`` is not).
 
 A layer whose gate is exactly zero must still be evaluated, because its output is what the gate's gradient
 ``<dLoss/dh', F(h) - h>`` needs. But the chain through its weights is multiplied by that zero, so it runs
-without autograd: the same gradients, without its share of the backward pass and of the activations.
+without autograd: the same gradients, without its share of the backward pass and of the activations. Where
+nothing is differentiated, it does not run at all.
 
 Shapes: B batch, T tokens, H hidden, L layers.
 """
@@ -51,7 +52,10 @@ class GatedLayers:
         self.skip_closed_autograd = skip_closed_autograd
         self._gates: Tensor | None = None
         self._values: list[float] = []
+        self.evaluated = 0
+        """Layers run so far; what a search costs."""
         self._observer: Observer | None = None
+        self._plain = False  # whether layers return a tensor; known once one has run
         for index, layer in enumerate(self.layers):
             layer.forward = self._gated_forward(index, layer.forward)
 
@@ -78,9 +82,13 @@ class GatedLayers:
     def _gated_forward(self, index: int, forward: Callable[..., Any]) -> Callable[..., Any]:
         def gated(*args: Any, **kwargs: Any) -> Any:
             gates, h_in = self._gates, args[0] if args else kwargs["hidden_states"]
+            if self._skips(index, kwargs):
+                return h_in
+            self.evaluated += 1
             if gates is None:
                 out = forward(*args, **kwargs)
                 self._observe(index, h_in, out)
+                self._plain = isinstance(out, Tensor)
                 return out
             closed = self._values[index] == 0.0
             if closed and self.skip_closed_autograd:
@@ -96,6 +104,12 @@ class GatedLayers:
             return (mixed, *out[1:]) if isinstance(out, tuple) else mixed
 
         return gated
+
+    def _skips(self, index: int, kwargs: dict[str, Any]) -> bool:
+        """Whether a layer need not run: closed, nobody asks for its output, and it fills no cache."""
+        closed = bool(self._values) and self._values[index] == 0.0
+        asked = torch.is_grad_enabled() or self._observer is not None
+        return closed and not asked and self._plain and kwargs.get("past_key_values") is None
 
     def _observe(self, index: int, h_in: Tensor, out: Any) -> None:
         if self._observer is not None:

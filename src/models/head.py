@@ -10,6 +10,7 @@ Shapes: B batch, T tokens, H hidden, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from transformers import PreTrainedModel
 
 from src.errors import ConfigError
 from src.models.layers import decoder_layers, text_config
+from src.models.sharding import within
 
 TARGETS = ("labels", "row_id", "teacher_")
 """Keys of a batch (or their beginnings) that are no input of a model."""
@@ -39,6 +41,7 @@ class OutputHead:
         if self.decoder is model:  # Llama-4 names a prefix that it does not have: take the layers' owner
             self.decoder = model.get_submodule(decoder_layers(model)[0].rpartition(".")[0])
         self.projection: nn.Module = model.get_output_embeddings()
+        self._weights = [name for name, _ in self.projection.named_parameters()]
         self.vocabulary: int = config.vocab_size
         multiply = getattr(config, "logit_scale", None) or getattr(config, "lm_head_multiplier", None)
         self.scale: float = (multiply or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
@@ -47,7 +50,7 @@ class OutputHead:
     def hidden(self, batch: Mapping[str, Any]) -> Tensor:
         """Hidden states ``[B, T, H]`` after the final norm."""
         inputs = {key: value for key, value in batch.items() if not key.startswith(TARGETS)}
-        return self.decoder(**inputs, use_cache=False).last_hidden_state
+        return within(self.model, lambda: self.decoder(**inputs, use_cache=False).last_hidden_state)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits ``[..., V]`` of hidden states ``[..., H]``, post-processed as the family does."""
@@ -59,9 +62,13 @@ class OutputHead:
         return logits
 
     @property
-    def parameters(self) -> tuple[nn.Parameter, ...]:
-        """Parameters of the projection that are being trained (none while the model is frozen)."""
-        return tuple(p for p in self.projection.parameters() if p.requires_grad)
+    def parameters(self) -> tuple[Tensor, ...]:
+        """Weights of the projection that are being trained (none while the model is frozen).
+
+        They are looked up by name, because during a forward pass FSDP puts plain tensors in their place.
+        """
+        weights = [attrgetter(name)(self.projection) for name in self._weights]
+        return tuple(weight for weight in weights if weight.requires_grad)
 
     @torch.no_grad()
     def check(self) -> None:

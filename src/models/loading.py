@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -21,6 +22,9 @@ from src.errors import ConfigError
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 Quantization = Literal["int8", "nf4"]
+
+weightless: ContextVar[bool] = ContextVar("weightless", default=False)
+"""While set, models are built from their config alone, unquantised: a plan needs their shapes only."""
 
 _CAUSAL = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 
@@ -71,6 +75,8 @@ def load_model(
     """
     config = load_config(name, revision)
     keys: dict[str, Any] = {"dtype": getattr(torch, dtype), "attn_implementation": attention}
+    if weightless.get():
+        return AutoModelForCausalLM.from_config(config, **keys).eval()
     if quantize is not None:
         keys["quantization_config"] = BitsAndBytesConfig(
             load_in_8bit=quantize == "int8",

@@ -1,0 +1,159 @@
+"""LinearPatch: a linear map of the residual stream at each place where layers were removed.
+
+After a cut the next layer meets a stream whose channels have the wrong magnitude. The patch (arXiv
+2505.24680) is  ``P = H diag(d) H^T``  with an orthonormal Hadamard matrix H, and d_c the mean of
+``|x H|_c`` where the cut ends over that where it begins, both in the parent; ``diag`` leaves H out. P is
+symmetric, its eigenvalues are d, and it is one matrix product for each token and cut.
+
+A run of removed layers at the very start or end gets none. Before the start there is no kept layer whose
+output could be repaired, only the embeddings; after the end there is none to receive it, only the final norm.
+The method asks for both: its scales compare the inputs of two layers.
+
+Shapes: B batch, T tokens, H hidden, N tokens that are not padding, J junctions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from src.data.batches import Batch, real
+from src.mask import Mask
+from src.models.hadamard import hadamard
+from src.models.layers import decoder_layers, text_config
+
+Mode = Literal["rotate", "diag"]
+
+
+@dataclass(frozen=True)
+class Junction:
+    """Where a maximal run of removed layers was, between two kept ones.
+
+    Attributes:
+        before: position, in the cut model, of the kept layer before it; the next one follows it.
+        start: first removed layer, in the parent.
+        end: first kept layer after it, in the parent.
+    """
+
+    before: int
+    start: int
+    end: int
+
+
+def junctions(mask: Mask) -> list[Junction]:
+    """One for each maximal run of removed layers that has a kept layer on both sides."""
+    pairs = enumerate(pairwise(mask.keep))
+    return [Junction(at, a + 1, b) for at, (a, b) in pairs if b != a + 1]
+
+
+class Patch(nn.Module):
+    """``h -> h P``, computed in float32.
+
+    Args:
+        matrix_HH: P.
+    """
+
+    def __init__(self, matrix_HH: Tensor) -> None:
+        super().__init__()
+        self.matrix = nn.Parameter(matrix_HH.float(), requires_grad=False)
+
+    def forward(self, h_BTH: Tensor) -> Tensor:
+        return (h_BTH.float() @ self.matrix).to(h_BTH.dtype)
+
+
+@contextmanager
+def patched(student: PreTrainedModel, places: Sequence[Junction], patches: Iterable[Patch]) -> Iterator[None]:
+    """Run the cut model with a patch at the input of the layer after each junction.
+
+    The patches are hooks: no module, weight or key of the model changes.
+    """
+    _, layers = decoder_layers(student)
+    with ExitStack() as stack:
+        for place, patch in zip(places, patches, strict=True):
+
+            def repair(_: nn.Module, args: Any, kwargs: Any, patch: Patch = patch) -> Any:
+                if args:
+                    return (patch(args[0]), *args[1:]), kwargs
+                return args, {**kwargs, "hidden_states": patch(kwargs["hidden_states"])}
+
+            hook = layers[place.before + 1].register_forward_pre_hook(repair, with_kwargs=True)
+            stack.callback(hook.remove)
+        yield
+
+
+@contextmanager
+def inputs(model: PreTrainedModel, layers: Iterable[int]) -> Iterator[dict[int, Tensor]]:
+    """What enters some layers: a dictionary that each forward pass fills with ``[B, T, H]``."""
+    seen: dict[int, Tensor] = {}
+    _, modules = decoder_layers(model)
+    with ExitStack() as stack:
+        for index in set(layers):
+
+            def keep(_: nn.Module, args: Any, kwargs: Any, index: int = index) -> None:
+                seen[index] = (args[0] if args else kwargs["hidden_states"]).detach()
+
+            stack.callback(modules[index].register_forward_pre_hook(keep, with_kwargs=True).remove)
+        yield seen
+
+
+@torch.no_grad()
+def run(model: PreTrainedModel, batch: Batch) -> Tensor:
+    """Pass a batch through the decoder, without the output head; return its real tokens, flat ``[B * T]``."""
+    fed = {key: value.to(model.device) for key, value in batch.items() if key != "labels"}
+    model.base_model(**fed, use_cache=False)
+    return real(fed).flatten()
+
+
+def scales(
+    parent: PreTrainedModel, places: Sequence[Junction], batches: Iterable[Batch], basis_HH: Tensor | None
+) -> Tensor:
+    """The ratios ``d_JH``, float64, of mean magnitudes over all real tokens of all ``batches``.
+
+    The original averages the ratio over its batches; here magnitudes are summed first, so that the split into
+    batches changes nothing. A channel that is always zero where the cut begins keeps the ratio 1.
+
+    Args:
+        parent: the whole model.
+        places: the cuts.
+        batches: calibration rows.
+        basis_HH: H; None measures the channels themselves.
+    """
+    ends = [(p.start, p.end) for p in places]
+    sums_2JH: Any = 0.0
+    with inputs(parent, [i for pair in ends for i in pair]) as seen:
+        for batch in batches:
+            real_N = run(parent, batch)
+
+            def magnitude(index: int, real_N: Tensor = real_N) -> Tensor:
+                h_NH = seen[index].flatten(0, 1)[real_N].double()
+                rotated_NH = h_NH if basis_HH is None else h_NH @ basis_HH.to(h_NH)
+                return rotated_NH.abs().sum(0)
+
+            sums_2JH = sums_2JH + torch.stack(
+                [torch.stack([magnitude(pair[side]) for pair in ends]) for side in (0, 1)]
+            )
+    begin_JH, end_JH = sums_2JH
+    return torch.where(begin_JH > 0, end_JH / begin_JH, 1.0)
+
+
+def matrices(
+    parent: PreTrainedModel, places: Sequence[Junction], batches: Iterable[Batch], mode: Mode
+) -> list[Tensor]:
+    """P at each junction, ``[H, H]`` float64; warns once and leaves H out where the size has none."""
+    size: int = text_config(parent.config).hidden_size
+    basis_HH = hadamard(size) if mode == "rotate" else None
+    if mode == "rotate" and basis_HH is None:
+        rank_zero_warn(f"patch: there is no Hadamard matrix of hidden size {size} here; mode 'diag' is used.")
+    out = []
+    for d_H in scales(parent, places, batches, basis_HH).cpu():
+        basis = torch.eye(size, dtype=torch.float64) if basis_HH is None else basis_HH
+        out.append(torch.eye(size, dtype=torch.float64) + basis * (d_H - 1) @ basis.T)  # exactly I at d = 1
+    return out

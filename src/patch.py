@@ -1,0 +1,68 @@
+"""Export the cut model with its cuts repaired, without training: ``python -m src.cli patch``.
+
+``python -m src.cli patch --mask logs/run/mask.json --data rows.jsonl --out DIRECTORY``
+
+The calibration rows decide a few weights (:mod:`src.linear_patch`), the export does the rest: written under a
+temporary name, proven by the same gate, then renamed.
+"""
+
+from __future__ import annotations
+
+import argparse
+from typing import get_args
+
+from rich.console import Console
+from rich.markup import escape
+
+from src.command import Parser, natural, positive
+from src.data.documents import Columns
+from src.export import add_options, export, show
+from src.linear_patch import Goal, LinearPatch
+from src.mask import Mask
+from src.model_card import public_name
+
+
+def main(argv: list[str]) -> None:
+    """Patch, export, and show what was proven."""
+    args = _parse(argv)
+    mask = Mask.load(args.mask)
+    patch = LinearPatch(
+        data=args.calibration,
+        goal=args.goal,
+        rows=args.rows,
+        columns=Columns(args.text, args.prompt, args.answer),
+        max_length=args.max_length,
+        batch_size=args.batch_size,
+        ridge=args.ridge,
+        distill_steps=args.distill_steps,
+        lr=args.lr,
+        device=args.device,
+    )
+    findings = export(mask, args, patch)
+    Console().print(escape(str(patch)))
+    show(mask, args, findings)
+
+
+def _parse(argv: list[str]) -> argparse.Namespace:
+    parser = Parser("patch", "Export the cut model with the residual stream repaired after each cut.")
+    add_options(parser)
+    add = parser.add_argument
+    add("--data", dest="calibration", required=True, metavar="FILE", help="calibration rows, or a Hub id")
+    add(
+        "--goal",
+        choices=get_args(Goal),
+        default="parent",
+        help="fit the stream after a cut to the parent's (default), or to LinearPatch's h P, rotated or not",
+    )
+    add("--rows", type=positive, default=256, metavar="N", help="rows, at most (default: 256)")
+    add("--prompt", metavar="COLUMN", help="column of the prompt (default: well-known names)")
+    add("--answer", metavar="COLUMN", help="column of the answer, together with --prompt")
+    add("--text", metavar="COLUMN", help="column of plain text, instead of prompt and answer")
+    add("--max-length", type=positive, default=1024, metavar="T", help="tokens of a row (default: 1024)")
+    add("--batch-size", type=positive, default=8, metavar="B", help="rows at once (default: 8)")
+    add("--ridge", type=float, default=0.1, metavar="X", help="pull to the present weights (default: 0.1)")
+    add("--distill-steps", type=natural, default=0, metavar="N", help="distil P before it is folded")
+    add("--lr", type=float, default=1e-4, metavar="X", help="of that distillation (default: 1e-4)")
+    args = parser.parse_args(argv)
+    args.checkpoint, args.data = None, f"calibration rows of {public_name(args.calibration)}"
+    return args
