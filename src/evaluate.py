@@ -14,29 +14,33 @@ from __future__ import annotations
 import argparse
 import math
 import time
-from collections.abc import Iterable, Sequence
-from typing import Any, cast
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 from rich.table import Table
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from src.command import Parser, load, parameters, positive, provenance, show
+from src import tasks
+from src.command import Parser, family, natural, positive, provenance, show
 from src.data.arithmetic import final_answer
 from src.data.documents import Columns
 from src.errors import ConfigError
 from src.files import write_json
+from src.flips import flips
 from src.generate import greedy, stop_tokens
-from src.models.layers import num_layers
 from src.models.loading import load_tokenizer
 from src.rows import Rows, batches, encode, prompt, read_rows
 
 # ---------------------------------------------------------------------- held-out text
 
 
-@torch.inference_mode()
+ROW_SUMS = ("loss", "teacher_loss", "kl", "agreement", "tokens")
+"""Columns of :func:`row_sums`."""
+
+
 def held_out(
     student: PreTrainedModel,
     teacher: PreTrainedModel | None,
@@ -56,8 +60,30 @@ def held_out(
     Returns:
         ``loss`` (nats), ``perplexity``, ``tokens``; beside a teacher also ``kl`` (nats, teacher to
         student), ``agreement`` and ``teacher_loss``.
+
+    Raises:
+        ConfigError: nothing is supervised.
     """
-    sums, tokens = torch.zeros(4, dtype=torch.float64), 0
+    sums = row_sums(student, teacher, batches, chunk).sum(0)
+    tokens = int(sums[-1])
+    if tokens == 0:
+        raise ConfigError("--data: no row has a supervised token. Check --answer and --max-length.")
+    loss, teacher_loss, kl, agreement = (sums[:-1] / tokens).tolist()
+    figures = {"loss": loss, "perplexity": math.exp(loss), "tokens": tokens}
+    if teacher is None:
+        return figures
+    return figures | {"kl": kl, "agreement": agreement, "teacher_loss": teacher_loss}
+
+
+@torch.inference_mode()
+def row_sums(
+    student: PreTrainedModel,
+    teacher: PreTrainedModel | None,
+    batches: Iterable[dict[str, Tensor]],
+    chunk: int = 1024,
+) -> Tensor:
+    """What :func:`held_out` is the mean of, row by row: ``[rows, 5]`` float64, columns :data:`ROW_SUMS`."""
+    rows = [torch.zeros(0, len(ROW_SUMS), dtype=torch.float64)]
     for batch in batches:
         batch = {key: value.to(student.device) for key, value in batch.items()}
         labels_BT = batch.pop("labels")[:, 1:]
@@ -65,16 +91,12 @@ def held_out(
         labels_N = labels_BT[judged_BT]
         own_NV = _logits(student, batch)[judged_BT]
         other_NV = own_NV if teacher is None else _logits(teacher, batch)[judged_BT]
-        for part in zip(*(x.split(chunk) for x in (own_NV, other_NV, labels_N)), strict=True):
-            sums += _compare(*part).cpu()
-        tokens += len(labels_N)
-    if tokens == 0:
-        raise ConfigError("--data: no row has a supervised token. Check --answer and --max-length.")
-    loss, teacher_loss, kl, agreement = (sums / tokens).tolist()
-    figures = {"loss": loss, "perplexity": math.exp(loss), "tokens": tokens}
-    if teacher is None:
-        return figures
-    return figures | {"kl": kl, "agreement": agreement, "teacher_loss": teacher_loss}
+        parts = zip(*(x.split(chunk) for x in (own_NV, other_NV, labels_N)), strict=True)
+        compared_NC = torch.cat([_compare(*part) for part in parts])
+        row_N = judged_BT.nonzero()[:, 0]
+        sums_BC = compared_NC.new_zeros(len(labels_BT), len(ROW_SUMS)).index_add_(0, row_N, compared_NC)
+        rows.append(sums_BC.cpu())
+    return torch.cat(rows)
 
 
 def _logits(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
@@ -83,12 +105,12 @@ def _logits(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
 
 
 def _compare(own_NV: Tensor, other_NV: Tensor, labels_N: Tensor) -> Tensor:
-    """Sums over tokens of: own loss, the other's loss, KL(other || own), equal first choices."""
+    """Columns ``[N, 5]``: own loss, the other's loss, KL(other || own), equal first choices, one."""
     own_NV, other_NV = (x.float().log_softmax(-1) for x in (own_NV, other_NV))
-    agree = (own_NV.argmax(-1) == other_NV.argmax(-1)).sum()
-    kl = F.kl_div(own_NV, other_NV, log_target=True, reduction="sum")
-    losses = [F.nll_loss(x, labels_N, reduction="sum") for x in (own_NV, other_NV)]
-    return torch.stack([*losses, kl, agree]).double()
+    agree_N = own_NV.argmax(-1) == other_NV.argmax(-1)
+    kl_N = F.kl_div(own_NV, other_NV, log_target=True, reduction="none").sum(-1)
+    losses = [F.nll_loss(x, labels_N, reduction="none") for x in (own_NV, other_NV)]
+    return torch.stack([*losses, kl_N, agree_N, torch.ones_like(kl_N)], -1).double()
 
 
 # ---------------------------------------------------------------------- the task
@@ -144,34 +166,27 @@ def exact_match(
     }
 
 
-def flips(correct: Sequence[bool], teacher_correct: Sequence[bool]) -> dict[str, float]:
-    """Items ``lost`` and ``gained`` against the teacher, and McNemar's exact two-sided ``p``.
-
-    Two models of equal accuracy may fail on different items; the flips show it.
-    """
-    pairs = list(zip(correct, teacher_correct, strict=True))
-    lost, gained = pairs.count((False, True)), pairs.count((True, False))
-    n = lost + gained
-    tail = sum(math.comb(n, k) for k in range(min(lost, gained) + 1))
-    return {"lost": lost, "gained": gained, "p": min(1.0, 2 * tail / 2**n)}
-
-
 # ---------------------------------------------------------------------- command
+
+
+OF_ROWS = ("prompt", "answer", "text", "supervise", "max_length", "max_new_tokens", "no_exact_match")
+OF_TASKS = ("include_path", "data_dir", "num_fewshot")
+"""Options of one kind of judgement only."""
 
 
 def main(argv: list[str]) -> None:
     """Judge the models, print the table, write the JSON."""
     args, began = _parse(argv), time.monotonic()
+    if args.tasks is not None:
+        tasks.main(args, argv)
+        return
     rows = read_rows(args.data, args.limit)
     columns = Columns(args.text, args.prompt, args.answer).of(rows[0])
     tokenizer = load_tokenizer(args.teacher or args.model[0])
     encoded = encode(tokenizer, rows, columns, args.supervise, args.max_length)
     task = None if args.no_exact_match else _task(columns, rows[0])
     teacher, results = None, list[dict[str, Any]]()
-    for name in [*([args.teacher] if args.teacher else []), *args.model]:
-        model = load(name, args)
-        _check_vocabulary(name, model, tokenizer, teacher)
-        result = {"path": name, "parameters": parameters(model), "layers": num_layers(model.config)}
+    for result, model in family(args, tokenizer):
         text = batches(encoded, args.batch_size, tokenizer.pad_token_id or 0)
         result |= held_out(model, teacher, text)
         if task:
@@ -234,37 +249,19 @@ def _record(results: list[dict[str, Any]], teacher: bool) -> dict[str, Any]:
     }
 
 
-def _check_vocabulary(
-    name: str,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    teacher: PreTrainedModel | None,
-) -> None:
-    size = _vocabulary(model)
-    other = size if teacher is None else _vocabulary(teacher)
-    if size < len(tokenizer) or size != other:
-        raise ConfigError(
-            f"--model: '{name}' has a vocabulary of {size}, the tokenizer {len(tokenizer)} tokens"
-            f"{f' and the teacher {other}' if teacher is not None else ''}; they must be one family."
-        )
-
-
-def _vocabulary(model: PreTrainedModel) -> int:
-    return cast(nn.Embedding, model.get_input_embeddings()).num_embeddings
-
-
 def _parse(argv: list[str]) -> argparse.Namespace:
-    parser = Parser("evaluate", "Judge models beside their teacher on the same rows.")
+    parser = Parser("evaluate", "Judge models beside their teacher, on held-out rows or on public tasks.")
     add = parser.add_argument
     add("--model", nargs="+", required=True, metavar="DIR", help="models to judge")
     add("--teacher", metavar="DIR", help="the model they should behave like")
-    add("--data", required=True, metavar="FILE", help="JSONL, Parquet, text or a Hub id")
+    add("--data", metavar="FILE", help="held-out rows: JSONL, Parquet, text or a Hub id")
+    add("--tasks", metavar="NAMES", help="instead: tasks of the lm-evaluation-harness, as piqa,arc_easy")
     add("--prompt", metavar="COLUMN", help="column of the prompt (default: well-known names)")
     add("--answer", metavar="COLUMN", help="column of the answer, together with --prompt")
     add("--text", metavar="COLUMN", help="column of plain text, instead of prompt and answer")
     add("--supervise", choices=("answer", "all"), default="answer", help="tokens that count")
-    add("--limit", type=positive, metavar="N", help="the first N rows only")
-    add("--batch-size", type=positive, default=128, metavar="B", help="rows at once (default: 128)")
+    add("--limit", type=positive, metavar="N", help="the first N rows only, or documents of each task")
+    add("--batch-size", type=positive, metavar="B", help="rows at once (default: 128; with --tasks 8)")
     add(
         "--max-length",
         type=positive,
@@ -279,6 +276,25 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         help="of an answer (default: longest reference + 32)",
     )
     add("--no-exact-match", action="store_true", help="do not generate")
+    add("--include-path", metavar="DIR", help="folder of task YAMLs, such as configs/tasks")
+    add("--data-dir", default=".", metavar="DIR", help="folder of the files those YAMLs name (default: .)")
+    add("--num-fewshot", type=natural, metavar="K", help="solved examples before each (default: the task's)")
     add("--out", metavar="FILE", help="write the figures as JSON")
     parser.add_model_options()
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    _check_options(args, parser)
+    args.batch_size = args.batch_size or (8 if args.tasks is not None else 128)
+    return args
+
+
+def _check_options(args: argparse.Namespace, parser: Parser) -> None:
+    """One kind of judgement at a time, and no option that it would ignore."""
+    if (args.data is None) == (args.tasks is None):
+        raise ConfigError(
+            f"--data, --tasks: {'neither' if args.data is None else 'both'} given. Give one: --data FILE for "
+            f"held-out rows, --tasks NAMES for public tasks."
+        )
+    used, idle = ("--data", OF_TASKS) if args.tasks is None else ("--tasks", OF_ROWS)
+    if ignored := [key for key in idle if getattr(args, key) != parser.get_default(key)]:
+        options = ", ".join(f"--{key.replace('_', '-')}" for key in ignored)
+        raise ConfigError(f"{options}: means nothing with {used}. Leave it out.")

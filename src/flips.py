@@ -1,0 +1,18 @@
+"""Which items two models disagree on: equal accuracies can hide it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+
+def flips(correct: Sequence[bool], teacher_correct: Sequence[bool]) -> dict[str, float]:
+    """Items ``lost`` and ``gained`` against the teacher, and McNemar's exact two-sided ``p``.
+
+    Two models of equal accuracy may fail on different items; the flips show it.
+    """
+    pairs = list(zip(correct, teacher_correct, strict=True))
+    lost, gained = pairs.count((False, True)), pairs.count((True, False))
+    n = lost + gained
+    tail = sum(math.comb(n, k) for k in range(min(lost, gained) + 1))
+    return {"lost": lost, "gained": gained, "p": min(1.0, 2 * tail / 2**n)}

@@ -1,0 +1,124 @@
+"""Public tasks beside the teacher: ``python -m src.cli evaluate --tasks piqa,arc_easy``.
+
+The lm-evaluation-harness (:mod:`src.harness`) words the prompts and keeps the score. Teacher and students
+answer the same documents in one run, so that each score has beside it its ratio to the teacher's, and how
+many documents flipped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import time
+from typing import Any
+
+from rich.table import Table
+
+from src.command import family, provenance, show
+from src.files import write_json
+from src.flips import flips
+from src.harness import ask, harness, load_tasks
+from src.models.loading import load_tokenizer
+
+Scores = dict[str, dict[str, dict[str, Any]]]
+"""By task and metric: ``score``; where the harness has one ``stderr``; where a document is right or wrong
+``correct``, one bool a document; beside a teacher ``ratio`` and ``flips``."""
+
+
+def main(args: argparse.Namespace, argv: list[str]) -> None:
+    """Judge the models on ``args.tasks``, print the table, write the JSON."""
+    began = time.monotonic()
+    names = [name.strip() for name in args.tasks.split(",") if name.strip()]
+    tasks = load_tasks(names, args.include_path, args.data_dir)
+    tokenizer = load_tokenizer(args.teacher or args.model[0])
+    results, found = list[dict[str, Any]](), dict[str, Any]()
+    for result, model in family(args, tokenizer):
+        found = ask(model, tokenizer, tasks, args.num_fewshot, args.limit, args.batch_size)
+        results.append(result | {"tasks": scores(found)})
+    if args.teacher:
+        for result in results[1:]:
+            compare(result["tasks"], results[0]["tasks"])
+    facts = describe(found)
+    show(summary(results, facts))
+    if args.out:
+        for metric in (m for r in results for metrics in r["tasks"].values() for m in metrics.values()):
+            if "correct" in metric:
+                metric["correct"] = "".join("01"[ok] for ok in metric["correct"])
+        first = 1 if args.teacher else 0
+        figures = {"teacher": results[0] if first else None, "models": results[first:], "tasks": facts}
+        origin = provenance("evaluate", argv, model) | {"lm_eval": harness("").__version__}
+        write_json(args.out, figures | origin | {"seconds": time.monotonic() - began})
+
+
+def scores(found: dict[str, Any]) -> Scores:
+    """Every metric of every task, by the harness's names: ``acc``; with a filter ``exact_match,strict``."""
+    out: Scores = {}
+    for task, values in found["results"].items():
+        for key, value in values.items():
+            metric, comma, kind = key.partition(",")
+            if not comma or metric.endswith("_stderr"):
+                continue
+            entry: dict[str, Any] = {"score": float(value)}
+            if isinstance(error := values.get(f"{metric}_stderr,{kind}"), float):
+                entry["stderr"] = error
+            samples = (s for s in found["samples"].get(task, []) if s["filter"] == kind and metric in s)
+            given = [sample[metric] for sample in samples]
+            # Right or wrong, and the score their mean: log-likelihoods and F1 counts are neither.
+            if given and all(x in (0, 1) for x in given) and math.isclose(sum(given) / len(given), value):
+                entry["correct"] = [bool(x) for x in given]
+            out.setdefault(task, {})[metric if kind == "none" else key] = entry
+    return out
+
+
+def compare(student: Scores, teacher: Scores) -> None:
+    """Add to each of the student's metrics ``ratio`` and, where documents are right or wrong, ``flips``."""
+    for task, metrics in student.items():
+        for name, own in metrics.items():
+            other = teacher[task][name]
+            if other["score"]:
+                own["ratio"] = own["score"] / other["score"]
+            if "correct" in own and "correct" in other:
+                own["flips"] = flips(own["correct"], other["correct"])
+
+
+def describe(found: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """What each task was: shots, documents, version, data, and the metrics of which less is better."""
+    keys, facts = ("dataset_path", "dataset_name", "dataset_kwargs"), dict[str, dict[str, Any]]()
+    for task in found["results"]:
+        config = found["configs"].get(task, {})
+        better = found["higher_is_better"].get(task, {})
+        facts[task] = {
+            "shots": found["n-shot"].get(task),
+            "documents": found["n-samples"].get(task, {}).get("effective"),
+            "version": found["versions"].get(task),
+            "data": {key: config[key] for key in keys if config.get(key)},
+            "less_is_better": [metric for metric, more in better.items() if more is False],
+        }
+    return facts
+
+
+def summary(results: list[dict[str, Any]], facts: dict[str, dict[str, Any]]) -> Table:
+    """One row for each task, metric and model; the first model is the teacher, if there is one."""
+    table = Table(title="public tasks")
+    for heading in ("task", "metric", "model"):
+        table.add_column(heading, overflow="fold")
+    for heading in ("score", "ratio", "lost / gained"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for task, fact in facts.items():
+        shots, documents = fact["shots"], fact["documents"]
+        title = f"{task} ({shots}-shot, {documents})" if documents else task
+        for metric in results[0]["tasks"].get(task, {}):
+            label = metric + " (less is better)" * (metric.split(",")[0] in fact["less_is_better"])
+            for result in results:
+                entry = result["tasks"][task][metric]
+                error = f" ± {entry['stderr']:.2g}" if "stderr" in entry else ""
+                table.add_row(
+                    title,
+                    label,
+                    result["path"],
+                    f"{entry['score']:.4g}{error}",
+                    f"{entry['ratio']:.3f}" if "ratio" in entry else "-",
+                    "{lost} / {gained} (p {p:.2g})".format(**entry["flips"]) if "flips" in entry else "-",
+                )
+                title = label = ""
+    return table
