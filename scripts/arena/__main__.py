@@ -1,0 +1,107 @@
+"""Run a plan, and write its results file, page and figures: ``make fair-fight``, ``make ablations``.
+
+The same command again goes on where it was stopped, and does nothing where everything is done.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from scripts.arena.figures import draw
+from scripts.arena.gather import gather, judgement
+from scripts.arena.plan import Plan
+from scripts.arena.pool import Job, do
+from scripts.arena.reading import read
+from scripts.arena.table import page
+from scripts.arena.work import Work
+from src.errors import ConfigError
+from src.files import write_json
+from src.mask import git_sha
+from src.models.layers import num_layers
+from src.models.loading import load_config
+
+
+def work_through(work: Work, workers: int) -> dict[Job, str]:
+    """Everything the plan asks for, in three waves; what depends on a failure is left out."""
+    failed: dict[Job, str] = {}
+    for job in (work.data, work.teacher, work.cache):
+        failed |= do([job], 1, job.label)
+    if failed:
+        return failed
+    runs = work.plan.runs
+    failed |= do([work.search(run) for run in runs], workers, "searches")
+    found = [(run, job.read()) for run in runs if (job := work.search(run)).result.exists()]
+    judged = [work.cut(run, search[key]) for run, search in found for key in ("learned", "removed")]
+    recovered = [work.recover(run, search["removed"]) for run, search in found if run.recover is not None]
+    return failed | do([*judged, *recovered], workers, "judgements and recoveries")
+
+
+def record(work: Work, failed: Sequence[str], command: str) -> dict[str, Any]:
+    """The results file."""
+    plan, teacher = work.plan, work.teacher.read()
+    recover = next((run.recover for run in plan.runs if run.recover), None)
+    trained = Path(plan.teacher, "training.json")
+    return {
+        "command": command,
+        "commit": git_sha(),
+        "name": plan.name,
+        "teacher": {
+            "path": plan.teacher,
+            "problems": len(teacher["correct"]),
+            "layers": num_layers(load_config(plan.teacher)),
+            "training_tokens": json.loads(trained.read_text())["tokens"] if trained.exists() else None,
+            **judgement(teacher, teacher),
+        },
+        "data": dict(plan.data),
+        "settings": {"cache": plan.cache.content, "recover": recover and recover.content},
+        "failed": list(failed),
+        "rows": gather(work),
+    }
+
+
+def only(plan: Plan, variants: Sequence[str]) -> Plan:
+    """The plan with some variants alone."""
+    runs = tuple(run for run in plan.runs if run.variant in variants)
+    if not runs:
+        known = ", ".join(dict.fromkeys(run.variant for run in plan.runs))
+        raise ConfigError(f"--only: {list(variants)} given; accepted: {known}.")
+    return replace(plan, runs=runs)
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m scripts.arena", description=__doc__)
+    parser.add_argument("plan", help="such as configs/arena/fair_fight.yaml")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at once, one CPU thread each")
+    told = "work on some variants alone; the results still tell all that is done"
+    parser.add_argument("--only", nargs="+", metavar="VARIANT", help=told)
+    parser.add_argument("--work", type=Path, default=Path("logs/arena"), help="where runs are kept")
+    parser.add_argument("--results", type=Path, default=Path("results"))
+    parser.add_argument("--docs", type=Path, default=Path("docs"))
+    args = parser.parse_args(argv)
+    try:
+        plan = read(args.plan)
+        asked = only(plan, args.only) if args.only else plan
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    work, part = (Work(each, args.work / plan.name) for each in (plan, asked))
+    failed = [f"{job.label}: {why}" for job, why in work_through(part, args.jobs).items()]
+    if work.teacher.result.exists():
+        results = record(work, failed, shlex.join(["python", "-m", "scripts.arena", *argv]))
+        write_json(args.results / f"{plan.name}.json", results)
+        figures = draw(results, args.docs / "figures")
+        page(args.docs / f"{plan.name}.md", results, figures)
+    for told in failed:
+        print(told, file=sys.stderr)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

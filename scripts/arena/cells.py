@@ -1,0 +1,85 @@
+"""Cells of the tables: each function makes a column's function from a row of the results to text."""
+
+from __future__ import annotations
+
+import statistics
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+JSON = dict[str, Any]
+Cell = Callable[[JSON], str]
+
+
+def at(record: JSON, stage: str) -> JSON:
+    """What is known of a row or run at a stage; of the cut model where it was not recovered."""
+    found: JSON = record[stage] if stage in record else record["cut"]
+    return found
+
+
+def method(row: JSON) -> str:
+    """The variant; the reference in bold."""
+    title: str = row["title"]
+    return f"**{title}**" if row["variant"] == row["reference"] else title
+
+
+def percent(stage: str) -> Cell:
+    """Exact match of a stage with its interval."""
+    return lambda row: ranged(at(row, stage)["exact_match"], 100, 1, " %")
+
+
+def nats(stage: str) -> Cell:
+    """Divergence of a stage with its interval."""
+    return lambda row: ranged(at(row, stage)["kl"], 1, 4)
+
+
+def mean(stage: str, show: Callable[[JSON], float], form: str) -> Cell:
+    """Mean of a figure over the seeds."""
+    return lambda row: form.format(statistics.mean(show(at(run, stage)) for run in row["runs"]))
+
+
+def lost_gained(stage: str) -> Cell:
+    """Problems lost and gained against the teacher, means over the seeds."""
+
+    def cell(row: JSON) -> str:
+        each = [at(run, stage)["flips"] for run in row["runs"]]
+        return " / ".join(f"{statistics.mean(flip[key] for flip in each):.3g}" for key in ("lost", "gained"))
+
+    return cell
+
+
+def difference(metric: str, scale: float, digits: int) -> Cell:
+    """Difference to the reference with its interval and verdict; nothing in the reference's own row."""
+
+    def cell(row: JSON) -> str:
+        found = row.get("difference", {}).get(metric)
+        if row["variant"] == row["reference"] or found is None:
+            return ""
+        return f"{ranged(found, scale, digits, sign='+')} {found['verdict']}"
+
+    return cell
+
+
+def ranged(found: JSON, scale: float, digits: int, unit: str = "", sign: str = "") -> str:
+    value, low, high = (f"{scale * found[key]:{sign}.{digits}f}" for key in ("value", "low", "high"))
+    return f"{value}{unit} [{low}, {high}]"
+
+
+def removed(row: JSON) -> str:
+    """The removed layers, with how many searches found them where they differ."""
+    by_seed = {run["search_seed"]: tuple(run["removed"]) for run in row["runs"]}
+    found = Counter(by_seed.values()).most_common()
+    counts = [f" ({count}x)" if len(found) > 1 else "" for _, count in found]
+    return ", ".join(
+        " ".join(map(str, layers)) + told for (layers, _), told in zip(found, counts, strict=True)
+    )
+
+
+def cost(stage: str, show: Callable[[JSON], float], form: Callable[[float], str]) -> Cell:
+    """Median of a cost over the seeds; nothing where there was no such stage."""
+
+    def cell(row: JSON) -> str:
+        found = [show(run[stage]) for run in row["runs"] if stage in run]
+        return form(statistics.median(found)) if found else ""
+
+    return cell

@@ -1,0 +1,95 @@
+"""What is to be done: a list of runs, each a search, a recovery and a judgement."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A command of ``src.cli``: config files, the later ones on top, and settings above them all."""
+
+    configs: tuple[str, ...]
+    settings: Mapping[str, Any]
+
+    def on_top(self, overlays: Iterable[str], settings: Mapping[str, Any]) -> Stage:
+        """The stage with further files and settings."""
+        return Stage((*self.configs, *overlays), {**self.settings, **settings})
+
+    @property
+    def content(self) -> Any:
+        """What the stage says, whatever its files are called and its comments say."""
+        return [*(yaml.safe_load(Path(config).read_text()) for config in self.configs), dict(self.settings)]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One line of work: find a mask, recover it, judge it.
+
+    Attributes:
+        group: group of the plan.
+        variant: name of the variant.
+        title: its name in tables.
+        ratio: share of the layers to remove.
+        seed: seed of the recovery's order.
+        search_seed: seed of the search.
+        search: how the mask is found.
+        recover: how the cut model is recovered, or None.
+    """
+
+    group: str
+    variant: str
+    title: str
+    ratio: float
+    seed: int
+    search_seed: int
+    search: Stage
+    recover: Stage | None
+
+    def __str__(self) -> str:
+        return f"{self.variant} {100 * self.ratio:g} % seed {self.seed}"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All runs, and what they share.
+
+    Attributes:
+        name: of the results file, page and figures.
+        teacher: directory of the model that is shortened.
+        data: problems of ``train``, ``validation`` and ``test``, and the ``seed`` that draws them.
+        cache: how the teacher's cache is written.
+        references: for each group, the variant the others are compared with.
+        runs: in the order of the file.
+    """
+
+    name: str
+    teacher: str
+    data: Mapping[str, int]
+    cache: Stage
+    references: Mapping[str, str]
+    runs: tuple[Run, ...]
+
+
+def nested(dotted: Mapping[str, Any]) -> dict[str, Any]:
+    """``{"a.b": 1}`` as ``{"a": {"b": 1}}``."""
+    out: dict[str, Any] = {}
+    for key, value in dotted.items():
+        *parents, last = key.split(".")
+        place = out
+        for parent in parents:
+            place = place.setdefault(parent, {})
+        place[last] = value
+    return out
+
+
+def fingerprint(*content: Any) -> str:
+    """Twelve hexadecimal digits that change with the content."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]

@@ -1,0 +1,112 @@
+"""The work itself: each function is one job in a process of its own, takes plain values and returns JSON.
+
+Searches, caches and recoveries are the product's own commands; only their settings are written here.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from transformers import PreTrainedModel
+
+from scripts.arena.plan import nested
+from src.cli import run
+from src.data.arithmetic import SPLITS, write_splits
+from src.data.documents import Columns
+from src.evaluate import ROW_SUMS, exact_match, row_sums
+from src.files import write_text
+from src.mask import Mask
+from src.models.cut import cut as shorten
+from src.models.layers import num_layers
+from src.models.loading import load_config, load_model, load_tokenizer
+from src.rows import batches, encode, read_rows
+
+JSON = dict[str, Any]
+
+
+def data(at: str, sizes: dict[str, int], seed: int) -> JSON:
+    """Generate the three splits."""
+    write_splits(Path(at), {split: sizes[split] for split in SPLITS}, seed)
+    return {"sizes": sizes, "seed": seed}
+
+
+def cache(at: str, configs: list[str], settings: JSON) -> JSON:
+    """Write the teacher's cache, which every recovery reads."""
+    command(at, "predict", configs, {**settings, "model.init_args.out": f"{at}/cache"})
+    return {}
+
+
+def teacher(at: str, model: str, rows: str) -> JSON:
+    """Judge the teacher, once."""
+    return judge(load_model(model), model, rows)
+
+
+def search(at: str, configs: list[str], settings: JSON) -> JSON:
+    """Find a mask."""
+    module = command(at, "fit", configs, settings).model
+    found = Mask.load(f"{at}/fit/mask.json")
+    learned = set(range(found.num_layers)) - set(module.policy.harden())
+    return {
+        "removed": list(found.removed),
+        "learned": sorted(learned),
+        "method": found.method,
+        "tokens": found.tokens_seen,
+        "metrics": found.metrics,
+    }
+
+
+def cut(at: str, model: str, removed: list[int], rows: str) -> JSON:
+    """Judge a mask without recovery."""
+    return judge(shorten(load_model(model), mask(model, removed).keep), model, rows)
+
+
+def recover(at: str, model: str, removed: list[int], rows: str, configs: list[str], settings: JSON) -> JSON:
+    """Recover a mask and judge the result."""
+    mask(model, removed).save(f"{at}/mask.json")
+    module = command(at, "fit", configs, {**settings, "model.init_args.mask": f"{at}/mask.json"}).model
+    record = json.loads(Path(at, "fit", "record.json").read_text())
+    return {
+        "tokens": module.tokens,
+        "steps": record["steps"],
+        "fit_seconds": record["seconds"],
+        **judge(module.model.eval(), model, rows),
+    }
+
+
+def command(at: str, verb: str, configs: list[str], settings: JSON) -> Any:
+    """Run a command of ``src.cli`` with its settings in a file; its logs and results go to ``<at>/fit``."""
+    logger = {"save_dir": at, "name": "fit", "version": ""}
+    settings = {**settings, **{f"trainer.logger.init_args.{key}": value for key, value in logger.items()}}
+    write_text(f"{at}/settings.yaml", yaml.safe_dump(nested(settings)))
+    files = [part for config in (*configs, f"{at}/settings.yaml") for part in ("--config", config)]
+    return run([verb, *files])
+
+
+def mask(model: str, removed: list[int]) -> Mask:
+    """The mask of some removed layers."""
+    count = num_layers(load_config(model))
+    return Mask(model, count, tuple(i for i in range(count) if i not in removed), "arena")
+
+
+@torch.inference_mode()
+def judge(student: PreTrainedModel, model: str, rows: str) -> JSON:
+    """Exact match after free generation, and for each problem the sums that divergence is the mean of.
+
+    Returns:
+        ``correct``, a string of 0 and 1; and ``sums``, the columns of :func:`src.evaluate.row_sums`.
+    """
+    tokenizer, read = load_tokenizer(model), read_rows(rows)
+    columns = Columns(prompt="question", answer="answer")
+    encoded = encode(tokenizer, read, columns, "all")
+    text = batches(encoded, 64, tokenizer.pad_token_id or 0)
+    sums_RC = row_sums(student, load_model(model), text)
+    answers = exact_match(student, tokenizer, read)
+    return {
+        "correct": "".join("01"[ok] for ok in answers["correct"]),
+        "sums": dict(zip(ROW_SUMS, sums_RC.T.tolist(), strict=True)),
+        "parameters": sum(p.numel() for p in student.parameters()),
+    }

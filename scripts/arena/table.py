@@ -1,0 +1,107 @@
+"""Markdown tables from a results file; nothing is typed by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from scripts.arena.cells import (
+    JSON,
+    Cell,
+    cost,
+    difference,
+    lost_gained,
+    mean,
+    method,
+    nats,
+    percent,
+    removed,
+)
+from scripts.readme_results import BEGIN, END
+from src.figures import tokens_text
+from src.files import write_text
+
+Columns = Mapping[str, Cell]
+
+SEEDS: dict[str, Cell] = {"seeds": lambda row: str(len(row["runs"]))}
+AGAINST: dict[str, Cell] = {
+    "exact match - reference, points": difference("exact_match", 100, 1),
+    "KL - reference": difference("kl", 1, 4),
+}
+MASKS: dict[str, Cell] = {
+    "removed": removed,
+    "cut: exact match": percent("cut"),
+    "lost / gained": lost_gained("cut"),
+    "KL": nats("cut"),
+    "agreement": mean("cut", lambda judged: 100 * judged["agreement"], "{:.1f} %"),
+    "plain KL": nats("learned"),
+}
+FORWARD: dict[str, Cell] = {
+    "search, forward tokens": cost("search", lambda s: s["metrics"]["forward_tokens"], tokens_text)
+}
+PLAIN: dict[str, Cell] = {"plain KL - reference": difference("learned", 1, 4)}
+CUT: Sequence[Columns] = ({"variant": method} | SEEDS | MASKS | PLAIN | AGAINST | FORWARD,)
+RECOVERED: Sequence[Columns] = (
+    {"recovered": method} | SEEDS | {
+        "exact match": percent("recovered"),
+        "of teacher": mean("recovered", lambda judged: 100 * (judged["ratio"] or 0), "{:.1f} %"),
+        "lost / gained": lost_gained("recovered"),
+        "KL": nats("recovered"),
+        "agreement": mean("recovered", lambda judged: 100 * judged["agreement"], "{:.1f} %"),
+    } | AGAINST,
+    {"not recovered": method} | MASKS,
+    {"cost": method} | FORWARD | {
+        "search, corpus tokens": cost("search", lambda s: s["tokens"], tokens_text),
+        "search, CPU s": cost("search", lambda s: s["cpu_seconds"], "{:.0f}".format),
+        "search, peak MiB": cost("search", lambda s: s["peak_mib"], "{:.0f}".format),
+        "recovery, tokens": cost("recovery", lambda s: s["tokens"], tokens_text),
+        "recovery and judging, CPU s": cost("recovery", lambda s: s["cpu_seconds"], "{:.0f}".format),
+        "peak MiB": cost("recovery", lambda s: s["peak_mib"], "{:.0f}".format),
+    },
+)  # fmt: skip
+
+
+def page(path: Path, results: JSON, figures: Sequence[Path]) -> None:
+    """Put the tables and figures between the markers of a page; a page that is not there is begun."""
+    text = path.read_text() if path.exists() else f"# {results['name']}\n\n{BEGIN}\n{END}\n"
+    head, tail = text[: text.index(BEGIN) + len(BEGIN)], text[text.index(END) :]
+    shown = [f"![{figure.stem}]({figure.relative_to(path.parent)})\n" for figure in figures]
+    write_text(path, "\n".join([head, *shown, *lines(results), tail]))
+
+
+def lines(results: JSON) -> list[str]:
+    """Every group and ratio as a section: a contest best first, several groups in the order of the plan."""
+    teacher = results["teacher"]
+    out = [
+        f"Teacher: exact match {100 * teacher['exact_match']:.1f} % on {teacher['problems']} problems, "
+        f"perplexity {teacher['perplexity']:.3f}, {teacher['layers']} layers. `{results['command']}`, "
+        f"commit {results['commit']}.",
+        "",
+    ]
+    for failure in results["failed"]:
+        out += [f"Not done: {failure}.", ""]
+    sections = dict.fromkeys((row["group"], row["ratio"]) for row in results["rows"])
+    groups = {group for group, _ in sections}
+    for group, ratio in sections:
+        rows = [row for row in results["rows"] if (row["group"], row["ratio"]) == (group, ratio)]
+        count = len(rows[0]["runs"][0]["removed"])
+        out += [f"### {group}: {count} of {teacher['layers']} layers removed", ""]
+        if len(groups) == 1:
+            rows.sort(key=rank)
+        shown = RECOVERED if any("recovered" in row for row in rows) else CUT
+        for columns in shown if len(groups) == 1 else shown[:1]:
+            out += [*table(rows, columns), ""]
+    return out
+
+
+def rank(row: JSON) -> tuple[float, float]:
+    """Best first: exact match where models are recovered, then divergence."""
+    if "recovered" in row:
+        return -row["recovered"]["exact_match"]["value"], row["recovered"]["kl"]["value"]
+    return 0.0, row["cut"]["kl"]["value"]
+
+
+def table(rows: Sequence[JSON], columns: Columns) -> list[str]:
+    """A Markdown table; the first column is words, the others are figures."""
+    out = ["| " + " | ".join(columns) + " |", "|---|" + "---:|" * (len(columns) - 1)]
+    return [*out, *("| " + " | ".join(cell(row) for cell in columns.values()) + " |" for row in rows)]
