@@ -1,0 +1,135 @@
+"""The command of each stage under each variant: a shipped config, sizes, a strategy's overlay."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from scripts.gpu.shapes import directory, middle_mask, rows
+from src.files import write_text
+
+STAGES = {
+    "search": ("fit", "configs/search/gumbel_topk.yaml"),
+    "cache": ("predict", "configs/cache/topk.yaml"),
+    "recover": ("fit", "configs/recover/entropy_kd.yaml"),
+}
+QUANTISED = ("int8", "nf4")
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much a stage reads, and how a recovery of it fits into 80 GB on one device.
+
+    Attributes:
+        batch: rows of a batch.
+        length: tokens of a row.
+        rate: tokens a second that the cache writes about, to end it in time.
+        dtype: of the weights in a recovery; search and cache hold bf16.
+        scope: what the recovery trains.
+        recompute: whether activations are recomputed in the backward pass.
+        why: a word on the choice, for the table.
+    """
+
+    batch: int
+    length: int
+    rate: int
+    dtype: str
+    scope: str
+    recompute: bool
+    why: str
+
+
+SIZES = {
+    "0.6b": Size(16, 1024, 120_000, "float32", "full", False, "AdamW on all weights in float32"),
+    "8b": Size(
+        8, 1024, 20_000, "bfloat16", "cut_adjacent", True,
+        "all weights under AdamW in float32 would take 16 bytes each, 103 GB with the cut model alone: "
+        "bf16 weights, and only the blocks next to the cut are trained",
+    ),
+}  # fmt: skip
+TINY = Size(2, 64, 64, "float32", "full", False, "rehearsal")
+
+
+def size(shape: str, tiny: bool) -> Size:
+    """The size of a shape's stages."""
+    return TINY if tiny else SIZES[shape]
+
+
+def command(args: argparse.Namespace, shape: str, variant: str, stage: str) -> list[str]:
+    """Arguments of ``python -m src.cli`` for one stage; its overlay and its data are written.
+
+    A quantised variant runs on one device: the search and the cache on quantised weights, the recovery beside
+    a quantised teacher.
+    """
+    verb, config = STAGES[stage]
+    strategy = "single" if variant in QUANTISED else variant
+    overlay = args.work / "overlays" / f"{shape}-{variant}-{stage}.yaml"
+    write_text(overlay, yaml.safe_dump(settings(args, shape, variant, stage), sort_keys=False))
+    return [
+        verb, "--config", config, "--config", str(overlay), "--config", f"configs/strategy/{strategy}.yaml",
+        "--trainer.devices", "1", "--trainer.accelerator", "gpu" if args.device.startswith("cuda") else "cpu",
+        "--trainer.precision", "32-true" if args.tiny else "bf16-mixed",
+    ]  # fmt: skip
+
+
+def settings(args: argparse.Namespace, shape: str, variant: str, stage: str) -> dict[str, Any]:
+    """The overlay: sizes, a minute's end, and only the callbacks that a measurement needs."""
+    how, work = size(shape, args.tiny), args.work
+    model, name = directory(shape, work, args.device, args.tiny), f"{shape}-{variant}-{stage}"
+    texts = rows(work, 16 if args.tiny else 8000, 2 if args.tiny else 20)
+    meter = {"class_path": "scripts.gpu.meter.Meter", "init_args": {"path": str(result(work, name))}}
+    quantize = variant if variant in QUANTISED else None
+    anneal = {"class_path": "src.callbacks.TemperatureAnnealing"}
+    trainer: dict[str, Any] = {
+        "callbacks": [meter],
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "logger": {
+            "class_path": "lightning.pytorch.loggers.TensorBoardLogger",
+            "init_args": {"save_dir": str(work / "runs"), "name": name, "version": ""},
+        },
+        "limit_predict_batches": 3 if args.tiny else how.rate * args.seconds // (how.batch * how.length),
+    }
+    if stage != "cache":
+        trainer |= {"max_steps": 4 if args.tiny else 100_000, "limit_val_batches": 0}
+        trainer["max_time"] = {"seconds": args.seconds}
+    frozen = {"dtype": "float32" if args.tiny else "bfloat16"}
+    models: dict[str, dict[str, Any]] = {
+        "search": {
+            "model": str(model), "quantize": quantize, "checkpoint_activations": how.recompute,
+            "calibration_batches": 1, "policy": {"init_args": {"candidates": 1, "polish": False}}, **frozen,
+        },
+        "cache": {
+            "model": str(model), "quantize": quantize, "out": str(work / "cache" / name),
+            "count_seconds": 0.0, **frozen,
+        },
+        "recover": {
+            "mask": str(middle_mask(model, work)), "dtype": how.dtype, "scope": how.scope,
+            "checkpoint_activations": how.recompute,
+            "teacher": {
+                "class_path": "src.teachers.LiveTeacher", "init_args": {"quantize": quantize, **frozen},
+            },
+        },
+    }  # fmt: skip
+    if stage == "search":
+        trainer["callbacks"] = [anneal, {"class_path": "src.callbacks.HardenMask"}, meter]
+    data: dict[str, Any] = {"train": str(texts), "batch_size": how.batch, "max_length": how.length}
+    data |= {"validation": str(rows(work, 16, 20))} if stage == "search" else {}
+    return {"model": {"init_args": models[stage]}, "data": {"init_args": data}, "trainer": trainer}
+
+
+def result(work: Path, name: str) -> Path:
+    """Where the meter of a case writes."""
+    return work / "meter" / f"{name}.json"
+
+
+def fresh(work: Path, name: str) -> None:
+    """Forget an earlier run of a case: a cache would be resumed."""
+    result(work, name).unlink(missing_ok=True)
+    shutil.rmtree(work / "cache" / name, ignore_errors=True)

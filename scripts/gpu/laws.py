@@ -1,0 +1,153 @@
+"""The laws of exactness in the types that models are served in, on the kernels of a GPU.
+
+Open gates must be the teacher and hard gates the cut model, to the last bit. A model is first compared with
+itself, run twice: where its own kernels do not repeat, no comparison can. Beside the laws stand the figures
+that set the export gate's tolerance in bf16 (left padding, cache) and the error of the gates' gradient.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import json
+import os
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from scripts.gpu.part import last_words, options, record
+from scripts.gpu.shapes import directory, label, middle_mask, random_model
+from scripts.tiny_configs import tiny_config
+from src import export
+from src.errors import ConfigError
+from src.gate import observe_gated
+from src.losses.distill import Distillation, supervised
+from src.losses.signals import live_signal
+from src.mask import Mask
+from src.models.cut import cut
+from src.models.gated import GatedLayers, freeze
+from src.models.head import OutputHead
+from src.models.observe import TOLERANCE, Observation, _cache, observe, probe_tokens
+
+FAMILIES = ("gemma2", "gpt2", "mixtral", "phi3")
+"""Tiny models beside the real shapes: soft-capped, learned positions, experts, fused projections."""
+
+
+def main() -> None:
+    args = options()
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
+    torch.set_float32_matmul_precision("highest")
+    rows = []
+    for name, model in models(args):
+        try:
+            rows.append({"model": name, **laws(model), **gradients(model)})
+        except (RuntimeError, ConfigError) as e:  # of a kernel that this device does not have, say
+            rows.append({"model": name, "error": last_words(str(e))})
+        print(json.dumps(rows[-1]), flush=True)
+        del model
+    record(args, {"rows": rows, "export_gate": export_gate(args), "tolerance": TOLERANCE["bfloat16"]})
+
+
+def models(args: argparse.Namespace) -> Any:
+    """Real shapes and tiny families, in bf16."""
+    bf16 = torch.bfloat16
+    yield label("0.6b", args.tiny), random_model("0.6b", args.device, bf16, args.tiny)
+    name = f"{label('llama', args.tiny)}, 8 layers of it"
+    yield name, random_model("llama", args.device, bf16, args.tiny, num_hidden_layers=8)
+    for family in FAMILIES[: 1 if args.tiny else None]:
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(tiny_config(family), dtype=bf16).eval()
+        yield f"tiny {family}", model.to(args.device)
+
+
+def laws(model: PreTrainedModel) -> dict[str, Any]:
+    """Run model, open gates, hard gates and cut in the gate's four ways each, and compare bits."""
+    freeze(model)
+    layers = model.config.get_text_config(decoder=True).num_hidden_layers
+    keep = [i for i in range(layers) if i % 4 != 2]
+    ids = probe_tokens(model.config, 48)
+    once, again = observe(model, ids), observe(model, ids)
+    opened, hard = observe_gated(model, range(layers), ids), observe_gated(model, keep, ids)
+    short = observe(cut(model, keep), ids)
+    scale = float(once["plain"].abs().max())
+    return {
+        "repeats": same(once, again), "open_is_teacher": same(once, opened), "hard_is_cut": same(hard, short),
+        "largest_difference": max(gap(once, opened), gap(hard, short)) / scale,
+        "padding": distance(once["padded"], once["single"]) / scale,
+        "cache": distance(*_cache(once)) / scale,
+    }  # fmt: skip
+
+
+def same(a: Observation, b: Observation) -> bool:
+    """Whether two runs agree to the last bit: logits of every kind and generated tokens."""
+    return all(torch.equal(a[key], b[key]) for key in a)
+
+
+def gap(a: Observation, b: Observation) -> float:
+    return max(distance(a[key], b[key]) for key in a if not key.endswith("tokens"))
+
+
+def distance(a: Tensor, b: Tensor) -> float:
+    return float((a.float() - b.float()).abs().max())
+
+
+def gradients(model: PreTrainedModel) -> dict[str, Any]:
+    """Gradient of the gates: skipping autograd in closed layers changes no bit, and bf16 this much.
+
+    Attention's backward pass on a GPU adds up in no fixed order unless it is asked to.
+    """
+    layers = model.config.get_text_config(decoder=True).num_hidden_layers
+    ids = probe_tokens(model.config, 48).to(model.device)
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        lean, again, full = (gate_gradient(model, batch, layers, skip) for skip in (True, True, False))
+        exact = gate_gradient(model.float(), batch, layers, True)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    return {
+        "gradient_repeats": torch.equal(lean, again),
+        "gradient_of_closed_layers_exact": torch.equal(lean, full),
+        "gradient_error": float((lean - exact).norm() / exact.norm()),
+    }
+
+
+def gate_gradient(model: PreTrainedModel, batch: dict[str, Tensor], layers: int, skip: bool) -> Tensor:
+    """Gradient ``[L]`` of the search's loss at a mask that removes every fourth layer."""
+    gates, head, loss = (
+        GatedLayers(model, skip_closed_autograd=skip),
+        OutputHead(model),
+        Distillation(weight="none"),
+    )
+    leaf = torch.tensor([float(i % 4 != 2) for i in range(layers)], device=model.device, requires_grad=True)
+    index = supervised(batch["labels"])
+    try:
+        with torch.no_grad():
+            signal = live_signal(head, head.hidden(batch).flatten(0, 1)[index], 10)
+        with gates.use(leaf):
+            hidden_NH = head.hidden(batch).flatten(0, 1)[index]
+        value = loss(head, hidden_NH, batch["labels"].flatten()[index + 1], signal)["loss"]
+        return torch.autograd.grad(value, leaf)[0]
+    finally:
+        gates.remove()
+
+
+def export_gate(args: argparse.Namespace) -> dict[str, Any]:
+    """The export of a bf16 model, its gate computing in bf16 on the device: what it found."""
+    model = directory("0.6b", args.work, args.device, args.tiny)
+    mask = middle_mask(model, args.work)
+    asked = ["--mask", str(mask), "--out", str(args.work / "export"), "--force", "--device", args.device]
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            parsed = export._parse([*asked, "--dtype", "bfloat16", "--gate-dtype", "stored"])
+            findings = export.export(Mask.load(mask), parsed)
+    except ConfigError as e:
+        return {"error": last_words(str(e))}
+    return {"findings": {finding.check: finding.detail for finding in findings}}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,98 @@
+"""Random models of real shapes from the configs on disk, and rows to run them on: no network anywhere."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.initialization import no_init_weights
+
+from src.data.arithmetic import build_tokenizer, problems
+from src.files import write_text
+from src.mask import Mask
+
+CONFIGS = {
+    "0.6b": Path("configs/models/qwen3-0.6b.json"),
+    "8b": Path("configs/models/qwen3-8b.json"),
+    "llama": Path("configs/models/llama-3-8b.json"),
+}
+TINY: dict[str, Any] = {
+    "vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 16, "num_hidden_layers": 8, "max_window_layers": 8,
+}  # fmt: skip
+
+
+def label(shape: str, tiny: bool) -> str:
+    """How results call a model of this shape."""
+    return f"{'tiny ' if tiny else ''}{CONFIGS[shape].stem}"
+
+
+def random_model(
+    shape: str, device: str, dtype: torch.dtype, tiny: bool = False, **changes: Any
+) -> PreTrainedModel:
+    """A model of a shape in :data:`CONFIGS`, in eval mode, with random weights made on ``device``.
+
+    The weights are twice as large as usual, so that predictions differ from token to token. All but the
+    weights is made on the CPU, as in a model that was loaded: a GPU may round rotary frequencies otherwise.
+    """
+    keys = json.loads(CONFIGS[shape].read_text()) | {"torch_dtype": None}
+    keys |= {"pad_token_id": 0, "bos_token_id": None, "eos_token_id": 1}  # the arithmetic tokenizer's
+    config = AutoConfig.for_model(**keys | (TINY if tiny else {}) | changes)
+    with no_init_weights():
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype).to(device).eval()
+    model.tie_weights()
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for weight in model.parameters():  # norms are the only vectors of these families
+            _ = weight.fill_(1.0) if weight.ndim == 1 else weight.normal_(0.0, 0.04)
+    return model
+
+
+def directory(shape: str, work: Path, device: str, tiny: bool) -> Path:
+    """A bf16 checkpoint of that shape with the arithmetic tokenizer, made once.
+
+    A process of its own makes it: this one shall hold no memory of the device that a stage will need.
+    """
+    path = work / "models" / shape
+    if not (path / "tokenizer.json").is_file():  # written last
+        words = [shape, str(path), device, "tiny" if tiny else "real"]
+        subprocess.run([sys.executable, "-m", "scripts.gpu.shapes", *words], check=True)
+    return path
+
+
+def make(shape: str, path: str, device: str, kind: str) -> None:
+    """Write the checkpoint of :func:`directory`."""
+    random_model(shape, device, torch.bfloat16, kind == "tiny").save_pretrained(path)
+    build_tokenizer().save_pretrained(path)
+
+
+def rows(work: Path, count: int, problems_each: int) -> Path:
+    """JSONL of ``count`` long texts, each of several problems; made once."""
+    path = work / f"rows-{count}-{problems_each}.jsonl"
+    if not path.exists():
+        stream = problems("train", count * problems_each, seed=0)
+        texts = (
+            "\n".join(" ".join(next(stream).values()) for _ in range(problems_each)) for _ in range(count)
+        )
+        write_text(path, "".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return path
+
+
+def middle_mask(model: Path, work: Path) -> Path:
+    """A mask that removes a quarter of the layers in one run, three quarters of the way up."""
+    layers = cast(int, json.loads((model / "config.json").read_text())["num_hidden_layers"])
+    remove = layers // 4
+    first = layers - remove - max(1, layers // 8)
+    keep = tuple(i for i in range(layers) if not first <= i < first + remove)
+    path = work / f"mask-{model.name}.json"
+    Mask(model=str(model), num_layers=layers, keep=keep, method="given").save(path)
+    return path
+
+
+if __name__ == "__main__":
+    make(*sys.argv[1:])

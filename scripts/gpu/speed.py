@@ -1,0 +1,39 @@
+"""Prefill and decode of 36 layers and of 27 of them, against the ideal of the layer count, in bf16."""
+
+from __future__ import annotations
+
+import json
+
+import torch
+
+from scripts.gpu.part import options, record
+from scripts.gpu.shapes import label, random_model
+from src.benchmark import PHASES, compare
+from src.models.cut import cut
+
+
+def main() -> None:
+    args = options()
+    long = random_model("8b", args.device, torch.bfloat16, args.tiny).requires_grad_(False)
+    layers = long.config.num_hidden_layers
+    short = cut(long, [i for i in range(layers) if not layers // 2 <= i < layers // 2 + layers // 4])
+    prompt, new, repeats = (8, 2, 2) if args.tiny else (512, 64, 10)
+    rows = []
+    for batch_size in (1, 8) if args.tiny else (1, 8, 64):
+        baseline, cut_figures = compare([long, short], batch_size, prompt, new, repeats)
+        for phase in PHASES:
+            figures = {key: value for key, value in cut_figures[phase].items() if key != "speedups"}
+            teacher = baseline[phase]["tokens_per_s"]
+            rows.append(
+                {"batch_size": batch_size, "phase": phase, "teacher_tokens_per_s": teacher, **figures}
+            )
+            print(json.dumps(rows[-1]), flush=True)
+    record(args, {
+        "model": label("8b", args.tiny), "layers": [layers, short.config.num_hidden_layers],
+        "prompt_tokens": prompt, "new_tokens": new, "repeats": repeats,
+        "attention": long.config._attn_implementation, "rows": rows,
+    })  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
