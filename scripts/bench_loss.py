@@ -2,7 +2,8 @@
 
 Both compute the bucket rule on a top-10 signal, with a trained head, on the same inputs; the gradients of the
 hidden states and of the head are compared. Each case runs in a process of its own, whose peak resident memory
-is reset just before the loss (Linux). Writes ``results/loss.json``.
+is reset just before the loss (Linux); on a GPU the allocator's peak is taken, after a warm-up. Writes
+``results/loss.json``.
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ VOCABULARIES = (1_000, 32_000, 151_936)
 class Head:
     """A bare trained projection, with what a loss asks of an output head."""
 
-    def __init__(self, hidden: int, vocabulary: int) -> None:
-        self.projection = nn.Linear(hidden, vocabulary, bias=False)
+    def __init__(self, hidden: int, vocabulary: int, device: str) -> None:
+        self.projection = nn.Linear(hidden, vocabulary, bias=False).to(device)
         self.vocabulary = vocabulary
         self.parameters = tuple(self.projection.parameters())
         self.logits = self.projection.forward
@@ -46,23 +47,40 @@ def whole(head: Head, hidden_NH: Tensor, signal: TopK) -> Tensor:
     return (kd + signal.log_rest.exp() * (signal.log_rest - outside)).mean()
 
 
-def case(form: str, vocabulary: int, tokens: int, hidden: int, chunk: int) -> dict[str, Any]:
-    """Run one case: peak extra memory (bytes), CPU seconds, loss and gradients."""
+def case(
+    form: str, vocabulary: int, tokens: int, hidden: int, chunk: int, device: str = "cpu"
+) -> dict[str, Any]:
+    """Run one case: peak extra memory (bytes), seconds (of the processor, or of the GPU), loss, gradients."""
     torch.manual_seed(0)
-    head = Head(hidden, vocabulary)
-    states = (4 * torch.randn(tokens, hidden)).requires_grad_()
+    head = Head(hidden, vocabulary, device)
+    states = (4 * torch.randn(tokens, hidden)).to(device).requires_grad_()
     classes = (3 * torch.randn(tokens, 11)).log_softmax(-1)
     ids = torch.randint(vocabulary // 10, (tokens, 10)) + torch.arange(10) * (vocabulary // 10)
-    signal = TopK(ids, classes[:, :10], classes[:, 10], classes[:, 10])
-    labels = ids[:, 0]
+    top, rest, ids = (x.to(device) for x in (classes[:, :10], classes[:, 10], ids))
+    signal, labels = TopK(ids, top, rest, rest), ids[:, 0]
     loss = Distillation(weight="none", chunk_tokens=chunk)
-    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
-    before, began = memory("VmRSS"), time.process_time()
-    value = whole(head, states, signal) if form == "whole" else loss(head, states, labels, signal)["loss"]  # type: ignore[arg-type]
-    value.backward()
-    seconds, peak = time.process_time() - began, memory("VmHWM") - before
-    grads = [states.grad, head.projection.weight.grad]
-    return {"peak_bytes": peak, "cpu_seconds": seconds, "loss": float(value.detach()), "grads": grads}
+
+    def work() -> Tensor:
+        value = whole(head, states, signal) if form == "whole" else loss(head, states, labels, signal)["loss"]  # type: ignore[arg-type]
+        value.backward()
+        return value.detach()
+
+    if device == "cpu":
+        Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+        before, began = memory("VmRSS"), time.process_time()
+        value = float(work())
+        cost = {"peak_bytes": memory("VmHWM") - before, "cpu_seconds": time.process_time() - began}
+    else:
+        work()
+        states.grad = head.projection.weight.grad = None
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before, began = torch.cuda.memory_allocated(), time.perf_counter()
+        value = float(work())
+        torch.cuda.synchronize()
+        cost = {"peak_bytes": torch.cuda.max_memory_allocated() - before}
+        cost["gpu_seconds"] = time.perf_counter() - began
+    return {**cost, "loss": value, "grads": [states.grad, head.projection.weight.grad]}
 
 
 def memory(field: str) -> int:
@@ -79,12 +97,13 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=64)
     parser.add_argument("--chunk", type=int, default=256)
     parser.add_argument("--vocabularies", type=int, nargs="+", default=VOCABULARIES)
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path, default=Path("results/loss.json"))
     parser.add_argument("--case", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.case:
         form, vocabulary, file = args.case.split(",")
-        torch.save(case(form, int(vocabulary), args.tokens, args.hidden, args.chunk), file)
+        torch.save(case(form, int(vocabulary), args.tokens, args.hidden, args.chunk, args.device), file)
         return
     rows = []
     for vocabulary in args.vocabularies:
@@ -104,7 +123,7 @@ def _child(form: str, vocabulary: int) -> dict[str, Any]:
     with tempfile.NamedTemporaryFile(suffix=".pt") as file:
         run = [sys.executable, "-m", "scripts.bench_loss", *sys.argv[1:]]
         subprocess.run([*run, "--case", f"{form},{vocabulary},{file.name}"], check=True)
-        return torch.load(file.name, weights_only=True)
+        return torch.load(file.name, map_location="cpu", weights_only=True)
 
 
 if __name__ == "__main__":

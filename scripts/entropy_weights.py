@@ -18,6 +18,7 @@ import torch
 from lightning import Trainer, seed_everything
 from torch.optim import AdamW
 
+from scripts import origin
 from src.cache import CachedCorpus, CacheTeacher
 from src.data import Corpus
 from src.data.arithmetic import problems
@@ -26,7 +27,7 @@ from src.evaluate import exact_match, held_out
 from src.files import write_json
 from src.losses.distill import Distillation
 from src.losses.entropy import Weight
-from src.mask import Mask, git_sha
+from src.mask import Mask
 from src.models.loading import load_model, load_tokenizer
 from src.recover import Recovery
 from src.rows import batches, encode
@@ -70,6 +71,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("results/teacher_cache.json"))
     args = parser.parse_args()
     torch.set_num_threads(1)
+    head = origin("entropy_weights")
     args.work.mkdir(parents=True, exist_ok=True)
     train, cache = args.work / "train.jsonl", str(args.work / "cache")
     train.write_text("".join(json.dumps(row) + "\n" for row in problems("train", args.problems, 7)))
@@ -97,7 +99,7 @@ def main() -> None:
             for values in [[run[key] for run in own]]
         }
     section = {
-        "commit": git_sha(), "removed": list(Mask.load(args.mask).removed), "steps": args.steps,
+        **head, "removed": list(Mask.load(args.mask).removed), "steps": args.steps,
         "tests": args.tests, "table": table, "runs": runs,
     }  # fmt: skip
     known = json.loads(args.out.read_text()) if args.out.exists() else {}

@@ -10,22 +10,28 @@ from __future__ import annotations
 from typing import Any, Literal, cast
 
 import torch
-from lightning import LightningModule
+from lightning import LightningModule, Trainer
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from src import checkpoints
+from src.compatibility import check_recovery
 from src.data.batches import real_tokens
 from src.errors import ConfigError
+from src.linear_patch import LinearPatch
 from src.losses.distill import Distillation, supervised
 from src.mask import Mask
 from src.models.cut import cut
 from src.models.head import OutputHead
 from src.models.layers import decoder_layers, num_layers
-from src.models.loading import Dtype, check_vocabulary, load_config, load_model
+from src.models.loading import Dtype, check_vocabulary, load_config, load_model, load_tokenizer
+from src.models.sharding import shard
+from src.ranks import MicroBatches, Part
 from src.schedules import Decay, with_warmup
+from src.strategies import kind
 from src.teachers import LiveTeacher, TeacherSource
 
 Batch = dict[str, Tensor]
@@ -43,6 +49,8 @@ class Recovery(LightningModule):
         scope: what trains: ``full``, the blocks next to each cut (``cut_adjacent``), or ``lora`` adapters on
             all linear layers (needs the extra ``lora``), merged on export.
         lora_rank: rank of the adapters.
+        patch: repair of the cut model before it trains; None starts from the parent's weights.
+        checkpoint_activations: recompute layers in the backward pass, to save memory.
         revision: Hub revision of the parent; None is the one the mask names.
         dtype: type of the weights; keep float32 and set ``trainer.precision`` for mixed precision.
         attention: attention implementation; None lets transformers choose.
@@ -60,6 +68,8 @@ class Recovery(LightningModule):
         distillation: Distillation | None = None,
         scope: Scope = "full",
         lora_rank: int = 16,
+        patch: LinearPatch | None = None,
+        checkpoint_activations: bool = False,
         revision: str | None = None,
         dtype: Dtype = "float32",
         attention: str | None = None,
@@ -76,7 +86,9 @@ class Recovery(LightningModule):
             rank_zero_warn(f"model: '{self.name}' is recovered with a mask made for '{self.mask.model}'.")
         self.teacher = teacher or LiveTeacher()
         self.distillation = distillation or Distillation()
-        self.scope, self.lora_rank = scope, lora_rank
+        self.scope, self.lora_rank, self.patch = scope, lora_rank, patch
+        self.checkpoint_activations = checkpoint_activations
+        self.micro = MicroBatches()
         self.loading: dict[str, Any] = {"dtype": dtype, "attention": attention}
         self.optimizer = optimizer
         self.warmup, self.final_lr, self.decay = warmup, final_lr, decay
@@ -84,19 +96,44 @@ class Recovery(LightningModule):
 
     # ------------------------------------------------------------------ model
 
+    def refuse(self, trainer: Trainer, data: object) -> None:
+        """Refuse, before anything is loaded, what cannot work with this trainer and these data."""
+        check_recovery(trainer, data, self.teacher)
+
+    def setup(self, stage: str) -> None:
+        self.refuse(self.trainer, getattr(self.trainer, "datamodule", None))
+
     def configure_model(self) -> None:
         if hasattr(self, "model"):
             return
         parent = load_model(self.name, self.revision, **self.loading)
-        self.model = scoped(cut(parent, self.mask.keep), self.mask, self.scope, self.lora_rank)
+        student = cut(parent, self.mask.keep)
+        if self.patch is not None:
+            self.patch(student, parent, self.mask, load_tokenizer(self.name, self.revision))
+        self.model = scoped(student, self.mask, self.scope, self.lora_rank)
+        if self.checkpoint_activations:
+            recompute(self.model)
+        self.head = OutputHead(self.model)
+        if self._engine:
+            self._check()
+        if self.device_mesh is not None:
+            shard(self.model, self.device_mesh["data_parallel"])
         self.teacher.adopt(parent)
 
     def on_fit_start(self) -> None:
-        """Ready the output head and the teacher, now that the student is on its device."""
-        self.head = OutputHead(self.model)
+        """Check the output head and ready the teacher, now that the student is on its device."""
+        if not self._engine:
+            self._check()
+        self.teacher.setup(self)
+
+    @property
+    def _engine(self) -> bool:
+        """Whether an engine takes the weights away after ``configure_model``."""
+        return self._trainer is not None and kind(self.trainer.strategy) in ("fsdp", "deepspeed")
+
+    def _check(self) -> None:
         self.head.check()
         check_vocabulary(cast(Any, self.trainer).datamodule.tokenizer, self.model)
-        self.teacher.setup(self)
 
     def on_validation_start(self) -> None:
         """Ready too when validation is all that runs."""
@@ -107,25 +144,37 @@ class Recovery(LightningModule):
 
     # ------------------------------------------------------------------ learning
 
-    def losses(self, batch: Batch, distillation: Distillation) -> dict[str, Tensor]:
-        """The weighted loss and its parts on one batch."""
+    def losses(self, batch: Batch, distillation: Distillation, part: Part | None = None) -> dict[str, Tensor]:
+        """The weighted loss and its parts on one batch, or on this rank's part of one."""
         index = supervised(batch["labels"])
         labels_N = batch["labels"].flatten()[index + 1]
         signal = self.teacher.signal(batch, index)
         hidden_NH = self.head.hidden(batch).flatten(0, 1)[index]
-        return distillation(self.head, hidden_NH, labels_N, signal)
+        return distillation(self.head, hidden_NH, labels_N, signal, part)
 
     def training_step(self, batch: Batch, _: int) -> Tensor:
-        parts = self.losses(batch, self.distillation)
-        self.tokens += real_tokens(batch) * self.trainer.world_size
-        self.log_dict({f"train/{key}": value for key, value in parts.items()}, prog_bar=True)
-        return parts["loss"]
+        part = Part(len(supervised(batch["labels"])), real_tokens(batch), self.device)
+        parts = self.losses(batch, self.distillation, part)
+        self.tokens += part.tokens
+        logged = {f"train/{key}": value.detach() for key, value in parts.items()}
+        self.log_dict(logged, prog_bar=True, sync_dist=True)
+        return self.micro.weigh(parts["loss"], part.share) if self._accumulates else parts["loss"]
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        if self._accumulates:
+            self.micro.settle(self.model.parameters(), self.trainer.accumulate_grad_batches)
+
+    @property
+    def _accumulates(self) -> bool:
+        """Whether a step has several micro-batches whose gradients can be reached (not in DeepSpeed)."""
+        alone = self.trainer.accumulate_grad_batches == 1
+        return not (alone or self.trainer.strategy.handles_gradient_accumulation)
 
     def validation_step(self, batch: Batch, _: int) -> None:
         plain = Distillation(k=self.distillation.k, rule=self.distillation.rule, weight="none")
-        parts = self.losses(batch, plain)
-        size = int((batch["labels"][:, 1:] != -100).sum())
-        self.log("val/kl", parts["kd"], prog_bar=True, batch_size=size, sync_dist=True)
+        part = Part(len(supervised(batch["labels"])), real_tokens(batch), self.device)
+        kd = self.losses(batch, plain, part)["kd"]
+        self.log("val/kl", kd, prog_bar=True, batch_size=part.positions, sync_dist=True)
 
     test_step = validation_step
 
@@ -138,6 +187,7 @@ class Recovery(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["recovery"] = {
             "tokens": self.tokens, "scope": self.scope, "rank": self.lora_rank, "keep": list(self.mask.keep),
+            "patch": str(self.patch) if self.patch and self.patch.repairs else None,
         }  # fmt: skip
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -190,18 +240,44 @@ def scoped(student: PreTrainedModel, mask: Mask, scope: Scope, rank: int) -> Pre
     return student
 
 
+def recompute(student: PreTrainedModel) -> None:
+    """Recompute the layers of a model in the backward pass.
+
+    Raises:
+        ConfigError: the family does not offer it.
+    """
+    try:
+        student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    except ValueError as e:
+        raise ConfigError(
+            f"model.checkpoint_activations: a '{student.config.model_type}' does not offer it. Set it to "
+            f"false, and lower data.batch_size if memory is short."
+        ) from e
+
+
+def narrower(stored: torch.dtype, trained: torch.dtype) -> bool:
+    """Whether weights that were ``trained`` in one type are rounded when ``stored`` in another."""
+    return trained.is_floating_point and torch.promote_types(stored, trained) != stored
+
+
 def load_student(parent: PreTrainedModel, mask: Mask, checkpoint: str) -> PreTrainedModel:
     """The recovered model as a plain one: the cut parent with a checkpoint's weights, adapters merged.
+
+    The checkpoint may be a file, or a directory that ranks wrote in parts (:mod:`src.checkpoints`). Where the
+    parent's type cannot hold what was trained, the model is in float32: nothing is rounded here.
 
     Raises:
         ConfigError: the checkpoint is unreadable, not of a recovery, or of another mask.
     """
     try:
-        saved = torch.load(checkpoint, map_location="cpu", weights_only=False)
-        same_layers(saved["recovery"], mask)
-        scope, rank = saved["recovery"]["scope"], saved["recovery"]["rank"]
-        state = {k.removeprefix("model."): v for k, v in saved["state_dict"].items()}
+        recovery = checkpoints.record(checkpoint)["recovery"]
+        same_layers(recovery, mask)
+        scope, rank = recovery["scope"], recovery["rank"]
+        state = {k.removeprefix("model."): v for k, v in checkpoints.weights(checkpoint).items()}
         student = scoped(cut(parent, mask.keep), mask, scope, rank)
+        own = {key: tensor.dtype for key, tensor in student.state_dict().items()}
+        if any(narrower(own[key], trained.dtype) for key, trained in state.items() if key in own):
+            student = student.float()
         student.load_state_dict(state)
     except (OSError, KeyError, RuntimeError) as e:
         reason = str(e).splitlines()[0]

@@ -15,11 +15,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from src.cache.corpus import CachedCorpus
+from src.cache.origin import Origin
 from src.errors import ConfigError
 from src.losses.signals import Signal, TopK, live_signal
 from src.models.gated import freeze
 from src.models.head import OutputHead
 from src.models.loading import Dtype, Quantization, load_model
+from src.models.sharding import shard
 
 Batch = dict[str, Tensor]
 
@@ -48,6 +50,8 @@ class LiveTeacher:
         dtype: type of the weights that are not quantised.
         revision: Hub revision.
         attention: attention implementation; None lets transformers choose.
+        shard: under FSDP2, spread the weights over the ranks as the student's are; false keeps a whole copy
+            on each, which is faster; None shards what is not quantised.
     """
 
     def __init__(
@@ -57,8 +61,9 @@ class LiveTeacher:
         dtype: Dtype = "float32",
         revision: str | None = None,
         attention: str | None = None,
+        shard: bool | None = None,
     ) -> None:
-        self.name = model
+        self.name, self.shard = model, shard
         self.k: int | None = None
         self.loading: dict[str, Any] = {
             "revision": revision, "dtype": dtype, "quantize": quantize, "attention": attention,
@@ -79,7 +84,10 @@ class LiveTeacher:
             self._model = (load_model(self.name or parent.name, **{**self.loading, "revision": revision}),)
         (model,) = self._model
         freeze(model)
-        if self.loading["quantize"] is None:
+        plain = self.loading["quantize"] is None
+        if module.device_mesh is not None and (plain if self.shard is None else self.shard):
+            shard(model, module.device_mesh["data_parallel"])
+        elif plain:
             nn.Module.to(model, module.device)
         self.head = OutputHead(model)
         self.head.check()
@@ -92,29 +100,52 @@ class LiveTeacher:
 
 
 class CachedTeacher:
-    """The signal that lies beside the tokens in a batch of ``src.cache.CachedCorpus``: no model at all."""
+    """The signal that lies beside the tokens in a batch of ``src.cache.CachedCorpus``: no model runs.
+
+    Args:
+        any_teacher: accept the signal of a model other than the parent, such as a larger one with the same
+            tokenizer.
+    """
 
     k: int | None = None
 
+    def __init__(self, any_teacher: bool = False) -> None:
+        self.any_teacher = any_teacher
+        self._origin: Origin | None = None
+
     def adopt(self, parent: PreTrainedModel) -> None:
-        """Nothing to keep: the parent's memory is freed."""
+        """Keep what tells the parent's weights apart; its memory is freed."""
+        self._origin = None if self.any_teacher else Origin.of(parent)
 
     def setup(self, module: LightningModule) -> None:
-        """Check the cache against the student's vocabulary and the loss's k.
+        """Check the cache against the student's vocabulary and parent, and the loss's k.
 
         Raises:
-            ConfigError: they do not fit, or the data are no cache.
+            ConfigError: they do not fit, the data are no cache, or a cache of another teacher.
         """
-        corpus = getattr(module.trainer, "datamodule", None)
-        if not isinstance(corpus, CachedCorpus):
-            raise ConfigError(
-                f"teacher: CachedTeacher needs 'data: {{class_path: src.cache.CachedCorpus}}', found "
-                f"{type(corpus).__name__}. Name a cache there, or use src.teachers.LiveTeacher."
-            )
+        corpus = self.corpus(getattr(module.trainer, "datamodule", None))
         head: Any = module.head
         distillation: Any = module.distillation
         self.k = distillation.k
         corpus.fits(head.vocabulary, self.k)
+        if self._origin is not None:
+            student: Any = module
+            for cache in corpus.caches:
+                self._origin.check(cache, student.name, student.revision)
+
+    @staticmethod
+    def corpus(data: object) -> CachedCorpus:
+        """The cache that the batches come from.
+
+        Raises:
+            ConfigError: the data are no cache.
+        """
+        if not isinstance(data, CachedCorpus):
+            raise ConfigError(
+                f"teacher: CachedTeacher needs 'data: {{class_path: src.cache.CachedCorpus}}', found "
+                f"{type(data).__name__}. Name a cache there, or use src.teachers.LiveTeacher."
+            )
+        return data
 
     def signal(self, batch: Batch, index_N: Tensor) -> Signal:
         """The rows of the cache, in the order of the supervised positions."""

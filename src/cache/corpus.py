@@ -44,7 +44,7 @@ class CachedCorpus(LightningDataModule):
         self.train_cache = Cache(train)
         self.val_cache = Cache(validation) if validation else None
         found = tokenizer_fingerprint(self.tokenizer)
-        for cache in filter(None, (self.train_cache, self.val_cache)):
+        for cache in self.caches:
             if found != cache.about.tokenizer:
                 raise ConfigError(
                     f"data: tokenizer: '{tokenizer}' has fingerprint {found}, but '{cache.path}' was written "
@@ -53,13 +53,18 @@ class CachedCorpus(LightningDataModule):
         if corpus is not None and corpus != self.train_cache.corpus:
             raise ConfigError(f"data: corpus: {corpus} is asked, '{train}' holds {self.train_cache.corpus}.")
 
+    @property
+    def caches(self) -> list[Cache]:
+        """What is trained on, and what is validated on if anything is."""
+        return [self.train_cache, *([self.val_cache] if self.val_cache else [])]
+
     def fits(self, vocabulary: int, k: int | None) -> None:
         """Check what a loss needs against what is stored.
 
         Raises:
             ConfigError: names the field.
         """
-        for cache in filter(None, (self.train_cache, self.val_cache)):
+        for cache in self.caches:
             about = cache.about
             if vocabulary != about.vocabulary:
                 raise ConfigError(

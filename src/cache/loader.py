@@ -1,7 +1,7 @@
 """Batches of a cache, in an order that is a function of (seed, epoch) alone.
 
 An epoch takes the shards in a shuffled order; within one, rows are divided into batches of similar length,
-and ranks take batches in turn. The state of a run is therefore two numbers.
+and ranks take batches in turn. The place of a run is therefore two numbers.
 
 Shapes: B documents of a batch, T tokens of the longest.
 """
@@ -60,11 +60,8 @@ class CachedLoader:
         elif self.done == len(self):
             self.epoch, self.done = self.epoch + 1, 0
         first = self.done
-        shards = list(range(len(self.cache.shards)))
-        if self.shuffle:
-            self._rng(0).shuffle(shards)
         start = 0
-        for index in shards:
+        for index in self._order():
             count = self._count(self.cache.shards[index][1])
             if start + count > first:
                 rows = self.cache.read(index)
@@ -73,6 +70,13 @@ class CachedLoader:
                     self.done = start + number + 1
                     yield collate(rows, plan[(number * self.world + self.rank) % len(plan)], self.pad_id)
             start += count
+
+    def _order(self) -> list[int]:
+        """The shards of the epoch."""
+        shards = list(range(len(self.cache.shards)))
+        if self.shuffle:
+            self._rng(0).shuffle(shards)
+        return shards
 
     def _rng(self, stream: int) -> np.random.Generator:
         return np.random.default_rng([self.seed, self.epoch, stream])
@@ -86,19 +90,47 @@ class CachedLoader:
             rng.shuffle(batches)
         return batches
 
+    @property
+    def order(self) -> dict[str, Any]:
+        """What a place depends on, but for the number of ranks."""
+        return {"corpus": self.cache.corpus, "batch_size": self.batch_size, "seed": self.seed}
+
     def state_dict(self) -> dict[str, Any]:
-        return {"epoch": self.epoch, "done": self.done, "corpus": self.cache.corpus, "world": self.world}
+        return {"epoch": self.epoch, "done": self.done, "world": self.world, **self.order}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on after the last batch that was handed out.
+        """Go on after the last batch that was handed out, on any number of ranks.
 
         Raises:
-            ConfigError: the place means nothing in this cache, or for so many ranks.
+            ConfigError: the place means nothing in this cache, or in this order of it; names the keys.
         """
-        for key, now in (("corpus", self.cache.corpus), ("world", self.world)):
-            if state_dict[key] != now:
-                raise ConfigError(f"cache: {key} was {state_dict[key]} in the checkpoint and is now {now}.")
-        self.epoch, self.done = state_dict["epoch"], state_dict["done"]
+        changed = [
+            f"data.init_args.{key} was {state_dict.get(key)} and is now {now}"
+            for key, now in self.order.items()
+            if state_dict.get(key) != now
+        ]
+        if changed:
+            raise ConfigError(
+                f"cache: the checkpoint's place in it has no meaning now: {'; '.join(changed)}. Set them "
+                f"back, or start anew without the checkpoint."
+            )
+        self.epoch = state_dict["epoch"]
+        self.done = self._place(state_dict["done"], state_dict["world"])
+
+    def _place(self, done: int, world: int) -> int:
+        """How far this rank is when each of ``world`` ranks has done so many batches of the epoch.
+
+        Shards begin together on all ranks, so a place may lie between two batches of more ranks; the earlier
+        is taken.
+        """
+        here = 0
+        for index in self._order():
+            shard = self.cache.shards[index][1]
+            others, own = -(-shard.rows // (self.batch_size * world)), self._count(shard)
+            if done < others:
+                return here + min(done * world // self.world, own)
+            done, here = done - others, here + own
+        return here
 
 
 def collate(rows: Rows, chosen: Array, pad_id: int) -> Batch:

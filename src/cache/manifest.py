@@ -71,6 +71,7 @@ class Manifest:
         part: which of them this is.
         complete: whether the corpus was read to its end.
         shards: the files, in order.
+        dtype: type of the weights that are not quantised; None in caches that did not note it.
     """
 
     teacher: str
@@ -86,6 +87,7 @@ class Manifest:
     complete: bool = False
     shards: tuple[Shard, ...] = ()
     version: int = VERSION
+    dtype: str | None = None
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -157,7 +159,8 @@ def weights_fingerprint(model: PreTrainedModel) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         flat = tensor.detach().reshape(-1)
-        at = torch.linspace(0, max(0, flat.numel() - 1), 64, device=flat.device).long()
+        last = max(0, flat.numel() - 1)
+        at = torch.tensor([i * last // 63 for i in range(64)], device=flat.device)  # exact: floats run over
         sample = flat[at].cpu().double().numpy().tobytes() if flat.numel() else b""
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode() + sample)
     return digest.hexdigest()[:16]

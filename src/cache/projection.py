@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from lightning import Trainer
@@ -56,10 +56,10 @@ def _trial(trainer: Trainer, teacher: CacheTeacher, batches: Iterable[Any]) -> t
     rows, seconds = list[Rows](), 0.0
     for batch in batches:
         batch = teacher.transfer_batch_to_device(batch, teacher.device, 0)
-        with torch.no_grad(), trainer.precision_plugin.predict_step_context():
+        with torch.no_grad():
             if not rows:
-                teacher.predict_step(batch, teacher.skip)
+                trainer.strategy.predict_step(batch, teacher.skip)
             began = time.perf_counter()
-            rows.append(teacher.predict_step(batch, teacher.skip))
+            rows.append(cast(Rows, trainer.strategy.predict_step(batch, teacher.skip)))
             seconds += time.perf_counter() - began
     return (Rows.concatenate(rows) if rows else None), seconds

@@ -5,17 +5,22 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from lightning import Callback, LightningModule
+from lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 
+from src.cache.manifest import weights_fingerprint
 from src.cache.shards import Precision, Rows, rows_of
 from src.cache.writer import CacheWriter
+from src.compatibility import check_cache
 from src.errors import ConfigError
 from src.losses.distill import supervised
 from src.losses.signals import TopK, live_signal
 from src.models.gated import freeze
 from src.models.head import OutputHead
 from src.models.loading import Dtype, Quantization, load_model
+from src.models.sharding import shard
+from src.ranks import least
+from src.strategies import kind
 
 
 class CacheTeacher(LightningModule):
@@ -54,32 +59,58 @@ class CacheTeacher(LightningModule):
         if k < 1:
             raise ConfigError(f"model.k: {k} given; accepted: at least 1.")
         self.skip: int = 0
+        """Batches that need no signal: this rank has it already."""
+        self.idle: int = 0
+        """Batches that the model need not run on: a sharded one runs while any rank needs it."""
         self.name, self.k, self.chunk_tokens = model, k, chunk_tokens
         self.loading: dict[str, Any] = {
             "revision": revision, "dtype": dtype, "quantize": quantize, "attention": attention,
         }  # fmt: skip
+
+    def refuse(self, trainer: Trainer, data: object) -> None:
+        """Refuse, before anything is loaded, what cannot work with this trainer."""
+        check_cache(trainer, self.loading["quantize"])
+
+    def setup(self, stage: str) -> None:
+        self.refuse(self.trainer, None)
 
     def configure_model(self) -> None:
         if hasattr(self, "model"):
             return
         self.model = load_model(self.name, **self.loading)
         freeze(self.model)
+        self.fingerprint = weights_fingerprint(self.model)
         self.head = OutputHead(self.model)
+        if self._engine:
+            self.head.check()
+        if self.device_mesh is not None:
+            shard(self.model, self.device_mesh["data_parallel"])
+
+    @property
+    def _engine(self) -> bool:
+        """Whether an engine takes the weights away after ``configure_model``."""
+        return self._trainer is not None and kind(self.trainer.strategy) == "fsdp"
 
     def configure_callbacks(self) -> list[Callback]:
         """Lightning adds the writer to the trainer's callbacks."""
         return [self.writer]
 
     def on_predict_start(self) -> None:
-        self.head.check()
+        if not self._engine:
+            self.head.check()
+
+    def resume(self, batches: int) -> None:
+        """Skip the first ``batches``, which lie in the cache; called on every rank."""
+        sharded = kind(self.trainer.strategy) in ("fsdp", "fsdp2")
+        self.skip, self.idle = batches, least(batches, self.device) if sharded else batches
 
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> Rows:
         """The documents of a batch with their signal; without one for the first ``skip`` batches."""
-        if batch_idx < self.skip:
+        if batch_idx < self.idle:
             return rows_of(batch, None)
         index = supervised(batch["labels"], batch.get("position_ids"))
         with torch.no_grad():
             hidden_NH = self.head.hidden(batch).flatten(0, 1)[index]
             signal = live_signal(self.head, hidden_NH, self.k, self.chunk_tokens)
         assert isinstance(signal, TopK)
-        return rows_of(batch, signal)
+        return rows_of(batch, signal if batch_idx >= self.skip else None)

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, cast
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
 
-from src.cache.manifest import Manifest, Shard, tokenizer_fingerprint, weights_fingerprint
+from src.cache.manifest import Manifest, Shard, tokenizer_fingerprint
 from src.cache.projection import projection
 from src.cache.shards import Precision, Rows, encode
 from src.errors import ConfigError
@@ -65,7 +65,7 @@ class CacheWriter(BasePredictionWriter):
         self.manifest = replace(self.manifest, complete=False)
         self._check_files()
         self._known = deque(self.manifest.shards)
-        teacher.skip = sum(shard.batches for shard in self._known)
+        teacher.resume(sum(shard.batches for shard in self._known))
         self._rows: list[Rows] = []
         self._batches, self._first = 0, ""
         self._pool, self._written = ThreadPoolExecutor(1), list[Future[None]]()
@@ -180,7 +180,7 @@ def describe(trainer: Trainer, teacher: CacheTeacher, precision: Precision) -> M
     return Manifest(
         teacher=teacher.name,
         revision=teacher.loading["revision"] or getattr(teacher.model.config, "_commit_hash", None),
-        weights=weights_fingerprint(teacher.model),
+        weights=teacher.fingerprint,
         quantize=teacher.loading["quantize"],
         tokenizer=tokenizer_fingerprint(getattr(trainer, "datamodule").tokenizer),  # noqa: B009 (mypy)
         vocabulary=teacher.head.vocabulary,
@@ -188,4 +188,5 @@ def describe(trainer: Trainer, teacher: CacheTeacher, precision: Precision) -> M
         precision=precision,
         parts=trainer.world_size,
         part=trainer.global_rank,
+        dtype=teacher.loading["dtype"],
     )

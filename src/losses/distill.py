@@ -23,6 +23,7 @@ from src.losses.entropy import Weight, check_weight, token_weights
 from src.losses.kl import Rule, kl
 from src.losses.signals import Signal, live_signal
 from src.models.head import OutputHead
+from src.ranks import Part
 
 IGNORE = -100
 
@@ -84,7 +85,12 @@ class Distillation:
         self.mean_entropy = mean_entropy
 
     def __call__(
-        self, head: OutputHead, hidden_NH: Tensor, labels_N: Tensor, signal: Signal
+        self,
+        head: OutputHead,
+        hidden_NH: Tensor,
+        labels_N: Tensor,
+        signal: Signal,
+        part: Part | None = None,
     ) -> dict[str, Tensor]:
         """Return scalars: ``loss``, and without gradient the unweighted means of its terms (nats).
 
@@ -95,32 +101,45 @@ class Distillation:
             hidden_NH: its hidden states at the supervised positions.
             labels_N: the tokens these positions predict.
             signal: what the teacher says there.
+            part: the batch that these positions are a part of, if ranks share one: then the scalars' means
+                over the ranks are those over its positions.
         """
-        weights_N = self._weights(head, hidden_NH, signal)
+        weights_N = self._weights(head, hidden_NH, signal, part)
 
         def chunk(h_nH: Tensor, at: slice) -> tuple[Tensor, Tensor]:
             logits = head.logits(h_nH)
             kd = kl(logits, signal.select(at), self.rule, self.temperature) * self.temperature**2
             if self.alpha == 1:
-                return weights_N[at] @ kd, kd.detach()[None]
+                return _sum(weights_N[at], kd), kd.detach()[None]
             ce = F.cross_entropy(logits.float(), labels_N[at], reduction="none")
             mixed = self.alpha * kd + (1 - self.alpha) * ce
-            return weights_N[at] @ mixed, torch.stack([kd.detach(), ce.detach()])
+            return _sum(weights_N[at], mixed), torch.stack([kd.detach(), ce.detach()])
 
         loss, parts_PN = chunked(chunk, hidden_NH, head.parameters, self.chunk_tokens)
-        count = max(1, len(hidden_NH))
+        count = (len(hidden_NH) if part is None else part.share) or 1
         means = parts_PN.sum(-1) / count
         return {"loss": loss / count, **dict(zip(("kd", "ce"), means, strict=False))}
 
-    def _weights(self, head: OutputHead, hidden_NH: Tensor, signal: Signal) -> Tensor:
+    def _weights(self, head: OutputHead, hidden_NH: Tensor, signal: Signal, part: Part | None) -> Tensor:
         if self.weight == "none":
             return hidden_NH.new_ones(len(hidden_NH), dtype=torch.float32)
         student = None
         if self.weight == "eakd":
             student = live_signal(head, hidden_NH.detach(), 1, self.chunk_tokens).entropy
         return token_weights(
-            self.weight, signal.entropy, head.vocabulary, self.weight_lambda, student, self.mean_entropy
+            self.weight,
+            signal.entropy,
+            head.vocabulary,
+            self.weight_lambda,
+            student,
+            self.mean_entropy,
+            part,
         )
+
+
+def _sum(weights_n: Tensor, losses_n: Tensor) -> Tensor:
+    """Weighted sum in float32: autocast would take the products of ``@`` in half precision."""
+    return (weights_n * losses_n).sum()
 
 
 Chunk = Callable[[Tensor, slice], tuple[Tensor, Tensor]]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -188,6 +189,20 @@ def test_trained_head_under_bf16_autocast_gets_the_gradient_of_the_plain_loss() 
     assert len(exact) == len(rough) == 3
     for a, b in zip(exact, rough, strict=True):
         assert F.cosine_similarity(a.flatten(), b.flatten(), dim=0) > 0.999
+
+
+@pytest.mark.parametrize("alpha", [1.0, 0.5])
+def test_autocast_leaves_everything_after_the_logits_in_float32(alpha: float) -> None:
+    head = SimpleNamespace(logits=torch.Tensor.contiguous, parameters=(), vocabulary=VOCAB)
+    labels, signal = tiny_ids(1, 300)[0], topk_signal(logits(1, 300, VOCAB), 10)
+    found = []
+    for enabled in (False, True):
+        x = graded(logits(0, 300, VOCAB))
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            loss = Distillation(alpha=alpha)(head, x, labels, signal)["loss"]
+        loss.backward()
+        found.append((loss.detach(), x.grad))
+    torch.testing.assert_close(found[1], found[0], rtol=0, atol=0)
 
 
 def test_no_gradient_is_made_in_evaluation() -> None:

@@ -245,6 +245,21 @@ def test_the_place_in_another_cache_is_refused(ws: Workspace, cache: str) -> Non
         other.load_state_dict(loader.state_dict())
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [({"batch_size": 5}, "batch_size was 4 and is now 5"), ({"seed": 1}, "seed was 0 and is now 1")],
+)
+def test_the_place_in_another_order_is_refused(
+    ws: Workspace, cache: str, change: dict[str, int], message: str
+) -> None:
+    loader = CachedCorpus(tokenizer=ws.model, train=cache, batch_size=4).train_dataloader()
+    next(iter(loader))
+    keys = {"batch_size": 4, **change}
+    other = CachedCorpus(tokenizer=ws.model, train=cache, **keys).train_dataloader()
+    with pytest.raises(ConfigError, match=message):
+        other.load_state_dict(loader.state_dict())
+
+
 def test_cached_teacher_wants_a_cached_corpus_and_gives_its_signal(ws: Workspace, cache: str) -> None:
     module = Recorder()
     module.distillation = Distillation(k=4)

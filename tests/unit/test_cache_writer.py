@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from src.cache import Cache, CacheWriter
+from src.cache.manifest import weights_fingerprint
 from src.cache.shards import Rows
 from src.errors import ConfigError
 from tests.cached import Workspace, small, workspace
@@ -168,3 +169,11 @@ def test_projection_is_printed_first_and_near_the_truth(
     assert "complete" in after
     size = float(before.split("(")[1].split(" bytes")[0])
     assert abs(size / cache.parts[0].bytes_per_position - 1) < 0.25
+
+
+def test_the_fingerprint_reaches_the_last_weight_of_a_large_tensor() -> None:
+    """Beyond 2**24 entries float32 cannot count: a step over the end is an error, one short sees less."""
+    model = torch.nn.Linear(2**13, 2**12, bias=False)
+    before = weights_fingerprint(model)
+    model.weight.data[-1, -1] += 1
+    assert weights_fingerprint(model) != before
