@@ -33,11 +33,11 @@ from rich.progress import track
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from scripts import origin
 from scripts.tiny_configs import tiny_config
 from src.errors import ConfigError
 from src.files import write_json
 from src.gate import observe_gated, predicted_weights
-from src.mask import git_sha
 from src.models.cut import Constraints, attention_implementation, constraints, cut
 from src.models.layers import decoder_layers, num_layers
 from src.models.observe import Observation, probe_tokens
@@ -219,6 +219,7 @@ def main() -> None:
     parser.add_argument("--docs", type=Path, default=Path("docs/export.md"), help="page that holds the table")
     parser.add_argument("--fresh", action="store_true", help="judge again what the results already hold")
     args = parser.parse_args()
+    head = {**origin("export_matrix"), "transformers": transformers.__version__}  # before a file changes
     mp.get_context("forkserver").set_forkserver_preload(["src.gate", "scripts.tiny_configs"])
     families = args.families or list(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
     done = json.loads(args.out.read_text()) if args.out.exists() else {}
@@ -228,9 +229,7 @@ def main() -> None:
             rows[family] = judge(family)
         except RuntimeError as e:
             rows[family] = {"result": "WRONG", "reason": str(e)}
-        write_json(
-            args.out, {"transformers": transformers.__version__, "commit": git_sha(), "families": rows}
-        )
+        write_json(args.out, {**head, "families": rows})
     text = table(rows)
     if args.docs.exists() and not args.families:
         args.docs.write_text(TABLE.sub(lambda _: text, args.docs.read_text()))

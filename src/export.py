@@ -15,9 +15,8 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
-import torch
 from huggingface_hub import snapshot_download
 from rich.console import Console
 from rich.markup import escape
@@ -25,19 +24,23 @@ from rich.table import Table
 from safetensors import SafetensorError
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
-from src.command import Parser, positive
+from src import checkpoints
+from src.command import Parser
 from src.errors import ConfigError
-from src.gate import predicted_weights, prove
+from src.gate import predicted_weights, prove, stored_as_parent
+from src.linear_patch import LinearPatch
 from src.mask import Mask
 from src.model_card import front_matter, model_card, public_name
 from src.models.cut import cut
 from src.models.cut_rules import extra_layers
 from src.models.layers import num_layers
-from src.models.loading import Dtype, load_config, load_model
+from src.models.loading import Dtype, load_config, load_model, load_tokenizer
 from src.models.observe import Finding
 from src.recover import load_student
-from src.verify import unique_weights
+from src.verify import PROBE_TEXT, unique_weights
 
+SHORTEST = 8
+"""Tokens of the gate's rows: some are padded over and the rest must still be a sequence."""
 DTYPES = ("float32", "bfloat16", "float16")
 COMPANIONS = (
     "*token*",
@@ -55,19 +58,21 @@ COMPANIONS = (
 """Files of the parent that go along, byte for byte."""
 
 
-def export(mask: Mask, args: argparse.Namespace) -> list[Finding]:
-    """Export the cut model, or the recovered one; return what the gate found.
+def export(mask: Mask, args: argparse.Namespace, patch: LinearPatch | None = None) -> list[Finding]:
+    """Export the cut model, the patched or the recovered one; return what the gate found.
 
     Raises:
         ConfigError: a fault of the request, a mask that the family cannot express, or a failed check.
     """
     out, name = Path(args.out), args.model or mask.model
-    _check_out(out, args.force)
+    _check_out(out, args.force, name)
     config = load_config(name, mask.revision)
     mask.check(num_layers(config), name)
     stored = args.dtype or str(config.dtype or "float32").removeprefix("torch.")
     parent = load_model(name, mask.revision, dtype=cast(Dtype, stored)).to(args.device)
     student = load_student(parent, mask, args.checkpoint) if args.checkpoint else cut(parent, mask.keep)
+    student, rounding = stored_as_parent(student, parent, mask.keep, args.gate_tokens)
+    repairs = patch and patch(student, parent, mask, load_tokenizer(name, mask.revision))
     origin = {"parent": public_name(mask.model), "revision": mask.revision, "keep": list(mask.keep)}
     student.config.depth_pruning = origin
     files = parent_files(name, mask.revision)
@@ -80,12 +85,12 @@ def export(mask: Mask, args: argparse.Namespace) -> list[Finding]:
             shutil.copymode(stage / "config.json", file)
         copy_companions(files, stage)
         mask.save(stage / "mask.json")
-        findings = prove(
+        findings = rounding + prove(
             stage,
             parent,
             student,
             mask.keep,
-            recovered=bool(args.checkpoint),
+            recovered=bool(args.checkpoint or repairs),
             weights=weights[1],
             tokenizer=_tokenizer(name, mask.revision),
             tokens=args.gate_tokens,
@@ -99,10 +104,11 @@ def export(mask: Mask, args: argparse.Namespace) -> list[Finding]:
             weights,
             findings,
             front_matter(files / "README.md"),
-            recovery=_recovery(args.checkpoint) if args.checkpoint else None,
+            recovery=checkpoints.record(args.checkpoint)["recovery"] if args.checkpoint else None,
             license_name=args.license,
-            data=args.data,
+            data=args.data if repairs or patch is None else None,  # a patch that found no cut used no rows
             lost_heads=extra_layers(config),
+            patch=str(patch) if repairs else None,
         )
         (stage / "README.md").write_text(card)
     return findings
@@ -146,7 +152,13 @@ def copy_companions(source: Path, target: Path) -> None:
         shutil.copyfile(file, destination)
 
 
-def _check_out(out: Path, force: bool) -> None:
+def _check_out(out: Path, force: bool, parent: str) -> None:
+    here, there = out.resolve(), Path(parent).resolve()
+    if there.is_dir() and (here.is_relative_to(there) or there.is_relative_to(here)):
+        raise ConfigError(
+            f"--out: '{out}' is the directory of the parent '{parent}', lies inside it or contains it; it is "
+            f"not written, even by --force. Give a directory beside it."
+        )
     if out.exists() and not force:
         raise ConfigError(f"--out: '{out}' exists. Give another name, or --force to replace it.")
     if out.exists() and not (out / "config.json").is_file():
@@ -157,21 +169,21 @@ def _check_out(out: Path, force: bool) -> None:
 
 def _tokenizer(name: str, revision: str | None) -> PreTrainedTokenizerBase | None:
     try:
-        return AutoTokenizer.from_pretrained(name, revision=revision)
-    except (OSError, ValueError, KeyError, ImportError):
-        return None  # a parent without one, or one that needs what is not installed
-
-
-def _recovery(checkpoint: str) -> dict[str, Any]:
-    """The record that a recovery leaves in its checkpoint; the weights are not read."""
-    return torch.load(checkpoint, map_location="cpu", mmap=True, weights_only=False)["recovery"]
+        found = AutoTokenizer.from_pretrained(name, revision=revision)
+    except Exception:  # a broken one raises bare exceptions; or it needs what is not installed
+        return None
+    return found if found(PROBE_TEXT).input_ids else None  # without files some families give an empty one
 
 
 def main(argv: list[str]) -> None:
     """Export, and show what was proven."""
     args = _parse(argv)
     mask = Mask.load(args.mask)
-    findings = export(mask, args)
+    show(mask, args, export(mask, args))
+
+
+def show(mask: Mask, args: argparse.Namespace, findings: list[Finding]) -> None:
+    """Print the findings as a table."""
     table = Table("check", "finding", title=escape(f"{args.out}: {mask}"))
     for finding in findings:
         table.add_row(finding.check, finding.detail)
@@ -180,21 +192,34 @@ def main(argv: list[str]) -> None:
 
 def _parse(argv: list[str]) -> argparse.Namespace:
     parser = Parser("export", "Write the shortened model as a plain Hugging Face directory, proven equal.")
+    add_options(parser)
+    add = parser.add_argument
+    add("--checkpoint", metavar="PATH", help="recovered weights; default: the parent's own")
+    add("--data", metavar="TEXT", help="what the model was trained on, for the card")
+    return parser.parse_args(argv)
+
+
+def _probe_length(text: str) -> int:
+    if not text.isdigit() or int(text) < SHORTEST:
+        raise argparse.ArgumentTypeError(f"'{text}' given; accepted: a whole number from {SHORTEST}")
+    return int(text)
+
+
+def add_options(parser: Parser) -> None:
+    """Options of every command that ends in an export."""
     add = parser.add_argument
     add("--mask", required=True, metavar="FILE", help="mask.json of a search")
     add("--out", required=True, metavar="DIR", help="directory to create")
-    add("--checkpoint", metavar="FILE", help="recovered weights; default: the parent's own")
     add("--model", metavar="NAME", help="parent, if not under the name the mask gives")
     add("--dtype", choices=DTYPES, help="type of the stored weights (default: the parent's)")
     add("--force", action="store_true", help="replace --out if it is a model")
     add("--license", metavar="ID", help="licence for the card (default: the parent's)")
-    add("--data", metavar="TEXT", help="what the model was trained on, for the card")
     add("--device", default="cpu", help="where the gate computes (default: cpu, where bits must agree)")
     add(
         "--gate-tokens",
-        type=positive,
+        type=_probe_length,
         metavar="T",
-        help="length of the gate's rows (default: past the window)",
+        help=f"length of the gate's rows, {SHORTEST} or more (default: past the window)",
     )
     add(
         "--gate-dtype",
@@ -202,4 +227,3 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         default="float32",
         help="type the gate computes in (default: float32; stored needs half the memory)",
     )
-    return parser.parse_args(argv)

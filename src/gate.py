@@ -73,7 +73,38 @@ def prove(
         device=device,
         threads=torch.get_num_threads(),
     )
+    if tokenizer is None:
+        findings.append(Finding("tokenizer", True, "not checked: none can be read from the parent"))
     return findings + in_fresh_process(directory, reference)
+
+
+@torch.no_grad()
+def stored_as_parent(
+    trained: PreTrainedModel, parent: PreTrainedModel, keep: Sequence[int], tokens: int | None = None
+) -> tuple[PreTrainedModel, list[Finding]]:
+    """The recovered model in the parent's types, and what the rounding does to its logits, if there is any.
+
+    Args:
+        trained: the recovered model in the types it was trained in; holds rounded weights afterwards.
+        parent: the parent, in the types to store.
+        keep: kept layers.
+        tokens: length of the probe's rows, as in :func:`prove`.
+    """
+    if trained.dtype == parent.dtype:
+        return trained, []
+    stored = cut(parent, keep)
+    types = {name: t.dtype for name, t in stored.state_dict().items()}
+    rounded = {(t.dtype, types[n]) for n, t in trained.state_dict().items() if t.dtype != types[n]}
+    ids_BT = probe_tokens(parent.config, tokens).to(trained.device)
+    before_BTV = trained(input_ids=ids_BT).logits
+    stored.load_state_dict(trained.state_dict())
+    trained.load_state_dict(stored.state_dict())
+    moved = float((trained(input_ids=ids_BT).logits - before_BTV).abs().max())
+    names = ", ".join(sorted(f"{a} -> {b}".replace("torch.", "") for a, b in rounded))
+    detail = f"weights rounded {names}; logits moved by {moved:.1e} of {float(before_BTV.abs().max()):.1f}"
+    return stored, [
+        Finding("stored as trained", True, f"no: {detail}; --dtype float32 stores them as trained")
+    ]
 
 
 def observe_gated(parent: PreTrainedModel, keep: Sequence[int], ids_BT: Tensor) -> Observation:
@@ -91,16 +122,20 @@ def observe_gated(parent: PreTrainedModel, keep: Sequence[int], ids_BT: Tensor) 
 def in_fresh_process(directory: Path, reference: Reference) -> list[Finding]:
     """Run :mod:`src.verify` on a directory, offline; a crash there is a failed check."""
     with tempfile.TemporaryDirectory() as scratch:
-        path = Path(scratch) / "reference.safetensors"
+        path, told = Path(scratch) / "reference.safetensors", Path(scratch) / "findings.jsonl"
         reference.save(path)
         done = subprocess.run(
-            [sys.executable, "-m", "src.verify", str(directory.resolve()), "--reference", str(path)],
+            [
+                *(sys.executable, "-m", "src.verify", str(directory.resolve())),
+                *("--reference", str(path), "--findings", str(told)),
+            ],
             capture_output=True,
             text=True,
             cwd=Path(__file__).parents[1],
             env={**os.environ, "HF_HUB_OFFLINE": "1"},
         )
-    findings = [Finding(**json.loads(line)) for line in done.stdout.splitlines()]
+        lines = told.read_text().splitlines() if told.is_file() else []
+    findings = [Finding(**json.loads(line)) for line in lines]
     if done.returncode or not findings:
         last = done.stderr.strip().splitlines()[-1:] or [f"exit status {done.returncode}"]
         findings.append(Finding("loads in a fresh process", False, last[0]))

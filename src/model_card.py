@@ -45,6 +45,7 @@ def model_card(
     license_name: str | None = None,
     data: str | None = None,
     lost_heads: int = 0,
+    patch: str | None = None,
 ) -> str:
     """Write the card.
 
@@ -57,6 +58,7 @@ def model_card(
         license_name: licence to state instead of the parent's.
         data: what the search and the recovery were trained on.
         lost_heads: multi-token-prediction layers of the parent that are not part of this model.
+        patch: what was fitted before any recovery; None if nothing, or if the recovery says it.
     """
     carried = {key: parent_card[key] for key in CARRIED if key in parent_card}
     head = {
@@ -68,6 +70,7 @@ def model_card(
         "tags": ["depth-pruning", "layer-pruning", *(["distillation"] if recovery else [])],
     }
     before, after = weights
+    patch = patch or (recovery or {}).get("patch")
     facts = {
         "Parent": f"`{public_name(mask.model)}`"
         + (f" at revision `{mask.revision}`" if mask.revision else ""),
@@ -76,10 +79,11 @@ def model_card(
         "Weights": f"{after:,} of {before:,} ({after / before:.1%})",
         "Chosen by": f"{mask.method}" + (f", seed {mask.seed}" if mask.seed is not None else ""),
         "Search": f"{mask.tokens_seen:,} tokens" + "".join(f", {k} {v:.4g}" for k, v in mask.metrics.items()),
+        "Patch": patch,
         "Recovery": (
             f"distilled from the parent on {recovery['tokens']:,} tokens ({recovery['scope']})"
             if recovery
-            else "none: the kept layers hold the parent's weights"
+            else "none: the kept layers hold the parent's weights" + (", but for the patch" if patch else "")
         ),
         "Data": data or "not stated",
         "Left out": f"{lost_heads} multi-token-prediction layers (speculative decoding)"

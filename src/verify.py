@@ -128,13 +128,17 @@ def _stored_weights(directory: Path) -> int:
 
 
 def main() -> None:
-    """Print the findings as JSON, one to a line; the caller judges."""
+    """Write the findings as JSON, one to a line; the caller judges.
+
+    To a file: what a library prints belongs to nobody.
+    """
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("directory", type=Path)
     parser.add_argument("--reference", type=Path, required=True)
+    parser.add_argument("--findings", type=Path, required=True)
     args = parser.parse_args()
-    for finding in verify(args.directory, Reference.load(args.reference)):
-        print(json.dumps(asdict(finding)))
+    findings = verify(args.directory, Reference.load(args.reference))
+    args.findings.write_text("".join(json.dumps(asdict(finding)) + "\n" for finding in findings))
 
 
 if __name__ == "__main__":

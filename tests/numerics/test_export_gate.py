@@ -61,6 +61,19 @@ def test_a_fresh_process_comes_to_the_same_verdict(tmp_path: Path) -> None:
     assert [f.check for f in findings] == [f.check for f in verify(tmp_path, told)]
 
 
+def test_what_a_library_prints_does_not_disturb_the_fresh_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parent = tiny_model("llama")
+    student = cut(parent, KEEP)
+    student.save_pretrained(tmp_path / "model")
+    (tmp_path / "sitecustomize.py").write_text("print('a greeting', flush=True)")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    findings = in_fresh_process(tmp_path / "model", reference(parent, student, KEEP))
+    assert not failures(findings)
+    assert len(findings) > 5
+
+
 # ---------------------------------------------------------------------- wrong cuts
 
 

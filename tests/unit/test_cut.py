@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from itertools import combinations
+from pathlib import Path
+
 import pytest
 import torch
 
 from src.errors import ConfigError
 from src.models.cut import Constraints, constraints, cut, cut_config
 from src.models.cut_rules import slice_section
+from src.policies import GumbelTopK
+from src.search import MaskSearch
 from tests.tiny import FAMILIES, KV_SHARED, LAYERS, tiny_config, tiny_ids, tiny_model
 
 KEEP = (0, 2, 3, 5, 6)
@@ -176,3 +181,29 @@ def test_a_hybrid_keeps_at_least_one_attention_layer() -> None:
 def test_pinned_layers_of_a_tail_only_family_depend_on_how_many_go() -> None:
     assert Constraints(tail_only=True).pinned(7, remove=2) == frozenset(range(5))
     assert Constraints(frozenset({0})).pinned(7, remove=2) == {0}
+
+
+DEMANDING = {case: LIMITS[case][:2] for case in ("tail", "period", "first")} | {
+    "lenders": ("gemma3n_text", KV_SHARED),
+    "hybrid": ("lfm2", {}),
+}
+
+
+@pytest.mark.parametrize("case", DEMANDING)
+def test_every_mask_that_a_search_may_draw_can_be_cut(case: str) -> None:
+    """The limits are found by single probes; here all masks that they leave are cut, and some exist."""
+    family, overrides = DEMANDING[case]
+    parent, limits = tiny_model(family, **overrides), constraints(tiny_config(family, **overrides))
+    for remove in range(1, 4):
+        free = set(range(LAYERS)) - limits.pinned(LAYERS, remove)
+        masks = [set(range(LAYERS)) - set(gone) for gone in combinations(sorted(free), remove)]
+        assert masks or case == "lenders"
+        for keep in masks:
+            cut(parent, keep)
+
+
+def test_a_family_without_any_legal_mask_is_refused_before_the_search(tmp_path: Path) -> None:
+    family, overrides, _ = LIMITS["none"]
+    tiny_config(family, **overrides).save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=r"0 may be removed.*halves its weights by position"):
+        MaskSearch(str(tmp_path), GumbelTopK(), remove=2)

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import re
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +21,7 @@ from src import cli, export, gate, model_card
 from src.errors import ConfigError
 from src.mask import Mask
 from src.models.cut import cut
-from src.models.observe import Finding
+from src.models.observe import Finding, probe_tokens
 from src.verify import verify
 
 KEEP = (0, 2, 3, 5)
@@ -103,6 +104,43 @@ def test_stored_in_another_type_the_gate_still_asks_for_equal_bits(run: Callable
     assert "logits = original | equal to the last bit" in (out / "README.md").read_text()
 
 
+def test_weights_stored_in_fewer_bits_than_trained_are_told(
+    run: Callable[..., Path], mask_file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, student = recovered(mask_file, tmp_path / "last.ckpt")
+    out = run("--checkpoint", str(path), "--dtype", "bfloat16")
+    told = re.search(r"\| no: (weights rounded .* as trained) \|", (out / "README.md").read_text())
+    assert told is not None
+    ids_BT = probe_tokens(student.config)
+    with torch.no_grad():
+        before_BTV = student(ids_BT).logits
+        for tensor in student.state_dict().values():
+            tensor.copy_(tensor.bfloat16())
+        moved, scale = (student(ids_BT).logits - before_BTV).abs().max(), before_BTV.abs().max()
+    assert moved > 1e-3
+    assert told.group(1) == (
+        f"weights rounded float32 -> bfloat16; logits moved by {moved:.1e} of {scale:.1f}; "
+        f"--dtype float32 stores them as trained"
+    )
+    assert "weights rounded" in capsys.readouterr().out.replace("\n", " ")
+    loaded = AutoModelForCausalLM.from_pretrained(out)
+    for name, tensor in student.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor.bfloat16())
+    assert "weights rounded" not in (run("--checkpoint", str(path), "--force") / "README.md").read_text()
+
+
+def test_a_tokenizer_that_cannot_be_read_is_told(
+    run: Callable[..., Path], teacher_dir: str, tmp_path: Path
+) -> None:
+    assert "tokenizer | not checked" not in (run() / "README.md").read_text()
+    bare = shutil.copytree(teacher_dir, tmp_path / "bare", ignore=shutil.ignore_patterns("*token*"))
+    for broken in (None, "{broken", '{"model": {}}'):
+        if broken is not None:
+            (bare / "tokenizer.json").write_text(broken)
+        card = (run("--force", "--model", str(bare)) / "README.md").read_text()
+        assert "| tokenizer | not checked: none can be read from the parent |" in card
+
+
 def test_scores_of_an_evaluation_go_into_the_card(run: Callable[..., Path], tmp_path: Path) -> None:
     out, scores = run(), tmp_path / "scores.json"
     parent, own = {"exact_match": 0.9, "kl": 0.0}, {"path": str(out), "exact_match": 0.85, "kl": 0.0123}
@@ -137,6 +175,19 @@ def test_force_does_not_replace_what_is_not_a_model(run: Callable[..., Path], tm
     with pytest.raises(ConfigError, match="holds no model"):
         run("--force")
     assert (tmp_path / "out" / "thesis.tex").exists()
+
+
+@pytest.mark.parametrize("place", ["parent", "parent/short", ".", "link", "link/short"])
+def test_force_does_not_touch_the_parent(
+    place: str, teacher_dir: str, mask_file: str, tmp_path: Path
+) -> None:
+    parent = shutil.copytree(teacher_dir, tmp_path / "family" / "parent")
+    (tmp_path / "family" / "link").symlink_to(parent)
+    shutil.copy(parent / "config.json", parent.parent)  # the directory around it looks like a model too
+    out, before = parent.parent / place, {p: p.read_bytes() for p in parent.parent.rglob("*") if p.is_file()}
+    with pytest.raises(ConfigError, match=r"--out: .* is the directory of the parent .* beside it"):
+        export.main(["--mask", mask_file, "--model", str(parent), "--out", str(out), "--force"])
+    assert {p: p.read_bytes() for p in parent.parent.rglob("*") if p.is_file()} == before
 
 
 def test_a_failed_check_leaves_no_directory_and_the_old_one_whole(
@@ -196,6 +247,7 @@ def test_a_kill_leaves_no_directory_and_the_next_export_tidies_up(
         ({"keep": [0, 2, 2]}, (), r"rising list of layers, found \[0, 2, 2\]"),
         ({"keep": [0, 9]}, (), r"must lie in 0\.\.5, found \[0, 9\]"),
         ({}, ("--dtype", "int3"), "invalid choice: 'int3'.*float32.*bfloat16"),
+        ({}, ("--gate-tokens", "3"), "--gate-tokens: '3' given; accepted: a whole number from 8"),
         ({}, ("--checkpoint", "nowhere.ckpt"), "'nowhere.ckpt' does not fit"),
         ({}, ("--lisence", "mit"), "Did you mean '--license'"),
         ({"model": "./nowhere"}, (), r"cannot read a config from '\./nowhere'"),
