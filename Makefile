@@ -9,7 +9,7 @@ export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-full headline mask-quality search-step export-matrix other-engine results lint types teacher tensorboard clean
+.PHONY: help setup demo test test-full headline mask-quality fair-fight ablations search-step export-matrix other-engine results lint types teacher tensorboard clean
 
 help:  ## show the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -80,6 +80,12 @@ headline: $(VENV)/.installed  ## recovered accuracy against token budget, 3 seed
 
 mask-quality: $(VENV)/.installed  ## learned masks against all C(16, 4) -> results/mask_quality.json
 	$(PY) -m scripts.mask_quality
+
+fair-fight: $(VENV)/.installed  ## every method under one recovery -> results/fair_fight.json, docs/fair_fight.md (resumable)
+	$(PY) -m scripts.arena configs/arena/fair_fight.yaml --jobs 2
+
+ablations: $(VENV)/.installed  ## every choice of search and recovery -> results/ablations.json, docs/ablations.md (resumable)
+	$(PY) -m scripts.arena configs/arena/ablations.yaml --jobs 2
 
 search-step: $(VENV)/.installed  ## one search step against the naive one -> results/search_step.json
 	$(PY) -m scripts.search_step

@@ -20,9 +20,9 @@ from rich.console import Console
 from rich.table import Table
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from scripts import origin
 from src.errors import ConfigError
 from src.files import write_json
-from src.mask import git_sha
 from src.models.loading import load_model, load_tokenizer
 
 TOLERANCE = 1e-3
@@ -113,7 +113,7 @@ def main() -> None:
         table.add_row(row["model"], row["family"], equal, f"{row['log_prob_gap']:.1e}")
     Console().print(table)
     if args.out:
-        write_json(args.out, {"engine": "ctranslate2", "commit": git_sha(), "models": rows})
+        write_json(args.out, {**origin("other_engine"), "engine": "ctranslate2", "models": rows})
     if any(row["equal"] < row["prompts"] or row["log_prob_gap"] > TOLERANCE for row in rows):
         raise SystemExit("error: the engines differ")
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from scripts.arena import cells
 from src.figures import AMBER, INK, SLATE, TEAL, layer_strip, svg, tokens_text
 from src.files import write_text
 
@@ -82,6 +83,8 @@ def main() -> None:
     matrix = read("export_matrix")
     if matrix:
         lines += ["", f"**Export.** {families(matrix)} `docs/export.md` has the table."]
+    if fight := read("fair_fight"):
+        lines += ["", *fight_lines(fight)]
     page = README.read_text()
     head, rest = page.split(BEGIN)
     tail = rest.split(END)[1]
@@ -93,6 +96,29 @@ def families(matrix: dict[str, Any]) -> str:
     counts = Counter(row["result"] for row in matrix["families"].values())
     told = ", ".join(f"{count} {result}" for result, count in counts.most_common())
     return f"Of {counts.total()} decoder families of transformers {matrix['transformers']}: {told}."
+
+
+def fight_lines(fight: dict[str, Any], ratio: float = 0.25) -> list[str]:
+    """The fair fight in short: each method at one ratio, best first before recovery."""
+    rows = [row for row in fight["rows"] if row["ratio"] == ratio and "recovered" in row]
+    lines = [
+        f"**The fair fight.** {ratio:.0%} of the layers, every method with the same recovery on "
+        f"{tokens_text(rows[0]['runs'][0]['recovery']['tokens'])} tokens; 95 % intervals.",
+        "",
+        "| method | KL of the cut, nats | exact match of the cut | recovered | search, forward tokens |",
+        "|---|---|---|---|---|",
+    ]
+    for row in sorted(rows, key=lambda row: float(row["cut"]["kl"]["value"])):
+        spent = statistics.median(run["search"]["metrics"]["forward_tokens"] for run in row["runs"])
+        cut, recovered = (cells.percent(stage)(row) for stage in ("cut", "recovered"))
+        lines.append(
+            f"| {cells.method(row)} | {cells.nats('cut')(row)} | {cut} | {recovered} | {tokens_text(spent)} |"
+        )
+    return [
+        *lines,
+        "",
+        "More ratios, costs and verdicts: [docs/fair_fight.md](docs/fair_fight.md). `make fair-fight`.",
+    ]
 
 
 def demo_lines(demo: dict[str, Any]) -> list[str]:

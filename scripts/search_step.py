@@ -42,13 +42,14 @@ def model(args: argparse.Namespace) -> PreTrainedModel:
         num_hidden_layers=args.layers, num_attention_heads=4, num_key_value_heads=2,
         head_dim=args.hidden // 4, tie_word_embeddings=True, initializer_range=0.06,
     )  # fmt: skip
-    return AutoModelForCausalLM.from_config(config).eval()
+    with torch.device(args.device):
+        return AutoModelForCausalLM.from_config(config, dtype=getattr(torch, args.dtype)).eval()
 
 
 def ladder(args: argparse.Namespace) -> dict[str, Step]:
     """Each variant as a function that returns the gradient of the gates, summed over the draws."""
     generator = torch.Generator().manual_seed(1)
-    ids = torch.randint(args.vocabulary, (args.rows, args.tokens), generator=generator)
+    ids = torch.randint(args.vocabulary, (args.rows, args.tokens), generator=generator).to(args.device)
     labels = ids.clone()
     labels[:, : int(args.tokens * args.prompt)] = -100
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
@@ -56,7 +57,7 @@ def ladder(args: argparse.Namespace) -> dict[str, Step]:
     for _ in range(args.draws):
         mask = torch.ones(args.layers)
         mask[torch.randperm(args.layers, generator=generator)[: args.remove]] = 0.0
-        masks.append(mask)
+        masks.append(mask.to(args.device))
     index = supervised(labels)
     targets = labels.flatten()[index + 1]
     teacher = freeze(model(args))
@@ -80,7 +81,7 @@ def ladder(args: argparse.Namespace) -> dict[str, Step]:
         network, gates, _ = student(trained, lean)
 
         def step() -> Tensor:
-            total, said = torch.zeros(args.layers), say() if teach_once else None
+            total, said = torch.zeros_like(masks[0]), say() if teach_once else None
             for mask in masks:
                 leaf = mask.clone().requires_grad_()
                 with gates.use(leaf):
@@ -98,7 +99,7 @@ def ladder(args: argparse.Namespace) -> dict[str, Step]:
         distillation = Distillation(k=k, weight="none")
 
         def step() -> Tensor:
-            total = torch.zeros(args.layers)
+            total = torch.zeros_like(masks[0])
             with torch.no_grad():
                 signal = live_signal(head, head.hidden(batch).flatten(0, 1)[index], k)
             for mask in masks:
@@ -133,6 +134,8 @@ def main() -> None:
     parser.add_argument(
         "--prompt", type=float, default=0.5, help="share of a row that is prompt, not supervised"
     )
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32", help="of the weights; the gates are float32")
     parser.add_argument("--out", type=Path, default=Path("results/search_step.json"))
     args = parser.parse_args()
     steps = ladder(args)
@@ -144,7 +147,7 @@ def main() -> None:
     for _ in range(args.repeats):
         for name, step in steps.items():
             start = time.perf_counter()
-            step()
+            step().tolist()  # waits for a GPU
             rows[name]["seconds"].append(time.perf_counter() - start)
     naive = rows["naive"]["seconds"]
     for row in rows.values():

@@ -55,9 +55,9 @@ def _now(device: torch.device) -> float:
 
 def flops(model: PreTrainedModel, ids_BT: Tensor, new_tokens: int) -> tuple[int, int]:
     """Floating-point operations of the matrix products and the attention in the calls of :func:`race`."""
-    with FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION) as prefill:
+    with FlopCounterMode(display=False, custom_mapping=_FUSED) as prefill:
         token_B1, cache = step(model, ids_BT)
-    with FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION) as decode:
+    with FlopCounterMode(display=False, custom_mapping=_FUSED) as decode:
         for _ in range(new_tokens):
             token_B1, cache = step(model, token_B1, cache=cache)
     return prefill.get_total_flops(), decode.get_total_flops()
@@ -68,8 +68,13 @@ def _attention_flops(query: torch.Size, key: torch.Size, *_: Any, **__: Any) -> 
     return 4 * batch * heads * queries * key[2] * width
 
 
-# torch counts the fused attention of GPUs; this is that of CPUs.
-_CPU_ATTENTION = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
+# torch does not count the fused attention of CPUs, and older versions refuse grouped queries on GPUs.
+_FUSED = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
+    torch.ops.aten._scaled_dot_product_flash_attention: _attention_flops,
+    torch.ops.aten._scaled_dot_product_efficient_attention: _attention_flops,
+    torch.ops.aten._scaled_dot_product_cudnn_attention: _attention_flops,
+}
 
 
 @torch.inference_mode()

@@ -51,7 +51,7 @@ def colours(names: Sequence[str]) -> list[str]:
     return [known.get(name) or next(others) for name in names]
 
 
-def _styled(draw: Callable[P, T]) -> Callable[P, T]:
+def styled(draw: Callable[P, T]) -> Callable[P, T]:
     """Draw in the style of this file, and leave matplotlib's own settings alone."""
 
     @wraps(draw)
@@ -62,7 +62,7 @@ def _styled(draw: Callable[P, T]) -> Callable[P, T]:
     return styled
 
 
-@_styled
+@styled
 def svg(figure: Figure) -> str:
     """The SVG text of a figure; equal figures give equal text."""
     buffer = io.StringIO()
@@ -75,7 +75,7 @@ def _axes(columns: int, height: float, **keys: Any) -> tuple[Figure, list[Axes]]
     return figure, list(figure.subplots(1, columns, squeeze=False, **keys)[0])
 
 
-@_styled
+@styled
 def layer_strip(num_layers: int, removed: Sequence[int]) -> Figure:
     """Which layers are kept and which are gone, from the embedding (left) to the head (right)."""
     figure, (axis,) = _axes(1, 1.15)
@@ -100,7 +100,7 @@ def layer_strip(num_layers: int, removed: Sequence[int]) -> Figure:
     return figure
 
 
-@_styled
+@styled
 def quality(names: Sequence[str], models: Sequence[dict[str, Any]]) -> Figure:
     """Exact match, agreement and divergence of every model, side by side."""
     panels = [
@@ -120,7 +120,7 @@ def quality(names: Sequence[str], models: Sequence[dict[str, Any]]) -> Figure:
     return figure
 
 
-@_styled
+@styled
 def courses(search: Sequence[Sequence[float]], recover: Sequence[Sequence[float]]) -> Figure:
     """How the divergence from the teacher fell in the search and in the recovery; ``(step, nats)``."""
     shown = [(t, c, h) for t, c, h in (("Search", AMBER, search), ("Recovery", TEAL, recover)) if h]
@@ -139,7 +139,7 @@ def courses(search: Sequence[Sequence[float]], recover: Sequence[Sequence[float]
     return figure
 
 
-@_styled
+@styled
 def gate_map(keep_SL: Sequence[Sequence[float]]) -> Figure:
     """Probability that each layer is kept, over the search."""
     figure, (axis,) = _axes(1, 3.0)
@@ -154,7 +154,7 @@ def gate_map(keep_SL: Sequence[Sequence[float]]) -> Figure:
     return figure
 
 
-@_styled
+@styled
 def speed(names: Sequence[str], measured: Sequence[dict[str, Any]]) -> Figure:
     """Measured speed-up of every student, with quartiles, beside its ideal."""
     figure, axes = _axes(2, 0.9 + 0.5 * len(names), sharex=True)
@@ -179,7 +179,7 @@ def speed(names: Sequence[str], measured: Sequence[dict[str, Any]]) -> Figure:
     return figure
 
 
-@_styled
+@styled
 def cost(tokens: dict[str, float], seconds: dict[str, float]) -> Figure:
     """Tokens and seconds, stage by stage."""
     panels = [("Tokens", tokens, tokens_text), ("Seconds", seconds, "{:,.0f} s".format)]
