@@ -36,15 +36,20 @@ def make(target: str, run: Path, seed: int, threads: int, recover: str = "") -> 
         subprocess.run(command, check=True, env=environment, stdout=log, stderr=log)
 
 
+def branch(searched: Path, run: Path) -> None:
+    """Begin a run with the problems and the search of another one."""
+    run.mkdir(parents=True, exist_ok=True)
+    if not (run / "search").exists():
+        shutil.copytree(searched / "data", run / "data")
+        shutil.copy2(searched / ".search", run / ".search")
+        shutil.copytree(searched / "search", run / "search")
+
+
 def one(work: Path, wanted: tuple[int, float], teacher_tokens: int, threads: int) -> dict[str, Any]:
     """Recover with one budget and judge the result."""
     seed, percent = wanted
     run = work / f"seed{seed}-{percent:g}"
-    run.mkdir(parents=True, exist_ok=True)
-    if not (run / "search").exists():
-        shutil.copytree(work / f"seed{seed}" / "data", run / "data")
-        shutil.copy2(work / f"seed{seed}" / ".search", run / ".search")
-        shutil.copytree(work / f"seed{seed}" / "search", run / "search")
+    branch(work / f"seed{seed}", run)
     search = json.loads((run / "search/record.json").read_text())
     left = teacher_tokens * percent / 100 - search["tokens"]
     steps = max(1, int(left / (BATCH * ROW_TOKENS)))

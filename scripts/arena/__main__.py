@@ -31,11 +31,12 @@ from src.models.loading import load_config
 def work_through(work: Work, workers: int) -> dict[Job, str]:
     """Everything the plan asks for, in three waves; what depends on a failure is left out."""
     failed: dict[Job, str] = {}
-    for job in (work.data, work.teacher, work.cache):
+    runs = work.plan.runs
+    first = (work.data, work.teacher, *([work.cache] if any(run.recover for run in runs) else []))
+    for job in first:
         failed |= do([job], 1, job.label)
     if failed:
         return failed
-    runs = work.plan.runs
     failed |= do([work.search(run) for run in runs], workers, "searches")
     found = [(run, job.read()) for run in runs if (job := work.search(run)).result.exists()]
     judged = [work.cut(run, search[key]) for run, search in found for key in ("learned", "removed")]
@@ -66,6 +67,13 @@ def record(work: Work, failed: Sequence[str], command: str) -> dict[str, Any]:
     }
 
 
+def renamed(plan: Plan, teacher: str | None, name: str | None) -> Plan:
+    """The plan for another teacher, whose results must not be taken for the plan's own."""
+    if teacher and not name:
+        raise ConfigError("--teacher: another teacher needs a --name for its results.")
+    return replace(plan, teacher=teacher or plan.teacher, name=name or plan.name)
+
+
 def only(plan: Plan, variants: Sequence[str]) -> Plan:
     """The plan with some variants alone."""
     runs = tuple(run for run in plan.runs if run.variant in variants)
@@ -81,12 +89,14 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--jobs", type=int, default=2, help="runs at once, one CPU thread each")
     told = "work on some variants alone; the results still tell all that is done"
     parser.add_argument("--only", nargs="+", metavar="VARIANT", help=told)
+    parser.add_argument("--teacher", help="another model of the demo's task than the plan's; needs --name")
+    parser.add_argument("--name", help="of the results file, page and figures, instead of the plan's")
     parser.add_argument("--work", type=Path, default=Path("logs/arena"), help="where runs are kept")
     parser.add_argument("--results", type=Path, default=Path("results"))
     parser.add_argument("--docs", type=Path, default=Path("docs"))
     args = parser.parse_args(argv)
     try:
-        plan = read(args.plan)
+        plan = renamed(read(args.plan), args.teacher, args.name)
         asked = only(plan, args.only) if args.only else plan
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -26,6 +26,8 @@ def test_one_process_equals_two_of_ddp_and_two_of_fsdp2(
     """
     alone = diary(bench.fit("single", stage, "single", 1))
     assert len(alone) == STEPS
+    record_property("steps", STEPS)
+    record_property("accepted", f"max {MAX:.0e} mean {MEAN:.0e}")
     for overlay in ("ddp", "fsdp2"):
         run = bench.fit(overlay, stage, overlay, 2)
         first, second = diary(run, 0), diary(run, 1)

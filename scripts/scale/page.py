@@ -1,0 +1,95 @@
+"""Fill docs/scale.md from ``results/strategies.json``; the text around the tables is written by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from scripts.gpu.tables import GIB, table
+from src.figures import tokens_text
+from src.files import write_text
+
+JSON = dict[str, Any]
+
+
+def converge(section: JSON) -> list[str]:
+    """KL of the plain answer over the best known, against the number of steps."""
+    depths = section["depths"]
+    titles = [row["title"] for row in depths[0]["searches"]]
+    rows = []
+    for title in titles:
+        found = [next(r for r in depth["searches"] if r["title"] == title) for depth in depths]
+        cells = [f"{r['ratio_to_best']:.2f} ({tokens_text(r['forward_tokens'])})" for r in found]
+        rows.append([title, *cells])
+    enough = [depth["converged_after"] for depth in depths]
+    rows.append(
+        [f"steps until within {section['near']:g} of the best", *("none" if e is None else e for e in enough)]
+    )
+    head = " | ".join(["search", *(f"{d['removed']} of {d['layers']} layers" for d in depths)])
+    return table(head, rows)
+
+
+def grow(section: JSON) -> list[str]:
+    """Measured seconds of a step beside its operations, both as multiples of the base."""
+    rows = []
+    for axis, points in section["sweeps"].items():
+        for p in points:
+            measured = f"{p['times_base']:.2f}", f"{p['operations_times_base']:.2f}"
+            rows.append([axis, p[axis], f"{p['seconds']:.3f}", *measured])
+    return table("axis | value | CPU s a step | times the base | operations, times the base", rows)
+
+
+def plans(section: JSON) -> list[str]:
+    """Memory and hours of large models."""
+    rows = []
+    for case in section["cases"]:
+        way = case["way"]
+        told = ["does not fit", "-", "-"] if way is None else [
+            f"{way['teacher']}, {way['strategy']}{', recomputed' if way['checkpoint_activations'] else ''}",
+            f"{way['total'] / GIB:,.1f}", f"{way['hours']:,.1f}",
+        ]  # fmt: skip
+        share = f"{case['parameters']['parent'] / 1e9:,.1f} B"
+        rows.append([case["model"], share, case["stage"], f"{case['ranks']} x {case['device']}", *told])
+    return table("model | weights | stage | devices | teacher and strategy | GiB a rank | hours", rows)
+
+
+def teachers(section: JSON) -> list[str]:
+    """Signals and recovered scores of quantised teachers."""
+    rows = []
+    for form, signal in section["signals"].items():
+        scores = [100 * run["exact_match"] for run in section["runs"] if run["teacher"] == form]
+        told = ", ".join(f"{score:.2f}" for score in scores) or "-"
+        rows.append([form, f"{signal['kl']:.1e}", f"{100 * signal['agreement']:.2f} %", told])
+    gap = 100 * section["int8_minus_float32"]
+    note = (
+        f"Recovered from int8 less recovered from float32, mean over seeds: {gap:+.2f} points on "
+        f"{section['problems']:,} problems; the teacher itself: {100 * section['teacher']:.2f} %."
+    )
+    head = "teacher | KL from float32, nats | same first choice | recovered demo, exact match % (by seed)"
+    return [*table(head, rows), "", note]
+
+
+def equality(section: JSON) -> list[str]:
+    """Drift between one process and two."""
+    rows = [[name, f"{gap['max']:.1e}", f"{gap['mean']:.1e}"] for name, gap in section["drift"].items()]
+    return table(f"stage, overlay, figure ({section['steps']} steps) | largest difference | mean", rows)
+
+
+TABLES: dict[str, Callable[[JSON], list[str]]] = {
+    "converge": converge, "grow": grow, "plans": plans, "teachers": teachers, "equality": equality,
+}  # fmt: skip
+
+
+def write(results: JSON, page: Path) -> None:
+    """Put each section's table between its markers ``<!-- name -->`` and ``<!-- /name -->``."""
+    text = page.read_text()
+    for name, make in TABLES.items():
+        begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+        if name in results:
+            head, rest = text.split(begin)
+            origin = f"`{results[name]['command']}`, commit {results[name]['commit']}."
+            text = "\n".join(
+                [f"{head}{begin}", *make(results[name]), "", f"{origin}", end + rest.split(end)[1]]
+            )
+    write_text(page, text)
