@@ -17,6 +17,7 @@ from scripts.arena.cells import (
     percent,
     removed,
 )
+from scripts.arena.defaults import defaults
 from scripts.readme_results import BEGIN, END
 from src.figures import tokens_text
 from src.files import write_text
@@ -82,6 +83,8 @@ def lines(results: JSON) -> list[str]:
         out += [f"Not done: {failure}.", ""]
     sections = dict.fromkeys((row["group"], row["ratio"]) for row in results["rows"])
     groups = {group for group, _ in sections}
+    if len(groups) > 1:
+        out += ["### The defaults", "", *defaults(results["rows"]), ""]
     for group, ratio in sections:
         rows = [row for row in results["rows"] if (row["group"], row["ratio"]) == (group, ratio)]
         count = len(rows[0]["runs"][0]["removed"])

@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from scripts.arena.bootstrap import interval, verdict
+from scripts.arena.defaults import defaults
 from scripts.arena.gather import gather
 from scripts.arena.plan import Plan, Run, nested
 from scripts.arena.pool import Job, do
@@ -296,3 +297,17 @@ def test_the_page_is_made_from_the_results(
     assert any(line.startswith("| last layers | 1.5 k | 60 | 1 |") for line in lines)
     page(path, {**results, "rows": list(rows.values())}, [tmp_path / "figures" / "tiny_a.svg"])
     assert path.read_text() == text
+
+
+def test_a_default_stands_beside_the_best_of_the_others(
+    rows: dict[tuple[str, float], dict[str, Any]],
+) -> None:
+    ours, tail = rows.values()
+    worst = {**tail, "variant": "worst", "title": "worst", "recovered": {**tail["recovered"]}}
+    worst["recovered"]["exact_match"] = {"value": 0.0, "low": 0.0, "high": 0.0}
+    head, line, row = defaults([worst, ours, tail])
+    assert head.count("|") == line.count("|") == row.count("|")
+    assert row.startswith("| methods | ours | 87.5 % [")
+    assert "| last layers | 25.0 % [" in row, "the best of the others, not the first"
+    assert "| -62.5 [" in row
+    assert row.endswith("| +0.2000 [+0.2000, +0.2000] worse |")
