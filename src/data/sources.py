@@ -7,6 +7,7 @@ their rows carry ``WHERE``, so that every later complaint can name the file and 
 
 from __future__ import annotations
 
+import io
 import json
 import lzma
 import zlib
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import aiohttp
 import fsspec
 import pyarrow as pa
 import pyarrow.parquet
@@ -43,7 +45,9 @@ _SUFFIXES: dict[str, Format] = {
 _UNREADABLE = (
     OSError,
     EOFError,
+    RecursionError,
     ValueError,
+    aiohttp.ClientError,
     ImportError,
     zlib.error,
     lzma.LZMAError,
@@ -150,7 +154,8 @@ def reason(error: Exception) -> str:
 
 def _lines(file: str) -> Iterator[tuple[int, bytes]]:
     """Numbered lines that are not blank."""
-    with fsspec.open(file, "rb", compression="infer") as stream:
+    # Remote files of fsspec read no line of limited length; a buffered reader of them does.
+    with fsspec.open(file, "rb", compression="infer") as opened, io.BufferedReader(opened) as stream:
         number = 0
         while line := stream.readline(MAX_DOCUMENT + 1):
             number += 1

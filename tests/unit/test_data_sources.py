@@ -6,6 +6,10 @@ import bz2
 import gzip
 import json
 import lzma
+import threading
+from collections.abc import Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -47,10 +51,11 @@ def written(folder: Path, form: str) -> Source:
         for i in range(4):
             write_rows(folder / f"{i}.jsonl", ROWS[i::4])
         return Source(str(folder) if form == "directory" else str(folder / "*.jsonl"))
-    elif form == "file url":
+    elif form in ("jsonl", "file url"):
         (folder / "a.jsonl").write_bytes(lines())
+    if form == "file url":
         return Source(f"file://{folder}/a.jsonl")
-    elif form == "named format":
+    if form == "named format":
         (folder / "a.data").write_bytes(lines())
         return Source(str(folder / "a.data"), format="jsonl")
     return Source(str(next(folder.glob("a.*"))))
@@ -82,6 +87,44 @@ def test_position_is_exact(tmp_path, form, shares):
     assert list(again.iter(1)) == list(rows)
 
 
+class Quiet(SimpleHTTPRequestHandler):
+    """Serves a directory; of what is called half it sends half, and breaks the connection."""
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+    def copyfile(self, source: Any, outputfile: Any) -> None:
+        whole = source.read()
+        outputfile.write(whole[: len(whole) // 2] if "half" in self.path else whole)
+        self.close_connection = True
+
+
+@pytest.fixture
+def url(tmp_path: Path) -> Iterator[str]:
+    """The URL of ``tmp_path``."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(tmp_path)))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+
+
+@pytest.mark.parametrize("form", ["gz", "parquet", "jsonl", "lines"])
+def test_a_url_reads_as_the_file(tmp_path, url, form):
+    name = Path(written(tmp_path, form).path).name
+    seen = [row["text"][0] for i in range(2) for row in open_source(Source(f"{url}/{name}"), i, 2).iter(1)]
+    assert sorted(seen) == TEXTS
+
+
+@pytest.mark.parametrize("form", ["gz", "jsonl"])
+def test_a_connection_that_breaks_names_the_file(tmp_path, url, form):
+    file = Path(written(tmp_path, form).path)
+    file.rename(file.with_name(f"half_{file.name}"))
+    with pytest.raises(
+        ConfigError, match=rf"half_{file.name} cannot be read after row \d+: Response payload"
+    ):
+        read(tmp_path, f"{url}/half_{file.name}")
+
+
 def test_a_file_may_be_one_document(tmp_path):
     (tmp_path / "book.txt").write_text("one\n\ntwo\n")
     (row,) = open_source(Source(str(tmp_path / "book.txt"), format="text"), 0, 1).iter(1)
@@ -105,6 +148,10 @@ FAULTS: dict[str, tuple[bytes, str]] = {
     "not JSON": (b'{"text": "a"}\n{"text": "b"\n', r"row 2 is not JSON"),
     "an array": (b'[\n{"text": "a"}\n]\n', r"row 1 is not JSON"),
     "not UTF-8": (b'{"text": "a"}\n{"text": "\xff"}\n', r"row 2 is not UTF-8.*byte 10"),
+    "nested without end": (
+        b'{"text": "a"}\n{"text": ' + b"[" * 99_999 + b"\n",
+        r"after row 2: maximum recursion",
+    ),
     "half a surrogate": (b'{"text": "\\ud800"}\n', r"row 1: .*half of a surrogate pair"),
     "a long line": (b'{"text": "' + b"x" * 10_000_000 + b'"}\n', r"row 1 is one line of more than 8 MiB"),
 }
