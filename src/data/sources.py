@@ -129,8 +129,8 @@ def read_files(
         rows, parse = _READERS[format or _format(file)]
         last = 0
         try:
-            for last, raw in rows(file):
-                if (number + last) % shares == share:
+            for nth, (last, raw) in enumerate(rows(file), start=1):  # rows count, blank lines do not
+                if (number + nth) % shares == share:
                     row = parse(raw)
                     if not isinstance(row, dict):
                         raise ConfigError(f"{file} row {last} is {_kind(row)}, not an object.")
@@ -171,8 +171,14 @@ def _lines(file: str) -> Iterator[tuple[int, bytes]]:
 
 def _whole(file: str) -> Iterator[tuple[int, bytes]]:
     with fsspec.open(file, "rb", compression="infer") as stream:
-        if text := stream.read(MAX_DOCUMENT + 1):
-            yield 1, text
+        text = stream.read(MAX_DOCUMENT + 1)
+    if len(text) > MAX_DOCUMENT:
+        raise ConfigError(
+            f"{file} row 1 is a document of more than {MAX_DOCUMENT >> 20} MiB. Split the file, or set "
+            "'format' of the source to 'lines' if each line is one document."
+        )
+    if text:
+        yield 1, text
 
 
 def _parquet(file: str) -> Iterator[tuple[int, Row]]:
@@ -185,7 +191,7 @@ def _parquet(file: str) -> Iterator[tuple[int, Row]]:
 
 
 def _text(line: bytes) -> Row:
-    return {"text": line.decode()}
+    return {"text": line.decode("utf-8-sig")}
 
 
 def _same(row: Row) -> Row:

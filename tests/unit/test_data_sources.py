@@ -132,6 +132,41 @@ def test_a_file_may_be_one_document(tmp_path):
     assert row[WHERE][0].endswith("book.txt row 1")
 
 
+@pytest.mark.parametrize("character", ["x", "\u201c", "\u6545"])
+def test_a_file_as_a_document_is_whole_or_refused(tmp_path, character):
+    """Bytes are counted: a cut text of more bytes than characters would pass for a whole one."""
+    file = tmp_path / "book.txt"
+    source = Source(str(file), format="text")
+    for size in (MAX_DOCUMENT, MAX_DOCUMENT + 3):
+        text = character * (size // len(character.encode()))
+        file.write_text(text)
+        if size == MAX_DOCUMENT:
+            (row,) = open_source(source, 0, 1).iter(1)
+            assert row["text"] == [text]
+        else:
+            with pytest.raises(ConfigError, match=r"book\.txt row 1 is a document of more than 8 MiB"):
+                list(open_source(source, 0, 1))
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfone\r\ntwo\r\n")
+    assert [row["text"] for row in open_source(Source(str(tmp_path / "a.txt")), 0, 1).iter(1)] == [
+        ["one"],
+        ["two"],
+    ]
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "txt"])
+def test_blank_lines_are_dealt_to_nobody(tmp_path, suffix):
+    """Shares of one file differ by one document at most, also where each second line is blank."""
+    lines = [json.dumps(row) if suffix == "jsonl" else row["text"] for row in ROWS]
+    (tmp_path / f"a.{suffix}").write_text("\n\n".join(lines))
+    source = Source(str(tmp_path / f"a.{suffix}"))
+    shares = [[row["text"] for row in open_source(source, i, 8)] for i in range(8)]
+    assert sorted(text for share in shares for text in share) == TEXTS
+    assert {len(share) for share in shares} == {5, 6}
+
+
 def read(tmp_path: Path, train: Any, **options: Any) -> list[str]:
     data = corpus(tmp_path, train, **options)
     return texts(data, data.loader("train", shuffle=True, workers=options.get("num_workers", 0)))
