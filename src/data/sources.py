@@ -23,6 +23,7 @@ import pyarrow.parquet
 from datasets import Dataset, DatasetDict, IterableDataset, load_dataset, load_from_disk
 from datasets.distributed import split_dataset_by_node
 
+from src.data.compression import SUFFIXES, register
 from src.errors import ConfigError, did_you_mean
 
 Row = dict[str, Any]
@@ -53,9 +54,7 @@ _UNREADABLE = (
     lzma.LZMAError,
     pa.ArrowException,
 )
-_COMPRESSED = (".gz", ".bz2", ".xz")
-_REFUSED = (".zst", ".zstd", ".lz4")
-"""Compression that nothing here undoes; it must not be read as if it were text."""
+register()  # zstd and LZ4
 
 
 @dataclass(frozen=True)
@@ -208,13 +207,13 @@ _READERS: dict[Format, tuple[Callable[[str], Iterator[tuple[int, Any]]], Callabl
 
 def _suffix(file: str) -> str:
     path = Path(file)
-    return path.with_suffix("").suffix if path.suffix in (*_COMPRESSED, *_REFUSED) else path.suffix
+    return path.with_suffix("").suffix if path.suffix in SUFFIXES else path.suffix
 
 
 def _format(file: str) -> Format:
     suffix = _suffix(file)
     if suffix not in _SUFFIXES:
-        known = ", ".join([*_SUFFIXES, *(f".jsonl{c}" for c in _COMPRESSED)])
+        known = ", ".join([*_SUFFIXES, *(f".jsonl{c}" for c in SUFFIXES)])
         raise ConfigError(
             f"{file}: the suffix '{suffix}' does not say what the file holds; known: {known}. "
             f"Set 'format' of the source.{did_you_mean(suffix, _SUFFIXES)}"
@@ -242,12 +241,6 @@ def _files(source: Source) -> list[str] | None:
         return None
     if not files:
         raise ConfigError(f"data: '{path}' {wanted}.")
-    refused = next((f for f in files if Path(f).suffix in _REFUSED), None)
-    if refused is not None:
-        raise ConfigError(
-            f"data: '{refused}': '{Path(refused).suffix}' files are not read; accepted: plain files, and "
-            f"{', '.join(_COMPRESSED)}. Unpack it, or compress it again with gzip."
-        )
     return files
 
 
