@@ -11,7 +11,8 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from src.data.documents import Columns, Document, read_document
-from src.data.sources import WHERE, Row, Source, open_source
+from src.data.sources import UNREADABLE, WHERE, Row, Source, open_source, reason
+from src.errors import ConfigError
 
 State = dict[str, Any]
 """Plain numbers, texts, lists and dicts: what a checkpoint may hold."""
@@ -111,7 +112,12 @@ class _Part:
 
     def next(self) -> Row | None:
         """The next row; None at the end, where a weighted source starts again if it has any."""
-        batch = next(self.rows, None)
+        try:
+            batch = next(self.rows, None)
+        except ConfigError:
+            raise
+        except UNREADABLE as e:  # of the Hub: files name their own faults
+            raise ConfigError(f"{self._where()} cannot be read after row {self.drawn}: {reason(e)}") from e
         if batch is None:
             self.ended, self.gives = True, self.source.weight is not None and not self.fresh
             if self.gives:
@@ -119,8 +125,11 @@ class _Part:
             return None
         self.fresh, self.drawn = False, self.drawn + 1
         row = {column: values[0] for column, values in batch.items()}
-        row.setdefault(WHERE, f"{self.source.path}, share {self.share + 1}/{self.shares}, row {self.drawn}")
+        row.setdefault(WHERE, f"{self._where()} row {self.drawn}")
         return row
+
+    def _where(self) -> str:
+        return f"{self.source.path} (split '{self.source.split}'), share {self.share + 1}/{self.shares},"
 
     def state(self) -> State:
         position = self.data.state_dict() or self.position  # None until the first row is asked for

@@ -22,6 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet
 from datasets import Dataset, DatasetDict, IterableDataset, load_dataset, load_from_disk
 from datasets.distributed import split_dataset_by_node
+from datasets.exceptions import DatasetsError
 
 from src.data.compression import SUFFIXES, register
 from src.errors import ConfigError, did_you_mean
@@ -43,7 +44,7 @@ _SUFFIXES: dict[str, Format] = {
     ".parquet": "parquet",
     ".txt": "lines",
 }
-_UNREADABLE = (
+UNREADABLE = (
     OSError,
     EOFError,
     RecursionError,
@@ -53,7 +54,9 @@ _UNREADABLE = (
     zlib.error,
     lzma.LZMAError,
     pa.ArrowException,
+    DatasetsError,
 )
+"""What libraries raise over damaged or unreachable data."""
 register()  # zstd and LZ4
 
 
@@ -107,8 +110,12 @@ def open_source(source: Source, share: int, shares: int) -> IterableDataset:
         ConfigError: there is no such file or dataset.
     """
     files = _files(source)
+    if files is None and Path(source.path).is_dir():
+        _saved(source.path, source.split)  # complains now rather than at the first row
+        saved = {"path": source.path, "split": source.split, "share": share, "shares": shares}
+        return IterableDataset.from_generator(read_saved, gen_kwargs=saved)
     if files is None:
-        return split_dataset_by_node(_dataset(source), rank=share, world_size=shares)
+        return split_dataset_by_node(_hub(source), rank=share, world_size=shares)
     if len(files) % shares == 0:
         files, share, shares = files[share::shares], 0, 1
     keys = {"files": list(enumerate(files)), "share": share, "shares": shares}
@@ -140,10 +147,27 @@ def read_files(
             raise ConfigError(f"{file} row {last} is not UTF-8: {e.reason}, byte {e.start}.") from e
         except json.JSONDecodeError as e:
             raise ConfigError(f"{file} row {last} is not JSON: {e.msg}, column {e.colno}.") from e
-        except _UNREADABLE as e:
+        except UNREADABLE as e:
             raise ConfigError(f"{file} cannot be read after row {last}: {reason(e)}") from e
         if last == 0:
             raise ConfigError(f"{file} is empty; a corpus holds at least one document.")
+
+
+def read_saved(path: str, split: str, share: int, shares: int) -> Iterator[Row]:
+    """Yield every ``shares``-th row of a saved dataset, each with its ``WHERE``.
+
+    Raises:
+        ConfigError: it is empty, or a row cannot be read; names both.
+    """
+    data = _saved(path, split)
+    if not len(data):
+        raise ConfigError(f"{path} is empty; a corpus holds at least one document.")
+    for number in range(share, len(data), shares):
+        try:
+            row = data[number]
+        except UNREADABLE as e:
+            raise ConfigError(f"{path} row {number + 1} cannot be read: {reason(e)}") from e
+        yield {**row, WHERE: f"{path} row {number + 1}"}
 
 
 def reason(error: Exception) -> str:
@@ -244,13 +268,24 @@ def _files(source: Source) -> list[str] | None:
     return files
 
 
-def _dataset(source: Source) -> IterableDataset:
+def _saved(path: str, split: str) -> Dataset:
     try:
-        if not Path(source.path).is_dir():
-            return load_dataset(source.path, source.name, split=source.split, streaming=True)
-        saved: Dataset | DatasetDict = load_from_disk(source.path)
-        return (saved[source.split] if isinstance(saved, dict) else saved).to_iterable_dataset()
-    except (OSError, ValueError, KeyError, RuntimeError) as e:
+        saved: Dataset | DatasetDict = load_from_disk(path)
+    except IndexError as e:  # what datasets makes of one without a row
+        raise ConfigError(f"{path} is empty; a corpus holds at least one document.") from e
+    except (*UNREADABLE, KeyError) as e:
+        raise ConfigError(f"data: the saved dataset '{path}' cannot be opened: {reason(e)}") from e
+    if isinstance(saved, Dataset):
+        return saved
+    if split not in saved:
+        raise ConfigError(f"data: '{path}' has no split '{split}', only {', '.join(saved)}.")
+    return saved[split]
+
+
+def _hub(source: Source) -> IterableDataset:
+    try:
+        return load_dataset(source.path, source.name, split=source.split, streaming=True)
+    except (*UNREADABLE, KeyError, RuntimeError) as e:
         raise ConfigError(
             f"data: '{source.path}' (split '{source.split}') is no file here and cannot be opened "
             f"as a dataset: {reason(e)}"

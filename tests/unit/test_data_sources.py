@@ -15,7 +15,7 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
-from datasets import Dataset, DatasetDict
+from datasets import Dataset, DatasetDict, load_dataset
 
 from src.data import Columns, Source
 from src.data.documents import MAX_DOCUMENT
@@ -250,6 +250,44 @@ def test_broken_parquet(tmp_path):
     (tmp_path / "a.parquet").write_bytes(b"PAR1 not really")
     with pytest.raises(ConfigError, match=r"a\.parquet cannot be read after row 0"):
         read(tmp_path, str(tmp_path / "a.parquet"))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("fault", ["null", "damaged", "empty", "no split"])
+def test_a_fault_of_a_saved_dataset_names_the_row_of_the_whole(tmp_path, fault, workers):
+    folder = tmp_path / "data"
+    rows = Dataset.from_list(
+        [{"text": f"row {i}"} for i in range(200)] + [{"text": None}] * (fault == "null")
+    )
+    if fault == "no split":
+        DatasetDict({"dev": rows, "test": rows}).save_to_disk(folder)
+    else:
+        rows.select([] if fault == "empty" else range(len(rows))).save_to_disk(folder)
+    if fault == "damaged":
+        (file,) = folder.glob("*.arrow")
+        content = file.read_bytes()
+        file.write_bytes(content.replace(b"row 150", b"row \xff50"))
+    message = {
+        "null": "data row 201: column 'text' holds null",
+        "damaged": "data row 151 cannot be read: 'utf-8' codec",
+        "empty": "data is empty",
+        "no split": "has no split 'train', only dev, test",
+    }
+    with pytest.raises(ConfigError, match=message[fault]):
+        read(tmp_path, str(folder), num_workers=workers)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_fault_on_the_hub_names_the_data_set(tmp_path, monkeypatch, workers):
+    """Its rows are read by ``datasets``, whose errors are not a user's: here a file stands for the Hub."""
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(lines() + b"{broken\n")
+    streamed = load_dataset("json", data_files=str(path), split="train", streaming=True)
+    monkeypatch.setattr("src.data.sources.load_dataset", lambda *_, **__: streamed)
+    with pytest.raises(
+        ConfigError, match=r"org/name \(split 'train'\), share 1/4, cannot be read after row 0: .*JSON"
+    ):
+        read(tmp_path, "org/name", num_workers=workers)
 
 
 def test_a_long_document_is_cut_split_or_refused(tmp_path):
