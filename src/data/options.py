@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
-from src.data.sources import Source, check_weights
+from src.data.sources import Format, Source, check_weights
 from src.data.stream import LANES
 from src.errors import ConfigError, did_you_mean
 
@@ -33,6 +33,8 @@ def sources(given: Sources | None, key: str) -> list[Source]:
 def _source(part: dict[str, Any] | Source, key: str) -> Source:
     if isinstance(part, Source):
         return part
+    if not isinstance(part, dict):
+        raise ConfigError(f"{key}: a part of the mixture is {part!r}; give a path, or its keys.")
     known = Source.__dataclass_fields__
     for name in part:
         if name not in known:
@@ -42,7 +44,14 @@ def _source(part: dict[str, Any] | Source, key: str) -> Source:
             )
     if "path" not in part:
         raise ConfigError(f"{key}: a part of the mixture names no path: {part}.")
-    return Source(**part)
+    source = Source(**part)
+    for name in ("path", "split", "name"):
+        if not isinstance(value := getattr(source, name), str) and (name != "name" or value is not None):
+            raise ConfigError(f"{key}: '{name}' of a part of the mixture is {value!r}; expected text.")
+    if source.format not in (None, *get_args(Format)):
+        accepted = ", ".join(get_args(Format))
+        raise ConfigError(f"{key}: '{source.path}' has format '{source.format}'; accepted: {accepted}.")
+    return source
 
 
 def token_count(tokens: int | str | None) -> int | None:
@@ -54,10 +63,10 @@ def token_count(tokens: int | str | None) -> int | None:
     if tokens is None:
         return None
     digits = str(tokens).strip().upper()
-    factor = _POWERS.get(digits[-1:], 1.0)
+    factor = _POWERS.get(digits[-1:])
     try:
-        count = int(float(digits.rstrip("KMBT")) * factor)
-    except ValueError:
+        count = int(float(digits[:-1] if factor else digits) * (factor or 1.0))
+    except (ValueError, OverflowError):
         count = 0
     if count < 1:
         raise ConfigError(f"data.max_tokens is '{tokens}'; give a number such as 2000000 or 500M.")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import json
 import lzma
+import math
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -90,7 +91,7 @@ def check_weights(sources: list[Source], key: str) -> None:
         ConfigError: naming the part and the key.
     """
     for source in sources:
-        number = isinstance(source.weight, int | float) and source.weight > 0
+        number = isinstance(source.weight, int | float) and 0 < source.weight < math.inf
         if source.weight is not None and not number:
             raise ConfigError(
                 f"{key}: '{source.path}' has weight {source.weight}; a weight is a positive "

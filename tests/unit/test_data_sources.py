@@ -6,6 +6,7 @@ import bz2
 import gzip
 import json
 import lzma
+import math
 import threading
 from collections.abc import Iterator
 from functools import partial
@@ -317,6 +318,15 @@ SETTINGS: dict[str, tuple[dict[str, Any], str]] = {
     "workers": ({"num_workers": 3}, r"data\.num_workers is 3; accepted: \[0, 1, 2, 4\]"),
     "held out": ({"held_out": 1.5}, r"data\.held_out is 1\.5"),
     "two validations": ({"held_out": 0.1, "validation": "v.jsonl"}, "both set"),
+    "endless weight": ({"train": [{"path": "a.jsonl", "weight": math.inf}]}, r"has weight inf"),
+    "format": (
+        {"train": [{"path": "a.jsonl", "format": "csv"}]},
+        r"'a\.jsonl' has format 'csv'; accepted: jsonl, parquet, lines, text",
+    ),
+    "path": ({"train": [{"path": 3}]}, r"data\.train: 'path' of a part of the mixture is 3; expected text"),
+    "part": ({"train": ["a.jsonl", None]}, r"data\.train: a part of the mixture is None"),
+    "endless tokens": ({"max_tokens": "1e999"}, "data.max_tokens is '1e999'"),
+    "two suffixes": ({"max_tokens": "5KM"}, "data.max_tokens is '5KM'"),
     "tokens": ({"max_tokens": "many"}, "data.max_tokens is 'many'"),
     "batch": ({"batch_size": 0}, "data.batch_size is 0"),
 }
