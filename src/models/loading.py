@@ -94,6 +94,10 @@ def load_model(
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
         raise ConfigError(f"model: '{name}' lacks {len(missing)} weights, such as '{missing[0]}'.")
+    for module in model.modules():
+        # On some CPUs bitsandbytes would repack weights for a kernel that passes no gradient on.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
     return model.eval()
 
 
