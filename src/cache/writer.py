@@ -67,7 +67,7 @@ class CacheWriter(BasePredictionWriter):
         self._known = deque(self.manifest.shards)
         teacher.resume(sum(shard.batches for shard in self._known))
         self._rows: list[Rows] = []
-        self._batches, self._first = 0, ""
+        self._batches, self._seen = 0, 0
         self._pool, self._written = ThreadPoolExecutor(1), list[Future[None]]()
         trainer.print(projection(trainer, teacher, self.manifest, self.count_seconds))
 
@@ -83,10 +83,9 @@ class CacheWriter(BasePredictionWriter):
     ) -> None:
         """Collect the rows of a batch; close the shard when it is full, or check it if it exists."""
         self._batches += 1
-        if trainer.world_size > 1:  # a rank that runs out early is given its first batch again
-            repeated = prediction.corpus == self._first
-            self._first = self._first or prediction.corpus
-        if trainer.world_size == 1 or not repeated:
+        self._seen += 1
+        own = getattr(trainer.predict_dataloaders, "own", None)
+        if own is None or self._seen <= own:  # a rank that runs out early is given its first batch again
             self._rows.append(prediction)
         if self._known:
             if self._batches == self._known[0].batches:

@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from math import gcd
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -76,6 +76,7 @@ class Loader:
 
     Attributes:
         fresh: whether no batch was handed to training yet.
+        own: batches of this iteration that are not repeated; None until it runs out.
     """
 
     def __init__(
@@ -91,7 +92,7 @@ class Loader:
         self.recipe, self.rank, self.world, self.workers = recipe, rank, world, workers
         self.max_tokens, self.agree = max_tokens, agree
         self.position = start() if position is None else position
-        self.fresh = True
+        self.fresh, self.own = True, cast(int | None, None)
         self._began = self._waited = 0.0
         self._queue = deque[State]()
 
@@ -110,6 +111,7 @@ class Loader:
 
     def __iter__(self) -> Iterator[Batch]:
         self._queue.clear()
+        given, self.own = 0, None
         if self.position["finished"]:
             return
         items = self._items(self.position, self.workers)
@@ -120,6 +122,7 @@ class Loader:
             raise ConfigError(_nothing(position["statistics"]))
         while more and not finished:
             if batch is None:
+                self.own = given if self.own is None else self.own
                 batch, repeated = self._first(), repeated + 1
             this, here = batch, position
             batch, position = self._next(items)
@@ -130,6 +133,7 @@ class Loader:
                 here = {**position, "epoch": position["epoch"] + 1, **_epoch(len(position["lanes"]))}
             counts = {**here["statistics"], "repeated": repeated}
             self._queue.append({**here, "tokens": tokens, "finished": finished, "statistics": counts})
+            given += 1
             yield this
 
     def _next(self, items: Iterator[tuple[Batch | None, State]]) -> tuple[Batch | None, State]:

@@ -56,3 +56,19 @@ def test_two_ranks_write_what_one_writes(overlay: str, bench: Bench, tmp_path: P
     assert alone.keys() == pair.keys()
     for name, signal in alone.items():
         np.testing.assert_allclose(signal.astype(float), pair[name].astype(float), rtol=0, atol=2e-3)
+
+
+def test_equal_batches_are_all_written(bench: Bench, tmp_path: Path) -> None:
+    """A document that is there more than once is no repetition of a rank that ran out."""
+    first, *others = problems("train", 6, 0)
+    corpus = tmp_path / "twice.jsonl"
+    corpus.write_text("".join(json.dumps(row) + "\n" for other in others for row in (first, other)))
+    keys = {
+        "data.init_args.train": corpus, "data.init_args.batch_size": 1,
+        "model.init_args.model": bench.teacher, "model.init_args.out": tmp_path / "pair",
+        "model.init_args.count_seconds": 0, "trainer.logger.init_args.save_dir": tmp_path / "log",
+    }  # fmt: skip
+    done = bench.command(CONFIG, "ddp", 2, keys)
+    assert done.returncode == 0, done.stderr[-2000:]
+    cache = Cache(str(tmp_path / "pair"))
+    assert sum(len(cache.read(index).lengths) for index in range(len(cache.shards))) == 10
