@@ -9,7 +9,9 @@ export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-full headline mask-quality fair-fight ablations search-step export-matrix other-engine results lint types teacher tensorboard clean
+.PHONY: help setup demo test test-full headline mask-quality fair-fight ablations search-step teacher-cache \
+	data-speed linear-patch export-matrix other-engine plan-accuracy scale gpu-checks results lint types teacher \
+	tensorboard clean
 
 help:  ## show the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -90,12 +92,33 @@ ablations: $(VENV)/.installed  ## every choice of search and recovery -> results
 search-step: $(VENV)/.installed  ## one search step against the naive one -> results/search_step.json
 	$(PY) -m scripts.search_step
 
+teacher-cache: $(VENV)/.installed $(RUN)/search/mask.json  ## bytes, time and memory of the teacher's cache and of the loss -> results/teacher_cache.json
+	$(PY) -m scripts.bench_teacher_cache $(if $(TEXT),--text $(TEXT))
+	$(PY) -m scripts.bench_loss
+	$(PY) -m scripts.entropy_weights --mask $(RUN)/search/mask.json --tests 500
+	$(PY) -m scripts.cache_results
+
+data-speed: $(VENV)/.installed  ## the loader alone, and the share of a step spent waiting -> results/data_pipeline.json
+	$(PY) -m scripts.bench_data $(if $(SHARED),--shared $(SHARED))
+
+linear-patch: $(VENV)/.installed  ## cuts repaired without training -> results/linear_patch.json
+	$(PY) -m scripts.linear_patch
+
 export-matrix: $(VENV)/.installed  ## the export gate on every decoder family -> results/export_matrix.json, docs/export.md
 	$(PY) -m scripts.export_matrix
 
 other-engine: $(VENV)/.installed $(RUN)/recovered/config.json  ## greedy tokens of the export in CTranslate2, against transformers
 	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[engines]'
 	$(PY) -m scripts.other_engine $(RUN)/recovered --out results/other_engine.json
+
+plan-accuracy: $(VENV)/.installed  ## planned against measured peak memory -> results/plan.json
+	$(PY) -m scripts.plan_accuracy
+
+scale: $(VENV)/.installed  ## growth with depth, width, tokens and ranks; quantised teachers -> results/strategies.json, docs/scale.md
+	$(PY) -m scripts.scale
+
+gpu-checks: $(VENV)/.installed  ## what only a GPU can show -> results/gpu.json, docs/gpu.md; skips without one
+	bash scripts/gpu_checks.sh
 
 results: $(VENV)/.installed  ## fill the README's tables and figure from results/*.json
 	$(PY) -m scripts.readme_results
