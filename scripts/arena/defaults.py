@@ -1,0 +1,44 @@
+"""Which row justifies each default: the default of every group beside the best of the others."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from scripts.arena.cells import JSON, difference, nats, percent
+
+HEAD = (
+    "choice", "default", "its figure", "best of the others", "its figure", "other - default",
+    "other - default, final KL",
+)  # fmt: skip
+
+
+def defaults(rows: Sequence[JSON]) -> list[str]:
+    """A table, one line for each group and ratio; the reference of a group is the default.
+
+    The figure of a search is the divergence of its plain answer, that of a recovery exact match; where these
+    are equal, the divergence of the final model decides which of the others is best.
+    """
+    out = ["| " + " | ".join(HEAD) + " |", "|---|---|---:|---|---:|---:|---:|"]
+    for group, ratio in dict.fromkeys((row["group"], row["ratio"]) for row in rows):
+        own = [row for row in rows if (row["group"], row["ratio"]) == (group, ratio)]
+        default = next((row for row in own if row["variant"] == row["reference"]), None)
+        others = [row for row in own if row["variant"] != row["reference"]]
+        if default is None or not others:
+            continue
+        recovered = "recovered" in default
+        show, gap = (
+            (percent("recovered"), difference("exact_match", 100, 1))
+            if recovered
+            else (nats("learned"), difference("learned", 1, 4))
+        )
+        best = min(others, key=rank)
+        cells = [group.replace("_", " "), default["title"], show(default), best["title"], show(best)]
+        out.append("| " + " | ".join([*cells, gap(best), difference("kl", 1, 4)(best)]) + " |")
+    return out
+
+
+def rank(row: JSON) -> tuple[float, float]:
+    """Best first: exact match where models are recovered, else the plain answer, then the final one."""
+    if "recovered" in row:
+        return -row["recovered"]["exact_match"]["value"], row["recovered"]["kl"]["value"]
+    return row["learned"]["kl"]["value"], row["cut"]["kl"]["value"]
