@@ -24,6 +24,7 @@ from src.files import write_json
 from src.losses.distill import Distillation
 from src.losses.signals import TopK
 from src.mask import git_sha
+from src.models.projection import summing
 
 VOCABULARIES = (1_000, 32_000, 151_936)
 
@@ -35,7 +36,10 @@ class Head:
         self.projection = nn.Linear(hidden, vocabulary, bias=False).to(device)
         self.vocabulary = vocabulary
         self.parameters = tuple(self.projection.parameters())
-        self.logits = self.projection.forward
+        self.sums = True
+
+    def logits(self, hidden: Tensor, into: tuple[Tensor, ...] = ()) -> Tensor:
+        return summing(self.projection, hidden, into) if into else self.projection(hidden)
 
 
 def whole(head: Head, hidden_NH: Tensor, signal: TopK) -> Tensor:

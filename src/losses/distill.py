@@ -106,8 +106,8 @@ class Distillation:
         """
         weights_N = self._weights(head, hidden_NH, signal, part)
 
-        def chunk(h_nH: Tensor, at: slice) -> tuple[Tensor, Tensor]:
-            logits = head.logits(h_nH)
+        def chunk(h_nH: Tensor, at: slice, into: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+            logits = head.logits(h_nH, into)
             kd = kl(logits, signal.select(at), self.rule, self.temperature) * self.temperature**2
             if self.alpha == 1:
                 return _sum(weights_N[at], kd), kd.detach()[None]
@@ -115,7 +115,7 @@ class Distillation:
             mixed = self.alpha * kd + (1 - self.alpha) * ce
             return _sum(weights_N[at], mixed), torch.stack([kd.detach(), ce.detach()])
 
-        loss, parts_PN = chunked(chunk, hidden_NH, head.parameters, self.chunk_tokens)
+        loss, parts_PN = chunked(chunk, hidden_NH, head.parameters, self.chunk_tokens, head.sums)
         count = (len(hidden_NH) if part is None else part.share) or 1
         means = parts_PN.sum(-1) / count
         return {"loss": loss / count, **dict(zip(("kd", "ce"), means, strict=False))}
@@ -142,55 +142,70 @@ def _sum(weights_n: Tensor, losses_n: Tensor) -> Tensor:
     return (weights_n * losses_n).sum()
 
 
-Chunk = Callable[[Tensor, slice], tuple[Tensor, Tensor]]
+Chunk = Callable[[Tensor, slice, tuple[Tensor, ...]], tuple[Tensor, Tensor]]
 
 
 def chunked(
-    chunk: Chunk, hidden_NH: Tensor, parameters: tuple[Tensor, ...], size: int
+    chunk: Chunk, hidden_NH: Tensor, parameters: tuple[Tensor, ...], size: int, sums: bool = False
 ) -> tuple[Tensor, Tensor]:
     """Sum a loss over chunks of tokens, holding one chunk's graph at a time.
 
     Args:
-        chunk: ``(hidden [n, H], slice of N) -> (loss, parts [P, n])``; the parts carry no gradient.
+        chunk: ``(hidden [n, H], slice of N, buffers) -> (loss, parts [P, n])``; the parts carry no gradient.
         hidden_NH: hidden states, which receive a gradient if they ask for one.
         parameters: trained tensors that ``chunk`` uses.
         size: tokens of a chunk.
+        sums: whether ``chunk`` adds the gradients of the parameters to the buffers it is given, one for each;
+            otherwise they are autograd's, and no buffers are given.
 
     Returns:
         The loss (scalar) and the parts ``[P, N]``.
     """
-    return _Chunked.apply(chunk, size, torch.is_grad_enabled(), hidden_NH, *parameters)
+    return _Chunked.apply(chunk, size, sums, torch.is_grad_enabled(), hidden_NH, *parameters)
 
 
 class _Chunked(torch.autograd.Function):
-    """Gradients are made in the forward pass and scaled in the backward pass."""
+    """Gradients are made in the forward pass and scaled in the backward pass.
+
+    The chunks of a parameter's gradient are added up in float32, whatever its type.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, chunk: Chunk, size: int, graded: bool, hidden_NH: Tensor, *parameters: Tensor
+        ctx: Any, chunk: Chunk, size: int, sums: bool, graded: bool, hidden_NH: Tensor, *parameters: Tensor
     ) -> tuple[Tensor, Tensor]:
-        wanted = [graded and x.requires_grad for x in (hidden_NH, *parameters)]
-        tensors = (hidden_NH, *parameters)
-        grads = [torch.zeros_like(x) if want else None for x, want in zip(tensors, wanted, strict=True)]
+        own = [x for x in parameters if graded and x.requires_grad]
+        into = tuple(torch.zeros_like(x, dtype=torch.float32) for x in own)
+        sums = sums and bool(own)
+        wanted = graded and hidden_NH.requires_grad
+        hidden_grad = torch.zeros_like(hidden_NH) if wanted else None
         loss, parts = hidden_NH.new_zeros((), dtype=torch.float32), []
         for start in range(0, max(1, len(hidden_NH)), size):
             at = slice(start, start + size)
-            h_nH = hidden_NH[at].detach().requires_grad_(wanted[0])
-            with torch.set_grad_enabled(any(wanted)):
-                value, part = chunk(h_nH, at)
-            if any(wanted):
-                into = [g[at] if g is grads[0] else g for g in grads if g is not None]
-                inputs = [x for x, want in zip((h_nH, *parameters), wanted, strict=True) if want]
-                for total, grad in zip(into, torch.autograd.grad(value, inputs), strict=True):
-                    total += grad
+            h_nH = hidden_NH[at].detach().requires_grad_(wanted or sums)
+            with torch.set_grad_enabled(wanted or bool(own)):
+                value, part = chunk(h_nH, at, into if sums else ())
+            if inputs := [*([h_nH] if h_nH.requires_grad else []), *(() if sums else own)]:
+                grads = list(torch.autograd.grad(value, inputs))
+                if h_nH.requires_grad:
+                    first = grads.pop(0)
+                    if hidden_grad is not None:
+                        hidden_grad[at] = first
+                for total in into if grads else ():
+                    total += grads.pop(0)  # none outlives its turn: each is as large as the weights
             loss += value.detach()
             parts.append(part)
         parts_PN = torch.cat(parts, -1)
-        ctx.grads = grads
+        done = iter(into)
+        given = [next(done).to(x.dtype) if graded and x.requires_grad else None for x in parameters]
+        ctx.grads = [hidden_grad, *given]
         ctx.mark_non_differentiable(parts_PN)
         return loss, parts_PN
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
-        return None, None, None, *(g if g is None else g.mul_(grad) for g in ctx.grads)
+        if ctx.grads is None:
+            raise RuntimeError("the gradients of this loss were handed out; compute it again")
+        grads, ctx.grads = ctx.grads, None  # the last holder: no copy is made of them
+        return None, None, None, None, *(g if g is None else g.mul_(grad) for g in grads)

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from src.errors import ConfigError
 from src.models.layers import decoder_layers, text_config
+from src.models.projection import summing
 from src.models.sharding import within
 
 TARGETS = ("labels", "row_id", "teacher_")
@@ -52,9 +53,15 @@ class OutputHead:
         inputs = {key: value for key, value in batch.items() if not key.startswith(TARGETS)}
         return within(self.model, lambda: self.decoder(**inputs, use_cache=False).last_hidden_state)
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Logits ``[..., V]`` of hidden states ``[..., H]``, post-processed as the family does."""
-        logits = self.projection(hidden)
+    def logits(self, hidden: Tensor, into: tuple[Tensor, ...] = ()) -> Tensor:
+        """Logits ``[..., V]`` of hidden states ``[..., H]``, post-processed as the family does.
+
+        Args:
+            hidden: hidden states.
+            into: float32 buffers that the backward pass adds the gradients of ``parameters`` to, where the
+                head ``sums``; without any they are autograd's.
+        """
+        logits = summing(self.projection, hidden, into) if into else self.projection(hidden)
         if self.scale != 1.0:
             logits = logits * self.scale
         if self.cap is not None:
@@ -69,6 +76,11 @@ class OutputHead:
         """
         weights = [attrgetter(name)(self.projection) for name in self._weights]
         return tuple(weight for weight in weights if weight.requires_grad)
+
+    @property
+    def sums(self) -> bool:
+        """Whether :meth:`logits` can add the gradients of ``parameters`` to buffers."""
+        return type(self.projection) is nn.Linear and len(self.parameters) == len(self._weights)
 
     @torch.no_grad()
     def check(self) -> None:

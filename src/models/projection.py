@@ -1,0 +1,48 @@
+"""A linear map whose weights' gradients are added to buffers, in float32 and a slice at a time.
+
+Autograd would make a second tensor as large as the weights for every chunk of tokens, and add up the chunks
+in the type of the weights.
+
+Shapes: n tokens of a chunk, H hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+ROWS = 1 << 13
+"""Rows of the weights whose gradient is made at a time."""
+
+
+def summing(projection: nn.Module, x_nH: Tensor, into: tuple[Tensor, ...]) -> Tensor:
+    """``projection(x)`` ``[n, V]``, whose backward pass adds to ``into`` instead of to the weights.
+
+    Args:
+        projection: a linear layer whose weights all train.
+        x_nH: hidden states.
+        into: a float32 buffer for the weight, and one for the bias if there is one.
+    """
+    return _Linear.apply(x_nH, projection.weight, projection.bias, into)
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_nH: Tensor, weight: Tensor, bias: Tensor | None, into: Any) -> Tensor:
+        ctx.parts = x_nH, weight, into
+        return F.linear(x_nH, weight, bias)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, g_nV: Tensor) -> tuple[Tensor | None, ...]:
+        x_nH, weight, into = ctx.parts
+        with torch.autocast(g_nV.device.type, enabled=False):
+            same = x_nH.to(g_nV.dtype)
+            for rows, total in zip(g_nV.split(ROWS, 1), into[0].split(ROWS), strict=True):
+                total += rows.T @ same
+            for total in into[1:]:
+                total += g_nV.sum(0, dtype=total.dtype)
+            return (g_nV @ weight.to(g_nV.dtype)).to(x_nH.dtype), None, None, None
