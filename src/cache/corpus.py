@@ -39,6 +39,8 @@ class CachedCorpus(LightningDataModule):
             raise ConfigError("data.train: give the directory of a cache.")
         if tokenizer is None:
             raise ConfigError("data.tokenizer: give the Hub id or directory of the model's tokenizer.")
+        if not isinstance(batch_size, int) or batch_size < 1:
+            raise ConfigError(f"data.batch_size: {batch_size!r} given; accepted: at least 1.")
         self.tokenizer = load_tokenizer(tokenizer)
         self.batch_size, self.seed = batch_size, seed
         self.train_cache = Cache(train)
@@ -71,7 +73,7 @@ class CachedCorpus(LightningDataModule):
                     f"cache: vocabulary: '{cache.path}' has {about.vocabulary} logits, the student "
                     f"{vocabulary}. Write a cache with the student's own parent."
                 )
-            if (k or vocabulary) > about.k:
+            if min(k or vocabulary, vocabulary) > about.k:
                 raise ConfigError(
                     f"cache: k: '{cache.path}' keeps {about.k} tokens, the distillation wants {k or 'all'}. "
                     f"Lower model.distillation.k, or write a cache with a larger k."
@@ -84,6 +86,10 @@ class CachedCorpus(LightningDataModule):
     def val_dataloader(self) -> CachedLoader | list[Any]:
         """Each document once, or nothing."""
         return self._loader(self.val_cache, shuffle=False) if self.val_cache else []
+
+    def test_dataloader(self) -> CachedLoader | list[Any]:
+        """As :meth:`val_dataloader`."""
+        return self.val_dataloader()
 
     def _loader(self, cache: Cache, shuffle: bool) -> CachedLoader:
         rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)

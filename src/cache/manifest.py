@@ -14,7 +14,7 @@ import hashlib
 import json
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 import fsspec
 import torch
@@ -56,7 +56,9 @@ class Shard:
 
 @dataclass(frozen=True)
 class Manifest:
-    """One part of a cache; the fields above ``part`` must agree in all parts, and when writing resumes.
+    """One part of a cache.
+
+    The fields above ``part``, and ``compute``, must agree in all parts, and when writing resumes.
 
     Attributes:
         teacher: id of the teacher.
@@ -72,6 +74,7 @@ class Manifest:
         complete: whether the corpus was read to its end.
         shards: the files, in order.
         dtype: type of the weights that are not quantised; None in caches that did not note it.
+        compute: the trainer's precision; None in caches that did not note it.
     """
 
     teacher: str
@@ -88,11 +91,12 @@ class Manifest:
     shards: tuple[Shard, ...] = ()
     version: int = VERSION
     dtype: str | None = None
+    compute: str | None = None
 
     @property
     def identity(self) -> dict[str, Any]:
         """The fields that must not change while a cache is written."""
-        return {f.name: getattr(self, f.name) for f in fields(self)[:9]}
+        return {f.name: getattr(self, f.name) for f in fields(self)[:9]} | {"compute": self.compute}
 
     @cached_property
     def corpus(self) -> str:
@@ -128,24 +132,41 @@ class Manifest:
         """Read one part; None if there is none.
 
         Raises:
-            ConfigError: the file is damaged, was edited, or is of another version.
+            ConfigError: the file is damaged, was edited, is of another part or version, or out of reach.
         """
         file = f"{cache}/part-{part}/manifest.json"
+        data = fetch(file)
+        if data is None:
+            return None
         try:
-            with fsspec.open(file, "rb") as stream:
-                text = stream.read().decode()
+            text = data.decode()
             content = json.loads(text)
             exact = text == json.dumps(content, indent=2) + "\n"
             intact = exact and content.pop("digest") == _digest(content)
-        except FileNotFoundError:
-            return None
-        except (OSError, ValueError, KeyError, AttributeError, TypeError) as e:
+        except (ValueError, KeyError, AttributeError, TypeError) as e:
             raise ConfigError(f"cache: '{file}' is damaged ({type(e).__name__}: {e}). {_REMEDY}") from e
         if not intact:
             raise ConfigError(f"cache: '{file}' was changed after it was written (digest). {_REMEDY}")
         if content["version"] != VERSION:
             raise ConfigError(f"cache: '{file}' has version {content['version']}, expected {VERSION}.")
+        if content["part"] != part:
+            raise ConfigError(f"cache: '{file}' is that of part-{content['part']}, copied. {_REMEDY}")
         return cls(**{**content, "shards": tuple(Shard(**shard) for shard in content["shards"])})
+
+
+def fetch(file: str) -> bytes | None:
+    """The bytes of a file or URL; None if there is none.
+
+    Raises:
+        ConfigError: it is out of reach.
+    """
+    try:
+        with fsspec.open(file, "rb") as stream:
+            return cast(bytes, stream.read())
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except Exception as e:  # each file system has errors of its own
+        raise ConfigError(f"cache: '{file}' cannot be read: {type(e).__name__}: {e}.") from e
 
 
 _REMEDY = "Restore it from a copy, or delete the directory and write the cache again."

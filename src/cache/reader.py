@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import hashlib
 
-import fsspec
-
-from src.cache.manifest import Manifest
+from src.cache.manifest import Manifest, fetch
 from src.cache.shards import Rows, decode
 from src.errors import ConfigError
 
@@ -57,11 +55,9 @@ class Cache:
             ConfigError: the file is missing or damaged.
         """
         name, shard = self.shards[index]
-        try:
-            with fsspec.open(f"{self.path}/{name}", "rb") as stream:
-                data = stream.read()
-        except OSError as e:
-            raise ConfigError(f"cache: '{self.path}/{name}' cannot be read: {e.strerror or e}.") from e
+        data = fetch(f"{self.path}/{name}")
+        if data is None:
+            raise ConfigError(f"cache: '{self.path}/{name}' cannot be read: it is missing.")
         if len(data) != shard.bytes or hashlib.sha256(data).hexdigest() != shard.sha256:
             raise ConfigError(
                 f"cache: '{self.path}/{name}' is damaged: its checksum differs from the manifest's. Restore "

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
+import numpy as np
 import torch
 from lightning import Callback, LightningModule, Trainer
 from torch import Tensor
@@ -12,6 +13,7 @@ from src.cache.manifest import weights_fingerprint
 from src.cache.shards import Precision, Rows, rows_of
 from src.cache.writer import CacheWriter
 from src.compatibility import check_cache
+from src.data.boundaries import check_boundaries
 from src.errors import ConfigError
 from src.losses.distill import supervised
 from src.losses.signals import TopK, live_signal
@@ -55,13 +57,23 @@ class CacheTeacher(LightningModule):
         count_seconds: float = 10.0,
     ) -> None:
         super().__init__()
+        counts = {"k": k, "chunk_tokens": chunk_tokens, "shard_positions": shard_positions}
+        wrong = [f"model.{key}: {got!r} given; accepted: at least 1." for key, got in counts.items()
+                 if not isinstance(got, int) or got < 1]  # fmt: skip
+        if precision not in get_args(Precision):
+            wrong.append(f"model.precision: '{precision}' is none of {', '.join(get_args(Precision))}.")
+        if "://" in out:
+            wrong.append(
+                f"model.out: '{out}' is a URL. Write to a directory, and copy it there when it is done."
+            )
+        if wrong:
+            raise ConfigError(" ".join(wrong))
         self.writer = CacheWriter(out, precision, shard_positions, count_seconds)
-        if k < 1:
-            raise ConfigError(f"model.k: {k} given; accepted: at least 1.")
         self.skip: int = 0
         """Batches that need no signal: this rank has it already."""
         self.idle: int = 0
         """Batches that the model need not run on: a sharded one runs while any rank needs it."""
+        self._apart = False
         self.name, self.k, self.chunk_tokens = model, k, chunk_tokens
         self.loading: dict[str, Any] = {
             "revision": revision, "dtype": dtype, "quantize": quantize, "attention": attention,
@@ -105,12 +117,27 @@ class CacheTeacher(LightningModule):
         self.skip, self.idle = batches, least(batches, self.device) if sharded else batches
 
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> Rows:
-        """The documents of a batch with their signal; without one for the first ``skip`` batches."""
+        """The documents of a batch with their signal; without one for the first ``skip`` batches.
+
+        Raises:
+            ConfigError: the model mixes packed documents, or says something that is not finite.
+        """
         if batch_idx < self.idle:
             return rows_of(batch, None)
+        if "position_ids" in batch and not self._apart:
+            check_boundaries(self.model)
+            self._apart = True
         index = supervised(batch["labels"], batch.get("position_ids"))
         with torch.no_grad():
             hidden_NH = self.head.hidden(batch).flatten(0, 1)[index]
             signal = live_signal(self.head, hidden_NH, self.k, self.chunk_tokens)
         assert isinstance(signal, TopK)
-        return rows_of(batch, signal if batch_idx >= self.skip else None)
+        rows = rows_of(batch, signal if batch_idx >= self.skip else None)
+        if not np.isfinite(rows.entropy).all():
+            bad = (~np.isfinite(rows.entropy)).sum()
+            raise ConfigError(
+                f"model: '{self.name}' says NaN or infinity at {bad} of {len(rows.entropy)} positions of "
+                f"batch {batch_idx}; nothing of it was written. Numbers may be too large for their type: set "
+                f"model.dtype to bfloat16 or float32, and trainer.precision likewise."
+            )
+        return rows

@@ -10,8 +10,9 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -22,7 +23,9 @@ from lightning.pytorch.callbacks import BasePredictionWriter
 from src.cache.manifest import Manifest, Shard, tokenizer_fingerprint
 from src.cache.projection import projection
 from src.cache.shards import Precision, Rows, encode
+from src.data.loader import REPEATED
 from src.errors import ConfigError
+from src.models.loading import check_vocabulary
 
 if TYPE_CHECKING:
     from src.cache.teacher import CacheTeacher
@@ -54,7 +57,10 @@ class CacheWriter(BasePredictionWriter):
         trainer.predict_loop.return_predictions = False  # they are on disk; memory stays flat
         teacher = cast("CacheTeacher", pl_module)
         wanted = describe(trainer, teacher, self.precision)
+        check_vocabulary(getattr(trainer, "datamodule").tokenizer, teacher.model)  # noqa: B009 (mypy)
         self.manifest = Manifest.load(self.out, wanted.part) or wanted
+        if self.manifest.compute is None:  # written before it was noted
+            wanted = replace(wanted, compute=None)
         if self.manifest.identity != wanted.identity:
             changed = "; ".join(
                 f"{key} was {was} and is now {wanted.identity[key]}"
@@ -63,11 +69,13 @@ class CacheWriter(BasePredictionWriter):
             )
             raise ConfigError(f"cache: '{self.out}' holds another one: {changed}. Choose another directory.")
         self.manifest = replace(self.manifest, complete=False)
+        with self._writing():
+            self._path("").mkdir(parents=True, exist_ok=True)
         self._check_files()
         self._known = deque(self.manifest.shards)
         teacher.resume(sum(shard.batches for shard in self._known))
         self._rows: list[Rows] = []
-        self._batches, self._seen = 0, 0
+        self._batches = 0
         self._pool, self._written = ThreadPoolExecutor(1), list[Future[None]]()
         trainer.print(projection(trainer, teacher, self.manifest, self.count_seconds))
 
@@ -83,9 +91,7 @@ class CacheWriter(BasePredictionWriter):
     ) -> None:
         """Collect the rows of a batch; close the shard when it is full, or check it if it exists."""
         self._batches += 1
-        self._seen += 1
-        own = getattr(trainer.predict_dataloaders, "own", None)
-        if own is None or self._seen <= own:  # a rank that runs out early is given its first batch again
+        if REPEATED not in batch:
             self._rows.append(prediction)
         if self._known:
             if self._batches == self._known[0].batches:
@@ -138,13 +144,13 @@ class CacheWriter(BasePredictionWriter):
         file = f"{len(self.manifest.shards):05d}.parquet"
         data = encode(rows, self.precision)
         path = self._path(file)
-        path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(".partial")
-        with partial.open("wb") as stream:
-            stream.write(data)
-            stream.flush()
-            os.fsync(stream.fileno())
-        partial.replace(path)
+        with self._writing():
+            with partial.open("wb") as stream:
+                stream.write(data)
+                stream.flush()
+                os.fsync(stream.fileno())
+            partial.replace(path)
         shard = Shard(
             file=file,
             batches=batches,
@@ -170,6 +176,16 @@ class CacheWriter(BasePredictionWriter):
                     f"cache: '{path}' is missing or damaged. Delete '{self.out}' and start anew."
                 )
 
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as e:
+            raise ConfigError(
+                f"cache: cannot write to '{self._path('')}': {e.strerror or e}. Make room or choose another "
+                f"directory (model.out). Shards that are finished are kept: the same command resumes."
+            ) from e
+
     def _path(self, file: str) -> Path:
         return Path(self.out) / f"part-{self.manifest.part}" / file
 
@@ -188,4 +204,5 @@ def describe(trainer: Trainer, teacher: CacheTeacher, precision: Precision) -> M
         parts=trainer.world_size,
         part=trainer.global_rank,
         dtype=teacher.loading["dtype"],
+        compute=str(trainer.precision),
     )

@@ -147,7 +147,7 @@ class Corpus(LightningDataModule):
 
     def predict_dataloader(self) -> Loader:
         """Every training document once, not shuffled, for a pass of the teacher."""
-        return self.loader("train", shuffle=False, **self._ranks())
+        return self.loader("train", shuffle=False, mark=True, **self._ranks())
 
     @property
     def statistics(self) -> Statistics:

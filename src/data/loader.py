@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from math import gcd
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -26,6 +26,8 @@ from src.data.statistics import Statistics
 from src.data.stream import LANES, Lanes, Recipe
 from src.errors import ConfigError
 
+REPEATED = "repeated"
+"""Key of a batch that a rank was given before, where that is marked."""
 Agree = Callable[[bool, int], tuple[bool, int]]
 """Given whether this rank has more and its number of tokens: whether any rank has, and the sum."""
 
@@ -73,10 +75,10 @@ class Loader:
         max_tokens: tokens, over all ranks and epochs, after which there are no more batches.
         agree: how ranks agree that an epoch goes on.
         position: where to start.
+        mark: whether a batch that is given again has the key ``repeated``.
 
     Attributes:
         fresh: whether no batch was handed to training yet.
-        own: batches of this iteration that are not repeated; None until it runs out.
     """
 
     def __init__(
@@ -88,11 +90,13 @@ class Loader:
         max_tokens: int | None = None,
         agree: Agree = alone,
         position: State | None = None,
+        mark: bool = False,
     ) -> None:
+        self.mark = mark
         self.recipe, self.rank, self.world, self.workers = recipe, rank, world, workers
         self.max_tokens, self.agree = max_tokens, agree
         self.position = start() if position is None else position
-        self.fresh, self.own = True, cast(int | None, None)
+        self.fresh = True
         self._began = self._waited = 0.0
         self._queue = deque[State]()
 
@@ -111,7 +115,6 @@ class Loader:
 
     def __iter__(self) -> Iterator[Batch]:
         self._queue.clear()
-        given, self.own = 0, None
         if self.position["finished"]:
             return
         items = self._items(self.position, self.workers)
@@ -122,7 +125,6 @@ class Loader:
             raise ConfigError(_nothing(position["statistics"]))
         while more and not finished:
             if batch is None:
-                self.own = given if self.own is None else self.own
                 batch, repeated = self._first(), repeated + 1
             this, here = batch, position
             batch, position = self._next(items)
@@ -133,7 +135,6 @@ class Loader:
                 here = {**position, "epoch": position["epoch"] + 1, **_epoch(len(position["lanes"]))}
             counts = {**here["statistics"], "repeated": repeated}
             self._queue.append({**here, "tokens": tokens, "finished": finished, "statistics": counts})
-            given += 1
             yield this
 
     def _next(self, items: Iterator[tuple[Batch | None, State]]) -> tuple[Batch | None, State]:
@@ -190,7 +191,7 @@ class Loader:
                 f"data: rank {self.rank} of {self.world} found no document; the corpus is too "
                 "small for so many ranks. Use fewer devices or more documents."
             )
-        return batch
+        return {**batch, REPEATED: torch.ones(1)} if self.mark else batch
 
 
 def _nothing(counts: dict[str, Any]) -> str:

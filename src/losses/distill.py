@@ -71,11 +71,12 @@ class Distillation:
             raise ConfigError(f"rule: '{rule}' is none of {accepted}.{did_you_mean(rule, accepted)}")
         check_weight(weight)
         bounds = {
-            "k": (k, k is None or k >= 1, "at least 1, or null"),
+            "k": (k, k is None or (isinstance(k, int) and k >= 1), "at least 1, or null"),
             "temperature": (temperature, temperature > 0, "above 0"),
             "alpha": (alpha, 0 <= alpha <= 1, "in [0, 1]"),
             "weight_lambda": (weight_lambda, weight_lambda >= 0, "at least 0"),
-            "chunk_tokens": (chunk_tokens, chunk_tokens >= 1, "at least 1"),
+            "chunk_tokens": (chunk_tokens, isinstance(chunk_tokens, int) and chunk_tokens >= 1, "at least 1"),
+            "mean_entropy": (mean_entropy, mean_entropy is None or mean_entropy > 0, "above 0, or null"),
         }
         wrong = [f"{key} must be {want}, found {got}" for key, (got, ok, want) in bounds.items() if not ok]
         if wrong:

@@ -22,7 +22,7 @@ from src.models.layers import decoder_layers, text_config
 from src.models.projection import summing
 from src.models.sharding import within
 
-TARGETS = ("labels", "row_id", "teacher_")
+TARGETS = ("labels", "row_id", "teacher_", "repeated")
 """Keys of a batch (or their beginnings) that are no input of a model."""
 
 
