@@ -8,7 +8,7 @@ to say them itself.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Literal
 
@@ -26,7 +26,10 @@ TooLong = Literal["truncate", "split", "error"]
 
 @dataclass(frozen=True)
 class TokenRow:
-    """Token ids and labels of a document or a piece of one; ``lost`` tokens were cut off."""
+    """Token ids and labels of a document or a piece of one.
+
+    ``lost`` tokens of the document are in no row; its first piece tells them.
+    """
 
     ids: list[int]
     labels: list[int]
@@ -99,10 +102,13 @@ class Encoder:
             )
         cuts, cut = [0, size], lost
         if self.too_long == "split" and lost:
-            cuts, cut = [*range(0, len(ids), size), len(ids)], 0
+            cuts = [*range(0, len(ids), size), len(ids)]
             cuts[-2] -= cuts[-1] - cuts[-2] == 1  # a token alone would teach nothing
-        pieces = [TokenRow(ids[a:b], labels[a:b], document.where, cut) for a, b in pairwise(cuts)]
-        return [p for p in pieces if any(label != IGNORE for label in p.labels[1:])]
+        kept = [(a, b) for a, b in pairwise(cuts) if any(label != IGNORE for label in labels[a + 1 : b])]
+        if self.too_long == "split" and lost:
+            cut = len(ids) - sum(b - a for a, b in kept)
+        pieces = [TokenRow(ids[a:b], labels[a:b], document.where) for a, b in kept]
+        return [replace(piece, lost=cut) if n == 0 else piece for n, piece in enumerate(pieces)]
 
     def _supervised(self, encoded: BatchEncoding, i: int, document: Document) -> list[int]:
         if document.spans is None:
@@ -115,8 +121,8 @@ class Encoder:
         labels = [IGNORE] * len(ids)
         for span in document.spans:
             first, last = self._tokens(encoded, i, document.text, span)
-            if document.chat and last < len(ids) and ids[last] in self.special:
-                last += 1
+            if document.chat:
+                last = self._stop(encoded, i, document.text, last)
             labels[first:last] = ids[first:last]
         return labels
 
@@ -132,6 +138,16 @@ class Encoder:
             first += 1
         last = self._token_from(encoded, i, end, len(text))
         return first, len(encoded.input_ids[i]) if last is None else last
+
+    def _stop(self, encoded: BatchEncoding, i: int, text: str, last: int) -> int:
+        """The end of an answer with the special token that closes it: behind it, or behind spaces."""
+        ids, at = encoded.input_ids[i], last
+        while at < len(ids) and ids[at] not in self.special:
+            covered = encoded.token_to_chars(i, at)
+            if covered is not None and text[covered.start : covered.end].strip(" "):
+                return last
+            at += 1
+        return at + 1 if at < len(ids) else last
 
     def _token_from(self, encoded: BatchEncoding, i: int, start: int, end: int) -> int | None:
         """The token of the first character in ``[start, end)`` that has one."""

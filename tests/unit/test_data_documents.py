@@ -58,6 +58,28 @@ def test_chat_supervises_what_the_assistant_says_and_its_stop(template, stop):
     assert tokenizer.decode(row.ids) == tokenizer.apply_chat_template(TURNS, tokenize=False)
 
 
+LLAMA2 = (
+    "{% for m in messages %}{% if m.role == 'user' %}"
+    "{{ bos_token + '[INST] ' + m.content.strip() + ' [/INST]' }}"
+    "{% else %}{{ ' ' + m.content.strip() + ' ' + eos_token }}{% endif %}{% endfor %}"
+)
+
+
+def test_a_stop_after_a_space_is_supervised_too():
+    """Llama 2 puts a space before it; without its stop a model would never learn to end its turn."""
+    tokenizer = byte_tokenizer(LLAMA2)
+    row = encode({"messages": TURNS}, tokenizer)
+    assert supervised(row, tokenizer) == [f"{TURNS[1]['content']} </s>", " the answer </s>"]
+
+
+def test_a_special_token_behind_text_of_the_template_is_context():
+    tokenizer = byte_tokenizer(
+        CHATML.replace("{{ m.content }}<|im_end|>", "{{ m.content }} over\n<|im_end|>")
+    )
+    row = encode({"messages": TURNS}, tokenizer)
+    assert [text.strip() for text in supervised(row, tokenizer)] == [TURNS[1]["content"], "the answer"]
+
+
 def test_a_space_glued_to_the_answer_belongs_to_it():
     """After '[/INST]' the template's space and the answer's first letter are one token."""
     tokenizer = byte_tokenizer(MISTRAL)

@@ -126,6 +126,22 @@ def test_split_keeps_every_token(tmp_path, packing):
     assert len(pieces) == 6
 
 
+def test_pieces_without_a_supervised_token_are_counted(tmp_path):
+    """A prompt longer than a row leaves whole pieces that teach nothing: left out, but not unseen."""
+    rows = [{"question": "q" * 200, "answer": "yes"}, {"question": "q", "answer": "a"}]
+    path = write_rows(tmp_path / "a.jsonl", rows)
+    loader = corpus(tmp_path, path, supervise="answer", too_long="split", bos=False).loader(
+        "train", shuffle=True
+    )
+    for _ in loader:
+        loader.handed()
+    counts = loader.statistics
+    whole = sum(len(row["question"] + row["answer"]) + 2 for row in rows)
+    assert counts.tokens + counts.lost == whole
+    assert (counts.truncated, counts.lost, counts.dropped) == (1, 3 * 64, 0)
+    assert counts.first_truncated.endswith("a.jsonl row 1")
+
+
 def test_held_out_sides_are_disjoint_and_complete(tmp_path):
     data = corpus(tmp_path, write_rows(tmp_path / "a.jsonl", numbered(300)), held_out=0.2)
     train, apart = (texts(data, data.loader(s, shuffle=False)) for s in ("train", "validation"))
