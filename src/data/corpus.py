@@ -8,7 +8,7 @@ elsewhere; it is not shifted.
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -112,11 +112,14 @@ class Corpus(LightningDataModule):
         self._loader: Loader | None = None
         self._resume: list[State] | None = None
         self._told: set[str] = set()
+        self._apart = False  # whether the model was seen to keep packed documents apart
 
     def loader(self, split: Literal["train", "validation"], shuffle: bool, **options: Any) -> Loader:
         """The loader of a split; ``options`` are those of :class:`src.data.loader.Loader`."""
         apart = split == "validation" and self.held_out > 0
         sources = self.train if split == "train" or apart else self.validation
+        if split == "validation":  # each document once: a weight would repeat those of small parts
+            sources = [replace(source, weight=None) for source in sources]
         if not sources:
             raise ConfigError(f"data.{split} is not set; name a file, a Hub id or a list of sources.")
         corpora = Corpora(sources, self.columns, self.separator, self.tokenizer, self.held_out, apart)
@@ -146,7 +149,7 @@ class Corpus(LightningDataModule):
         return self.val_dataloader()
 
     def predict_dataloader(self) -> Loader:
-        """Every training document once, not shuffled, for a pass of the teacher."""
+        """An epoch of the training documents, not shuffled, for a pass of the teacher."""
         return self.loader("train", shuffle=False, mark=True, **self._ranks())
 
     @property
@@ -160,21 +163,22 @@ class Corpus(LightningDataModule):
         return self._loader.position["tokens"] if self._loader else 0
 
     def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
-        """Called by Lightning as a batch is handed to training: the position moves.
+        """Called by Lightning as a batch is handed to the model: in training, the position moves.
 
         Raises:
             ConfigError: rows are packed and the model does not keep their documents apart.
         """
         trainer, loader = self.trainer, self._loader
-        if trainer is None or not trainer.training or loader is None:
-            return batch
-        if "position_ids" in batch and loader.fresh:
+        if trainer is not None and "position_ids" in batch and not self._apart:
             module = trainer.lightning_module
             # A search keeps its frozen model out of the module tree; its output head knows it.
             parts = [getattr(getattr(module, "head", None), "model", None), *module.modules()]
             model = next((part for part in parts if isinstance(part, PreTrainedModel)), None)
             if model is not None:
                 check_boundaries(model)
+            self._apart = True
+        if trainer is None or not trainer.training or loader is None:
+            return batch
         loader.handed()
         self._report(trainer, loader)
         trainer.should_stop |= loader.position["finished"]

@@ -76,9 +76,6 @@ class Loader:
         agree: how ranks agree that an epoch goes on.
         position: where to start.
         mark: whether a batch that is given again has the key ``repeated``.
-
-    Attributes:
-        fresh: whether no batch was handed to training yet.
     """
 
     def __init__(
@@ -96,13 +93,12 @@ class Loader:
         self.recipe, self.rank, self.world, self.workers = recipe, rank, world, workers
         self.max_tokens, self.agree = max_tokens, agree
         self.position = start() if position is None else position
-        self.fresh = True
         self._began = self._waited = 0.0
         self._queue = deque[State]()
 
     def handed(self) -> None:
         """The oldest batch not accounted for was handed to training; the position moves on."""
-        self.position, self.fresh = self._queue.popleft(), False
+        self.position = self._queue.popleft()
 
     def wait(self) -> float:
         """Share of the time since the first batch that was spent waiting for batches."""

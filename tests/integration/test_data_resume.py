@@ -221,6 +221,9 @@ class Student(Recorder):
         super().__init__(log)
         self.model = tiny_model(family)
 
+    def forward(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        return self.model(batch["input_ids"]).logits
+
 
 def test_packing_under_a_model_that_mixes_documents_is_refused(tmp_path, small):
     for family in ("llama", "mamba"):
@@ -229,5 +232,6 @@ def test_packing_under_a_model_that_mixes_documents_is_refused(tmp_path, small):
         if family == "llama":
             run.fit(student, datamodule=data)
         else:
-            with pytest.raises(ConfigError, match="does not keep the documents of a packed row apart"):
-                run.fit(student, datamodule=data)
+            for verb in (run.fit, run.validate, run.predict):
+                with pytest.raises(ConfigError, match="does not keep the documents of a packed row apart"):
+                    verb(student, datamodule=data)

@@ -162,6 +162,21 @@ def test_mixture_keeps_its_proportions_and_reads_every_part(tmp_path):
     assert len(small) > 20  # the small part started again
 
 
+@pytest.mark.parametrize("held_out", [0.0, 0.2])
+def test_validation_on_a_mixture_has_every_document_once(tmp_path, held_out):
+    """Weights are for training: validation would count the documents of a small part many times."""
+    paths = [
+        write_rows(tmp_path / f"{i}.jsonl", numbered(n, start=i * 1000)) for i, n in enumerate((200, 20))
+    ]
+    mixture = [{"path": path, "weight": 1} for path in paths]
+    sides = {"held_out": held_out} if held_out else {"validation": mixture}
+    data = corpus(tmp_path, mixture, **sides)
+    apart = texts(data, data.val_dataloader())
+    assert len(set(apart)) == len(apart)
+    if not held_out:
+        assert len(apart) == 220
+
+
 def test_unweighted_parts_are_read_once_and_mixed(tmp_path):
     a = write_rows(tmp_path / "a.jsonl", numbered(60))
     b = write_rows(tmp_path / "b.jsonl", numbered(60, start=1000))
