@@ -49,6 +49,7 @@ class Ledger(TorchDispatchMode):
         self.vocabulary = vocabulary
         self.live: Counter[str] = Counter()
         self.peak: Counter[str] = Counter()
+        self.step_peak: Counter[str] = Counter()
         self.flops = 0
         self._known = WeakIdKeyDictionary()  # storage -> its record
 
@@ -64,6 +65,15 @@ class Ledger(TorchDispatchMode):
                 wide = self.vocabulary in value.shape[-2:]
                 self._enter(value, "loss chunk" if wide else "activations")
         return out
+
+    @contextmanager
+    def step(self) -> Iterator[None]:
+        """An optimiser's step, whose peak is noted apart; what it makes for itself is the optimiser's."""
+        before, self.peak = self.peak, Counter()
+        yield
+        self.step_peak, self.peak = self.peak, before
+        for part in ("activations", "loss chunk"):
+            self.step_peak["optimiser"] += self.step_peak.pop(part, 0)
 
     def own(self, tensors: Iterable[Tensor | None], part: str) -> None:
         """Move the storages of some tensors to a part, entering those that are new."""

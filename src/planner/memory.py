@@ -69,23 +69,33 @@ def strategy_name(strategy: Any, ranks: int) -> str:
 
 
 def memory(trace: Trace, at: Setting, device: Device) -> dict[str, int]:
-    """Peak bytes of one rank by part."""
-    part = {key: trace.peak.get(key, 0) for key in ("teacher", "student", "gradients", "optimiser")}
-    loose = {key: trace.peak.get(key, 0) for key in ("activations", "loss chunk")}
+    """Peak bytes of one rank by part: in the passes or, if more, in the optimiser's step."""
+    moments = [_moment(trace.peak, trace, at, gathered=True)]
+    if trace.step:
+        moments.append(_moment(trace.step, trace, at, gathered=False))
+    parts = max(moments, key=lambda moment: sum(moment.values()))
+    return {**parts, OVERHEAD: device.overhead + int(device.fragmentation * sum(parts.values()))}
+
+
+def _moment(peak: dict[str, int], trace: Trace, at: Setting, gathered: bool) -> dict[str, int]:
+    """Bytes of one rank at a peak of a whole device; ``gathered``: while sharded layers are in use."""
+    part = {key: peak.get(key, 0) for key in ("teacher", "student", "gradients", "optimiser")}
+    loose = {key: peak.get(key, 0) for key in ("activations", "loss chunk")}
     copy = at.mode if at.mode in ("int8", "nf4") else None
     part["teacher"] = trace.teacher.held(cast(Quantization | None, copy)) if at.beside else 0
     if at.quantize is not None:
         part["student"] = trace.student.held(at.quantize)
-    if at.quantize is not None or (at.beside and copy):
+    if gathered and (at.quantize is not None or (at.beside and copy)):
         loose["activations"] += trace.student.widest if at.quantize else trace.teacher.widest
     if at.strategy == "ddp":
         part["gradients"] *= 2  # its buckets are a second copy
     if at.strategy in ("fsdp", "fsdp2", "deepspeed_z3"):
-        part["student"] = _sharded(part["student"], trace.student, at.ranks)
-        part["gradients"] = min(part["gradients"], _sharded(part["gradients"], trace.student, at.ranks))
+        whole = part["gradients"]
+        part["student"] = _sharded(part["student"], trace.student, at.ranks, gathered)
+        part["gradients"] = min(whole, _sharded(whole, trace.student, at.ranks, gathered))
         part["optimiser"] //= at.ranks
     if at.strategy == "fsdp2" and at.beside and at.mode == "copy":
-        part["teacher"] = _sharded(part["teacher"], trace.teacher, at.ranks)
+        part["teacher"] = _sharded(part["teacher"], trace.teacher, at.ranks, gathered)
     if at.strategy == "deepspeed_z2":
         part["gradients"] //= at.ranks
         part["optimiser"] //= at.ranks
@@ -95,12 +105,10 @@ def memory(trace: Trace, at: Setting, device: Device) -> dict[str, int]:
         part["optimiser"] += masters
     if at.offload:
         part["optimiser"] = 0
-    total = sum(part.values()) + sum(loose.values())
-    overhead = device.overhead + int(device.fragmentation * total)
-    return {**part, **loose, OVERHEAD: overhead}
+    return {**part, **loose}
 
 
-def _sharded(whole: int, weights: Weights, ranks: int) -> int:
-    """A rank's part, with two layers and the root gathered."""
-    gathered = min(weights.whole, weights.root + 2 * weights.layer)
-    return whole // ranks + (gathered - gathered // ranks if whole else 0)
+def _sharded(whole: int, weights: Weights, ranks: int, gathered: bool) -> int:
+    """A rank's part; while ``gathered``, with two layers and the root whole."""
+    more = min(weights.whole, weights.root + 2 * weights.layer) if gathered and whole else 0
+    return whole // ranks + more - more // ranks

@@ -90,7 +90,7 @@ def _recover(recovery: Recovery, batch: Batch, ledger: Ledger, gpu: bool) -> int
     trained = [p for p in recovery.model.parameters() if p.requires_grad]
     optimizer = recovery.optimizer(trained)
     for group in optimizer.param_groups:
-        if gpu and "foreach" in group and not group.get("fused"):
+        if gpu and group.get("foreach", False) is None and not group.get("fused"):
             group["foreach"] = True  # torch's choice on GPUs, at the price of temporaries
     for p in trained:
         p.grad = torch.empty_like(p)
@@ -105,7 +105,8 @@ def _recover(recovery: Recovery, batch: Batch, ledger: Ledger, gpu: bool) -> int
     optimizer.zero_grad()  # Lightning's order
     loss.backward()
     flops = ledger.flops
-    optimizer.step()
+    with ledger.step():
+        optimizer.step()
     ledger.flops = flops
     teacher: Any = recovery.teacher
     return int(teacher.flops)

@@ -8,7 +8,7 @@ CPU, so that the operations chosen are real ones.
 from __future__ import annotations
 
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -32,13 +32,14 @@ class Trace:
     """What one micro-batch of a stage costs on one device, nothing being quantised or sharded.
 
     Attributes:
-        peak: bytes by part (:data:`src.planner.ledger.PARTS`) when their sum is highest.
+        peak: bytes by part (:data:`src.planner.ledger.PARTS`) when their sum is highest, in the passes.
         flops: floating-point operations of the step.
         teacher_flops: those of the teacher's pass, a forward pass of the whole model.
         parent: number of weights of the parent.
         trainable: number of weights that are trained.
         student: weights of the model that is searched, recovered or run.
         teacher: weights of the model beside it, or of the parent where none is.
+        step: as ``peak``, in the optimiser's step; empty where none is.
     """
 
     peak: dict[str, int]
@@ -48,6 +49,7 @@ class Trace:
     trainable: int
     student: Weights
     teacher: Weights
+    step: dict[str, int] = field(default_factory=dict)
 
 
 def trace(module: LightningModule, batch: Batch, gpu: bool) -> Trace:
@@ -111,6 +113,7 @@ def trace(module: LightningModule, batch: Batch, gpu: bool) -> Trace:
         trainable=sum(p.numel() for p in student.parameters() if p.requires_grad),
         student=Weights.of(student),
         teacher=weights,
+        step=dict(ledger.step_peak),
     )
 
 

@@ -255,6 +255,22 @@ def test_shards_shrink_with_the_ranks() -> None:
     assert used[OVERHEAD] == 7 + 505
 
 
+def test_what_an_optimiser_makes_for_itself_is_in_parts_too(plan: Make) -> None:
+    """On a GPU its step makes a copy of all weights; of a rank's part under a sharding strategy."""
+    planner = plan(RECOVER)
+    traced = planner.trace()
+    own = traced.step["optimiser"] - traced.peak["optimiser"]
+    assert own >= traced.step["student"] - 100
+    assert not planner.trace(True).step.keys() & {"activations", "loss chunk"}
+    wide = replace(traced, peak={}, step=traced.step)
+    for ranks in (1, 2, 4):
+        held = memory(wide, Setting("recover", "cached", "fsdp2", ranks, beside=False), PLENTY)
+        assert held["optimiser"] == traced.step["optimiser"] // ranks
+        assert held["student"] == traced.step["student"] // ranks, "no layer is gathered then"
+    offloaded = Setting("recover", "cached", "deepspeed_z3", 4, beside=False, offload=True)
+    assert memory(wide, offloaded, PLENTY)["optimiser"] == 0
+
+
 def test_fused_attention_holds_no_scores(tmp_path: Path) -> None:
     """Keys and values of different widths: the CPU writes the scores out, a GPU's kernels do not."""
     config = AutoConfig.for_model(
