@@ -145,12 +145,12 @@ def main(argv: list[str] | None = None) -> None:
     try:
         run(sys.argv[1:] if argv is None else argv)
     except Exception as error:
+        if message := faults.explain(error):  # first: a load that runs out of memory is a fault too
+            print(message, file=sys.stderr)
+            raise SystemExit(1) from None
         if fault := _fault(error):
             print(f"error: {fault}", file=sys.stderr)
             raise SystemExit(2) from None
-        if message := faults.explain(error):
-            print(message, file=sys.stderr)
-            raise SystemExit(1) from None
         raise
 
 

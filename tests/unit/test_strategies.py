@@ -17,6 +17,7 @@ import src.cli
 from src import faults
 from src.cli import PruneCLI, main, run
 from src.errors import ConfigError
+from src.models.loading import load_model
 from src.strategies import FSDP, FSDP2, ZeRO, kind
 from tests.cached import workspace
 
@@ -200,6 +201,20 @@ def test_memory_that_runs_out_names_the_knobs(
         "fsdp2.yaml",
     ):
         assert knob in said
+
+
+def test_memory_that_runs_out_while_a_model_is_loaded_names_them_too(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], teacher_dir: str
+) -> None:
+    def greedy(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", greedy)
+    monkeypatch.setattr(src.cli, "run", lambda _: load_model(teacher_dir))
+    with pytest.raises(SystemExit) as ended:
+        main([])
+    assert ended.value.code == 1
+    assert "quantize" in capsys.readouterr().err
 
 
 def test_an_error_of_a_gpu_and_one_behind_another_are_understood() -> None:
