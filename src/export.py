@@ -11,6 +11,8 @@ the final name, and an existing directory stays as it was unless ``--force`` is 
 from __future__ import annotations
 
 import argparse
+import glob
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -64,7 +66,7 @@ def export(mask: Mask, args: argparse.Namespace, patch: LinearPatch | None = Non
     Raises:
         ConfigError: a fault of the request, a mask that the family cannot express, or a failed check.
     """
-    out, name = Path(args.out), args.model or mask.model
+    out, name = Path(args.out).resolve(), args.model or mask.model
     _check_out(out, args.force, name)
     config = load_config(name, mask.revision)
     mask.check(num_layers(config), name)
@@ -77,7 +79,7 @@ def export(mask: Mask, args: argparse.Namespace, patch: LinearPatch | None = Non
     student.config.depth_pruning = origin
     files = parent_files(name, mask.revision)
     weights = unique_weights(parent.state_dict()), predicted_weights(parent, student, mask.keep)
-    with staged(out) as stage:
+    with staged(out, args.force) as stage:
         if (files / "generation_config.json").is_file():
             student.generation_config = GenerationConfig()  # the parent's own file takes its place
         student.save_pretrained(stage)
@@ -115,26 +117,50 @@ def export(mask: Mask, args: argparse.Namespace, patch: LinearPatch | None = Non
 
 
 @contextmanager
-def staged(out: Path) -> Iterator[Path]:
+def staged(out: Path, force: bool) -> Iterator[Path]:
     """A temporary directory beside ``out`` that takes its name if the block ends well, and goes if not.
 
     Raises:
-        ConfigError: nothing can be written there, or the disk is full.
+        ConfigError: nothing can be written there, the disk is full, or something appeared there meanwhile.
     """
-    stage, old = (out.with_name(f".{out.name}.{suffix}") for suffix in ("partial", "old"))
-    shutil.rmtree(stage, ignore_errors=True)  # of an export that was killed
+    stage, old = (out.with_name(f".{out.name}.{os.getpid()}.{suffix}") for suffix in ("partial", "old"))
+    _tidy(out)
     try:
         stage.mkdir(parents=True)
         yield stage
+        _check_free(out, force)
         if out.exists():
-            shutil.rmtree(old, ignore_errors=True)
             out.rename(old)
-        stage.rename(out)
+        try:
+            stage.rename(out)  # fails if a directory that is not empty has appeared there
+        except OSError:
+            if old.exists():
+                old.rename(out)
+            raise
         shutil.rmtree(old, ignore_errors=True)
     except (OSError, SafetensorError) as e:
-        raise ConfigError(f"--out: cannot write '{out}': {e}. Nothing is left there.") from e
+        left = "What was there stays." if out.exists() else "Nothing is left there."
+        raise ConfigError(f"--out: cannot write '{out}': {e}. {left}") from e
     finally:
         shutil.rmtree(stage, ignore_errors=True)
+
+
+def _tidy(out: Path) -> None:
+    """Remove what exports to ``out`` left that were killed, but not one that still runs."""
+    for stage in out.parent.glob(f".{glob.escape(out.name)}.*.partial"):
+        writer = stage.name.split(".")[-2]
+        if writer.isdigit() and not _runs(int(writer)):
+            shutil.rmtree(stage, ignore_errors=True)
+
+
+def _runs(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        pass
+    return True
 
 
 def parent_files(name: str, revision: str | None) -> Path:
@@ -159,6 +185,10 @@ def _check_out(out: Path, force: bool, parent: str) -> None:
             f"--out: '{out}' is the directory of the parent '{parent}', lies inside it or contains it; it is "
             f"not written, even by --force. Give a directory beside it."
         )
+    _check_free(out, force)
+
+
+def _check_free(out: Path, force: bool) -> None:
     if out.exists() and not force:
         raise ConfigError(f"--out: '{out}' exists. Give another name, or --force to replace it.")
     if out.exists() and not (out / "config.json").is_file():

@@ -233,11 +233,38 @@ def test_a_kill_leaves_no_directory_and_the_next_export_tidies_up(
         monkeypatch.setattr(export, "prove", lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL))
         run()
         os._exit(0)
+    running = tmp_path / f".out.{os.getppid()}.partial"
+    running.mkdir()
     _, status = os.waitpid(child, 0)
     assert os.WTERMSIG(status) == signal.SIGKILL
     assert not (tmp_path / "out").exists()
-    assert left_beside(tmp_path / "out") == [".out.partial"]
-    assert not left_beside(run())
+    assert left_beside(tmp_path / "out") == sorted([f".out.{child}.partial", running.name])
+    assert left_beside(run()) == [running.name]  # another export's, that still runs
+
+
+@pytest.mark.parametrize("more", [(), ("--force",)])
+def test_what_appears_during_an_export_is_not_overwritten(
+    more: tuple[str, ...], run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    prove = export.prove
+
+    def slow(*args: Any, **kwargs: Any) -> list[Finding]:
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "thesis.tex").write_text("years of work")
+        return prove(*args, **kwargs)
+
+    monkeypatch.setattr(export, "prove", slow)
+    with pytest.raises(ConfigError, match=r"--out: .* (exists|holds no model)"):
+        run(*more)
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["thesis.tex"]
+    assert not left_beside(tmp_path / "out")
+
+
+def test_a_link_stays_a_link(run: Callable[..., Path], mask_file: str, tmp_path: Path) -> None:
+    link = tmp_path / "link"
+    link.symlink_to(run())
+    export.main(["--mask", mask_file, "--out", str(link), "--force"])
+    assert (link.is_symlink(), left_beside(tmp_path / "out")) == (True, ["link"])
 
 
 @pytest.mark.parametrize(
