@@ -13,7 +13,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -125,8 +125,8 @@ def cut(model: PreTrainedModel, keep: Iterable[int]) -> PreTrainedModel:
     with no_init_weights():
         new = type(model)._from_config(config, dtype=model.dtype)
     # Some layers change when they run (BigBird's attention), so a fresh parent is compared with a fresh cut.
-    fresh = decoder_layers(_weightless(model.config, type(model)))[1]
-    if misfits := structural_changes(fresh, decoder_layers(new)[1], keep):
+    fresh, cut_layers = _weightless(model.config, type(model)).get_submodule(path), new.get_submodule(path)
+    if misfits := structural_changes(cast(Any, fresh), cast(Any, cut_layers), keep):
         limit = constraints(model.config).reason
         raise ConfigError(f"keep: {next(iter(misfits.values()))} {limit}")
     shapes = {name: tensor.shape for name, tensor in new.state_dict().items()}
@@ -153,12 +153,12 @@ def constraints(config: PretrainedConfig) -> Constraints:
     length, lent, attend = num_layers(config), lenders(config), attention_layers(config)
     if why := forbidden(config):
         return Constraints(frozenset(range(length)), reason=f"This '{config.model_type}' {why}.")
-    layers = decoder_layers(_weightless(config))[1]
+    path, layers = decoder_layers(_weightless(config))
 
     def changes(removed: Iterable[int]) -> str:
         keep = [i for i in range(length) if i not in set(removed)]
         try:
-            cut_layers = decoder_layers(_weightless(cut_config(config, keep)))[1]
+            cut_layers: Any = _weightless(cut_config(config, keep)).get_submodule(path)
         except ConfigError as e:
             return str(e)
         return next(iter(structural_changes(layers, cut_layers, keep).values()), "")

@@ -6,6 +6,9 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from src.errors import ConfigError
+from src.models.cut_rules import LAYER_COUNTS
+
+Named = tuple[str, nn.ModuleList]
 
 
 def text_config(config: PretrainedConfig) -> PretrainedConfig:
@@ -19,7 +22,11 @@ def num_layers(config: PretrainedConfig) -> int:
     Raises:
         ConfigError: the config names no layer count.
     """
-    count = getattr(text_config(config), "num_hidden_layers", None)
+    text = text_config(config)
+    count = getattr(text, "num_hidden_layers", None)
+    if isinstance(getattr(type(text), "num_hidden_layers", None), property):  # derived: LongCat counts twice
+        stored = text.to_dict()
+        count = next((stored[name] for name in LAYER_COUNTS[1:] if name in stored), count)
     if not isinstance(count, int):
         raise ConfigError(f"model: the config of a '{config.model_type}' states no number of layers.")
     return count
@@ -28,7 +35,8 @@ def num_layers(config: PretrainedConfig) -> int:
 def decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     """The dotted path and the one ``ModuleList`` that holds the decoder layers.
 
-    It is the outermost list of the config's length; lists inside it (experts, say) do not count.
+    It is the outermost list of the config's length; lists inside it (experts, say) do not count. Where a
+    tower of another modality is as deep, it is the list nearest to what the model calls its decoder.
 
     Raises:
         ConfigError: no list, or several, fit; the message names the candidates.
@@ -37,6 +45,8 @@ def decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     lists = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList)]
     outer = [(n, m) for n, m in lists if not any(n.startswith(o + ".") for o, _ in lists if o != n)]
     fits = [(name, m) for name, m in outer if len(m) == count]
+    if len(fits) > 1:
+        fits = _nearest(model, fits)
     if len(fits) != 1:
         found = [f"{name} ({len(m)})" for name, m in fits or outer]
         raise ConfigError(
@@ -44,3 +54,12 @@ def decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
             f"{count} layers; found {', '.join(found) or 'none'}."
         )
     return fits[0]
+
+
+def _nearest(model: PreTrainedModel, lists: list[Named]) -> list[Named]:
+    """Those with weights that lie the fewest steps inside the model's decoder."""
+    decoder = model.get_decoder()
+    inside = {id(module) for module in decoder.modules()}
+    own = [(n, m) for n, m in lists if id(m) in inside and any(True for _ in m.parameters())]
+    depth = min((n.count(".") for n, _ in own), default=0)
+    return [(n, m) for n, m in own if n.count(".") == depth] or lists

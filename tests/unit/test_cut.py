@@ -7,10 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
+from scripts.tiny_configs import tiny_config as matrix_config
 from src.errors import ConfigError
 from src.models.cut import Constraints, constraints, cut, cut_config
 from src.models.cut_rules import slice_section
+from src.models.gated import GatedLayers
+from src.models.layers import decoder_layers, num_layers
 from src.policies import GumbelTopK
 from src.search import MaskSearch
 from tests.tiny import FAMILIES, KV_SHARED, LAYERS, tiny_config, tiny_ids, tiny_model
@@ -64,8 +68,6 @@ def test_keeping_every_layer_changes_nothing(family: str) -> None:
 
 
 def test_a_nested_config_is_cut_in_its_text_part_alone() -> None:
-    from transformers import AutoConfig
-
     text = tiny_config("gemma3_text").to_dict()
     vision = {
         "hidden_size": 32,
@@ -77,6 +79,30 @@ def test_a_nested_config_is_cut_in_its_text_part_alone() -> None:
     new = cut_config(config, KEEP)
     assert (new.text_config.num_hidden_layers, new.vision_config.num_hidden_layers) == (len(KEEP), LAYERS)
     assert new.text_config.layer_types == [config.text_config.layer_types[i] for i in KEEP]
+
+
+@pytest.mark.parametrize("tower", [2, LAYERS])
+def test_a_tower_as_deep_as_the_text_decoder_is_not_taken_for_it(tower: int) -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
+    vision = {**sizes, "num_hidden_layers": tower, "image_size": 56}
+    text = tiny_config("gemma3_text").to_dict()
+    config = AutoConfig.for_model("gemma3", text_config=text, vision_config=vision)
+    config.mm_tokens_per_image = 4
+    model = AutoModelForCausalLM.from_config(config)
+    assert decoder_layers(model)[0] == "model.language_model.layers"
+    assert len(cut(model, [1, 5]).model.language_model.layers) == 2
+    assert constraints(config) == Constraints()
+
+
+def test_layers_that_hold_two_attentions_count_once() -> None:
+    model = AutoModelForCausalLM.from_config(matrix_config("longcat_flash")).eval()
+    assert num_layers(model.config) == LAYERS
+    keep = [0, 2, 3, 6]
+    student = cut(model, keep)
+    assert (student.config.num_layers, student.config.num_hidden_layers) == (4, 8)
+    gates, ids = torch.tensor([float(i in keep) for i in range(LAYERS)]), tiny_ids()
+    with GatedLayers(model).use(gates):
+        assert torch.equal(model(ids).logits, student(ids).logits)
 
 
 def test_the_cut_shares_no_memory_and_leaves_its_parent_alone() -> None:
