@@ -39,6 +39,7 @@ from src.errors import ConfigError
 from src.files import write_json
 from src.gate import observe_gated, predicted_weights
 from src.models.cut import Constraints, attention_implementation, constraints, cut
+from src.models.cut_rules import forbidden
 from src.models.layers import decoder_layers, num_layers
 from src.models.observe import Observation, probe_tokens
 from src.verify import Reference, is_tied, verify
@@ -52,6 +53,9 @@ def tiny_model(family: str) -> PreTrainedModel:
     """A tiny model of any family, with weights large enough to betray a wrong cut, saved and loaded once.
 
     A parent is always a loaded one, and some families change weights on loading (Youtu's padding row).
+
+    Raises:
+        ConfigError: stock ``AutoModelForCausalLM`` does not load what the family saves.
     """
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(tiny_config(family)).eval()
@@ -59,7 +63,13 @@ def tiny_model(family: str) -> PreTrainedModel:
         parameter.data.add_(0.05 * torch.randn_like(parameter))
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
-        loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder)
+        try:
+            loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder)
+        except ValueError as e:
+            raise ConfigError(
+                f"model: AutoModelForCausalLM builds a '{family}' and does not load what it saves, so no "
+                f"export could be loaded: {str(e).splitlines()[0].partition(' for this kind')[0]}."
+            ) from e
     return loaded.eval()._apply(torch.clone)
 
 
@@ -81,6 +91,8 @@ def prepare(family: str, folder: Path) -> Row:
     """Build, cut and save; leave beside each export what it must reproduce."""
     torch.set_num_threads(1)
     try:
+        if why := forbidden(tiny_config(family)):
+            return {"result": "refused", "reason": f"This '{family}' {why}."}
         model = tiny_model(family)
         length, ids_BT = num_layers(model.config), probe_tokens(model.config)
         decoder_layers(model)

@@ -143,10 +143,22 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "zaya": {"num_experts_per_tok": 1},
 }
 
+SECTIONS: dict[str, dict[str, dict[str, Any]]] = {
+    "gemma4_assistant": {
+        "text_config": {
+            "num_hidden_layers": LAYERS,
+            "num_kv_shared_layers": LAYERS,
+            "hidden_size_per_layer_input": 0,
+            "vocab_size_per_layer_input": 0,
+        }
+    }
+}
+"""What a section must hold for the family's own default to be accepted."""
+
 
 def tiny_config(family: str) -> PretrainedConfig:
     """Return a tiny config of ``family``, a model type of transformers."""
-    default = AutoConfig.for_model(family)
+    default = AutoConfig.for_model(family, **SECTIONS.get(family, {}))
     return AutoConfig.for_model(family, **shrunk(default))
 
 
@@ -158,6 +170,7 @@ def shrunk(config: PretrainedConfig) -> dict[str, Any]:
             out[key] = shrunk(section)
             if section is not text_config(config):  # vision and audio towers are of another depth
                 out[key] = {name: 2 if size == LAYERS else size for name, size in out[key].items()}
+            out[key] |= SECTIONS.get(config.model_type, {}).get(key, {})
     return {**out, **SPECIAL.get(config.model_type, {})}
 
 

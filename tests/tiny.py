@@ -52,6 +52,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gemma2": {**SLIDING, "query_pre_attn_scalar": 8},
     "gemma3_text": {**SLIDING, "query_pre_attn_scalar": 8},
     "gpt2": {"n_inner": 48, "n_positions": 64},
+    "openai-gpt": {"n_positions": 64},  # its layers return lists
     "gpt_neo": {
         "attention_types": [[["global", "local"], 3], [["local"], 1]],
         "window_size": WINDOW,

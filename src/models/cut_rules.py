@@ -79,8 +79,10 @@ EXTRA_LAYERS: dict[str, Any] = {
 
 
 FORBIDDEN = {
+    "backbone_hidden_size": "drafts for another model, whose keys and values its layers read",
     "n_layers_per_attn_res_block": "adds up blocks of layers beside the residual stream, so that a closed "
     "layer is not a removed one",
+    "num_hashes": "computes in two reversible streams, and a gate closes only one of them",
     "router_hidden_size": "hands the state of each router to the next layer, beside the residual stream",
     "use_mems_eval": "carries a second stream (the query) through its layers, which a gate does not close",
     "rescale_every": "halves its weights by position in evaluation; set `rescale_every` to 0 in the parent's "
@@ -146,8 +148,8 @@ def spell_out_periods(section: Section, length: int) -> Section:
 
 def forbidden(config: PretrainedConfig) -> str | None:
     """Why no layer of this model can be removed, or None."""
-    text = config.get_text_config(decoder=True)
-    return next((why for name, why in FORBIDDEN.items() if getattr(text, name, None)), None)
+    parts = config, config.get_text_config(decoder=True)
+    return next((why for name, why in FORBIDDEN.items() if any(getattr(p, name, None) for p in parts)), None)
 
 
 def attention_layers(config: PretrainedConfig) -> frozenset[int]:

@@ -101,7 +101,7 @@ class GatedLayers:
             self._observe(index, h_in, out)
             h_out = _hidden(out)
             mixed = torch.lerp(h_in, h_out, gates[index].to(h_out.dtype))
-            return (mixed, *out[1:]) if isinstance(out, tuple) else mixed
+            return mixed if isinstance(out, Tensor) else type(out)((mixed, *out[1:]))
 
         return gated
 
@@ -117,7 +117,7 @@ class GatedLayers:
 
 
 def _hidden(out: Any) -> Tensor:
-    return out[0] if isinstance(out, tuple) else out
+    return out if isinstance(out, Tensor) else out[0]
 
 
 def freeze(model: PreTrainedModel) -> PreTrainedModel:
