@@ -3,7 +3,7 @@
 * ``bytes``: bytes for each supervised position, by column, and the divergence that rounding adds; on the
   demo's teacher, and on 151,936 classes with the skew of English text (``--text``: an n-gram teacher over
   BPE, whose entropy is above a language model's: its ids compress worse).
-* ``write``: predicting into a cache against the bare forward pass of the same teacher.
+* ``write``: ``predict``, to the complete cache on disk, against the bare forward pass of the same teacher.
 * ``recover``: one step of a recovery, 16 layers cut to 12, with the signal from a cache, from a live teacher
   and from a live 8-bit teacher; chunked projection and whole.
 
@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import gzip
 import hashlib
-import io
 import json
 import logging
 import random
@@ -27,69 +26,38 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
-import pyarrow.parquet as pq
 import torch
-from lightning import Trainer
+from lightning import Callback, Trainer
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from scripts import origin
 from scripts.bench_loss import memory
+from scripts.cache_sizes import sizes
 from scripts.ngram_teacher import ngram_rows
 from src.cache import Cache, CacheTeacher
-from src.cache.shards import Precision, Rows, decode, encode
+from src.cache.loader import collate
+from src.cache.shards import Rows, decode, encode, rows_of
 from src.data import Corpus
 from src.data.arithmetic import problem
 from src.files import write_json
 from src.losses.distill import Distillation, supervised
-from src.losses.signals import Signal, live_signal
-from src.mask import git_sha
+from src.losses.signals import Signal, TopK, live_signal
 from src.models.cut import cut
 from src.models.gated import freeze
 from src.models.head import OutputHead
 from src.models.loading import load_model
 
 TEACHER = "assets/arithmetic-teacher"
-PRECISIONS: tuple[Precision, ...] = ("float32", "float16", "compact")
 BARE: dict[str, Any] = {
     "accelerator": "cpu", "devices": 1, "logger": False, "enable_progress_bar": False,
     "enable_model_summary": False, "enable_checkpointing": False,
 }  # fmt: skip
 
 # ---------------------------------------------------------------------- bytes
-
-
-def sizes(rows: Rows) -> dict[str, Any]:
-    """Bytes for each position and added divergence of each precision."""
-    exact, found = _classes(rows), dict[str, Any]()
-    for precision in PRECISIONS:
-        data = encode(rows, precision)
-        metadata, columns = pq.read_metadata(io.BytesIO(data)), dict[str, float]()
-        for group in range(metadata.num_row_groups):
-            for index in range(metadata.num_columns):
-                column = metadata.row_group(group).column(index)
-                name = column.path_in_schema.split(".")[0]
-                columns[name] = columns.get(name, 0) + column.total_compressed_size / len(rows.entropy)
-        rounded = _classes(decode(data, rows.ids.shape[1]))
-        added = (exact.exp() * (exact - rounded)).sum(-1)
-        found[precision] = {
-            "bytes_per_position": len(data) / len(rows.entropy),
-            "columns": {name: round(size, 2) for name, size in columns.items()},
-            "added_kl_mean": float(added.mean()),
-            "added_kl_p99": float(added.quantile(0.99)),
-        }
-    return {
-        "positions": len(rows.entropy), "mean_entropy": float(rows.entropy.mean()),
-        "mass_in_top_k": float(1 - np.exp(rows.log_rest).mean()), **found,
-    }  # fmt: skip
-
-
-def _classes(rows: Rows) -> Tensor:
-    """The k + 1 classes of the bucket rule."""
-    logs = np.concatenate([rows.log_probs, rows.log_rest[:, None]], 1)
-    return torch.from_numpy(logs).double().log_softmax(-1)
 
 
 def section_bytes(args: argparse.Namespace) -> dict[str, Any]:
@@ -102,7 +70,11 @@ def section_bytes(args: argparse.Namespace) -> dict[str, Any]:
     if args.text:
         with gzip.open(args.text, "rt") as lines:
             texts = [json.loads(line)["text"] for line in lines]
-        found["wide"] = {"vocabulary": 151_936, "text": args.text.name, **sizes(ngram_rows(texts, 151_936))}
+        wide = {**origin("bench_teacher_cache"), "vocabulary": 151_936, "text": args.text.name}
+        found["wide"] = {**wide, **sizes(ngram_rows(texts, 151_936))}
+    elif args.out.exists():  # a row says itself where it comes from
+        found["wide"] = json.loads(args.out.read_text())["bytes"]["wide"]
+        print("bytes: without --text the wide vocabulary is not measured again", flush=True)
     return found
 
 
@@ -115,38 +87,49 @@ def _demo(folder: Path, count: int, batch_size: int = 32) -> Corpus:
 # ---------------------------------------------------------------------- write
 
 
+class Span(Callback):
+    """CPU seconds of a prediction, from its first batch to the last byte on disk."""
+
+    seconds = 0.0
+
+    def on_predict_start(self, *_: Any) -> None:
+        self._began = time.process_time()
+
+    def teardown(self, *_: Any, **__: Any) -> None:
+        self.seconds = time.process_time() - self._began
+
+
 def section_write(args: argparse.Namespace) -> dict[str, Any]:
-    """CPU seconds of the bare forward pass (all logits) and of the cache's work on the same batches."""
+    """CPU seconds of the bare forward pass (all logits) and of ``predict`` on the same corpus.
+
+    Both read the corpus; the bare pass keeps nothing, ``predict`` ends with the complete cache on disk.
+    """
     found = {}
     models = {"demo": lambda: load_model(TEACHER), "0.6B": lambda: _qwen(151_936, 1024, 28, 16)}
     for name, make in models.items():
-        teacher = CacheTeacher(TEACHER, "unused")
-        teacher.model = make()
-        teacher.head = OutputHead(teacher.model)
+        model, pairs = make(), []
         with tempfile.TemporaryDirectory() as folder:
-            count = 320 if name == "demo" else 8
-            corpus = _demo(Path(folder), count, min(32, count))
-            batches = list(corpus.predict_dataloader())
-
-        def bare(model: PreTrainedModel = teacher.model, batches: list[Any] = batches) -> None:
-            for batch in batches:
-                with torch.no_grad():
-                    model(batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
-
-        def cached(teacher: CacheTeacher = teacher, batches: list[Any] = batches) -> None:
-            rows = Rows.concatenate([teacher.predict_step(batch, 0) for batch in batches])
-            data = encode(rows, "float16")
-            hashlib.sha256(data).digest()
-
-        pairs = [(_cpu(bare), _cpu(cached)) for _ in range(args.repeats + 1)][1:]
-        ratios = [c / b - 1 for b, c in pairs]
-        tokens = sum(int(batch["attention_mask"].sum()) for batch in batches)
+            corpus = _demo(Path(folder), 640 if name == "demo" else 24, 32 if name == "demo" else 8)
+            for repeat in range(args.repeats + 1):
+                teacher = CacheTeacher(TEACHER, f"{folder}/{repeat}", count_seconds=0)
+                teacher.model, teacher.head, teacher.fingerprint = model, OutputHead(model), "benchmark"
+                span = Span()
+                Trainer(**BARE, callbacks=[span]).predict(teacher, datamodule=corpus)
+                pairs.append((_cpu(lambda: _forward(model, corpus)), span.seconds))  # noqa: B023
+            tokens = sum(shard.tokens for _, shard in Cache(f"{folder}/0").shards)
+        ratios = [cached / bare - 1 for bare, cached in pairs[1:]]
         found[name] = {
             "overhead": statistics.median(ratios), "range": [min(ratios), max(ratios)], "tokens": tokens,
-            "bare_cpu_seconds": statistics.median(b for b, _ in pairs),
-            "cache_cpu_seconds": statistics.median(c for _, c in pairs),
+            "bare_cpu_seconds": statistics.median(bare for bare, _ in pairs[1:]),
+            "cache_cpu_seconds": statistics.median(cached for _, cached in pairs[1:]),
         }  # fmt: skip
     return found
+
+
+@torch.no_grad()
+def _forward(model: PreTrainedModel, corpus: Corpus) -> None:
+    for batch in corpus.predict_dataloader():
+        model(batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
 
 
 def _cpu(work: Callable[[], object]) -> float:
@@ -195,12 +178,18 @@ def stepper(vocabulary: int, source: str, form: str, args: argparse.Namespace) -
         with torch.no_grad():
             return live_signal(teacher, teacher.hidden(batch).flatten(0, 1)[index], 10, chunk)
 
-    stored = say()
+    stored = encode(rows_of(batch, cast(TopK, say())), "float16")
     if source == "cached":
         del teacher, parent
 
+    def read() -> Signal:
+        """A shard of one batch: checked, decoded and collated as the loader does, whose shards are larger."""
+        hashlib.sha256(stored).digest()
+        found = collate(decode(stored, 10), np.arange(args.rows), 0)
+        return TopK(*(found[f"teacher_{key}"] for key in ("ids", "log_probs", "entropy", "log_rest")))
+
     def step() -> Tensor:
-        signal = stored if source == "cached" else say()
+        signal = read() if source == "cached" else say()
         hidden = head.hidden(batch).flatten(0, 1)[index]
         value = loss(head, hidden, ids.flatten()[index + 1], signal)["loss"]
         optimizer.zero_grad()
@@ -277,8 +266,8 @@ def main() -> None:
         return
     for name in args.sections:
         known = json.loads(args.out.read_text()) if args.out.exists() else {}
-        section = {"commit": git_sha(), "cpu_threads": 1, **SECTIONS[name](args)}
-        write_json(args.out, {"command": "python -m scripts.bench_teacher_cache", **known, name: section})
+        section = {**origin("bench_teacher_cache"), "cpu_threads": 1, **SECTIONS[name](args)}
+        write_json(args.out, {**known, name: section})
         print(json.dumps({name: section}, indent=1), flush=True)
 
 

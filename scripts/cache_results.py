@@ -85,6 +85,7 @@ def tables(cache: dict[str, Any], loss: dict[str, Any]) -> list[str]:
             f"{row['tokens_per_cpu_second']:,.0f} | {row['times_the_cached_step']:.2f} | "
             f"{row['peak_bytes'] / MB:,.0f} |"
         )
+    lines += ["", f"The loss on {loss['tokens']:,} tokens, hidden size {loss['hidden']:,}, head trained:"]
     lines += ["", "| V | whole, MB | chunked, MB | ratio | CPU s, whole and chunked | gradients differ by |"]
     lines.append("|---|---|---|---|---|---|")
     for row in loss["rows"]:

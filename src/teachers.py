@@ -127,7 +127,8 @@ class CachedTeacher:
         head: Any = module.head
         distillation: Any = module.distillation
         self.k = distillation.k
-        corpus.fits(head.vocabulary, self.k)
+        tempered = distillation.temperature != 1 and distillation.rule == "bucket"
+        corpus.fits(head.vocabulary, self.k, tempered)
         if self._origin is not None:
             student: Any = module
             for cache in corpus.caches:

@@ -6,8 +6,8 @@ from typing import Any
 
 from lightning import LightningDataModule
 
+from src.cache.fingerprint import tokenizer_fingerprint
 from src.cache.loader import CachedLoader
-from src.cache.manifest import tokenizer_fingerprint
 from src.cache.reader import Cache
 from src.errors import ConfigError
 from src.models.loading import load_tokenizer
@@ -60,8 +60,13 @@ class CachedCorpus(LightningDataModule):
         """What is trained on, and what is validated on if anything is."""
         return [self.train_cache, *([self.val_cache] if self.val_cache else [])]
 
-    def fits(self, vocabulary: int, k: int | None) -> None:
+    def fits(self, vocabulary: int, k: int | None, tempered: bool = False) -> None:
         """Check what a loss needs against what is stored.
+
+        Args:
+            vocabulary: number of the student's logits.
+            k: tokens that the loss compares; None is all.
+            tempered: whether it needs the mass outside them at another temperature.
 
         Raises:
             ConfigError: names the field.
@@ -77,6 +82,12 @@ class CachedCorpus(LightningDataModule):
                 raise ConfigError(
                     f"cache: k: '{cache.path}' keeps {about.k} tokens, the distillation wants {k or 'all'}. "
                     f"Lower model.distillation.k, or write a cache with a larger k."
+                )
+            if tempered and about.precision == "compact" and about.k < vocabulary:
+                raise ConfigError(
+                    f"cache: precision: '{cache.path}' is compact, too coarse for the mass outside the "
+                    f"{about.k} tokens at another temperature than 1. Set model.distillation.rule to "
+                    f"renormalise, which leaves it out, or write a cache in float16."
                 )
 
     def train_dataloader(self) -> CachedLoader:

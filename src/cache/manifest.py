@@ -17,14 +17,13 @@ from functools import cached_property
 from typing import Any, cast
 
 import fsspec
-import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from src.cache.fingerprint import chained
 from src.cache.shards import Precision
 from src.errors import ConfigError
 from src.files import write_json
 
-VERSION = 1
+VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -39,7 +38,7 @@ class Shard:
         positions: supervised positions, each with one signal.
         bytes: size of the file.
         sha256: checksum of the file.
-        corpus: checksum of the tokens and of which are supervised, in order.
+        corpus: fingerprint of its documents, in order (:func:`src.cache.fingerprint.documents`).
         entropy: sum of the teacher's entropies, nats.
     """
 
@@ -100,8 +99,13 @@ class Manifest:
 
     @cached_property
     def corpus(self) -> str:
-        """Fingerprint of the tokens, of which are supervised, and of their order."""
-        return hashlib.sha256("".join(s.corpus for s in self.shards).encode()).hexdigest()
+        """Fingerprint of the tokens, of which are supervised, and of their order, wherever shards end."""
+        return chained((s.corpus, s.rows) for s in self.shards)
+
+    @property
+    def rows(self) -> int:
+        """Documents."""
+        return sum(s.rows for s in self.shards)
 
     @property
     def positions(self) -> int:
@@ -123,8 +127,8 @@ class Manifest:
         return replace(self, shards=(*self.shards, shard))
 
     def save(self, cache: str) -> None:
-        """Replace the file, whole."""
-        content = asdict(self)
+        """Replace the file, whole; it states the fingerprint of the corpus too."""
+        content = asdict(self) | {"corpus": self.corpus}
         write_json(f"{cache}/part-{self.part}/manifest.json", {**content, "digest": _digest(content)})
 
     @classmethod
@@ -144,13 +148,14 @@ class Manifest:
             exact = text == json.dumps(content, indent=2) + "\n"
             intact = exact and content.pop("digest") == _digest(content)
         except (ValueError, KeyError, AttributeError, TypeError) as e:
-            raise ConfigError(f"cache: '{file}' is damaged ({type(e).__name__}: {e}). {_REMEDY}") from e
+            raise ConfigError(f"cache: '{file}' is damaged ({type(e).__name__}: {e}). {REMEDY}") from e
         if not intact:
-            raise ConfigError(f"cache: '{file}' was changed after it was written (digest). {_REMEDY}")
+            raise ConfigError(f"cache: '{file}' was changed after it was written (digest). {REMEDY}")
         if content["version"] != VERSION:
             raise ConfigError(f"cache: '{file}' has version {content['version']}, expected {VERSION}.")
         if content["part"] != part:
-            raise ConfigError(f"cache: '{file}' is that of part-{content['part']}, copied. {_REMEDY}")
+            raise ConfigError(f"cache: '{file}' is that of part-{content['part']}, copied. {REMEDY}")
+        del content["corpus"]  # follows from the shards
         return cls(**{**content, "shards": tuple(Shard(**shard) for shard in content["shards"])})
 
 
@@ -169,27 +174,27 @@ def fetch(file: str) -> bytes | None:
         raise ConfigError(f"cache: '{file}' cannot be read: {type(e).__name__}: {e}.") from e
 
 
-_REMEDY = "Restore it from a copy, or delete the directory and write the cache again."
+def sizes(files: list[str]) -> list[int | None]:
+    """Bytes of files or URLs of one file system; None for those that are not there.
 
-
-def weights_fingerprint(model: PreTrainedModel) -> str:
-    """Fingerprint of the weights: name, type, shape and 64 evenly spaced values of every tensor.
-
-    Enough to tell trained models apart, and cheap enough for any size.
+    Raises:
+        ConfigError: they are out of reach.
     """
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        flat = tensor.detach().reshape(-1)
-        last = max(0, flat.numel() - 1)
-        at = torch.tensor([i * last // 63 for i in range(64)], device=flat.device)  # exact: floats run over
-        sample = flat[at].cpu().double().numpy().tobytes() if flat.numel() else b""
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode() + sample)
-    return digest.hexdigest()[:16]
+    if not files:
+        return []
+    system, _ = fsspec.core.url_to_fs(files[0])
+    found: list[int | None] = []
+    for file in files:
+        try:
+            found.append(system.size(system._strip_protocol(file)))
+        except FileNotFoundError:
+            found.append(None)
+        except Exception as e:  # each file system has errors of its own
+            raise ConfigError(f"cache: '{file}' cannot be read: {type(e).__name__}: {e}.") from e
+    return found
 
 
-def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Fingerprint of the mapping from text pieces to ids."""
-    return hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()[:16]
+REMEDY = "Restore it from a copy, or delete the directory and write the cache again."
 
 
 def _digest(content: dict[str, Any]) -> str:

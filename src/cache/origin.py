@@ -11,7 +11,7 @@ from pathlib import Path
 from lightning.pytorch.utilities import rank_zero_warn
 from transformers import PreTrainedModel
 
-from src.cache.manifest import weights_fingerprint
+from src.cache.fingerprint import weights_fingerprint
 from src.cache.reader import Cache
 from src.errors import ConfigError
 

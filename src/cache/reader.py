@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import hashlib
 
-from src.cache.manifest import Manifest, fetch
+from src.cache.fingerprint import chained
+from src.cache.manifest import REMEDY, Manifest, fetch, sizes
 from src.cache.shards import Rows, decode
 from src.errors import ConfigError
 
@@ -40,13 +41,22 @@ class Cache:
             raise ConfigError(f"cache: '{path}' is incomplete; run the same predict command again to resume.")
         self.about = first
         self.shards = [(f"part-{m.part}/{s.file}", s) for m in self.parts for s in m.shards]
-        self.corpus = hashlib.sha256("".join(m.corpus for m in self.parts).encode()).hexdigest()[:16]
+        self._check_sizes()
+        self.corpus = chained((m.corpus, m.rows) for m in self.parts)[:16]
 
     @property
     def mean_entropy(self) -> float:
         """Mean entropy of the teacher over all positions, nats."""
         positions = sum(m.positions for m in self.parts)
         return sum(m.mean_entropy * m.positions for m in self.parts) / positions
+
+    def _check_sizes(self) -> None:
+        """See now, rather than in the middle of a run, that every shard is there, whole."""
+        found = sizes([f"{self.path}/{name}" for name, _ in self.shards])
+        for (name, shard), size in zip(self.shards, found, strict=True):
+            if size != shard.bytes:
+                told = "is missing" if size is None else f"has {size:,} bytes, not {shard.bytes:,}"
+                raise ConfigError(f"cache: '{self.path}/{name}' {told}. {REMEDY}")
 
     def read(self, index: int) -> Rows:
         """The rows of a shard.
@@ -60,7 +70,6 @@ class Cache:
             raise ConfigError(f"cache: '{self.path}/{name}' cannot be read: it is missing.")
         if len(data) != shard.bytes or hashlib.sha256(data).hexdigest() != shard.sha256:
             raise ConfigError(
-                f"cache: '{self.path}/{name}' is damaged: its checksum differs from the manifest's. Restore "
-                f"it from a copy, or delete the directory and write the cache again."
+                f"cache: '{self.path}/{name}' is damaged: its checksum differs from the manifest's. {REMEDY}"
             )
         return decode(data, self.about.k)

@@ -16,7 +16,6 @@ Shapes: D documents, S tokens of all of them, N positions of all of them, K toke
 
 from __future__ import annotations
 
-import hashlib
 import io
 from dataclasses import dataclass, fields
 from typing import Any, Literal
@@ -28,6 +27,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from src.cache import fingerprint
 from src.losses.distill import IGNORE
 from src.losses.signals import TopK
 
@@ -67,11 +67,8 @@ class Rows:
 
     @property
     def corpus(self) -> str:
-        """Checksum of the tokens and of which are supervised."""
-        digest = hashlib.sha256()
-        for array in (self.lengths.astype("<i8"), self.tokens.astype("<i4"), self.supervised):
-            digest.update(np.ascontiguousarray(array).tobytes())
-        return digest.hexdigest()
+        """Fingerprint of the tokens, of which are supervised, and of the order of the documents."""
+        return fingerprint.documents(self.tokens, self.supervised, self.lengths)
 
 
 def documents(batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Any, cast
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
 
-from src.cache.manifest import Manifest, Shard, tokenizer_fingerprint
+from src.cache.fingerprint import tokenizer_fingerprint
+from src.cache.manifest import Manifest, Shard
 from src.cache.projection import projection
 from src.cache.shards import Precision, Rows, encode
 from src.data.loader import REPEATED
@@ -111,7 +112,8 @@ class CacheWriter(BasePredictionWriter):
         self.manifest.save(self.out)
         trainer.print(
             f"cache: '{self._path('')}' is complete: {self.manifest.positions:,} positions, "
-            f"{self.manifest.bytes_per_position:.1f} bytes each."
+            f"{self.manifest.bytes_per_position:.1f} bytes each; mean_entropy "
+            f"{self.manifest.mean_entropy:.6g} nats; corpus {self.manifest.corpus[:16]}."
         )
 
     # ------------------------------------------------------------------ shards

@@ -9,7 +9,8 @@ renormalise sum p~ log(p~/q~), both renormalised  blind to the outside
 zero        sum p~ log(p~/q), teacher renorm.     pushes the outside to zero: over-confident
 =========== ===================================== ====================================================
 
-All three are the full KL at k = V; the first two are zero at student = teacher.
+All three are the full KL at k = V; the first two are zero at student = teacher (``bucket`` at temperature 1
+only, because the mass outside is extrapolated at others: :mod:`src.losses.signals`).
 
 A rule is a formula on ``[n, K]``; :class:`_Picked` carries its gradient to the vocabulary in place. With
 gradients g for log q and g_s for log s, and G their sum, the logits receive ``g - G q`` inside the top-k

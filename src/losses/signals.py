@@ -10,7 +10,8 @@ tokens keep zero mass, and ``0 * log 0`` is 0, not NaN, in values and in gradien
 Temperature. From the stored log-probabilities, ``p_T ~ p^(1/T)`` is exact inside the top-k. The mass outside
 is not stored for other temperatures; it is extrapolated from its mass r and its exact entropy
 h (both follow from what is stored):  ``log rest_T = log(r)/T + (1 - 1/T) h``. This is the tangent of the true
-log-mass at T = 1: exact there with its slope, exact for a flat tail, and never above the truth.
+log-mass at T = 1: exact there with its slope, exact for a flat tail, and never above the truth. So at other
+temperatures the bucket rule has its zero near, not at, student = teacher; ``renormalise`` needs no such rule.
 
 Shapes: N tokens, V vocabulary, K tokens kept.
 """

@@ -8,6 +8,7 @@ import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,9 +21,18 @@ from src.cache.shards import Rows
 from src.data.loader import REPEATED
 from src.errors import ConfigError
 from src.losses.distill import Distillation
+from src.teachers import CachedTeacher
 from tests.cached import BARE, Workspace, small, tokenizer, workspace
 
 torch.set_num_threads(1)
+
+
+class Recovering:
+    """What a teacher asks of a recovery."""
+
+    def __init__(self, distillation: Distillation) -> None:
+        self.distillation, self.head = distillation, SimpleNamespace(vocabulary=len(tokenizer()))
+        self.trainer = SimpleNamespace(datamodule=None)
 
 
 @pytest.fixture(scope="module")
@@ -186,3 +196,26 @@ def test_the_verb_test_finds_the_validation_cache(ws: Workspace, cache: str) -> 
 def test_faulty_settings_of_the_loss_are_named(keys: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=next(iter(keys))):
         Distillation(**keys)
+
+
+def test_a_coarse_cache_cannot_be_tempered(ws: Workspace) -> None:
+    """The mass outside at another temperature would be off by half a nat."""
+    module: Any = Recovering(Distillation(k=10, temperature=2.0))
+    for precision, refused in (("float16", False), ("compact", True)):
+        module.trainer.datamodule = CachedCorpus(ws.model, ws.write(precision, precision=precision))
+        if refused:
+            with pytest.raises(ConfigError, match=r"precision: .* is compact"):
+                CachedTeacher().setup(module)
+            module.distillation = Distillation(k=10, temperature=2.0, rule="renormalise")
+        CachedTeacher().setup(module)
+
+
+def test_a_shard_that_is_gone_is_missed_before_training(ws: Workspace, cache: str, tmp_path: Path) -> None:
+    shutil.copytree(cache, tmp_path / "copy")
+    last = sorted((tmp_path / "copy" / "part-0").glob("*.parquet"))[-1]
+    last.write_bytes(last.read_bytes()[:-1])
+    with pytest.raises(ConfigError, match=rf"{last.name}' has .* bytes"):
+        CachedCorpus(ws.model, str(tmp_path / "copy"))
+    last.unlink()
+    with pytest.raises(ConfigError, match=rf"{last.name}' is missing"):
+        CachedCorpus(ws.model, str(tmp_path / "copy"))

@@ -15,12 +15,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from lightning import Trainer
 
-from src.cache import Cache, CacheWriter
-from src.cache.manifest import weights_fingerprint
+from src.cache import Cache, CacheTeacher, CacheWriter
+from src.cache.fingerprint import weights_fingerprint
 from src.cache.shards import Rows
 from src.errors import ConfigError
-from tests.cached import Workspace, small, workspace
+from src.models.loading import Quantization
+from tests.cached import BARE, Workspace, small, workspace
 
 torch.set_num_threads(1)
 
@@ -177,3 +179,21 @@ def test_the_fingerprint_reaches_the_last_weight_of_a_large_tensor() -> None:
     before = weights_fingerprint(model)
     model.weight.data[-1, -1] += 1
     assert weights_fingerprint(model) != before
+
+
+@pytest.mark.parametrize(("quantize", "precision"), [("int8", "32-true"), (None, "bf16-mixed")])
+def test_any_form_of_a_teacher_can_be_cached(
+    ws: Workspace, tmp_path: Path, quantize: Quantization | None, precision: Any
+) -> None:
+    """What is stored is what that very form says, near to what the float32 teacher says, and is named."""
+    out = str(tmp_path / "cache")
+    Trainer(**BARE, precision=precision).predict(
+        CacheTeacher(ws.model, out, quantize=quantize, count_seconds=0), datamodule=ws.corpus()
+    )
+    cache, plain = Cache(out), Cache(ws.write("float32"))
+    assert (cache.about.quantize, cache.about.compute) == (quantize, precision)
+    assert cache.corpus == plain.corpus
+    own, other = (Rows.concatenate([c.read(i) for i in range(len(c.shards))]) for c in (cache, plain))
+    gap = np.abs(own.entropy - other.entropy)
+    assert 0 < gap.max() < 0.3
+    assert (own.ids[:, 0] == other.ids[:, 0]).mean() > 0.9
