@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
@@ -34,14 +35,14 @@ class Constraints:
         always_keep: layers that must stay, whatever else goes.
         tail_only: only the last layers may go, because each layer's function depends on its position.
         period: when above 1, layers may also go in whole blocks ``[b * period, (b + 1) * period)``.
-        one_of: at least one of these must stay; empty when nothing is asked.
+        one_of: groups of layers, at least one of each of which must stay.
         reason: why, for a person; empty when every mask is legal.
     """
 
     always_keep: frozenset[int] = frozenset()
     tail_only: bool = False
     period: int = 1
-    one_of: frozenset[int] = frozenset()
+    one_of: tuple[frozenset[int], ...] = ()
     reason: str = ""
 
     def pinned(self, length: int, remove: int) -> frozenset[int]:
@@ -49,8 +50,9 @@ class Constraints:
         pinned = self.always_keep
         if self.tail_only:
             pinned |= frozenset(range(length - remove))
-        if self.one_of and not self.one_of & pinned and len(self.one_of) <= remove:
-            pinned |= {min(self.one_of)}
+        for group in self.one_of:
+            if not group & pinned and len(group) <= remove:
+                pinned |= {min(group)}
         return pinned
 
 
@@ -90,8 +92,9 @@ def cut_config(config: PretrainedConfig, keep: Iterable[int]) -> PretrainedConfi
     section.update(sliced)
     try:
         new = type(config).from_dict(copy.deepcopy(whole))
-    except ValueError as e:
-        raise ConfigError(f"keep: a '{config.model_type}' config cannot hold this mask: {e}") from e
+    except (ValueError, StrictDataclassError) as e:
+        why = " ".join(str(e).split())
+        raise ConfigError(f"keep: a '{config.model_type}' config cannot hold this mask: {why}") from e
     read: Any = new.to_dict()
     for key in path:
         read = read[key]
@@ -174,7 +177,7 @@ def constraints(config: PretrainedConfig) -> Constraints:
         blocks = f", or whole aligned blocks of {period}," if period > 1 else ""
         why = next(iter(fixed.values()))
         reasons.append(f"Only the last layers{blocks} can be removed: {why}")
-        return Constraints(frozenset(lent), True, period, attend, " ".join(reasons))
+        return Constraints(frozenset(lent), True, period, (attend,) if attend else (), " ".join(reasons))
     stay = {i: why for probe, why in fixed.items() for i in probes[probe]}
     tail = set(range(length // 2, length)) - lent.keys() - stay.keys()
     for edge, removed in ((0, {0}), (length - 1, {length - 1}), (length - 1, tail)):
@@ -182,7 +185,19 @@ def constraints(config: PretrainedConfig) -> Constraints:
             stay[edge] = why
     if stay:
         reasons.append(f"Layers {sorted(stay)} must stay: {next(iter(stay.values()))}")
-    return Constraints(frozenset({*lent, *stay}), one_of=attend, reason=" ".join(reasons))
+    one_of = [attend] if attend else []
+    for kind in _types(config) - {attend}:
+        if not kind & ({*lent, *stay} | attend) and (why := changes(kind)):
+            one_of.append(kind)
+            reasons.append(f"One or more of {sorted(kind)} must stay: {why}")
+    return Constraints(frozenset({*lent, *stay}), one_of=tuple(one_of), reason=" ".join(reasons))
+
+
+def _types(config: PretrainedConfig) -> set[frozenset[int]]:
+    """Layers by their type, where the family has several."""
+    types = getattr(text_config(config), "layer_types", None) or []
+    kinds = {frozenset(i for i, other in enumerate(types) if other == kind) for kind in types}
+    return kinds if len(kinds) > 1 else set()
 
 
 def _weightless(config: PretrainedConfig, family: type[PreTrainedModel] | None = None) -> PreTrainedModel:

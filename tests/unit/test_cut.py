@@ -198,10 +198,20 @@ def test_a_borrower_needs_its_lender() -> None:
 def test_a_hybrid_keeps_at_least_one_attention_layer() -> None:
     config = tiny_config("lfm2")
     limits = constraints(config)
-    assert limits.one_of == {1, 2, 5}
+    assert limits.one_of == (frozenset({1, 2, 5}),)
     assert (limits.pinned(LAYERS, 2), limits.pinned(LAYERS, 3)) == (frozenset(), {1})
     with pytest.raises(ConfigError, match=r"no attention layer is left.*\[1, 2, 5\]"):
         cut_config(config, [0, 3, 4, 6])
+
+
+def test_a_family_that_asks_for_a_layer_of_another_type_says_so_before_the_search() -> None:
+    config = matrix_config("olmo_hybrid")
+    limits = constraints(config)
+    assert sorted(map(sorted, limits.one_of)) == [[0, 3, 4, 6], [1, 2, 5]]
+    assert limits.pinned(LAYERS, 4) == {0, 1}
+    assert "expects at least one 'linear_attention' layer" in limits.reason
+    with pytest.raises(ConfigError, match=r"cannot hold this mask: .*at least one 'linear_attention'"):
+        cut_config(config, [1, 2, 5])
 
 
 def test_pinned_layers_of_a_tail_only_family_depend_on_how_many_go() -> None:
