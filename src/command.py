@@ -66,8 +66,17 @@ def load(name: str, args: argparse.Namespace) -> PreTrainedModel:
     device = args.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    return on_device(load_model(name, dtype=args.dtype), device)
+
+
+def on_device(model: PreTrainedModel, device: str) -> PreTrainedModel:
+    """Bring a model to the device of that name.
+
+    Raises:
+        ConfigError: there is no such device, or it has not the memory.
+    """
     try:
-        return load_model(name, dtype=args.dtype).to(device)
+        return cast(Any, model).to(device)
     except (RuntimeError, AssertionError) as e:
         raise ConfigError(f"--device: cannot use '{device}': {str(e).splitlines()[0]}") from e
 

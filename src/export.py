@@ -27,7 +27,7 @@ from safetensors import SafetensorError
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
 from src import checkpoints
-from src.command import Parser
+from src.command import Parser, on_device
 from src.errors import ConfigError
 from src.gate import predicted_weights, prove, stored_as_parent
 from src.linear_patch import LinearPatch
@@ -71,7 +71,7 @@ def export(mask: Mask, args: argparse.Namespace, patch: LinearPatch | None = Non
     config = load_config(name, mask.revision)
     mask.check(num_layers(config), name)
     stored = args.dtype or str(config.dtype or "float32").removeprefix("torch.")
-    parent = load_model(name, mask.revision, dtype=cast(Dtype, stored)).to(args.device)
+    parent = on_device(load_model(name, mask.revision, dtype=cast(Dtype, stored)), args.device)
     student = load_student(parent, mask, args.checkpoint) if args.checkpoint else cut(parent, mask.keep)
     student, rounding = stored_as_parent(student, parent, mask.keep, args.gate_tokens)
     repairs = patch and patch(student, parent, mask, load_tokenizer(name, mask.revision))

@@ -7,12 +7,30 @@ from __future__ import annotations
 
 import json
 import subprocess
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from src.errors import ConfigError, did_you_mean
 from src.files import write_json
+
+OPTIONAL_TEXT = "text or null", lambda v: v is None or isinstance(v, str)
+FIELDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "model": ("text", lambda v: isinstance(v, str)),
+    "num_layers": ("a whole number", lambda v: type(v) is int),
+    "keep": ("a list of whole numbers", lambda v: isinstance(v, list) and all(type(i) is int for i in v)),
+    "method": ("text", lambda v: isinstance(v, str)),
+    "revision": OPTIONAL_TEXT,
+    "seed": ("a whole number or null", lambda v: v is None or type(v) is int),
+    "git_sha": OPTIONAL_TEXT,
+    "tokens_seen": ("a whole number", lambda v: type(v) is int),
+    "metrics": (
+        "figures by name",
+        lambda v: isinstance(v, dict) and all(type(x) in (int, float) for x in v.values()),
+    ),
+}
+"""What each field of the file holds, in words and as a test."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +91,7 @@ class Mask:
         """Read a mask.
 
         Raises:
-            ConfigError: the file is missing, is not JSON, or has missing or unknown fields.
+            ConfigError: the file is missing, is not JSON, or has missing, unknown or wrongly typed fields.
         """
         try:
             raw: Any = json.loads(Path(path).read_text())
@@ -81,11 +99,16 @@ class Mask:
             raise ConfigError(f"mask: cannot read '{path}' ({e.strerror}). Run a search first.") from e
         except ValueError as e:
             raise ConfigError(f"mask: '{path}' is not JSON ({e}).") from e
-        required, known = {"model", "num_layers", "keep", "method"}, set(cls.__dataclass_fields__)
-        if not isinstance(raw, dict) or required - set(raw):
+        required, known = {"model", "num_layers", "keep", "method"}, set(FIELDS)
+        if not isinstance(raw, dict):
+            raise ConfigError(f"mask: '{path}' holds a {type(raw).__name__}, not the fields of a mask.")
+        if required - set(raw):
             raise ConfigError(f"mask: '{path}' lacks {sorted(required - set(raw))}.")
         for key in set(raw) - known:
             raise ConfigError(f"mask: '{path}' has an unknown field '{key}'.{did_you_mean(key, known)}")
+        wrong = [f"{k} must be {FIELDS[k][0]}, found {v!r}" for k, v in raw.items() if not FIELDS[k][1](v)]
+        if wrong:
+            raise ConfigError(f"mask: in '{path}' {'; '.join(wrong)}.")
         return cls(**raw)
 
     def __str__(self) -> str:

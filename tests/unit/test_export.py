@@ -261,8 +261,7 @@ def test_what_appears_during_an_export_is_not_overwritten(
 
 
 def test_a_link_stays_a_link(run: Callable[..., Path], mask_file: str, tmp_path: Path) -> None:
-    link = tmp_path / "link"
-    link.symlink_to(run())
+    (link := tmp_path / "link").symlink_to(run())
     export.main(["--mask", mask_file, "--out", str(link), "--force"])
     assert (link.is_symlink(), left_beside(tmp_path / "out")) == (True, ["link"])
 
@@ -273,6 +272,7 @@ def test_a_link_stays_a_link(run: Callable[..., Path], mask_file: str, tmp_path:
         ({"num_layers": 8}, (), "made for a model of 8 layers.*has 6"),
         ({"keep": [0, 2, 2]}, (), r"rising list of layers, found \[0, 2, 2\]"),
         ({"keep": [0, 9]}, (), r"must lie in 0\.\.5, found \[0, 9\]"),
+        ({}, ("--device", "abacus"), "--device: cannot use 'abacus'"),
         ({}, ("--dtype", "int3"), "invalid choice: 'int3'.*float32.*bfloat16"),
         ({}, ("--gate-tokens", "3"), "--gate-tokens: '3' given; accepted: a whole number from 8"),
         ({}, ("--checkpoint", "nowhere.ckpt"), "'nowhere.ckpt' does not fit"),

@@ -41,6 +41,24 @@ def test_faulty_files_are_refused(tmp_path: Path, change: dict[str, object], tol
         Mask.load(path)
 
 
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        *({"keep": keep} for keep in (["0", 1], [0.0, 1.0], [False, True], "01", 3)),
+        *({"num_layers": number} for number in ("3", True, 3.0)),
+        *({"model": 3}, {"metrics": [1]}, {"metrics": {"kl": "low"}}, {"tokens_seen": "many"}, {"seed": [1]}),
+    ],
+)
+def test_a_field_of_another_kind_is_named(tmp_path: Path, wrong: dict[str, object]) -> None:
+    path, (field,) = tmp_path / "mask.json", wrong
+    path.write_text(json.dumps({"model": "m", "num_layers": 3, "keep": [0], "method": "x"} | wrong))
+    with pytest.raises(ConfigError, match=f"{field} must be .*, found"):
+        Mask.load(path)
+    path.write_text("[1]")
+    with pytest.raises(ConfigError, match="holds a list"):
+        Mask.load(path)
+
+
 def test_a_mask_of_another_depth_is_refused() -> None:
     mask = Mask(model="m", num_layers=5, keep=(0,), method="x")
     mask.check(5, "m")
