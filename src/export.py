@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import glob
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,7 +24,7 @@ from huggingface_hub import snapshot_download
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
 from src import checkpoints
@@ -109,7 +110,7 @@ def export(mask: Mask, args: argparse.Namespace, patch: LinearPatch | None = Non
             recovery=checkpoints.record(args.checkpoint)["recovery"] if args.checkpoint else None,
             license_name=args.license,
             data=args.data if repairs or patch is None else None,  # a patch that found no cut used no rows
-            lost_heads=extra_layers(config),
+            lost_heads=max(extra_layers(config), stored_heads(files, num_layers(config))),
             patch=str(patch) if repairs else None,
         )
         (stage / "README.md").write_text(card)
@@ -176,6 +177,19 @@ def copy_companions(source: Path, target: Path) -> None:
         destination = target / file.relative_to(source)
         destination.parent.mkdir(exist_ok=True)
         shutil.copyfile(file, destination)
+
+
+def stored_heads(parent: Path, length: int) -> int:
+    """Multi-token-prediction layers among the parent's weights; its config may not mention them."""
+    found = set()
+    for path in parent.glob("*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118
+                extra = re.search(r"(?:^|\.)mtp\w*\.(?:layers\.)?(\d+)?", name)
+                layer = re.match(r"(?:model\.)?layers\.(\d+)\.", name)
+                if extra or (layer and int(layer.group(1)) >= length):
+                    found.add((extra or cast(re.Match[str], layer)).group(1) or "0")
+    return len(found)
 
 
 def _check_out(out: Path, force: bool, parent: str) -> None:

@@ -40,7 +40,7 @@ INDEX_LISTS = (
     "mlp_only_layers",
     "moe_layers",
 )
-ONE_BASED_INDEX_LISTS = ("ple_layer_ids",)
+ONE_BASED_INDEX_LISTS = ("full_attn_layers", "kda_layers", "ple_layer_ids")
 PREFIX_COUNTS = (
     "first_k_dense_replace",
     "max_window_layers",
@@ -70,6 +70,9 @@ NOT_PER_LAYER = (
 EXTRA_LAYERS: dict[str, Any] = {
     "num_nextn_predict_layers": 0,
     "num_mtp_layers": 0,
+    "num_mtp_modules": 0,
+    "mtp_num_hidden_layers": 0,
+    "use_mtp": False,
     "mtp_layer_types": None,
     "mtp_mlp_layer_types": None,
     "mtp_local_layer_ids": None,
@@ -116,6 +119,8 @@ def slice_section(section: Section, length: int, keep: Sequence[int]) -> Section
             return EXTRA_LAYERS[name]
         if name in rules:
             return rules[name](value)
+        if isinstance(value, dict):  # by name alone: a list of the length may be a frequency table
+            return {k: rules[k](v) if v and k in rules else v for k, v in value.items()}
         if isinstance(value, list | tuple) and len(value) == length:
             return [value[i] for i in keep]
         return value
@@ -166,7 +171,8 @@ def attention_layers(config: PretrainedConfig) -> frozenset[int]:
 def extra_layers(config: PretrainedConfig) -> int:
     """Number of multi-token-prediction layers that the parent's config announces and a cut leaves out."""
     text = config.get_text_config(decoder=True)
-    return max(getattr(text, name, None) or 0 for name in ("num_nextn_predict_layers", "num_mtp_layers"))
+    counts = [name for name, none in EXTRA_LAYERS.items() if none == 0 and none is not False]
+    return max(getattr(text, name, None) or 0 for name in counts)
 
 
 def lenders(config: PretrainedConfig) -> dict[int, set[int]]:
