@@ -107,9 +107,17 @@ linear-patch: $(VENV)/.installed  ## cuts repaired without training -> results/l
 export-matrix: $(VENV)/.installed  ## the export gate on every decoder family -> results/export_matrix.json, docs/export.md
 	$(PY) -m scripts.export_matrix
 
-other-engine: $(VENV)/.installed $(RUN)/recovered/config.json  ## greedy tokens of the export in CTranslate2, against transformers
+STORIES ?= $(wildcard ../shared/models/stories260k)
+ENGINE_EXPORTS = $(RUN)/recovered $(if $(STORIES),$(RUN)/stories)
+
+$(RUN)/stories/config.json: | $(VENV)/.installed
+	@mkdir -p $(@D)-mask
+	printf '{"model": "$(STORIES)", "num_layers": 5, "keep": [0, 1, 3, 4], "method": "by hand"}\n' > $(@D)-mask/mask.json
+	$(CLI) export --mask $(@D)-mask/mask.json --out $(@D) --force
+
+other-engine: $(VENV)/.installed $(addsuffix /config.json,$(ENGINE_EXPORTS))  ## greedy tokens of the exports in CTranslate2, against transformers
 	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[engines]'
-	$(PY) -m scripts.other_engine $(RUN)/recovered --out results/other_engine.json
+	$(PY) -m scripts.other_engine $(ENGINE_EXPORTS) --out results/other_engine.json
 
 plan-accuracy: $(VENV)/.installed  ## planned against measured peak memory -> results/plan.json
 	$(PY) -m scripts.plan_accuracy
