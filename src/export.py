@@ -52,11 +52,20 @@ COMPANIONS = (
     "*.model",
     "*.tiktoken",
     "*.jinja",
+    "chat_template.json",
     "additional_chat_templates/*",
+    "tekken.json",
+    "*.spm",
+    "bpe.codes",
+    "dict.txt",
+    "emoji.json",
+    "normalizer.json",
+    "word_*.json",
     "*processor_config.json",
     "generation_config.json",
     "LICENSE*",
     "NOTICE*",
+    "USE_POLICY*",
 )
 """Files of the parent that go along, byte for byte."""
 
