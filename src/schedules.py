@@ -40,20 +40,39 @@ def interpolate(progress: float, start: float, end: float, shape: Literal["linea
     return start * (end / start) ** progress
 
 
-def total_steps(trainer: Trainer) -> int:
-    """Optimiser steps of the run, which every schedule needs.
+def total_steps(trainer: Trainer) -> float:
+    """Optimiser steps of the run; infinite if only ``data.max_tokens`` ends it.
 
     Raises:
         ConfigError: the run has no known end, as a streamed corpus has no length.
     """
     steps = trainer.estimated_stepping_batches
-    if not 0 < steps < math.inf:
-        raise ConfigError("trainer.max_steps: not given, and a streamed corpus has no length; give it.")
-    return int(steps)
+    if 0 < steps < math.inf:
+        return steps
+    if _limit(trainer) is None:
+        raise ConfigError(
+            "trainer.max_steps: not given, and a streamed corpus has no length; give it, or data.max_tokens."
+        )
+    return math.inf
+
+
+def share_done(trainer: Trainer, steps: float, total: float) -> float:
+    """Share of the run that is done: its steps of ``total``, or its tokens of ``data.max_tokens`` if more."""
+    limit = _limit(trainer)
+    tokens = getattr(trainer, "datamodule").tokens_seen / limit if limit else 0.0  # noqa: B009 (mypy)
+    return max(steps / total, tokens)
+
+
+def _limit(trainer: Trainer) -> int | None:
+    return getattr(getattr(trainer, "datamodule", None), "max_tokens", None)
 
 
 def with_warmup(optimizer: Optimizer, trainer: Trainer, warmup: float, final: float, shape: Decay) -> Any:
     """What ``configure_optimizers`` returns: the optimiser under :func:`warmup_decay`, step by step."""
     total = total_steps(trainer)
-    schedule = LambdaLR(optimizer, lambda step: warmup_decay(step / total, warmup, final, shape))
+
+    def factor(step: int) -> float:
+        return warmup_decay(share_done(trainer, step, total), warmup, final, shape)
+
+    schedule = LambdaLR(optimizer, factor)
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

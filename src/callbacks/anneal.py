@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 from lightning import Callback, LightningModule, Trainer
 
-from src.schedules import interpolate, total_steps
+from src.schedules import interpolate, share_done, total_steps
 
 if TYPE_CHECKING:
     from src.search import MaskSearch
@@ -28,7 +28,7 @@ class TemperatureAnnealing(Callback):
         self.start, self.end, self.shape = start, end, shape
 
     def on_train_batch_start(self, trainer: Trainer, module: LightningModule, *_: Any) -> None:
-        progress = trainer.global_step / max(1, total_steps(trainer) - 1)
+        progress = share_done(trainer, trainer.global_step, max(1, total_steps(trainer) - 1))
         temperature = interpolate(progress, self.start, self.end, self.shape)
         cast("MaskSearch", module).policy.temperature = temperature
         module.log("mask/temperature", temperature)
@@ -45,9 +45,9 @@ class PruningCurriculum(Callback):
         self.until = until
 
     def on_train_batch_start(self, trainer: Trainer, module: LightningModule, *_: Any) -> None:
-        policy, total = cast("MaskSearch", module).policy, total_steps(trainer)
+        policy = cast("MaskSearch", module).policy
         target = policy.target
-        rise = self.until * total
-        now = target if rise == 0 else math.ceil(target * (trainer.global_step + 1) / rise)
+        done = share_done(trainer, trainer.global_step + 1, total_steps(trainer))
+        now = target if self.until == 0 else math.ceil(round(target * done / self.until, 9))
         policy.remove = min(target, now)
         module.log("mask/removed", float(policy.remove))

@@ -20,6 +20,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from src.data import Corpus, row_ids
 from src.data.loader import Loader
 from src.errors import ConfigError
+from src.schedules import with_warmup
 from tests.data_tools import corpus, numbered, write_rows
 from tests.tiny import tiny_model
 
@@ -212,6 +213,37 @@ def test_a_token_limit_stops_the_trainer(tmp_path, small):
     more = trainer(tmp_path)
     more.fit(Recorder(tmp_path / "more"), datamodule=again, ckpt_path=str(tmp_path / "end.ckpt"))
     assert not Path(tmp_path / "more.0").exists()
+
+
+class Scheduled(Recorder):
+    """A recorder whose learning rate follows the schedule of a recovery."""
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        self.rates.append(self.optimizers().param_groups[0]["lr"])
+
+    def configure_optimizers(self) -> Any:
+        self.rates: list[float] = []
+        optimizer = torch.optim.SGD(self.parameters(), lr=1.0)
+        return with_warmup(optimizer, self.trainer, 0.2, 0.1, "linear")
+
+
+def test_a_token_limit_alone_ends_the_schedule_too(tmp_path, small):
+    """Without max_steps the learning rate falls to its end over the tokens, and goes on there at a resume."""
+
+    def fit(name: str, start: str | None = None) -> list[float]:
+        save = ModelCheckpoint(tmp_path, name + "{step}", every_n_train_steps=5, save_top_k=-1)
+        run, module = (
+            trainer(tmp_path, enable_checkpointing=True, callbacks=[save]),
+            Scheduled(tmp_path / name),
+        )
+        run.fit(module, datamodule=corpus(tmp_path, small, max_tokens="2K"), ckpt_path=start)
+        return module.rates
+
+    whole = fit("whole")
+    assert whole[0] == 0
+    assert max(whole) > 0.9
+    assert 0.1 < whole[-1] < 0.2
+    assert whole[:10] + fit("rest", str(tmp_path / "wholestep=10.ckpt")) == whole
 
 
 class Student(Recorder):

@@ -8,7 +8,8 @@ from types import SimpleNamespace
 import pytest
 
 from src.callbacks import PruningCurriculum, TemperatureAnnealing
-from src.schedules import interpolate, warmup_decay
+from src.errors import ConfigError
+from src.schedules import interpolate, total_steps, warmup_decay
 
 
 @pytest.mark.parametrize("shape", ["cosine", "linear"])
@@ -36,7 +37,7 @@ class Run:
     """The part of a trainer and a module that a schedule touches."""
 
     def __init__(self, steps: int, target: int) -> None:
-        self.trainer = SimpleNamespace(global_step=0, estimated_stepping_batches=steps)
+        self.trainer = SimpleNamespace(global_step=0, estimated_stepping_batches=steps, datamodule=None)
         self.policy = SimpleNamespace(temperature=None, target=target, remove=None)
         self.module = SimpleNamespace(policy=self.policy, log=lambda *_: None)
 
@@ -67,3 +68,29 @@ def test_curriculum_rises_in_whole_layers_and_arrives(until: float) -> None:
 
 def test_curriculum_can_be_switched_off() -> None:
     assert set(Run(8, 3).course(PruningCurriculum(0), "remove")) == {3}
+
+
+@pytest.mark.parametrize("steps", [-1, 1000])
+def test_schedules_arrive_where_the_tokens_end(steps: int) -> None:
+    """A run that ``max_tokens`` ends has no known steps, or more than it takes; 10 tokens a step here."""
+    run = Run(20, 4)
+    temperatures, removed = [], []
+    for step in range(20):
+        run.trainer.global_step, run.trainer.estimated_stepping_batches = step, steps
+        run.trainer.datamodule = SimpleNamespace(max_tokens=200, tokens_seen=10 * (step + 1))
+        for callback, found, field in (
+            (TemperatureAnnealing(4.0, 0.1), temperatures, "temperature"),
+            (PruningCurriculum(0.5), removed, "remove"),
+        ):
+            callback.on_train_batch_start(run.trainer, run.module)
+            found.append(getattr(run.policy, field))
+    assert temperatures == sorted(temperatures, reverse=True)
+    assert temperatures[-1] == pytest.approx(0.1)
+    assert removed[9:] == [4] * 11
+    assert removed[0] == 1
+
+
+def test_a_run_without_an_end_is_refused() -> None:
+    trainer = SimpleNamespace(estimated_stepping_batches=-1, datamodule=SimpleNamespace(max_tokens=None))
+    with pytest.raises(ConfigError, match=r"trainer\.max_steps: .*or data\.max_tokens"):
+        total_steps(trainer)  # type: ignore[arg-type]
