@@ -94,7 +94,8 @@ class Corpus(LightningDataModule):
         self.held_out, self.columns, self.separator = held_out, columns, separator
         self.encoder = Encoder(self.tokenizer, max_length, supervise, too_long, bos, eos)
         kind = Packed if packing == "documents" else Padded
-        self.batching: Batching = kind(batch_size, max_length, self.tokenizer.pad_token_id)
+        pad = self.tokenizer.pad_token_id
+        self.batching: Batching = kind(batch_size, max_length, 0 if pad is None else pad)  # never looked at
         self.max_tokens = options.token_count(max_tokens)
         self.shuffle_buffer, self.num_workers, self.seed = shuffle_buffer, num_workers, seed
         self.order = {

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, get_args
 
-from src.data.sources import Format, Source, check_weights
+from src.data.sources import Format, Source
 from src.data.stream import LANES
 from src.errors import ConfigError, did_you_mean
 
@@ -52,6 +53,24 @@ def _source(part: dict[str, Any] | Source, key: str) -> Source:
         accepted = ", ".join(get_args(Format))
         raise ConfigError(f"{key}: '{source.path}' has format '{source.format}'; accepted: {accepted}.")
     return source
+
+
+def check_weights(sources: list[Source], key: str) -> None:
+    """Check that every part of a mixture has a positive weight, or none has any.
+
+    Raises:
+        ConfigError: naming the part and the key.
+    """
+    for source in sources:
+        number = isinstance(source.weight, int | float) and 0 < source.weight < math.inf
+        if source.weight is not None and not number:
+            raise ConfigError(
+                f"{key}: '{source.path}' has weight {source.weight}; a weight is a positive "
+                "number. To leave a part out, remove it."
+            )
+    bare = [source.path for source in sources if source.weight is None]
+    if bare and len(bare) < len(sources):
+        raise ConfigError(f"{key}: '{bare[0]}' has no weight; give one to every part, or to none.")
 
 
 def token_count(tokens: int | str | None) -> int | None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import io
 import json
 import lzma
-import math
+import re
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -58,6 +58,7 @@ UNREADABLE = (
     DatasetsError,
 )
 """What libraries raise over damaged or unreachable data."""
+_SPLIT = re.compile("(?<![a-z])(train|test|val|dev|eval)(?:ing|id|idation|uation)?(?![a-z])")
 register()  # zstd and LZ4
 
 
@@ -82,24 +83,6 @@ class Source:
     split: str = "train"
     name: str | None = None
     format: Format | None = None
-
-
-def check_weights(sources: list[Source], key: str) -> None:
-    """Check that every part of a mixture has a positive weight, or none has any.
-
-    Raises:
-        ConfigError: naming the part and the key.
-    """
-    for source in sources:
-        number = isinstance(source.weight, int | float) and 0 < source.weight < math.inf
-        if source.weight is not None and not number:
-            raise ConfigError(
-                f"{key}: '{source.path}' has weight {source.weight}; a weight is a positive "
-                "number. To leave a part out, remove it."
-            )
-    bare = [source.path for source in sources if source.weight is None]
-    if bare and len(bare) < len(sources):
-        raise ConfigError(f"{key}: '{bare[0]}' has no weight; give one to every part, or to none.")
 
 
 def open_source(source: Source, share: int, shares: int) -> IterableDataset:
@@ -252,7 +235,7 @@ def _files(source: Source) -> list[str] | None:
     if folder.is_dir():
         if (folder / "state.json").exists() or (folder / "dataset_dict.json").exists():
             return None
-        files = [str(f) for f in sorted(folder.rglob("*")) if _suffix(f.name) in _SUFFIXES]
+        files = _inside(folder)
         wanted = f"holds no file with a suffix of {', '.join(_SUFFIXES)} and is no saved dataset"
     elif "://" in path or "*" in path or folder.is_file() or _suffix(path) in _SUFFIXES:
         try:
@@ -266,6 +249,22 @@ def _files(source: Source) -> list[str] | None:
         return None
     if not files:
         raise ConfigError(f"data: '{path}' {wanted}.")
+    return files
+
+
+def _inside(folder: Path) -> list[str]:
+    """The files of a folder, without hidden ones (of editors and tools), and of one split only."""
+    files, splits = list[str](), set[str]()
+    for file in sorted(folder.rglob("*")):
+        name = file.relative_to(folder)
+        if _suffix(file.name) in _SUFFIXES and not any(part.startswith(".") for part in name.parts):
+            files.append(str(file))
+            splits.update(_SPLIT.findall(str(name).lower())[:1])
+    if len(splits) > 1:
+        raise ConfigError(
+            f"data: '{folder}' holds files of several splits ({', '.join(sorted(splits))}), which would be "
+            f"read together. Name those of one with a glob, such as '{folder}/**/*train*'."
+        )
     return files
 
 

@@ -14,7 +14,17 @@ from src.data.documents import read_document
 from src.data.encode import IGNORE, Encoder, TokenRow
 from src.data.sources import WHERE
 from src.errors import ConfigError
-from tests.data_tools import CHATML, GEMMA, LLAMA3, MISTRAL, THINKING, byte_tokenizer
+from tests.data_tools import (
+    CHATML,
+    GEMMA,
+    LLAMA3,
+    MISTRAL,
+    THINKING,
+    byte_tokenizer,
+    corpus,
+    texts,
+    write_rows,
+)
 
 TURNS = [
     {"role": "user", "content": "What is 2 + 2?"},
@@ -183,6 +193,16 @@ def test_a_missing_special_token_is_named():
     tokenizer.eos_token = None
     with pytest.raises(ConfigError, match=r"data\.eos: .* has no EOS token; set data\.eos to false"):
         encode({"text": "abc"}, tokenizer)
+
+
+@pytest.mark.parametrize("packing", ["padded", "documents"])
+def test_a_tokenizer_without_eos_and_padding_pads_nevertheless(tmp_path, packing):
+    tokenizer = byte_tokenizer()
+    tokenizer.eos_token = tokenizer.pad_token = None
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    path = write_rows(tmp_path / "a.jsonl", [{"text": "ab"}, {"text": "abcd"}] * 8)
+    data = corpus(tmp_path, path, eos=False, packing=packing)
+    assert sorted(texts(data, data.loader("train", shuffle=False))) == ["ab"] * 8 + ["abcd"] * 8
 
 
 SHARED = os.environ.get("E3_SHARED", "")

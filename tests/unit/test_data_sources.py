@@ -367,6 +367,23 @@ def test_a_path_to_nothing(tmp_path, monkeypatch, path, message):
         read(tmp_path, path)
 
 
+def test_a_folder_is_read_without_hidden_files_and_never_of_two_splits(tmp_path):
+    """A clone of a data set holds its test split beside the training one."""
+    folder = tmp_path / "protest-data"
+    for name in ("train/a.jsonl", "train/latest.jsonl", ".cache/train.jsonl", ".hidden.jsonl"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        write_rows(folder / name, [{"text": name}])
+    assert sorted(read(tmp_path, str(folder))) == ["train/a.jsonl", "train/latest.jsonl"]
+    for name in ("test-00000-of-00001.jsonl", "data/validation.jsonl", "eval.jsonl"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        write_rows(folder / name, [{"text": name}])
+        with pytest.raises(
+            ConfigError, match=r"protest-data' holds files of several splits \((\w+, train|train, \w+)\)"
+        ):
+            read(tmp_path, str(folder))
+        (folder / name).unlink()
+
+
 def test_an_unknown_hub_id(tmp_path, monkeypatch):
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     with pytest.raises(ConfigError, match=r"'nobody/nothing' \(split 'train'\) is no file here"):
