@@ -4,13 +4,14 @@ PY     := $(VENV)/bin/python
 CLI    := $(PY) -m src.cli
 RUN    ?= logs/demo
 SEED   ?= 0
+SHARED ?= $(or $(E3_SHARED),../shared)
 TEACHER := assets/arithmetic-teacher
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help setup demo test test-full headline mask-quality fair-fight ablations search-step teacher-cache \
-	data-speed linear-patch export-matrix other-engine plan-accuracy scale gpu-checks results lint types teacher \
+	data-pipeline linear-patch export-matrix other-engine plan-accuracy scale gpu-checks results lint types teacher \
 	tensorboard clean
 
 help:  ## show the targets
@@ -98,8 +99,8 @@ teacher-cache: $(VENV)/.installed $(RUN)/search/mask.json  ## bytes, time and me
 	$(PY) -m scripts.entropy_weights --mask $(RUN)/search/mask.json --tests 500
 	$(PY) -m scripts.cache_results
 
-data-speed: $(VENV)/.installed  ## the loader alone, and the share of a step spent waiting -> results/data_pipeline.json
-	$(PY) -m scripts.bench_data $(if $(SHARED),--shared $(SHARED))
+data-pipeline: $(VENV)/.installed  ## loader alone and waiting; real corpora from SHARED=DIR -> results/data_pipeline.json
+	$(PY) -m scripts.bench_data --shared $(SHARED)
 
 linear-patch: $(VENV)/.installed  ## cuts repaired without training -> results/linear_patch.json
 	$(PY) -m scripts.linear_patch

@@ -1,4 +1,4 @@
-"""Whether the data ever starves the step: ``python -m scripts.bench_data --shared DIR``.
+"""Whether the data ever starves the step: ``make data-pipeline SHARED=DIR``.
 
 Two questions. How many tokens a second does the loader alone make, on real corpora and on the demo's, and
 with what waste; and how large a share of the demo's recovery step is spent waiting for its batches. Rates
@@ -39,6 +39,7 @@ def corpora(shared: Path, arithmetic: Path, teacher: str) -> Iterator[tuple[str,
     yield "arithmetic, padded", Corpus(teacher, str(arithmetic))
     yield "arithmetic, packed", Corpus(teacher, str(arithmetic), **packed)
     if not shared.is_dir():
+        print(f"no real corpora: '{shared}' is no directory (--shared, or E3_SHARED)", flush=True)
         return
     gsm8k, stories = (str(shared / "data" / f"{name}_train.jsonl") for name in ("gsm8k", "tinystories"))
     yield "GSM8K, answers, padded", Corpus(real, gsm8k, **answer)

@@ -124,31 +124,45 @@ def test_lightning_resumes_at_the_next_row_on_any_workers(tmp_path, small, cut, 
 
 
 def train_until_killed(folder: Path, path: str) -> None:
-    """Train to step 40, going on from the last checkpoint there is."""
+    """Train to step 60 on 2 ranks of 2 workers, going on from the last checkpoint there is."""
+    os.setsid()  # so that one signal ends ranks and workers too
     last = folder / "last.ckpt"
     save = ModelCheckpoint(dirpath=folder, every_n_train_steps=1, save_last=True, save_top_k=0)
-    run = trainer(folder, max_steps=40, enable_checkpointing=True, callbacks=[save])
+    keys = {"strategy": "ddp_fork", "devices": 2, "enable_checkpointing": True, "callbacks": [save]}
+    run = trainer(folder, max_steps=60, **keys)
     data = corpus(folder, path, num_workers=2)
-    run.fit(Recorder(folder / "log", 0.1), datamodule=data, ckpt_path=str(last) if last.exists() else None)
+    run.fit(Recorder(folder / "log", 0.05), datamodule=data, ckpt_path=str(last) if last.exists() else None)
     os._exit(0)
 
 
+def steps_taken(log: Path) -> int:
+    file = Path(f"{log}.0")
+    return len(file.read_text().splitlines()) if file.exists() else 0
+
+
 @pytest.mark.slow
-def test_sigkill_at_random_times(tmp_path):
-    path = write_rows(tmp_path / "a.jsonl", numbered(100))
+def test_sigkill_of_two_ranks_of_two_workers_at_random_steps(tmp_path):
+    path = write_rows(tmp_path / "a.jsonl", numbered(150))
+    corpus(tmp_path, path)  # writes the tokenizer, for all of them
     context, rng = multiprocessing.get_context("fork"), random.Random(0)
     for kill in range(11):
         process = context.Process(target=train_until_killed, args=(tmp_path, path))
         process.start()
+        assert process.pid is not None
+        until = steps_taken(tmp_path / "log") + rng.randint(1, 5)
+        while kill < 10 and steps_taken(tmp_path / "log") < until:
+            assert process.is_alive()
+            time.sleep(0.02)
         if kill < 10:
-            process.join(timeout=0.3 + 0.5 * rng.random())
-            os.kill(process.pid, signal.SIGKILL)
+            time.sleep(0.1 * rng.random())
+            os.killpg(process.pid, signal.SIGKILL)
         process.join()
         assert process.exitcode == (-signal.SIGKILL if kill < 10 else 0)
     data = corpus(tmp_path, path)
-    run = trainer(tmp_path, max_steps=40)
+    run = trainer(tmp_path, max_steps=60, strategy="ddp_fork", devices=2)
     run.fit(Recorder(tmp_path / "whole"), datamodule=data)
-    assert rows(tmp_path / "log") == rows(tmp_path / "whole")
+    for rank in range(2):
+        assert rows(tmp_path / "log", rank) == rows(tmp_path / "whole", rank)
 
 
 def test_two_ranks_of_lightning_stay_in_step_and_resume(tmp_path, small):
