@@ -131,6 +131,8 @@ class ZeRO(DeepSpeedStrategy):
 
     def __init__(self, stage: int = 2, **kwargs: Any) -> None:
         super().__init__(stage=stage, **kwargs)
+        # With its state in the host's memory DeepSpeed would insist on an optimiser of its own.
+        cast(Any, self).config.setdefault("zero_force_ds_cpu_optimizer", False)
 
     @staticmethod
     def check_installed() -> None:
