@@ -12,6 +12,7 @@ import sys
 import warnings
 from typing import Any, NoReturn
 
+from lightning import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.strategies.launchers import subprocess_script
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -63,6 +64,15 @@ class PruneCLI(LightningCLI):
         model, data = config.model.init_args, config.data.init_args
         if "tokenizer" in data and data.tokenizer is None:
             data.tokenizer = model.get("model") or (Mask.load(model.mask).model if "mask" in model else None)
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Build the trainer; Lightning's own words where it knows no such strategy, or lacks a GPU for it."""
+        try:
+            return super().instantiate_trainer(**kwargs)
+        except ConfigError:
+            raise
+        except ValueError as e:
+            raise ConfigError(f"trainer: {e}") from e
 
     def instantiate_classes(self) -> None:
         """Build trainer, model and data; refuse what they cannot do together before processes start."""

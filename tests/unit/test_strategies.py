@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,11 +11,8 @@ import pytest
 import torch
 import yaml
 
-import src.cli
-from src import faults
 from src.cli import PruneCLI, main, run
 from src.errors import ConfigError
-from src.models.loading import load_model
 from src.strategies import FSDP, FSDP2, ZeRO, kind
 from tests.cached import workspace
 
@@ -108,6 +103,26 @@ def test_on_a_cpu_an_overlay_is_built_or_refused_in_one_message(
     assert "configs/strategy/fsdp2.yaml" in text, "the alternative is named"
 
 
+@pytest.mark.parametrize(("name", "told"), [("fsdp22", "fsdp22"), ("fsdp", "requires a GPU")])
+def test_a_strategy_by_name_that_cannot_be_made_is_told_in_one_message(
+    name: str, told: str, teacher_dir: str, corpus_file: str, mask_file: str, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    given = arguments("recover", OVERLAYS[-1], teacher_dir, corpus_file, mask_file, tmp_path)
+    with pytest.raises(SystemExit) as ended:
+        main([*given, f"--trainer.strategy={name}"])
+    text = capsys.readouterr().err
+    assert ended.value.code == 2
+    assert text.count("error:") == 1
+    assert told in text
+
+
+def test_an_optimiser_of_torch_goes_with_state_in_the_hosts_memory() -> None:
+    pytest.importorskip("deepspeed")
+    config: Any = ZeRO(stage=3, offload_optimizer=True).config
+    assert config["zero_force_ds_cpu_optimizer"] is False
+
+
 def trainer_of(strategy: str) -> Any:
     """Enough of a trainer on a GPU to be asked whether a pair can work."""
     from lightning.pytorch.accelerators import CUDAAccelerator
@@ -175,87 +190,6 @@ def test_a_checkpoint_of_another_kind_is_refused(
     path.mkdir() if directory else path.write_bytes(b"")
     with pytest.raises(ConfigError, match="overlay") if refused else nullcontext():
         check_checkpoint(trainer_of(strategy), path)
-
-
-# ---------------------------------------------------------------- faults
-
-
-def test_memory_that_runs_out_names_the_knobs(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def greedy(argv: list[str]) -> None:
-        torch.empty(2**50)
-
-    monkeypatch.setattr(src.cli, "run", greedy)
-    with pytest.raises(SystemExit) as ended:
-        main([])
-    said = capsys.readouterr().err
-    assert ended.value.code == 1
-    assert said.count("\n") == 1, "one message"
-    for knob in (
-        "batch_size",
-        "max_length",
-        "chunk_tokens",
-        "CheckpointActivations",
-        "quantize",
-        "fsdp2.yaml",
-    ):
-        assert knob in said
-
-
-def test_memory_that_runs_out_while_a_model_is_loaded_names_them_too(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], teacher_dir: str
-) -> None:
-    def greedy(*_: object, **__: object) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-
-    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", greedy)
-    monkeypatch.setattr(src.cli, "run", lambda _: load_model(teacher_dir))
-    with pytest.raises(SystemExit) as ended:
-        main([])
-    assert ended.value.code == 1
-    assert "quantize" in capsys.readouterr().err
-
-
-def test_an_error_of_a_gpu_and_one_behind_another_are_understood() -> None:
-    error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-    assert "batch_size" in str(faults.explain(error))
-    outer = RuntimeError("while training")
-    outer.__cause__ = error
-    assert "batch_size" in str(faults.explain(outer))
-    assert faults.explain(ValueError("something else")) is None
-
-
-def test_the_message_names_keys_that_exist(monkeypatch: pytest.MonkeyPatch) -> None:
-    import inspect
-
-    from src.data import Corpus
-    from src.losses.distill import Distillation
-
-    assert {"batch_size", "max_length"} <= inspect.signature(Corpus).parameters.keys()
-    assert "chunk_tokens" in inspect.signature(Distillation).parameters
-    assert Path("configs/cache/recover.yaml").exists()
-
-
-def test_a_lost_connection_counts_only_among_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
-    error = RuntimeError("[pair.cc:553] Connection closed by peer [127.0.0.1]:1")
-    monkeypatch.delenv("LOCAL_RANK", raising=False)
-    assert faults.explain(error) is None
-    monkeypatch.setenv("LOCAL_RANK", "1")
-    assert "--ckpt_path" in str(faults.explain(error))
-
-
-def test_a_rank_that_dies_ends_the_one_that_waits() -> None:
-    """A process that hangs, as in a collective of a GPU, is ended with a message soon after its child."""
-    code = (
-        "import subprocess, sys, time; from src import faults\n"
-        "child = subprocess.Popen([sys.executable, '-c', 'import os; os.kill(os.getpid(), 9)'])\n"
-        "faults.watch_children([child], 0.1)\ntime.sleep(60)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=50)
-    assert done.returncode == 1
-    assert "local rank 1 ended with code -9" in done.stderr
-    assert "--ckpt_path" in done.stderr
 
 
 # ---------------------------------------------------------------- micro-batches
