@@ -108,7 +108,7 @@ linear-patch: $(VENV)/.installed  ## cuts repaired without training -> results/l
 export-matrix: $(VENV)/.installed  ## the export gate on every decoder family -> results/export_matrix.json, docs/export.md
 	$(PY) -m scripts.export_matrix
 
-STORIES ?= $(wildcard ../shared/models/stories260k)
+STORIES ?= $(wildcard $(SHARED)/models/stories260k)
 ENGINE_EXPORTS = $(RUN)/recovered $(if $(STORIES),$(RUN)/stories)
 
 $(RUN)/stories/config.json: | $(VENV)/.installed
