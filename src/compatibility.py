@@ -13,6 +13,7 @@ from lightning import Trainer
 from lightning.pytorch.accelerators import CUDAAccelerator
 
 from src.errors import ConfigError
+from src.policies import MaskPolicy
 from src.strategies import kind
 
 SHARDED = ("fsdp", "fsdp2", "deepspeed")
@@ -20,7 +21,9 @@ _BYTES = "the bytes of 8- and 4-bit weights cannot be sharded"
 _QUANTISED = f"{_BYTES}. Keep one copy on each rank with configs/strategy/ddp.yaml, or set it to null"
 
 
-def check_search(trainer: Trainer, data: object, quantize: str | None, teacher: object | None) -> None:
+def check_search(
+    trainer: Trainer, data: object, quantize: str | None, teacher: object | None, policy: MaskPolicy
+) -> None:
     """Refuse what a mask search cannot do.
 
     Args:
@@ -28,6 +31,7 @@ def check_search(trainer: Trainer, data: object, quantize: str | None, teacher: 
         data: the data module.
         quantize: quantisation of the one copy of the weights.
         teacher: another source of the teacher's signal.
+        policy: how masks are learned.
 
     Raises:
         ConfigError: names the key and the alternative.
@@ -41,6 +45,17 @@ def check_search(trainer: Trainer, data: object, quantize: str | None, teacher: 
         )
     if quantize and strategy in SHARDED:
         raise ConfigError(f"model.quantize: '{quantize}' with FSDP2: {_QUANTISED}.")
+    name = type(policy).__name__
+    if policy.differentiates_weights and quantize:
+        raise ConfigError(
+            f"model.quantize: {name} differentiates the weights, which '{quantize}' does not allow. Set it "
+            f"to null, or choose another policy."
+        )
+    if policy.differentiates_weights and strategy == "fsdp2":
+        raise ConfigError(
+            f"trainer.strategy: {name} differentiates the weights, which FSDP2 holds in parts. Use "
+            f"configs/strategy/ddp.yaml, or choose another policy."
+        )
     _check_teacher(trainer, data, teacher)
 
 

@@ -23,7 +23,8 @@ MEMORY = (
 )
 LOST = (
     "error: {what}. The run has ended. What the lost process said is above; if it said nothing it was "
-    "killed, often for memory. Resume with the same command and --ckpt_path <run>/checkpoints/last.ckpt."
+    "killed, often for memory. Resume with the same command; a fit also with "
+    "--ckpt_path <run>/checkpoints/last.ckpt."
 )
 _OUT = ("can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 _GONE = ("closed by peer", "reset by peer", "Broken pipe", "remote process exited", "remote server shutdown")

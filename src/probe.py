@@ -89,20 +89,9 @@ class CalibrationProbe:
     def gradients(self, visit: Callable[[int, nn.Module], None]) -> None:
         """Differentiate the mean cross-entropy of the open model with respect to the layers' weights.
 
-        Raises:
-            ConfigError: the weights are quantised.
+        Whole ones of floating point: src/compatibility.py refuses others before anything is loaded.
         """
         search = self.search
-        if search.loading["quantize"] is not None:
-            raise ConfigError(
-                f"model.quantize: this policy differentiates the weights, which "
-                f"'{search.loading['quantize']}' does not allow. Set it to null, or choose another policy."
-            )
-        if search.device_mesh is not None:
-            raise ConfigError(
-                "trainer.strategy: this policy differentiates the weights, which FSDP2 holds in parts. Use "
-                "configs/strategy/ddp.yaml, or choose another policy."
-            )
         reduce = search.trainer.strategy.reduce
         weights = [p for layer in search.gates.layers for p in layer.parameters()]
         own = torch.tensor(sum(n for *_, n in self.rows), device=search.device)

@@ -98,7 +98,7 @@ class MaskSearch(LightningModule):
 
     def refuse(self, trainer: Trainer, data: object) -> None:
         """Refuse, before anything is loaded, what cannot work with this trainer and these data."""
-        check_search(trainer, data, self.loading["quantize"], self.teacher)
+        check_search(trainer, data, self.loading["quantize"], self.teacher, self.policy)
 
     def setup(self, stage: str) -> None:
         self.refuse(self.trainer, getattr(self.trainer, "datamodule", None))

@@ -67,6 +67,9 @@ class MaskPolicy(nn.Module):
     needs_gradient = True
     """Whether :meth:`surrogate` wants the losses' gradients with respect to the gates."""
 
+    differentiates_weights = False
+    """Whether :meth:`initialise` asks the probe for gradients of the weights."""
+
     temperature: float = 1.0
     """Of a relaxation, for a policy that has one; a callback may anneal it."""
 

@@ -26,6 +26,8 @@ class Taylor(OneShot):
         kwargs: ``seed``, ``candidates``, ``polish`` of the base class.
     """
 
+    differentiates_weights = True
+
     def __init__(self, plus: bool = False, always_keep: Iterable[int] = (), **kwargs: Any) -> None:
         super().__init__(always_keep=[*always_keep, *(PLUS if plus else ())], **kwargs)
 

@@ -166,6 +166,17 @@ def test_which_pairs_are_refused(strategy: str, quantize: Any, teacher_dir: str,
         assert "configs/strategy/" in text or "Set it to" in text, "an alternative is named"
 
 
+@pytest.mark.parametrize(("strategy", "quantize"), [("fsdp2", None), ("single", "int8"), ("ddp", None)])
+def test_a_policy_that_differentiates_weights_wants_them_whole(
+    strategy: str, quantize: Any, teacher_dir: str
+) -> None:
+    from src.policies import Taylor
+    from src.search import MaskSearch
+
+    said = refusal(MaskSearch(teacher_dir, Taylor(), remove=2, quantize=quantize), strategy)
+    assert ("choose another policy" in said) == (strategy != "ddp")
+
+
 def test_a_cached_teacher_wants_a_cache_before_anything_is_loaded(mask_file: str, tmp_path: Path) -> None:
     from src.cache import CachedCorpus
     from src.recover import Recovery
