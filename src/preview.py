@@ -22,6 +22,7 @@ from src.data import Corpus
 from src.data.batches import Batch
 from src.data.encode import IGNORE
 from src.errors import ConfigError
+from src.mask import Mask
 
 Marks = tuple[str, str]
 
@@ -39,7 +40,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--config", type=Path, required=True, help="an experiment; its data is read")
     parser.add_argument("--rows", type=positive, default=3, metavar="N", help="rows to print (default: 3)")
     parser.add_argument("--split", choices=("train", "validation"), default="train")
-    parser.epilog = "Any --data.KEY VALUE changes a key of the corpus, as in fit."
+    parser.epilog = "--data.KEY VALUE, --model.init_args.model and .mask change the experiment, as in fit."
     args, changes = parser.parse_known_args(argv)
     corpus = read_corpus(args.config, changes)
     marks = GREEN if sys.stdout.isatty() else BRACES
@@ -51,16 +52,19 @@ def main(argv: list[str]) -> None:
 
 
 def read_corpus(config: Path, changes: list[str]) -> Corpus:
-    """Build the corpus of a config file, with ``--data.KEY VALUE`` changes.
+    """Build the corpus of a config file, with ``--data.KEY VALUE`` (and ``--model``) changes.
 
     Raises:
         ConfigError: the file cannot be read, or its data section is no corpus.
     """
     try:
         experiment = yaml.safe_load(config.read_text()) or {}
-        data = experiment["data"]
-        model = experiment.get("model", {}).get("init_args", {}).get("model")
-        data.setdefault("init_args", {}).setdefault("tokenizer", model)
+        data, model = experiment["data"], experiment.get("model", {}).get("init_args", {})
+        own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        for key in ("model", "mask"):
+            own.add_argument(f"--model.init_args.{key}", dest=key, default=model.get(key))
+        named, changes = own.parse_known_args(changes)
+        data.setdefault("init_args", {}).setdefault("tokenizer", _parent(named.model, named.mask))
     except (OSError, yaml.YAMLError, KeyError, AttributeError, TypeError) as e:
         raise ConfigError(f"--config: '{config}' gives no data section ({type(e).__name__}: {e}).") from e
     parser = jsonargparse.ArgumentParser(exit_on_error=False)
@@ -70,6 +74,11 @@ def read_corpus(config: Path, changes: list[str]) -> Corpus:
     except argparse.ArgumentError as e:
         raise ConfigError(f"--config: the data of '{config}': {e}") from e
     return parser.instantiate_classes(section).data
+
+
+def _parent(model: str | None, mask: str | None) -> str | None:
+    """The model whose tokenizer is used, as ``fit`` finds it: named, or by the mask of a recovery."""
+    return Mask.load(mask).model if model is None and mask and Path(mask).is_file() else model
 
 
 def documents(batches: Iterable[Batch]) -> Iterator[tuple[list[int], list[int]]]:

@@ -25,7 +25,7 @@ def sources(given: Sources | None, key: str) -> list[Source]:
     Raises:
         ConfigError: the weights make no mixture.
     """
-    listed = [given] if isinstance(given, str) else given or []
+    listed = [given] if isinstance(given, str) else [] if given is None else given
     parts = [_source({"path": part} if isinstance(part, str) else part, key) for part in listed]
     check_weights(parts, key)
     return parts
@@ -49,6 +49,8 @@ def _source(part: dict[str, Any] | Source, key: str) -> Source:
     for name in ("path", "split", "name"):
         if not isinstance(value := getattr(source, name), str) and (name != "name" or value is not None):
             raise ConfigError(f"{key}: '{name}' of a part of the mixture is {value!r}; expected text.")
+    if not source.path.strip():
+        raise ConfigError(f"{key}: a path is empty; name a file, a pattern, a directory or a Hub id.")
     if source.format not in (None, *get_args(Format)):
         accepted = ", ".join(get_args(Format))
         raise ConfigError(f"{key}: '{source.path}' has format '{source.format}'; accepted: {accepted}.")

@@ -232,15 +232,16 @@ def _format(file: str) -> Format:
 def _files(source: Source) -> list[str] | None:
     """The files of a source in order; None if it is a saved dataset or on the Hub."""
     path, folder = source.path, Path(source.path)
+    several = any(sign in path for sign in "*?[") and not folder.is_file()
     if folder.is_dir():
         if (folder / "state.json").exists() or (folder / "dataset_dict.json").exists():
             return None
         files = _inside(folder)
         wanted = f"holds no file with a suffix of {', '.join(_SUFFIXES)} and is no saved dataset"
-    elif "://" in path or "*" in path or folder.is_file() or _suffix(path) in _SUFFIXES:
+    elif "://" in path or several or folder.is_file() or _suffix(path) in _SUFFIXES:
         try:
             system, inner = fsspec.core.url_to_fs(path)
-            names = sorted(system.glob(inner)) if "*" in path else [inner] * system.exists(inner)
+            names = sorted(system.glob(inner)) if several else [inner] * system.exists(inner)
             files = [system.unstrip_protocol(n) if "://" in path else n for n in names]
         except (OSError, ValueError, ImportError) as e:
             raise ConfigError(f"data: cannot open '{path}': {reason(e)}") from e

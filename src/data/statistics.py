@@ -67,7 +67,15 @@ class Statistics:
         return {**numbers, "waste": self.padding / max(1, self.tokens + self.padding)}
 
     def fates(self) -> set[str]:
-        """What befell the first documents that were not used whole."""
+        """What befell the first documents that were not used whole, or more than once."""
         cut = {f"{self.first_truncated} is longer than data.max_length and was cut"}
         dropped = {f"{self.first_dropped} has no token to learn from and was left out"}
-        return (cut if self.truncated else set()) | (dropped if self.dropped else set())
+        short = {
+            "a rank has fewer documents than the others and is given its first batch again until they end "
+            "(data/repeated); files of similar size, or one file, are dealt out evenly"
+        }
+        return (
+            (cut if self.truncated else set())
+            | (dropped if self.dropped else set())
+            | (short if self.repeated else set())
+        )

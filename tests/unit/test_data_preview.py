@@ -11,6 +11,7 @@ import yaml
 
 from src import preview
 from src.errors import ConfigError
+from src.mask import Mask
 from tests.data_tools import CHATML, byte_tokenizer, write_rows
 
 ROWS = [{"prompt": f"What is {i}?", "completion": f"It is {i}."} for i in range(9)]
@@ -72,3 +73,17 @@ def test_overlays_of_columns_and_mixtures_survive_a_change(tmp_path, capsys):
     train = [{"path": str(tmp_path / "a.jsonl"), "weight": 1}]
     preview.main(["--config", config(tmp_path, rows, train=train, columns={"text": "story"}), *extra])
     assert capsys.readouterr().out.count("{+S</s>+}") == 3
+
+
+def test_a_recovery_takes_the_tokenizer_from_its_mask_as_fit_does(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    experiment = yaml.safe_load(Path(config(tmp_path, ROWS)).read_text())
+    model = experiment["model"]["init_args"].pop("model")
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(experiment))
+    with pytest.raises(ValueError, match=r"data\.tokenizer"):
+        preview.main(["--config", str(tmp_path / "config.yaml")])
+    Mask(model, 3, (0, 2), "test").save(tmp_path / "mask.json")
+    asked = ["--model.init_args.mask", str(tmp_path / "mask.json"), "--rows", "1"]
+    preview.main(["--config", str(tmp_path / "config.yaml"), *asked])
+    assert "What is" in capsys.readouterr().out
