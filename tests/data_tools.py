@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -96,3 +97,19 @@ def texts(corpus: Corpus, batches: Iterable[dict[str, Any]]) -> list[str]:
             decoded = [corpus.tokenizer.decode(piece, skip_special_tokens=True) for piece in pieces]
             found += [text for text in decoded if text]
     return found
+
+
+def read(tmp_path: Path, train: Any, **options: Any) -> list[str]:
+    data = corpus(tmp_path, train, **options)
+    return texts(data, data.loader("train", shuffle=True, workers=options.get("num_workers", 0)))
+
+
+def arrow_compress(codec: str, content: bytes) -> bytes:
+    """Two frames, one after the other, as tools that work in parallel write them."""
+    frames = pa.BufferOutputStream()
+    for part in (content[:999], content[999:]):
+        with pa.BufferOutputStream() as frame:
+            with pa.CompressedOutputStream(frame, codec) as stream:
+                stream.write(part)
+            frames.write(frame.getvalue())
+    return frames.getvalue().to_pybytes()

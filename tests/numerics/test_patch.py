@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import copy
-import json
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
-from src import cli, gate, patch
 from src.errors import ConfigError
 from src.linear_patch import LinearPatch
 from src.mask import Mask
@@ -23,8 +20,6 @@ from src.models.hadamard import hadamard
 from src.models.layers import decoder_layers
 from src.models.loading import load_model, load_tokenizer
 from src.models.patch import Junction, Patch, inputs, junctions, matrices, patched, scales
-from src.recover import Recovery, load_student
-from src.verify import verify
 from tests.tiny import VOCAB, tiny_ids, tiny_model
 
 KEEP, PLACE = (0, 1, 4, 5, 6), Junction(before=1, start=2, end=4)
@@ -259,113 +254,3 @@ def test_a_map_shared_with_another_layer_is_not_changed() -> None:
     layers[2].mlp.down_proj = layers[1].mlp.down_proj
     with pytest.raises(ConfigError, match="folded into layer 1"):
         stream_writer(model, 1, batch_of())
-
-
-# ---------------------------------------------------------------------- the whole
-
-
-@pytest.fixture
-def folded(mask_file: str, corpus_file: str) -> PreTrainedModel:
-    """The cut model of ``mask_file`` as :class:`LinearPatch` leaves it."""
-    mask = Mask.load(mask_file)
-    parent = load_model(mask.model)
-    student = cut(parent, mask.keep)
-    repairs = LinearPatch(corpus_file, device="cpu")(student, parent, mask, load_tokenizer(mask.model))
-    assert [r.module for r in repairs] == ["model.layers.0.mlp.down_proj", "model.layers.2.mlp.down_proj"]
-    assert all(0 < r.after < r.before for r in repairs)
-    return student
-
-
-def test_the_exported_directory_is_the_folded_model(
-    folded: PreTrainedModel, mask_file: str, corpus_file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(gate, "in_fresh_process", verify)
-    out, mask = tmp_path / "out", Mask.load(mask_file)
-    patch.main(["--mask", mask_file, "--data", corpus_file, "--out", str(out)])
-    loaded = AutoModelForCausalLM.from_pretrained(out).state_dict()
-    plain = cut(load_model(mask.model), mask.keep).state_dict()
-    changed = {name for name, tensor in loaded.items() if not torch.equal(tensor, plain[name])}
-    assert changed == {f"model.layers.{i}.mlp.down_proj.weight" for i in (0, 2)}
-    for name, tensor in folded.state_dict().items():
-        assert torch.equal(tensor, loaded[name])
-    card = (out / "README.md").read_text()
-    assert "fitted to the parent's stream on 40 rows" in card
-    assert "parent's weights, but for the patch" in card
-    assert json.loads((out / "config.json").read_text())["architectures"] == ["Qwen3ForCausalLM"]
-
-
-@pytest.mark.parametrize("scope", ["full", "cut_adjacent", "lora"])
-def test_a_recovery_starts_from_the_folded_model(
-    scope: Any, folded: PreTrainedModel, mask_file: str, corpus_file: str, tmp_path: Path
-) -> None:
-    mask, ids = Mask.load(mask_file), torch.arange(3, 23)[None]
-    parent = load_model(mask.model)
-    made = Recovery(mask_file, patch=LinearPatch(corpus_file, device="cpu"), scope=scope)
-    made.configure_model()
-    with torch.no_grad():
-        expected, plain = folded(ids).logits, cut(parent, mask.keep)(ids).logits
-        assert torch.equal(made.model.eval()(ids).logits, expected)
-        assert torch.equal(made.teacher._model[0](ids).logits, parent(ids).logits)  # the teacher is whole
-    assert not torch.allclose(expected, plain, atol=1e-2)
-    saved = {"state_dict": made.state_dict()}
-    made.on_save_checkpoint(saved)
-    assert "fitted to the parent's stream" in saved["recovery"]["patch"]
-    torch.save(saved, tmp_path / "student.ckpt")
-    with torch.no_grad():
-        back = load_student(parent, mask, str(tmp_path / "student.ckpt"))(ids).logits
-    torch.testing.assert_close(back, expected, rtol=1e-5, atol=1e-5)
-
-
-def test_a_mask_without_an_inner_cut_records_no_patch(
-    teacher_dir: str, corpus_file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(gate, "in_fresh_process", verify)
-    mask, out = tmp_path / "tail.json", tmp_path / "out"
-    Mask(model=teacher_dir, num_layers=6, keep=(0, 1, 2, 3), method="tail").save(mask)
-    with pytest.warns(UserWarning, match="nothing is patched"):
-        patch.main(["--mask", str(mask), "--data", corpus_file, "--out", str(out)])
-    card = (out / "README.md").read_text()
-    assert not any(word in card for word in ("| Patch |", "but for the patch", "calibration", "fitted"))
-    made = Recovery(str(mask), patch=LinearPatch(corpus_file, device="cpu"))
-    with pytest.warns(UserWarning, match="nothing is patched"):
-        made.configure_model()
-    saved: dict[str, Any] = {}
-    made.on_save_checkpoint(saved)
-    assert saved["recovery"]["patch"] is None
-
-
-def test_the_overlay_runs(mask_file: str, corpus_file: str, tmp_path: Path) -> None:
-    arguments = {
-        "model.init_args.mask": mask_file, "model.init_args.patch.init_args.data": corpus_file,
-        "data.init_args.train": corpus_file, "data.init_args.validation": corpus_file,
-        "data.init_args.batch_size": 4, "trainer.max_steps": 1, "trainer.limit_val_batches": 0,
-        "trainer.accelerator": "cpu", "trainer.logger.init_args.save_dir": tmp_path,
-    }  # fmt: skip
-    configs = ["configs/recover/entropy_kd.yaml", "configs/recover/linear_patch.yaml"]
-    given = [f"--config={path}" for path in configs] + [f"--{k}={v}" for k, v in arguments.items()]
-    assert len(cli.run(["fit", *given]).model.patch.repairs) == 2
-
-
-def test_a_cut_at_the_end_is_left_alone_with_a_warning(teacher_dir: str, corpus_file: str) -> None:
-    mask = mask_of((0, 1, 2, 3), 6, teacher_dir)
-    parent = load_model(teacher_dir)
-    student = cut(parent, mask.keep)
-    with pytest.warns(UserWarning, match="no cut between two kept layers"):
-        assert not LinearPatch(corpus_file)(student, parent, mask, load_tokenizer(teacher_dir))
-
-
-@pytest.mark.parametrize(
-    ("more", "message"),
-    [
-        (("--goal", "rotated"), "invalid choice: 'rotated'"),
-        (("--distill-steps", "5"), r"no P to distil.*'rotate' or 'diag'"),
-        (("--ridge", "-1"), "ridge .* at least 0; found"),
-        (("--text", "body"), "lacks 'body'"),
-    ],
-)
-def test_bad_input_gives_one_message(
-    more: tuple[str, ...], message: str, mask_file: str, corpus_file: str, tmp_path: Path
-) -> None:
-    with pytest.raises(ConfigError, match=message):
-        patch.main(["--mask", mask_file, "--data", corpus_file, "--out", str(tmp_path / "out"), *more])
-    assert not (tmp_path / "out").exists()

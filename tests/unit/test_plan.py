@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,33 +15,35 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from src.cli import run
-from src.errors import ConfigError
 from src.models.loading import load_config
-from src.planner.advice import advise, ways
-from src.planner.devices import GIB, Device, device
 from src.planner.experiment import Experiment
 from src.planner.ledger import Ledger
-from src.planner.memory import OVERHEAD, Setting, memory, strategy_name
+from src.planner.memory import OVERHEAD, Setting, memory
 from src.planner.planner import Planner
 from src.planner.toy import CountingProbe, Toy
 from src.planner.trace import Trace
 from src.planner.weights import Weights
 from src.planner.work import cache_size, calibration
 from src.policies import GumbelTopK
-
-H, MLP, L, HEADS, KV, D, V = 8, 16, 4, 2, 1, 4, 32
-LAYER = 2 * H * HEADS * D + 2 * H * KV * D + 2 * D + 3 * H * MLP + 2 * H
-"""Weights of a layer: queries and output, keys and values, their norms, the three of the MLP, two norms."""
-ROWS, LENGTH = 4, 64
-SEARCH, RECOVER, CACHE = (
-    "configs/search/gumbel_topk.yaml",
-    "configs/recover/entropy_kd.yaml",
-    "configs/cache/topk.yaml",
+from tests.planning import (
+    CACHE,
+    HEADS,
+    KV,
+    LAYER,
+    LENGTH,
+    MLP,
+    ONE_ROW,
+    PLENTY,
+    RECOVER,
+    ROWS,
+    SEARCH,
+    D,
+    H,
+    L,
+    V,
+    planner_of,
+    write_config,
 )
-ONE_ROW = {"data.init_args.batch_size": 1, "model.init_args.ratio": "null"}
-"""A single row is never padded: its attention needs no mask."""
-PLENTY = Device("h100", "test", 1 << 50, {"float32": 1.0, "bfloat16": 2.0}, 0.5, 0, 0.0, "none")
 
 KNOWN = {
     "qwen3-0.6b": 596_049_920,
@@ -55,37 +58,12 @@ KNOWN = {
 }
 
 
-def write_config(path: Path, layers: int = L, **keys: Any) -> str:
-    """A config alone: there are no weights that could be loaded."""
-    config = AutoConfig.for_model(
-        "qwen3", vocab_size=V, hidden_size=H, intermediate_size=MLP, num_hidden_layers=layers,
-        num_attention_heads=HEADS, num_key_value_heads=KV, head_dim=D, tie_word_embeddings=True, **keys,
-    )  # fmt: skip
-    path.write_text(config.to_json_string())
-    return str(path)
-
-
 Make = Callable[..., Planner]
 
 
 @pytest.fixture
 def plan(tmp_path: Path) -> Make:
-    """Planner of a shipped config on a tiny model; keys are those of the command line."""
-
-    def make(
-        config: str, layers: int = L, spec: Device = PLENTY, ranks: int | None = None, **keys: Any
-    ) -> Planner:
-        argv = [
-            "--config",
-            config,
-            f"--model.init_args.model={write_config(tmp_path / f'{layers}.json', layers)}",
-        ]
-        keys = {"data.init_args.batch_size": ROWS, "data.init_args.max_length": LENGTH, **keys}
-        argv += [f"--{key}={value}" for key, value in keys.items()]
-        ratio = 1 / layers if config == RECOVER else None
-        return Planner(Experiment(argv, ratio), spec, ranks, "1M" if config == CACHE else None)
-
-    return make
+    return partial(planner_of, tmp_path)
 
 
 @pytest.mark.parametrize("name", KNOWN)
@@ -288,105 +266,3 @@ def test_fused_attention_holds_no_scores(tmp_path: Path) -> None:
     assert gpu.peak["activations"] < cpu.peak["activations"] / 2
     assert gpu.teacher_flops == cpu.teacher_flops
     assert gpu.flops > cpu.flops, "the backward pass makes the scores again"
-
-
-# ---------------------------------------------------------------- advice
-
-
-def test_a_device_one_byte_too_small_is_too_small(plan: Make) -> None:
-    planner = plan(SEARCH)
-    plain, recomputed = planner.way("shared", "single", False), planner.way("shared", "single", True)
-    packed = planner.way("int8", "single", True)
-    assert packed.total < recomputed.total < plain.total
-
-    def best(size: int) -> Any:
-        planner.device = replace(PLENTY, memory=size)
-        return advise(planner)
-
-    assert best(plain.total).best == plain
-    assert best(plain.total).options == ()
-    assert not best(plain.total - 1).best.setting.quantize
-    assert best(plain.total - 1).options == ("--trainer.callbacks+=src.callbacks.CheckpointActivations",)
-    assert best(recomputed.total - 1).best.setting.quantize == "int8"
-    assert "--model.init_args.quantize int8" in best(recomputed.total - 1).options
-    nothing = best(1000)
-    assert nothing.best is None
-    assert "bfloat16" in nothing.reason
-
-
-def test_a_recovery_without_room_reads_a_cache(plan: Make) -> None:
-    planner = plan(RECOVER)
-    live, cached = planner.way("copy", "single", True), planner.way("cached", "single", False)
-    plain = planner.way("copy", "single", False)
-    assert plain.total - cached.total == plain.parts["teacher"]
-    planner.device = replace(PLENTY, memory=live.total - 1)
-    assert advise(planner).best.setting.mode == "cached"  # type: ignore[union-attr]
-    assert "--config configs/cache/recover.yaml" in advise(planner).options
-    assert advise(planner, disk=1).best.setting.mode == "int8"  # type: ignore[union-attr]
-    assert cached.hours < plain.hours, "the teacher's pass is saved"
-
-
-def test_ways_are_legal_pairs() -> None:
-    """What src/compatibility.py refuses is never recommended; sharding needs ranks."""
-    for stage in ("search", "recover", "cache"):
-        for ranks in (1, 2):
-            for mode, strategy, _, offload in ways(stage, ranks):
-                assert ranks > 1 or strategy != "fsdp2"
-                assert strategy not in ("fsdp", "deepspeed_z3") or stage == "recover"
-                assert not (stage != "recover" and mode in ("int8", "nf4") and strategy == "fsdp2")
-                assert not offload or strategy == "deepspeed_z3"
-
-
-def test_strategies_are_known_by_any_of_their_names() -> None:
-    assert [strategy_name(name, 1) for name in ("auto", "ddp", "deepspeed_stage_3")] == [
-        "single",
-        "ddp",
-        "deepspeed_z3",
-    ]
-    assert strategy_name("auto", 2) == "ddp"
-    with pytest.raises(ConfigError, match="'horovod' cannot be planned"):
-        strategy_name("horovod", 1)
-
-
-# ---------------------------------------------------------------- the command
-
-
-def test_command_writes_the_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    out = tmp_path / "plan.json"
-    argv = ["--config", SEARCH, "--config", "configs/strategy/fsdp2.yaml", "--trainer.max_steps=10"]
-    argv += [f"--model.init_args.model={write_config(tmp_path / 'tiny.json')}"]
-    run(["plan", *argv, "--device", "h100", "--devices", "2", "--json", str(out)])
-    written = json.loads(out.read_text())
-    assert written["configured"]["strategy"] == "fsdp2"
-    assert written["tokens"] == 10 * 16 * 256 * 2
-    assert written["configured"]["total"] == sum(written["configured"]["parts"].values())
-    assert written["recommended"]["way"]["strategy"] == "ddp"
-    assert written["device"]["memory"] == 79 * GIB
-    assert "as configured" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    ("argv", "message"),
-    [
-        ([SEARCH, "--device", "h1000"], r"--device: 'h1000' is unknown; accepted: h100, .*mean 'h100'"),
-        ([SEARCH, "--model.init_args.modle=x"], r"modle.*Did you mean"),
-        (
-            [SEARCH, "--model.init_args.model=no/such/file.json"],
-            r"model: cannot read a config from 'no/such/f",
-        ),
-        ([RECOVER, "--model.init_args.mask=no.json"], r"mask: 'no.json' does not exist yet; give"),
-        ([CACHE], r"--tokens: nothing says when this run ends"),
-        (["configs/teacher/arithmetic.yaml"], r"'Pretrain' cannot be planned; accepted: MaskSearch, Rec"),
-        ([SEARCH, "--devices", "none"], r"--devices.*a whole number above 0"),
-    ],
-)
-def test_faults_have_one_clear_message(argv: list[str], message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        run(["plan", "--config", *argv])
-
-
-def test_this_machines_cpu_is_measured() -> None:
-    cpu = device("cpu")
-    assert cpu.memory > GIB
-    assert 1e-4 < cpu.tflops["float32"] < 1e3
-    assert not cpu.gpu

@@ -1,0 +1,36 @@
+"""Intervals and verdicts of the arena."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from scripts.arena.bootstrap import interval, verdict
+
+
+def test_the_interval_of_a_share_is_the_binomials() -> None:
+    right = np.zeros((1, 100))
+    right[0, :30] = 1  # resampled: Binomial(100, 0.3), whose quantiles are 21 and 39
+    found = interval(right, np.ones(100))
+    assert found == pytest.approx({"value": 0.30, "low": 0.21, "high": 0.39}, abs=1e-9)
+
+
+def test_a_mean_over_tokens_weighs_problems_by_their_tokens() -> None:
+    tokens = np.array([1.0, 10.0, 100.0])
+    assert interval(3 * tokens[None], tokens) == pytest.approx({"value": 3, "low": 3, "high": 3})
+    assert interval(np.array([[111.0, 0, 0]]), tokens)["value"] == 1.0
+
+
+def test_seeds_are_resampled_too() -> None:
+    two = np.array([[0.0] * 50, [1.0] * 50])  # all the spread is between seeds: means 0, 1/2, 1
+    assert interval(two, np.ones(50)) == pytest.approx({"value": 0.5, "low": 0.0, "high": 1.0})
+
+
+def test_verdicts() -> None:
+    def ends(low: float, high: float) -> dict[str, float]:
+        return {"value": (low + high) / 2, "low": low, "high": high}
+
+    assert verdict(ends(-0.1, 0.2), True) == "tied"
+    assert verdict(ends(0.0, 0.0), True) == verdict(ends(0.0, 0.3), False) == "tied"
+    assert verdict(ends(0.1, 0.2), True) == verdict(ends(-0.2, -0.1), False) == "better"
+    assert verdict(ends(0.1, 0.2), False) == verdict(ends(-0.2, -0.1), True) == "worse"
