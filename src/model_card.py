@@ -143,11 +143,11 @@ def scores_table(evaluation: dict[str, Any], directory: Path) -> str:
     Raises:
         ConfigError: the evaluation has no teacher, or did not judge this directory.
     """
-    parent = evaluation.get("teacher")
-    own = next((m for m in evaluation["models"] if Path(m["path"]).resolve() == directory.resolve()), None)
+    parent, judged = evaluation.get("teacher"), evaluation.get("models", [])
+    own = next((m for m in judged if Path(m["path"]).resolve() == directory.resolve()), None)
     if parent is None or own is None:
-        judged = [m["path"] for m in evaluation["models"]]
-        raise ConfigError(f"--scores: needs an evaluation of '{directory}' with --teacher; found {judged}.")
+        found = [m["path"] for m in judged]
+        raise ConfigError(f"--scores: needs an evaluation of '{directory}' with --teacher; found {found}.")
     lines = ["| | parent | this model |", "|---|---|---|"]
     for key, form in FIGURES.items():
         if key in own:
@@ -164,11 +164,18 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--scores", type=Path, required=True, help="JSON written by evaluate --out")
     args = parser.parse_args(argv)
     card = args.directory / "README.md"
-    table = scores_table(json.loads(args.scores.read_text()), args.directory)
+    try:
+        evaluation, text = json.loads(args.scores.read_text()), card.read_text()
+    except (OSError, ValueError) as e:
+        raise ConfigError(f"cannot read '{args.scores}' or '{card}': {e}.") from e
+    table = scores_table(evaluation, args.directory)
     partial = card.with_suffix(".partial")
-    partial.write_text(SCORES.sub(lambda _: table, card.read_text()))
+    partial.write_text(SCORES.sub(lambda _: table, text))
     partial.replace(card)
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except ConfigError as error:
+        raise SystemExit(f"error: {error}") from None
