@@ -85,10 +85,37 @@ def main() -> None:
         lines += ["", f"**Export.** {families(matrix)} `docs/export.md` has the table."]
     if fight := read("fair_fight"):
         lines += ["", *fight_lines(fight)]
-    page = README.read_text()
-    head, rest = page.split(BEGIN)
-    tail = rest.split(END)[1]
-    write_text(README, f"{head}{BEGIN}\n" + "\n".join(lines) + f"\n{END}{tail}")
+    fill(README, lines)
+    if pipeline := read("data_pipeline"):
+        fill(Path("docs/data.md"), data_lines(pipeline))
+
+
+def fill(page: Path, lines: list[str]) -> None:
+    """Put lines between the markers of a page."""
+    head, rest = page.read_text().split(BEGIN)
+    write_text(page, f"{head}{BEGIN}\n" + "\n".join(lines) + f"\n{END}{rest.split(END)[1]}")
+
+
+def data_lines(pipeline: dict[str, Any]) -> list[str]:
+    """The loader alone on every corpus, and what a recovery waits."""
+    lines = [
+        "| corpus | tokens | tokens/s of one core | padding | cut | left out |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, row in pipeline["loader"].items():
+        lines.append(
+            f"| {name} | {row['tokens'] / 1e6:.2f} M | {row['tokens_per_core_second'] / 1e3:,.0f} k | "
+            f"{row['waste']:.1%} | {row['truncated']:,.0f} | {row['dropped']:,.0f} |"
+        )
+    waits = ", ".join(f"{row['waiting']:.1%} with {row['workers']} workers" for row in pipeline["recovery"])
+    rate = max(row["tokens_per_core_second"] for row in pipeline["recovery"])
+    return [
+        *lines,
+        "",
+        f"The demo's recovery consumes {rate / 1e3:.1f} k tokens a second of one core, so the loader alone is "
+        f"{pipeline['loader_over_recovery']:.0f} times as fast; of its time the recovery waits {waits}. "
+        f"`{pipeline['command']}`, commit {pipeline['commit']}.",
+    ]
 
 
 def families(matrix: dict[str, Any]) -> str:
