@@ -112,7 +112,7 @@ def data_lines(pipeline: dict[str, Any]) -> list[str]:
     return [
         *lines,
         "",
-        f"The demo's recovery consumes {rate / 1e3:.1f} k tokens a second of one core, so the loader alone is "
+        f"The demo's recovery consumes {rate / 1e3:.1f} k tokens a second of one core; the loader alone is "
         f"{pipeline['loader_over_recovery']:.0f} times as fast; of its time the recovery waits {waits}. "
         f"`{pipeline['command']}`, commit {pipeline['commit']}.",
     ]
