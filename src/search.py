@@ -83,6 +83,8 @@ class MaskSearch(LightningModule):
         self.optimizer, self.checkpoint_activations = optimizer, checkpoint_activations
         self.calibration_batches = calibration_batches
         config = load_config(model, revision)
+        self.commit: str | None = getattr(config, "_commit_hash", None)
+        """Revision of the Hub that was loaded, by which mask and card pin the parent."""
         self.num_layers = num_layers(config)
         count = count_to_remove(self.num_layers, remove, ratio)
         limits = constraints(config)
@@ -216,7 +218,7 @@ class MaskSearch(LightningModule):
         """The mask file for a set of kept layers."""
         return Mask(
             model=self.name,
-            revision=self.revision,
+            revision=self.revision or self.commit,
             num_layers=self.num_layers,
             keep=tuple(keep),
             method=type(self.policy).__name__,

@@ -131,3 +131,23 @@ def test_polish_tries_the_swaps_that_the_search_finds_likeliest() -> None:
     assert polish((0, 1, 2, 3), list(range(6)), measure, worth, swaps=2) == (0, 1, 2, 3)
     # Layer 4 for 1 gains two, 4 for 3 gains one; every other swap loses worth.
     assert set(tried) == {(0, 2, 3, 4), (0, 1, 2, 4), (0, 1, 2, 3)}
+
+
+def test_the_mask_pins_the_revision_of_the_hub_that_was_loaded(
+    teacher_dir: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without it a model card names a parent that may have changed since."""
+    from src import search as module
+
+    plain = module.load_config
+
+    def from_the_hub(name: str, revision: str | None = None) -> object:
+        config = plain(name, revision)
+        config._commit_hash = "0123abc"
+        return config
+
+    monkeypatch.setattr(module, "load_config", from_the_hub)
+    keep = (0, 1, 2, 3)
+    assert search(teacher_dir).mask(keep, {}).revision == "0123abc"
+    monkeypatch.undo()
+    assert search(teacher_dir).mask(keep, {}).revision is None
