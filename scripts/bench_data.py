@@ -79,7 +79,7 @@ def recovery(teacher: str, train: str, workers: int, steps: int, folder: Path) -
     mask = Mask(teacher, 16, tuple(i for i in layers if i not in (5, 7, 9, 11)), "benchmark")
     mask.save(folder / "mask.json")
     corpus = Corpus(teacher, train, num_workers=workers)
-    module = Timed(teacher, str(folder / "mask.json"))
+    module = Timed(mask=str(folder / "mask.json"))
     module.marks = []
     trainer = Trainer(
         max_steps=steps, accelerator="cpu", logger=False, enable_checkpointing=False,
