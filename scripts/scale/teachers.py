@@ -37,7 +37,7 @@ def measure(work: Path) -> dict[str, Any]:
         for form in RECOVERED:
             own = work / f"demo-{seed}-{form or 'float32'}"
             branch(searched, own)
-            asked = f"--model.init_args.teacher.init_args.quantize {form or 'null'}"
+            asked = f"--model.init_args.teacher.init_args.quantize {form}" if form else ""
             make(f"{own}/recovered/config.json", own, seed, 1, asked)
             score = exact_match(load_model(str(own / "recovered")), tokenizer, rows)["exact_match"]
             runs.append({"seed": seed, "teacher": form or "float32", "exact_match": score})
