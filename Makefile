@@ -130,7 +130,7 @@ scale: $(VENV)/.installed  ## growth with depth, width, tokens and ranks; quanti
 gpu-checks: $(VENV)/.installed  ## what only a GPU can show -> results/gpu.json, docs/gpu.md; skips without one
 	bash scripts/gpu_checks.sh
 
-results: $(VENV)/.installed  ## fill the README's tables and figure from results/*.json
+results: $(VENV)/.installed  ## fill the README's and the data page's tables from results/*.json
 	$(PY) -m scripts.readme_results
 
 lint: $(VENV)/.installed  ## ruff

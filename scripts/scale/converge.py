@@ -17,7 +17,7 @@ STEPS = 600
 WIDTH = {"hidden_size": 64, "intermediate_size": 160, "num_attention_heads": 2, "num_key_value_heads": 1,
          "head_dim": 32}  # fmt: skip
 NEAR = 1.25
-"""A search has converged when its mask's KL is within this factor of the best mask known."""
+"""A search has converged when its mask's KL, and that of every longer one, is within this factor of the best."""
 
 
 def measure(work: Path) -> dict[str, Any]:
@@ -38,7 +38,8 @@ def searched(work: Path, depth: int) -> dict[str, Any]:
     for row in searches:
         row["ratio_to_best"] = statistics.median(row["kl"]) / best
     lengths = [row["steps"] for row in searches if row["steps"] is not None]
-    near = [row["steps"] for row in searches if row["steps"] is not None and row["ratio_to_best"] <= NEAR]
+    far = [row["steps"] for row in searches if row["steps"] is not None and row["ratio_to_best"] > NEAR]
+    near = [steps for steps in lengths if steps > max(far, default=0)]
     return {
         "layers": depth, "removed": depth // 4, "searches": searches, "best_kl": best,
         "converged_after": min(near, default=None), "tried": sorted(lengths),
