@@ -17,7 +17,7 @@ STEPS = 600
 WIDTH = {"hidden_size": 64, "intermediate_size": 160, "num_attention_heads": 2, "num_key_value_heads": 1,
          "head_dim": 32}  # fmt: skip
 NEAR = 1.25
-"""A search has converged when its mask's KL, and that of every longer one, is within this factor of the best."""
+"""A search has converged when its mask's KL, and that of every longer one, is within it of the best."""
 
 
 def measure(work: Path) -> dict[str, Any]:
