@@ -13,7 +13,6 @@ from src.cache.fingerprint import weights_fingerprint
 from src.cache.shards import Precision, Rows, rows_of
 from src.cache.writer import CacheWriter
 from src.compatibility import check_cache
-from src.data.boundaries import check_boundaries
 from src.errors import ConfigError
 from src.losses.distill import supervised
 from src.losses.signals import TopK, live_signal
@@ -73,7 +72,6 @@ class CacheTeacher(LightningModule):
         """Batches that need no signal: this rank has it already."""
         self.idle: int = 0
         """Batches that the model need not run on: a sharded one runs while any rank needs it."""
-        self._apart = False
         self.name, self.k, self.chunk_tokens = model, k, chunk_tokens
         self.loading: dict[str, Any] = {
             "revision": revision, "dtype": dtype, "quantize": quantize, "attention": attention,
@@ -120,13 +118,10 @@ class CacheTeacher(LightningModule):
         """The documents of a batch with their signal; without one for the first ``skip`` batches.
 
         Raises:
-            ConfigError: the model mixes packed documents, or says something that is not finite.
+            ConfigError: the model says something that is not finite.
         """
         if batch_idx < self.idle:
             return rows_of(batch, None)
-        if "position_ids" in batch and not self._apart:
-            check_boundaries(self.model)
-            self._apart = True
         index = supervised(batch["labels"], batch.get("position_ids"))
         with torch.no_grad():
             hidden_NH = self.head.hidden(batch).flatten(0, 1)[index]
