@@ -66,7 +66,7 @@ $(RUN)/recovered/config.json: $(RUN)/search/mask.json $(RUN)/recover/record.json
 $(RUN)/evaluate.json: $(RUN)/cut/config.json $(RUN)/recovered/config.json
 	$(CLI) evaluate --teacher $(TEACHER) --model $(RUN)/cut $(RUN)/recovered \
 	  --data $(RUN)/data/test.jsonl --supervise all --out $@
-	@for model in cut recovered; do $(PY) -m src.model_card $(RUN)/$$model --scores $@; done
+	@for model in cut recovered; do $(PY) -m src.export.card $(RUN)/$$model --scores $@; done
 
 $(RUN)/benchmark.json: $(RUN)/recovered/config.json
 	$(CLI) benchmark --baseline $(TEACHER) --model $(RUN)/cut $(RUN)/recovered --out $@

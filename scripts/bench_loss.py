@@ -24,7 +24,7 @@ from src.files import write_json
 from src.losses.distill import Distillation
 from src.losses.signals import TopK
 from src.mask import git_sha
-from src.models.projection import summing
+from src.models.summing import summing
 
 VOCABULARIES = (1_000, 32_000, 151_936)
 

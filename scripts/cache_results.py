@@ -8,8 +8,8 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from scripts.readme_results import BEGIN, END, read
-from src.figures import AMBER, SLATE, TEAL, svg
 from src.files import write_text
+from src.report.figures import AMBER, SLATE, TEAL, svg
 
 PAGE, PICTURE = Path("docs/teacher_cache.md"), Path("docs/figures/teacher_cache.svg")
 MB = 1e6

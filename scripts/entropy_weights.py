@@ -23,14 +23,14 @@ from src.cache import CachedCorpus, CacheTeacher
 from src.data import Corpus
 from src.data.arithmetic import problems
 from src.data.documents import Columns
-from src.evaluate import exact_match, held_out
+from src.data.judging import batches, encode
+from src.evaluate.verb import exact_match, held_out
 from src.files import write_json
 from src.losses.distill import Distillation
 from src.losses.entropy import Weight
 from src.mask import Mask
 from src.models.loading import load_model, load_tokenizer
 from src.recover import Recovery
-from src.rows import batches, encode
 from src.teachers import CachedTeacher
 
 TEACHER = "assets/arithmetic-teacher"

@@ -36,13 +36,13 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from scripts import origin
 from scripts.tiny_configs import tiny_config
 from src.errors import ConfigError
+from src.export.fresh import Reference, is_tied, verify
+from src.export.observe import Observation, probe_tokens
+from src.export.proof import observe_gated, predicted_weights
 from src.files import write_json
-from src.gate import observe_gated, predicted_weights
 from src.models.cut import Constraints, attention_implementation, constraints, cut
 from src.models.cut_rules import forbidden
 from src.models.layers import decoder_layers, num_layers
-from src.models.observe import Observation, probe_tokens
-from src.verify import Reference, is_tied, verify
 
 Row = dict[str, Any]
 MASKS, TIMEOUT = 3, 180
@@ -232,7 +232,7 @@ def main() -> None:
     parser.add_argument("--fresh", action="store_true", help="judge again what the results already hold")
     args = parser.parse_args()
     head = {**origin("export_matrix"), "transformers": transformers.__version__}  # before a file changes
-    mp.get_context("forkserver").set_forkserver_preload(["src.gate", "scripts.tiny_configs"])
+    mp.get_context("forkserver").set_forkserver_preload(["src.export.proof", "scripts.tiny_configs"])
     families = args.families or list(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
     done = json.loads(args.out.read_text()) if args.out.exists() else {}
     rows = done.get("families", {}) if done.get("transformers") == transformers.__version__ else {}

@@ -29,16 +29,16 @@ from scripts.readme_results import BEGIN, END
 from src.data import Corpus
 from src.data.arithmetic import problems
 from src.data.documents import Columns
-from src.evaluate import held_out
+from src.data.judging import batches, encode
+from src.evaluate.verb import held_out
 from src.files import write_json, write_text
-from src.linear_patch import LinearPatch
 from src.mask import Mask
 from src.models.cut import cut
 from src.models.layers import num_layers
 from src.models.loading import load_model, load_tokenizer
-from src.models.patch import junctions, patched
 from src.recover import Recovery
-from src.rows import batches, encode
+from src.repair.linear_patch import LinearPatch
+from src.repair.stream import junctions, patched
 
 Row = dict[str, Any]
 PAGE = Path("docs/linear_patch.md")

@@ -24,6 +24,7 @@ from rich.progress import track
 
 from src.data.arithmetic import problems
 from src.data.documents import Columns
+from src.data.judging import batches, encode
 from src.files import write_json
 from src.losses.distill import Distillation, supervised
 from src.losses.signals import live_signal
@@ -31,7 +32,6 @@ from src.mask import Mask, git_sha
 from src.models.gated import GatedLayers, freeze
 from src.models.head import OutputHead
 from src.models.loading import load_model, load_tokenizer
-from src.rows import batches, encode
 
 Table = dict[str, float]
 """Removed layers, such as ``"7 10 11 12"``, to exact KL in nats per token."""

@@ -38,9 +38,9 @@ from src.files import write_json
 from src.mask import Mask, git_sha
 from src.models.layers import num_layers
 from src.models.loading import load_config
-from src.planner.devices import device
-from src.planner.experiment import Experiment
-from src.planner.planner import Planner
+from src.plan.devices import device
+from src.plan.experiment import Experiment
+from src.plan.planner import Planner
 
 OUT = Path("results/plan.json")
 BAR = 0.10

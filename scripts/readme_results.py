@@ -14,8 +14,8 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from scripts.arena import cells
-from src.figures import AMBER, INK, SLATE, TEAL, layer_strip, svg, tokens_text
 from src.files import write_text
+from src.report.figures import AMBER, INK, SLATE, TEAL, layer_strip, svg, tokens_text
 
 RESULTS, README = Path("results"), Path("README.md")
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"

@@ -22,8 +22,8 @@ from transformers import Cache, PreTrainedModel
 
 from src.command import Parser, load, parameters, positive, provenance, show
 from src.errors import ConfigError
+from src.evaluate.generate import step
 from src.files import write_json
-from src.generate import step
 from src.models.layers import num_layers, text_config
 
 PHASES = ("prefill", "decode")

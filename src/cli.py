@@ -17,10 +17,10 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.strategies.launchers import subprocess_script
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from src import faults
-from src.compatibility import check_checkpoint
 from src.errors import ConfigError, did_you_mean
 from src.mask import Mask
+from src.training import watchdog
+from src.training.refusals import check_checkpoint
 
 TOOLS = {
     "plan": "tell memory, hours and disk of a run before it starts: plan --config ... --device h100",
@@ -31,6 +31,16 @@ TOOLS = {
     "report": "gather a run's figures into a table, JSON, Markdown and HTML",
     "preview": "print a few rows of a corpus with what is supervised",
 }
+MODULES = {
+    "plan": "src.plan.verb",
+    "export": "src.export.verb",
+    "patch": "src.repair.verb",
+    "evaluate": "src.evaluate.verb",
+    "benchmark": "src.benchmark",
+    "report": "src.report.verb",
+    "preview": "src.preview",
+}
+"""Where each tool of the table is; a verb's package is imported only when it is asked for."""
 VERBS = {
     "fit": "run a search or a recovery: fit --config configs/search/gumbel_topk.yaml",
     "validate": "held-out divergence of a search or a recovery",
@@ -81,7 +91,7 @@ class PruneCLI(LightningCLI):
         if refuse is not None:
             refuse(self.trainer, self.datamodule)
         check_checkpoint(self.trainer, self.config[self.subcommand or "fit"].get("ckpt_path"))
-        setattr(subprocess_script, "_launch_process_observer", faults.watch_children)  # noqa: B010 (mypy)
+        setattr(subprocess_script, "_launch_process_observer", watchdog.watch_children)  # noqa: B010 (mypy)
 
     def _parse_ckpt_path(self) -> None:
         """Leave YAML and command line in charge on resume; Lightning would let the checkpoint win."""
@@ -129,7 +139,7 @@ def run(argv: list[str]) -> Any:
         print(_help())
         return None
     if argv[0] in TOOLS:
-        return importlib.import_module(f"src.{argv[0]}").main(argv[1:])
+        return importlib.import_module(MODULES[argv[0]]).main(argv[1:])
     if argv[0] not in VERBS:
         known = (VERBS | TOOLS).keys()
         raise ConfigError(f"unknown verb '{argv[0]}'.{did_you_mean(argv[0], known)}\n{_help()}")
@@ -151,11 +161,11 @@ def main(argv: list[str] | None = None) -> None:
     # The arguments are handed over so that tests can call this; Lightning suspects a mistake.
     warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    faults.watch_parent()
+    watchdog.watch_parent()
     try:
         run(sys.argv[1:] if argv is None else argv)
     except Exception as error:
-        if message := faults.explain(error):  # first: a load that runs out of memory is a fault too
+        if message := watchdog.explain(error):  # first: a load that runs out of memory is a fault too
             print(message, file=sys.stderr)
             raise SystemExit(1) from None
         if fault := _fault(error):

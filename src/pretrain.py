@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from src.data.batches import real_tokens
 from src.files import write_json
-from src.schedules import with_warmup
+from src.training.schedules import with_warmup
 
 
 class Pretrain(LightningModule):

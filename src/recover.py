@@ -17,11 +17,8 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from src import checkpoints
-from src.compatibility import check_recovery
 from src.data.batches import real_tokens
 from src.errors import ConfigError
-from src.linear_patch import LinearPatch
 from src.losses.distill import Distillation, supervised
 from src.mask import Mask
 from src.models.cut import cut
@@ -29,10 +26,13 @@ from src.models.head import OutputHead
 from src.models.layers import decoder_layers, num_layers
 from src.models.loading import Dtype, check_vocabulary, load_config, load_model, load_tokenizer
 from src.models.sharding import shard
-from src.ranks import MicroBatches, Part
-from src.schedules import Decay, with_warmup
-from src.strategies import kind
+from src.repair.linear_patch import LinearPatch
 from src.teachers import LiveTeacher, TeacherSource
+from src.training import checkpoints
+from src.training.ranks import MicroBatches, Part
+from src.training.refusals import check_recovery
+from src.training.schedules import Decay, with_warmup
+from src.training.strategies import kind
 
 Batch = dict[str, Tensor]
 Scope = Literal["full", "cut_adjacent", "lora"]
@@ -263,7 +263,8 @@ def narrower(stored: torch.dtype, trained: torch.dtype) -> bool:
 def load_student(parent: PreTrainedModel, mask: Mask, checkpoint: str) -> PreTrainedModel:
     """The recovered model as a plain one: the cut parent with a checkpoint's weights, adapters merged.
 
-    The checkpoint may be a file, or a directory that ranks wrote in parts (:mod:`src.checkpoints`). Where the
+    The checkpoint may be a file, or a directory that ranks wrote in parts
+    (:mod:`src.training.checkpoints`). Where the
     parent's type cannot hold what was trained, the model is in float32: nothing is rounded here.
 
     Raises:

@@ -19,7 +19,6 @@ from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
-from src.compatibility import check_search
 from src.data.batches import real_tokens
 from src.errors import ConfigError
 from src.losses.distill import Distillation, supervised
@@ -32,8 +31,9 @@ from src.models.layers import num_layers
 from src.models.loading import Dtype, Quantization, check_vocabulary, load_config, load_model
 from src.models.sharding import shard
 from src.policies import MaskPolicy
-from src.ranks import Part, total, world
 from src.teachers import TeacherSource
+from src.training.ranks import Part, total, world
+from src.training.refusals import check_search
 
 Batch = dict[str, Tensor]
 

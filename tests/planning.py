@@ -7,9 +7,9 @@ from typing import Any
 
 from transformers import AutoConfig
 
-from src.planner.devices import Device
-from src.planner.experiment import Experiment
-from src.planner.planner import Planner
+from src.plan.devices import Device
+from src.plan.experiment import Experiment
+from src.plan.planner import Planner
 
 H, MLP, L, HEADS, KV, D, V = 8, 16, 4, 2, 1, 4, 32
 LAYER = 2 * H * HEADS * D + 2 * H * KV * D + 2 * D + 3 * H * MLP + 2 * H

@@ -11,7 +11,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
 from scripts.arena.cells import JSON
-from src.figures import AMBER, PALE, SLATE, TEAL, styled
+from src.report.figures import AMBER, PALE, SLATE, TEAL, styled
 
 MARKS = "osD^vP*Xh<>pd8H"
 

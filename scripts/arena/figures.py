@@ -9,8 +9,8 @@ from matplotlib.figure import Figure
 
 from scripts.arena.cells import JSON, at
 from scripts.arena.contest import before_and_after, layers, log_nats, retention
-from src.figures import INK, TEAL, styled, svg
 from src.files import write_text
+from src.report.figures import INK, TEAL, styled, svg
 
 
 def draw(results: JSON, into: Path) -> list[Path]:

@@ -10,7 +10,7 @@ import numpy as np
 from scripts.arena.bootstrap import Array, Interval, interval, verdict
 from scripts.arena.plan import Run
 from scripts.arena.work import Work
-from src.flips import flips
+from src.evaluate.flips import flips
 
 JSON = dict[str, Any]
 Row = tuple[str, str, float]

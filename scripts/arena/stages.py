@@ -17,13 +17,13 @@ from scripts.arena.plan import nested
 from src.cli import run
 from src.data.arithmetic import SPLITS, write_splits
 from src.data.documents import Columns
-from src.evaluate import ROW_SUMS, exact_match, row_sums
+from src.data.judging import batches, encode, read_rows
+from src.evaluate.verb import ROW_SUMS, exact_match, row_sums
 from src.files import write_text
 from src.mask import Mask
 from src.models.cut import cut as shorten
 from src.models.layers import num_layers
 from src.models.loading import load_config, load_model, load_tokenizer
-from src.rows import batches, encode, read_rows
 
 JSON = dict[str, Any]
 
@@ -97,7 +97,7 @@ def judge(student: PreTrainedModel, model: str, rows: str) -> JSON:
     """Exact match after free generation, and for each problem the sums that divergence is the mean of.
 
     Returns:
-        ``correct``, a string of 0 and 1; and ``sums``, the columns of :func:`src.evaluate.row_sums`.
+        ``correct``, a string of 0 and 1; and ``sums``, the columns of :func:`src.evaluate.verb.row_sums`.
     """
     tokenizer, read = load_tokenizer(model), read_rows(rows)
     columns = Columns(prompt="question", answer="answer")

@@ -19,8 +19,8 @@ from scripts.arena.cells import (
 )
 from scripts.arena.defaults import defaults
 from scripts.readme_results import BEGIN, END
-from src.figures import tokens_text
 from src.files import write_text
+from src.report.figures import tokens_text
 
 Columns = Mapping[str, Cell]
 

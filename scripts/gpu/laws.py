@@ -21,16 +21,16 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from scripts.gpu.part import last_words, options, record
 from scripts.gpu.shapes import directory, label, middle_mask, random_model
 from scripts.tiny_configs import tiny_config
-from src import export
 from src.errors import ConfigError
-from src.gate import observe_gated
+from src.export import verb as export
+from src.export.observe import TOLERANCE, Observation, _cache, observe, probe_tokens
+from src.export.proof import observe_gated
 from src.losses.distill import Distillation, supervised
 from src.losses.signals import live_signal
 from src.mask import Mask
 from src.models.cut import cut
 from src.models.gated import GatedLayers, freeze
 from src.models.head import OutputHead
-from src.models.observe import TOLERANCE, Observation, _cache, observe, probe_tokens
 
 FAMILIES = ("gemma2", "gpt2", "mixtral", "phi3")
 """Tiny models beside the real shapes: soft-capped, learned positions, experts, fused projections."""

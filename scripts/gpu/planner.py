@@ -15,10 +15,10 @@ import torch
 from scripts.gpu.cases import command
 from scripts.gpu.part import options, read, record
 from src.errors import ConfigError
-from src.planner.devices import FILE, device
-from src.planner.experiment import Experiment
-from src.planner.memory import OVERHEAD
-from src.planner.planner import Planner
+from src.plan.devices import FILE, device
+from src.plan.experiment import Experiment
+from src.plan.memory import OVERHEAD
+from src.plan.planner import Planner
 
 
 def main() -> None:

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from scripts.gpu.tables import GIB, table
-from src.figures import tokens_text
 from src.files import write_text
+from src.report.figures import tokens_text
 
 JSON = dict[str, Any]
 

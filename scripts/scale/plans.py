@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from src.plan import main as plan
+from src.plan.verb import main as plan
 
 STAGES = {
     "search": ("configs/search/gumbel_topk.yaml", "10M"),

@@ -9,9 +9,9 @@ from typing import Any
 from scripts.headline import TEACHER, branch, make
 from src.data.arithmetic import problems
 from src.data.documents import Columns
-from src.evaluate import exact_match, held_out
+from src.data.judging import batches, encode
+from src.evaluate.verb import exact_match, held_out
 from src.models.loading import Quantization, load_model, load_tokenizer
-from src.rows import batches, encode
 
 FORMS: tuple[Quantization | None, ...] = (None, "int8", "nf4")
 RECOVERED = FORMS[:2]

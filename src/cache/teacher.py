@@ -12,7 +12,6 @@ from torch import Tensor
 from src.cache.fingerprint import weights_fingerprint
 from src.cache.shards import Precision, Rows, rows_of
 from src.cache.writer import CacheWriter
-from src.compatibility import check_cache
 from src.errors import ConfigError
 from src.losses.distill import supervised
 from src.losses.signals import TopK, live_signal
@@ -20,8 +19,9 @@ from src.models.gated import freeze
 from src.models.head import OutputHead
 from src.models.loading import Dtype, Quantization, load_model
 from src.models.sharding import shard
-from src.ranks import least
-from src.strategies import kind
+from src.training.ranks import least
+from src.training.refusals import check_cache
+from src.training.strategies import kind
 
 
 class CacheTeacher(LightningModule):

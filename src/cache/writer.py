@@ -21,8 +21,8 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
 
 from src.cache.fingerprint import tokenizer_fingerprint
+from src.cache.forecast import projection
 from src.cache.manifest import Manifest, Shard
-from src.cache.projection import projection
 from src.cache.shards import Precision, Rows, encode
 from src.data.loader import REPEATED
 from src.errors import ConfigError

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 from lightning import Callback, LightningModule, Trainer
 
-from src.schedules import interpolate, share_done, total_steps
+from src.training.schedules import interpolate, share_done, total_steps
 
 if TYPE_CHECKING:
     from src.search import MaskSearch

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
-from src.probe import CalibrationProbe
+from src.policies.probe import CalibrationProbe
 
 if TYPE_CHECKING:
     from src.search import MaskSearch

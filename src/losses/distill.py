@@ -23,7 +23,7 @@ from src.losses.entropy import Weight, check_weight, token_weights
 from src.losses.kl import Rule, kl
 from src.losses.signals import Signal, live_signal
 from src.models.head import OutputHead
-from src.ranks import Part
+from src.training.ranks import Part
 
 IGNORE = -100
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from src.errors import ConfigError, did_you_mean
-from src.ranks import Part
+from src.training.ranks import Part
 
 Weight = Literal["linear", "ratio", "eakd", "topq", "none"]
 TOP = 0.2

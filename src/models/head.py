@@ -19,8 +19,8 @@ from transformers import PreTrainedModel
 
 from src.errors import ConfigError
 from src.models.layers import decoder_layers, text_config
-from src.models.projection import summing
 from src.models.sharding import within
+from src.models.summing import summing
 
 TARGETS = ("labels", "row_id", "teacher_", "repeated")
 """Keys of a batch (or their beginnings) that are no input of a model."""

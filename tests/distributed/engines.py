@@ -17,9 +17,10 @@ if __name__ == "__main__":
     from lightning.pytorch.strategies import DDPStrategy, deepspeed
     from torch.distributed.fsdp import FullyShardedDataParallel
 
-    from src import cli, compatibility, strategies
+    from src import cli
+    from src.training import refusals, strategies
 
-    compatibility._check_device = lambda trainer: None
+    refusals._check_device = lambda trainer: None
     wrap: Any = FullyShardedDataParallel.__init__
 
     def on_cpu(self: Any, *args: Any, **kwargs: Any) -> None:

@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from src import checkpoints
 from src.cli import run
 from src.errors import ConfigError
 from src.mask import Mask
 from src.models.cut import cut
 from src.models.loading import load_model
 from src.recover import load_student
+from src.training import checkpoints
 from tests.distributed.launch import Bench, diary, drift, saver
 
 SAVED, STEPS, TOLERANCE = 4, 8, 1e-5

@@ -20,7 +20,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from src.data import Corpus, row_ids
 from src.data.loader import Loader
 from src.errors import ConfigError
-from src.schedules import with_warmup
+from src.training.schedules import with_warmup
 from tests.data_tools import corpus, numbered, write_rows
 from tests.tiny import tiny_model
 

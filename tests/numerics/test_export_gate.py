@@ -12,12 +12,12 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from src.errors import ConfigError
-from src.gate import in_fresh_process, observe_gated, predicted_weights
+from src.export.fresh import Reference, is_tied, verify
+from src.export.observe import Finding, compare, observe, probe_tokens
+from src.export.proof import in_fresh_process, observe_gated, predicted_weights
 from src.models import cut as cutting
 from src.models.cut import cut
 from src.models.cut_rules import slice_section
-from src.models.observe import Finding, compare, observe, probe_tokens
-from src.verify import Reference, is_tied, verify
 from tests.tiny import FAMILIES, KV_SHARED, tiny_model
 
 KEEP = (0, 2, 3, 5, 6)

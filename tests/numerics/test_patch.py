@@ -11,15 +11,15 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from src.errors import ConfigError
-from src.linear_patch import LinearPatch
 from src.mask import Mask
-from src.models import patch as patching
 from src.models.cut import cut
-from src.models.fold import Regression, fold, stream_writer
-from src.models.hadamard import hadamard
 from src.models.layers import decoder_layers
 from src.models.loading import load_model, load_tokenizer
-from src.models.patch import Junction, Patch, inputs, junctions, matrices, patched, scales
+from src.repair import stream as patching
+from src.repair.fold import Regression, fold, stream_writer
+from src.repair.hadamard import hadamard
+from src.repair.linear_patch import LinearPatch
+from src.repair.stream import Junction, Patch, inputs, junctions, matrices, patched, scales
 from tests.tiny import VOCAB, tiny_ids, tiny_model
 
 KEEP, PLACE = (0, 1, 4, 5, 6), Junction(before=1, start=2, end=4)

@@ -10,14 +10,16 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from src import cli, gate, patch
+from src import cli
 from src.errors import ConfigError
-from src.linear_patch import LinearPatch
+from src.export import proof
+from src.export.fresh import verify
 from src.mask import Mask
 from src.models.cut import cut
 from src.models.loading import load_model, load_tokenizer
 from src.recover import Recovery, load_student
-from src.verify import verify
+from src.repair import verb as patch
+from src.repair.linear_patch import LinearPatch
 
 
 @pytest.fixture
@@ -35,7 +37,7 @@ def folded(mask_file: str, corpus_file: str) -> PreTrainedModel:
 def test_the_exported_directory_is_the_folded_model(
     folded: PreTrainedModel, mask_file: str, corpus_file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gate, "in_fresh_process", verify)
+    monkeypatch.setattr(proof, "in_fresh_process", verify)
     out, mask = tmp_path / "out", Mask.load(mask_file)
     patch.main(["--mask", mask_file, "--data", corpus_file, "--out", str(out)])
     loaded = AutoModelForCausalLM.from_pretrained(out).state_dict()
@@ -75,7 +77,7 @@ def test_a_recovery_starts_from_the_folded_model(
 def test_a_mask_without_an_inner_cut_records_no_patch(
     teacher_dir: str, corpus_file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gate, "in_fresh_process", verify)
+    monkeypatch.setattr(proof, "in_fresh_process", verify)
     mask, out = tmp_path / "tail.json", tmp_path / "out"
     Mask(model=teacher_dir, num_layers=6, keep=(0, 1, 2, 3), method="tail").save(mask)
     with pytest.warns(UserWarning, match="nothing is patched"):

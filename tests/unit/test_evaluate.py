@@ -12,10 +12,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from src.data.arithmetic import build_tokenizer, problems
 from src.data.documents import Columns
+from src.data.judging import batches, encode, read_rows
 from src.errors import ConfigError
-from src.evaluate import exact_match, flips, held_out, main
-from src.generate import greedy, stop_tokens
-from src.rows import batches, encode, read_rows
+from src.evaluate.generate import greedy, stop_tokens
+from src.evaluate.verb import exact_match, flips, held_out, main
 from tests.tiny import tiny_ids, tiny_model
 
 QA = Columns(prompt="question", answer="answer")
@@ -129,7 +129,7 @@ def test_exact_match_counts_right_final_answers(models, tokenizer, rows, monkeyp
     answers[1] += "1"  # a digit too many: wrong
     answers[2] = "Another way. " + answers[2].rpartition(". ")[2]  # other words, same answer: right
     tokens = tokenizer(answers, add_special_tokens=False).input_ids
-    monkeypatch.setattr("src.evaluate.greedy", lambda *_: tokens)
+    monkeypatch.setattr("src.evaluate.verb.greedy", lambda *_: tokens)
     result = exact_match(models[0], tokenizer, rows)
     assert result["correct"] == [False, False, *[True] * 10]
     assert result["exact_match"] == 10 / 12

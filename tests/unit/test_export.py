@@ -17,12 +17,15 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from src import cli, export, gate, model_card
+from src import cli
 from src.errors import ConfigError
+from src.export import card as cards
+from src.export import proof
+from src.export import verb as export
+from src.export.fresh import verify
+from src.export.observe import Finding, probe_tokens
 from src.mask import Mask
 from src.models.cut import cut
-from src.models.observe import Finding, probe_tokens
-from src.verify import verify
 
 KEEP = (0, 2, 3, 5)
 
@@ -30,7 +33,7 @@ KEEP = (0, 2, 3, 5)
 @pytest.fixture(autouse=True)
 def _gate_in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """The fresh process has a test of its own; here it would only cost time."""
-    monkeypatch.setattr(gate, "in_fresh_process", verify)
+    monkeypatch.setattr(proof, "in_fresh_process", verify)
 
 
 @pytest.fixture
@@ -75,7 +78,7 @@ def test_a_plain_directory_with_everything_that_belongs_to_the_model(
     assert config["num_hidden_layers"] == len(config["layer_types"]) == len(KEEP)
     assert config["depth_pruning"] == {"parent": teacher.name, "revision": None, "keep": list(KEEP)}
     card = (out / "README.md").read_text()
-    assert model_card.front_matter(out / "README.md")["license"] == "mit"
+    assert cards.front_matter(out / "README.md")["license"] == "mit"
     for fact in (
         str(list(KEEP)),
         "removed [1, 4]",
@@ -146,13 +149,13 @@ def test_scores_of_an_evaluation_go_into_the_card(run: Callable[..., Path], tmp_
     parent, own = {"exact_match": 0.9, "kl": 0.0}, {"path": str(out), "exact_match": 0.85, "kl": 0.0123}
     evaluation = {"teacher": parent, "models": [own], "rows": 600, "command": "evaluate ..."}
     scores.write_text(json.dumps(evaluation))
-    model_card.main([str(out), "--scores", str(scores)])
+    cards.main([str(out), "--scores", str(scores)])
     card = (out / "README.md").read_text()
     assert "| exact match | 90.0% | 85.0% |" in card
-    assert model_card.NO_SCORES not in card
+    assert cards.NO_SCORES not in card
     scores.write_text(json.dumps({**evaluation, "models": [{**own, "path": "elsewhere"}]}))
     with pytest.raises(ConfigError, match="found \\['elsewhere'\\]"):
-        model_card.main([str(out), "--scores", str(scores)])
+        cards.main([str(out), "--scores", str(scores)])
 
 
 # ---------------------------------------------------------------------- what must not

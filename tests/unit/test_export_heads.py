@@ -11,9 +11,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from scripts.tiny_configs import tiny_config
-from src import export, gate
+from src.export import proof
+from src.export import verb as export
+from src.export.fresh import verify
 from src.mask import Mask
-from src.verify import verify
 
 
 @pytest.mark.parametrize(
@@ -32,7 +33,7 @@ def test_heads_are_left_out_and_the_card_says_so(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(gate, "in_fresh_process", verify)
+    monkeypatch.setattr(proof, "in_fresh_process", verify)
     parent, out = tmp_path / "parent", tmp_path / "out"
     AutoModelForCausalLM.from_config(tiny_config("qwen3_5_text")).save_pretrained(parent)
     weights = load_file(parent / "model.safetensors")

@@ -16,14 +16,14 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from src.models.loading import load_config
-from src.planner.experiment import Experiment
-from src.planner.ledger import Ledger
-from src.planner.memory import OVERHEAD, Setting, memory
-from src.planner.planner import Planner
-from src.planner.toy import CountingProbe, Toy
-from src.planner.trace import Trace
-from src.planner.weights import Weights
-from src.planner.work import cache_size, calibration
+from src.plan.experiment import Experiment
+from src.plan.ledger import Ledger
+from src.plan.memory import OVERHEAD, Setting, memory
+from src.plan.planner import Planner
+from src.plan.toy import CountingProbe, Toy
+from src.plan.trace import Trace
+from src.plan.weights import Weights
+from src.plan.work import cache_size, calibration
 from src.policies import GumbelTopK
 from tests.planning import (
     CACHE,

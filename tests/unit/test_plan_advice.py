@@ -13,10 +13,10 @@ import pytest
 
 from src.cli import run
 from src.errors import ConfigError
-from src.planner.advice import advise, ways
-from src.planner.devices import GIB, device
-from src.planner.memory import strategy_name
-from src.planner.planner import Planner
+from src.plan.advice import advise, ways
+from src.plan.devices import GIB, device
+from src.plan.memory import strategy_name
+from src.plan.planner import Planner
 from tests.planning import (
     CACHE,
     PLENTY,
@@ -68,7 +68,7 @@ def test_a_recovery_without_room_reads_a_cache(plan: Make) -> None:
 
 
 def test_ways_are_legal_pairs() -> None:
-    """What src/compatibility.py refuses is never recommended; sharding needs ranks."""
+    """What src/training/refusals.py refuses is never recommended; sharding needs ranks."""
     for stage in ("search", "recover", "cache"):
         for ranks in (1, 2):
             for mode, strategy, _, offload in ways(stage, ranks):

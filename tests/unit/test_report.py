@@ -11,11 +11,14 @@ from xml.etree import ElementTree
 
 import pytest
 
-from src import benchmark, evaluate, figures, report
+from src import benchmark
 from src.data.arithmetic import build_tokenizer, problems
 from src.errors import ConfigError
+from src.evaluate import verb as evaluate
 from src.files import write_json
 from src.mask import Mask
+from src.report import figures
+from src.report import verb as report
 from tests.tiny import tiny_model
 
 STUDENTS = ("cut", "recovered")

@@ -9,7 +9,7 @@ import pytest
 
 from src.callbacks import PruningCurriculum, TemperatureAnnealing
 from src.errors import ConfigError
-from src.schedules import interpolate, total_steps, warmup_decay
+from src.training.schedules import interpolate, total_steps, warmup_decay
 
 
 @pytest.mark.parametrize("shape", ["cosine", "linear"])

@@ -15,9 +15,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from src.data.arithmetic import build_tokenizer
 from src.errors import ConfigError
-from src.evaluate import main
-from src.harness import ask, load_tasks
-from src.tasks import compare, scores
+from src.evaluate.harness import ask, load_tasks
+from src.evaluate.tasks import compare, scores
+from src.evaluate.verb import main
 from tests.tiny import tiny_model
 
 needs_harness = pytest.mark.skipif(

@@ -1,7 +1,7 @@
 """Tell what a run will cost before it is started: ``python -m src.cli plan --config ...``.
 
 Everything that ``fit`` accepts is accepted, and nothing is loaded: the module's own step runs on tensors
-without data (:mod:`src.planner`). Batches count as full and every token as supervised, so figures are upper
+without data (:mod:`src.plan`). Batches count as full and every token as supervised, so figures are upper
 ones. Hours are operations over the peak of the device times an assumed efficiency.
 """
 
@@ -17,10 +17,10 @@ from src.command import Parser, positive, show
 from src.data.options import token_count
 from src.files import write_json
 from src.mask import git_sha
-from src.planner.advice import Advice, advise, label
-from src.planner.devices import GIB, device
-from src.planner.experiment import Experiment
-from src.planner.planner import Estimate, Planner
+from src.plan.advice import Advice, advise, label
+from src.plan.devices import GIB, device
+from src.plan.experiment import Experiment
+from src.plan.planner import Estimate, Planner
 
 
 def main(argv: list[str]) -> None:

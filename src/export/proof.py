@@ -1,7 +1,7 @@
 """The export gate: hard-gated parent = cut model = what a stranger loads from the directory.
 
-This side runs beside the models in memory and writes down what they compute; :mod:`src.verify` is the other
-side, a fresh process that knows only the directory.
+This side runs beside the models in memory and writes down what they compute; :mod:`src.export.fresh` is the
+other side, a fresh process that knows only the directory.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from src.export.fresh import PROBE_TEXT, Reference, is_tied, unique_weights
+from src.export.observe import Finding, Observation, compare, observe, probe_tokens
 from src.models.cut import attention_implementation, cut
 from src.models.gated import GatedLayers
 from src.models.layers import decoder_layers
-from src.models.observe import Finding, Observation, compare, observe, probe_tokens
-from src.verify import PROBE_TEXT, Reference, is_tied, unique_weights
 
 
 def prove(
@@ -120,18 +120,18 @@ def observe_gated(parent: PreTrainedModel, keep: Sequence[int], ids_BT: Tensor) 
 
 
 def in_fresh_process(directory: Path, reference: Reference) -> list[Finding]:
-    """Run :mod:`src.verify` on a directory, offline; a crash there is a failed check."""
+    """Run :mod:`src.export.fresh` on a directory, offline; a crash there is a failed check."""
     with tempfile.TemporaryDirectory() as scratch:
         path, told = Path(scratch) / "reference.safetensors", Path(scratch) / "findings.jsonl"
         reference.save(path)
         done = subprocess.run(
             [
-                *(sys.executable, "-m", "src.verify", str(directory.resolve())),
+                *(sys.executable, "-m", "src.export.fresh", str(directory.resolve())),
                 *("--reference", str(path), "--findings", str(told)),
             ],
             capture_output=True,
             text=True,
-            cwd=Path(__file__).parents[1],
+            cwd=Path(__file__).parents[2],
             env={**os.environ, "HF_HUB_OFFLINE": "1"},
         )
         lines = told.read_text().splitlines() if told.is_file() else []

@@ -27,8 +27,8 @@ from transformers import PreTrainedModel
 
 from src.data.batches import Batch, real
 from src.mask import Mask
-from src.models.hadamard import hadamard
 from src.models.layers import decoder_layers, text_config
+from src.repair.hadamard import hadamard
 
 Mode = Literal["rotate", "diag"]
 

@@ -11,11 +11,11 @@ import yaml
 
 from src.errors import ConfigError
 from src.models.loading import Quantization
-from src.planner.devices import Device
-from src.planner.experiment import Experiment
-from src.planner.memory import Mode, Setting, memory, strategy_name
-from src.planner.trace import Trace, trace
-from src.planner.work import CacheSize, cache_size, calibration
+from src.plan.devices import Device
+from src.plan.experiment import Experiment
+from src.plan.memory import Mode, Setting, memory, strategy_name
+from src.plan.trace import Trace, trace
+from src.plan.work import CacheSize, cache_size, calibration
 
 OVERLAYS = Path(__file__).parents[2] / "configs" / "strategy"
 PLAIN: dict[str, Mode] = {"search": "shared", "recover": "copy", "cache": "copy"}

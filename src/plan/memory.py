@@ -11,9 +11,9 @@ from typing import Any, Literal, cast
 
 from src.errors import ConfigError
 from src.models.loading import Quantization
-from src.planner.devices import Device
-from src.planner.trace import Trace
-from src.planner.weights import Weights
+from src.plan.devices import Device
+from src.plan.trace import Trace
+from src.plan.weights import Weights
 
 Mode = Literal["shared", "copy", "int8", "nf4", "cached"]
 OVERHEAD = "framework overhead"

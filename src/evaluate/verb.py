@@ -23,16 +23,16 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from src import tasks
 from src.command import Parser, family, natural, positive, provenance, show
 from src.data.arithmetic import final_answer
 from src.data.documents import Columns
+from src.data.judging import Rows, batches, encode, prompt, read_rows
 from src.errors import ConfigError
+from src.evaluate import tasks
+from src.evaluate.flips import flips
+from src.evaluate.generate import greedy, stop_tokens
 from src.files import write_json
-from src.flips import flips
-from src.generate import greedy, stop_tokens
 from src.models.loading import load_tokenizer
-from src.rows import Rows, batches, encode, prompt, read_rows
 
 # ---------------------------------------------------------------------- held-out text
 

@@ -24,13 +24,13 @@ from typing import Any
 
 from rich.table import Table
 
-from src import figures
 from src.benchmark import PHASES
 from src.command import Parser, show
 from src.errors import ConfigError
 from src.files import write_json, write_text
 from src.mask import Mask, git_sha
-from src.report_pages import Page, Picture, headline, html, markdown, notes, table_rows
+from src.report import figures
+from src.report.pages import Page, Picture, headline, html, markdown, notes, table_rows
 
 Record = dict[str, Any]
 

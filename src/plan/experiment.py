@@ -21,7 +21,7 @@ from src.mask import Mask
 from src.models.cut import constraints, cut_config
 from src.models.layers import num_layers
 from src.models.loading import load_config
-from src.planner.rows import Rows
+from src.plan.shapes import Rows
 from src.search import count_to_remove
 
 

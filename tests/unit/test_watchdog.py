@@ -10,9 +10,9 @@ import pytest
 import torch
 
 import src.cli
-from src import faults
 from src.cli import main
 from src.models.loading import load_model
+from src.training import watchdog
 
 
 def test_memory_that_runs_out_names_the_knobs(
@@ -54,11 +54,11 @@ def test_memory_that_runs_out_while_a_model_is_loaded_names_them_too(
 
 def test_an_error_of_a_gpu_and_one_behind_another_are_understood() -> None:
     error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-    assert "batch_size" in str(faults.explain(error))
+    assert "batch_size" in str(watchdog.explain(error))
     outer = RuntimeError("while training")
     outer.__cause__ = error
-    assert "batch_size" in str(faults.explain(outer))
-    assert faults.explain(ValueError("something else")) is None
+    assert "batch_size" in str(watchdog.explain(outer))
+    assert watchdog.explain(ValueError("something else")) is None
 
 
 def test_the_message_names_keys_that_exist(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -75,17 +75,17 @@ def test_the_message_names_keys_that_exist(monkeypatch: pytest.MonkeyPatch) -> N
 def test_a_lost_connection_counts_only_among_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     error = RuntimeError("[pair.cc:553] Connection closed by peer [127.0.0.1]:1")
     monkeypatch.delenv("LOCAL_RANK", raising=False)
-    assert faults.explain(error) is None
+    assert watchdog.explain(error) is None
     monkeypatch.setenv("LOCAL_RANK", "1")
-    assert "--ckpt_path" in str(faults.explain(error))
+    assert "--ckpt_path" in str(watchdog.explain(error))
 
 
 def test_a_rank_that_dies_ends_the_one_that_waits() -> None:
     """A process that hangs, as in a collective of a GPU, is ended with a message soon after its child."""
     code = (
-        "import subprocess, sys, time; from src import faults\n"
+        "import subprocess, sys, time; from src.training import watchdog\n"
         "child = subprocess.Popen([sys.executable, '-c', 'import os; os.kill(os.getpid(), 9)'])\n"
-        "faults.watch_children([child], 0.1)\ntime.sleep(60)"
+        "watchdog.watch_children([child], 0.1)\ntime.sleep(60)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=50)
     assert done.returncode == 1

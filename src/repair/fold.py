@@ -34,9 +34,9 @@ from transformers.pytorch_utils import Conv1D
 
 from src.data.batches import Batch
 from src.errors import ConfigError
+from src.export.observe import TOLERANCE
 from src.models.layers import decoder_layers
-from src.models.observe import TOLERANCE
-from src.models.patch import run
+from src.repair.stream import run
 
 
 @dataclass(frozen=True)

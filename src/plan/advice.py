@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from src.planner.memory import Mode
-from src.planner.planner import Estimate, Planner
+from src.plan.memory import Mode
+from src.plan.planner import Estimate, Planner
 
 GIB = 1 << 30
 RECOMPUTE = "--trainer.callbacks+=src.callbacks.CheckpointActivations"

@@ -89,7 +89,7 @@ class CalibrationProbe:
     def gradients(self, visit: Callable[[int, nn.Module], None]) -> None:
         """Differentiate the mean cross-entropy of the open model with respect to the layers' weights.
 
-        Whole ones of floating point: src/compatibility.py refuses others before anything is loaded.
+        Whole ones of floating point: src/training/refusals.py refuses others before anything is loaded.
         """
         search = self.search
         reduce = search.trainer.strategy.reduce

@@ -9,7 +9,7 @@ from html import escape
 from typing import Any
 
 from src.benchmark import PHASES, verdict
-from src.figures import tokens_text
+from src.report.figures import tokens_text
 
 Record = dict[str, Any]
 

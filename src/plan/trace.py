@@ -21,9 +21,9 @@ from src.cache.teacher import CacheTeacher
 from src.errors import ConfigError
 from src.models.head import OutputHead
 from src.models.loading import load_model, weightless
-from src.planner.ledger import Ledger, fused_attention
-from src.planner.steps import STEPS, Batch, PlannedTeacher
-from src.planner.weights import Weights, tensors
+from src.plan.ledger import Ledger, fused_attention
+from src.plan.steps import STEPS, Batch, PlannedTeacher
+from src.plan.weights import Weights, tensors
 from src.search import MaskSearch
 
 
@@ -32,7 +32,7 @@ class Trace:
     """What one micro-batch of a stage costs on one device, nothing being quantised or sharded.
 
     Attributes:
-        peak: bytes by part (:data:`src.planner.ledger.PARTS`) when their sum is highest, in the passes.
+        peak: bytes by part (:data:`src.plan.ledger.PARTS`) when their sum is highest, in the passes.
         flops: floating-point operations of the step.
         teacher_flops: those of the teacher's pass, a forward pass of the whole model.
         parent: number of weights of the parent.

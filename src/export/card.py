@@ -1,6 +1,6 @@
 """The README.md of an exported model: what it is, where it comes from, what was proven, what it scores.
 
-Scores come after the export, from ``evaluate``: ``python -m src.model_card DIRECTORY --scores FILE.json``
+Scores come after the export, from ``evaluate``: ``python -m src.export.card DIRECTORY --scores FILE.json``
 puts them into the card of an export, each beside the parent's in the same run.
 """
 
@@ -16,8 +16,8 @@ from typing import Any
 import yaml
 
 from src.errors import ConfigError
+from src.export.observe import Finding
 from src.mask import Mask
-from src.models.observe import Finding
 
 SCORES = re.compile(r"(?<=<!-- scores -->\n).*?(?=<!-- /scores -->)", re.DOTALL)
 FIGURES = {"exact_match": "{:.1%}", "perplexity": "{:.3f}", "kl": "{:.4f}", "agreement": "{:.1%}"}
@@ -159,7 +159,7 @@ def scores_table(evaluation: dict[str, Any], directory: Path) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     """Put the scores of an evaluation into the card of an export."""
-    parser = argparse.ArgumentParser(prog="python -m src.model_card", description=main.__doc__)
+    parser = argparse.ArgumentParser(prog="python -m src.export.card", description=main.__doc__)
     parser.add_argument("directory", type=Path, help="an exported model")
     parser.add_argument("--scores", type=Path, required=True, help="JSON written by evaluate --out")
     args = parser.parse_args(argv)

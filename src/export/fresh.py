@@ -1,6 +1,6 @@
 """The export gate's fresh process: an exported directory, read as a stranger reads it, must reproduce a run.
 
-The parent with hard gates (or the recovered student) is observed in memory (:mod:`src.models.observe`). This
+The parent with hard gates (or the recovered student) is observed in memory (:mod:`src.export.observe`). This
 process knows only the directory and that observation: it loads the directory with stock
 ``AutoModelForCausalLM``, without remote code, and observes it in the same ways. On a CPU both must agree to
 the last bit, in any type; on a GPU within the tolerance of the type.
@@ -21,8 +21,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from src.export.observe import Finding, Observation, compare, observe
 from src.models.layers import num_layers
-from src.models.observe import Finding, Observation, compare, observe
 
 PROBE_TEXT = "Layer 7 of 12: the cat sat on the mat,\n\tdidn't it? 1+1=2."
 

@@ -18,7 +18,7 @@ from src.losses.distill import supervised
 from src.losses.signals import FLOOR, Signal, TopK, live_signal
 from src.models.head import OutputHead
 from src.models.loading import load_model
-from src.planner.ledger import Ledger
+from src.plan.ledger import Ledger
 from src.recover import Recovery
 from src.search import MaskSearch
 from src.teachers import LiveTeacher

@@ -14,7 +14,7 @@ from lightning.pytorch.accelerators import CUDAAccelerator
 
 from src.errors import ConfigError
 from src.policies import MaskPolicy
-from src.strategies import kind
+from src.training.strategies import kind
 
 SHARDED = ("fsdp", "fsdp2", "deepspeed")
 _BYTES = "the bytes of 8- and 4-bit weights cannot be sharded"

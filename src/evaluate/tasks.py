@@ -1,8 +1,8 @@
 """Public tasks beside the teacher: ``python -m src.cli evaluate --tasks piqa,arc_easy``.
 
-The lm-evaluation-harness (:mod:`src.harness`) words the prompts and keeps the score. Teacher and students
-answer the same documents in one run, so that each score has beside it its ratio to the teacher's, and how
-many documents flipped.
+The lm-evaluation-harness (:mod:`src.evaluate.harness`) words the prompts and keeps the score. Teacher and
+students answer the same documents in one run, so that each score has beside it its ratio to the teacher's,
+and how many documents flipped.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from typing import Any
 from rich.table import Table
 
 from src.command import family, provenance, show
+from src.evaluate.flips import flips
+from src.evaluate.harness import ask, harness, load_tasks
 from src.files import write_json
-from src.flips import flips
-from src.harness import ask, harness, load_tasks
 from src.models.loading import load_tokenizer
 
 Scores = dict[str, dict[str, dict[str, Any]]]

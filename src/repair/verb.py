@@ -2,8 +2,8 @@
 
 ``python -m src.cli patch --mask logs/run/mask.json --data rows.jsonl --out DIRECTORY``
 
-The calibration rows decide a few weights (:mod:`src.linear_patch`), the export does the rest: written under a
-temporary name, proven by the same gate, then renamed.
+The calibration rows decide a few weights (:mod:`src.repair.linear_patch`), the export does the rest: written
+under a temporary name, proven by the same gate, then renamed.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from rich.markup import escape
 
 from src.command import Parser, natural, positive
 from src.data.documents import Columns
-from src.export import add_options, export, show
-from src.linear_patch import Goal, LinearPatch
+from src.export.card import public_name
+from src.export.verb import add_options, export, show
 from src.mask import Mask
-from src.model_card import public_name
+from src.repair.linear_patch import Goal, LinearPatch
 
 
 def main(argv: list[str]) -> None:

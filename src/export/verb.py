@@ -4,8 +4,8 @@
 
 Everything is written beside ``--out`` under a temporary name. In memory the parent with hard gates must equal
 the cut model; then a fresh process that knows only the directory must find there what the memory held
-(:mod:`src.verify`). Only then is the directory renamed. A fault, a full disk or a kill leaves nothing under
-the final name, and an existing directory stays as it was unless ``--force`` is given.
+(:mod:`src.export.fresh`). Only then is the directory renamed. A fault, a full disk or a kill leaves nothing
+under the final name, and an existing directory stays as it was unless ``--force`` is given.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ from rich.table import Table
 from safetensors import SafetensorError, safe_open
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
-from src import checkpoints
 from src.command import Parser, on_device
 from src.errors import ConfigError
-from src.gate import predicted_weights, prove, stored_as_parent
-from src.linear_patch import LinearPatch
+from src.export.card import front_matter, model_card, public_name
+from src.export.fresh import PROBE_TEXT, unique_weights
+from src.export.observe import Finding
+from src.export.proof import predicted_weights, prove, stored_as_parent
 from src.mask import Mask
-from src.model_card import front_matter, model_card, public_name
 from src.models.cut import cut
 from src.models.cut_rules import extra_layers
 from src.models.layers import num_layers
 from src.models.loading import Dtype, load_config, load_model, load_tokenizer
-from src.models.observe import Finding
 from src.recover import load_student
-from src.verify import PROBE_TEXT, unique_weights
+from src.repair.linear_patch import LinearPatch
+from src.training import checkpoints
 
 SHORTEST = 8
 """Tokens of the gate's rows: some are padded over and the rest must still be a sequence."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from src.callbacks.harden import polish
-from src.planner.toy import CountingProbe, TooMany
+from src.plan.toy import CountingProbe, TooMany
 
 # Bytes of a stored value, and those measured after compression at V = 151,936 (docs/teacher_cache.md).
 _RAW = {"float32": (4, 4), "float16": (2, 2), "compact": (1, 2)}

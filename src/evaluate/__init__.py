@@ -1,0 +1,1 @@
+"""The evaluate verb: divergence, exact match and public tasks beside the teacher."""

@@ -1,0 +1,1 @@
+"""The patch verb: repairs of a cut without training, folded into the weights."""

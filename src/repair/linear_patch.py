@@ -1,0 +1,217 @@
+"""Repair the residual stream after each cut, without training, in weights that the cut model already has.
+
+:mod:`src.repair.stream` says what LinearPatch (arXiv 2505.24680) computes, :mod:`src.repair.fold` why it
+cannot be folded exactly into a stock model, and how it is approximately. Here both meet the calibration rows:
+
+    repairs = LinearPatch("rows.jsonl")(student, parent, mask, tokenizer)
+
+changes the cut ``student`` in place; its class, shapes and keys stay what they are. ``python -m src.cli
+patch`` exports such a model; ``src.recover.Recovery(patch=...)`` starts from one.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from itertools import cycle, islice
+from typing import Literal, cast, get_args
+
+import torch
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import CosineAnnealingLR
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from src.data.batches import Batch
+from src.data.documents import Columns
+from src.data.judging import batches, encode, read_rows
+from src.errors import ConfigError, did_you_mean
+from src.losses.distill import Distillation, supervised
+from src.losses.signals import live_signal
+from src.mask import Mask
+from src.models.head import OutputHead
+from src.repair.fold import Repair, fold
+from src.repair.stream import Junction, Mode, Patch, inputs, junctions, matrices, patched, run
+
+Goal = Literal["parent", "rotate", "diag"]
+TOP = 50
+"""Teacher's tokens in the patch-only distillation."""
+
+
+class LinearPatch:
+    """Folds a repair of the residual stream into the layer before each cut.
+
+    Args:
+        data: calibration rows: JSONL, Parquet, text or a Hub id.
+        goal: what the stream after a cut should be: the ``parent``'s own, or LinearPatch's ``h P``, with the
+            Hadamard rotation (``rotate``) or without (``diag``).
+        rows: calibration rows, at most.
+        columns: columns of these rows; None looks for well-known names.
+        max_length: tokens of a row, at most.
+        batch_size: rows at once.
+        ridge: pull towards the present weights, relative to the power of each feature.
+        distill_steps: batches on which P alone is distilled before it is folded; not with ``parent``.
+        lr: learning rate of that; AdamW, cosine to a twentieth.
+        device: where to compute; None is cuda if there is one.
+    """
+
+    def __init__(
+        self,
+        data: str,
+        goal: Goal = "parent",
+        rows: int = 256,
+        columns: Columns | None = None,
+        max_length: int = 1024,
+        batch_size: int = 8,
+        ridge: float = 0.1,
+        distill_steps: int = 0,
+        lr: float = 1e-4,
+        device: str | None = None,
+    ) -> None:
+        accepted = get_args(Goal)
+        if goal not in accepted:
+            raise ConfigError(f"patch.goal: '{goal}' is none of {accepted}.{did_you_mean(goal, accepted)}")
+        if goal == "parent" and distill_steps:
+            raise ConfigError(
+                "patch.distill_steps: there is no P to distil with goal 'parent'. Set it to 0, or goal to "
+                "'rotate' or 'diag'."
+            )
+        if min(rows, max_length, batch_size) < 1 or ridge < 0 or distill_steps < 0:
+            raise ConfigError(
+                f"patch: rows, max_length and batch_size must be at least 1, ridge and distill_steps at "
+                f"least 0; found {rows}, {max_length}, {batch_size}, {ridge}, {distill_steps}."
+            )
+        self.data, self.goal, self.rows, self.columns = data, goal, rows, columns or Columns()
+        self.max_length, self.batch_size, self.ridge = max_length, batch_size, ridge
+        self.distill_steps, self.lr = distill_steps, lr
+        self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        self.repairs: list[Repair] = []
+        self.used = f"{rows} rows"
+
+    def __str__(self) -> str:
+        if not self.repairs:
+            return "nothing is patched"
+        towards = {"parent": "the parent's stream", "rotate": "h P, P = H diag(d) H^T", "diag": "h diag(d)"}
+        trained = f" (P distilled for {self.distill_steps} steps)" if self.distill_steps else ""
+        done = ", ".join(f"{r.module} {r.before:.2g} -> {r.after:.2g}" for r in self.repairs)
+        told = f"last map of the layer before each cut fitted to {towards[self.goal]}{trained}"
+        return f"{told} on {self.used}; squared relative error: {done}"
+
+    def __call__(
+        self,
+        student: PreTrainedModel,
+        parent: PreTrainedModel,
+        mask: Mask,
+        tokenizer: PreTrainedTokenizerBase,
+    ) -> list[Repair]:
+        """Change the cut model in place, and say what changed by how much.
+
+        Args:
+            student: the cut model, with the parent's weights.
+            parent: the whole model.
+            mask: the kept layers.
+            tokenizer: the parent's.
+
+        Raises:
+            ConfigError: the rows cannot be read, or a layer of this family has no map to fold into.
+        """
+        self.repairs, places = [], junctions(mask)
+        if not places:
+            rank_zero_warn(f"patch: {mask} has no cut between two kept layers, so nothing is patched.")
+            return []
+        calibration = self.calibration(tokenizer)
+        models = (student, parent)
+        homes = [model.device for model in models]
+        try:
+            for model in models:
+                nn.Module.to(model, self.device)
+            patches = self.patches(student, parent, places, calibration) if self.goal != "parent" else []
+            self.repairs = self.fold(student, parent, places, calibration, patches)
+        finally:
+            for model, home in zip(models, homes, strict=True):
+                nn.Module.to(model, home)
+        return self.repairs
+
+    def calibration(self, tokenizer: PreTrainedTokenizerBase) -> list[Batch]:
+        """The calibration rows as padded batches, every token supervised.
+
+        Raises:
+            ConfigError: there are none.
+        """
+        encoded = encode(tokenizer, read_rows(self.data, self.rows), self.columns, "all", self.max_length)
+        if not encoded:
+            raise ConfigError(f"patch.data: '{self.data}' gives no row of two tokens or more.")
+        self.used = f"{len(encoded)} rows ({sum(len(row.ids) for row in encoded):,} tokens)"
+        return list(batches(encoded, self.batch_size, tokenizer.pad_token_id or 0))
+
+    def patches(
+        self,
+        student: PreTrainedModel,
+        parent: PreTrainedModel,
+        places: Sequence[Junction],
+        calibration: Sequence[Batch],
+    ) -> list[Patch]:
+        """LinearPatch's own modules, distilled if asked: use with :func:`src.repair.stream.patched`."""
+        found = matrices(parent, places, calibration, cast(Mode, self.goal))
+        patches = [Patch(matrix_HH).to(student.device) for matrix_HH in found]
+        if self.distill_steps:
+            distil(student, parent, places, patches, calibration, self.distill_steps, self.lr)
+        return patches
+
+    def fold(
+        self,
+        student: PreTrainedModel,
+        parent: PreTrainedModel,
+        places: Sequence[Junction],
+        calibration: Sequence[Batch],
+        patches: Sequence[Patch],
+    ) -> list[Repair]:
+        """Fold cut after cut, each on the stream that the repairs before it leave."""
+        repairs = []
+        for number, place in enumerate(places):
+            with inputs(parent, [place.end]) as seen:
+
+                def target(batch: Batch, h_BTH: Tensor, number: int = number) -> Tensor:
+                    if patches:
+                        return patches[number](h_BTH)
+                    run(parent, batch)
+                    return seen[places[number].end]
+
+                repairs.append(fold(student, place.before, calibration, target, self.ridge))
+        return repairs
+
+
+def distil(
+    student: PreTrainedModel,
+    parent: PreTrainedModel,
+    places: Sequence[Junction],
+    patches: Sequence[Patch],
+    calibration: Sequence[Batch],
+    steps: int,
+    lr: float,
+) -> None:
+    """Train the patches alone on the parent's likeliest tokens; no weight of either model changes.
+
+    As in LinearPatch: a free ``H x H`` matrix, both distributions renormalised on the parent's top 50, AdamW
+    with weight decay 1e-4, cosine to a twentieth of ``lr``.
+    """
+    student.requires_grad_(False)
+    parameters = [patch.matrix.requires_grad_(True) for patch in patches]
+    loss = Distillation(k=TOP, rule="renormalise", weight="none")
+    own, teacher = OutputHead(student), OutputHead(parent)
+    optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=1e-4)
+    schedule = CosineAnnealingLR(optimizer, steps, eta_min=lr / 20)
+    order = random.Random(0).sample(list(calibration), len(calibration))
+    with patched(student, places, patches):
+        for batch in islice(cycle(order), steps):
+            fed = {key: value.to(student.device) for key, value in batch.items()}
+            index_N = supervised(fed["labels"])
+            with torch.no_grad():
+                signal = live_signal(teacher, teacher.hidden(fed).flatten(0, 1)[index_N], TOP)
+            hidden_NH = own.hidden(fed).flatten(0, 1)[index_N]
+            loss(own, hidden_NH, fed["labels"].flatten()[index_N + 1], signal)["loss"].backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.step()
+    for parameter in parameters:
+        parameter.requires_grad_(False)

@@ -1,0 +1,1 @@
+"""The report verb: figures of a run as a table, JSON, Markdown and HTML."""

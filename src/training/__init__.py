@@ -1,0 +1,1 @@
+"""What every training stage shares: ranks, schedules, checkpoints, strategies, refusals, watchdog."""
