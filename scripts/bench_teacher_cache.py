@@ -46,6 +46,7 @@ from src.data.arithmetic import problem
 from src.files import write_json
 from src.losses.distill import Distillation, supervised
 from src.losses.signals import Signal, TopK, live_signal
+from src.mask import Mask
 from src.models.cut import cut
 from src.models.gated import freeze
 from src.models.head import OutputHead
@@ -169,7 +170,7 @@ def stepper(vocabulary: int, source: str, form: str, args: argparse.Namespace) -
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
     index = supervised(ids)
     parent = _qwen(vocabulary, args.hidden, 16, 4)
-    student = cut(parent, range(12))
+    student = cut(parent, Mask.by_hand("", 16, range(12)))
     student.train()
     if source == "live int8":
         with tempfile.TemporaryDirectory() as folder:

@@ -21,8 +21,9 @@ import re
 import tempfile
 import textwrap
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,7 @@ from src.export.fresh import Reference, is_tied, verify
 from src.export.observe import Observation, probe_tokens
 from src.export.proof import observe_gated, predicted_weights
 from src.files import write_json
+from src.mask import Mask
 from src.models.cut import Constraints, attention_implementation, constraints, cut
 from src.models.cut_rules import forbidden
 from src.models.layers import decoder_layers, num_layers
@@ -96,7 +98,8 @@ def prepare(family: str, folder: Path) -> Row:
         model = tiny_model(family)
         length, ids_BT = num_layers(model.config), probe_tokens(model.config)
         decoder_layers(model)
-        everything = observe_gated(model, range(length), ids_BT)
+        mask_of = partial(Mask.by_hand, family, length)
+        everything = observe_gated(model, mask_of(range(length)), ids_BT)
     except ConfigError as e:
         return {"result": "refused", "reason": str(e)}
     except Exception as e:  # whatever a family's own code raises is the finding
@@ -110,30 +113,32 @@ def prepare(family: str, folder: Path) -> Row:
     for gone in sorted(limits.always_keep or (range(1, length - 1) if limits.tail_only else ())):
         keep = [i for i in range(length) if i != gone]
         try:
-            cut(model, keep)
+            cut(model, mask_of(keep))
             drawn.append(keep)  # stricter limits than this one mask needs: let the gate judge it
         except ConfigError as e:
             row.setdefault("refusal", str(e))
 
-    def save(name: str, student: PreTrainedModel, keep: Sequence[int], expected: Observation) -> None:
+    def save(name: str, student: PreTrainedModel, mask: Mask, expected: Observation) -> None:
         student.save_pretrained(folder / name)
         Reference(
             expected=expected,
             ids_BT=ids_BT,
-            weights=predicted_weights(model, student, keep),
-            layers=len(keep),
+            weights=predicted_weights(model, student, mask),
+            layers=len(mask.keep),
             tied=is_tied(student),
             attention=attention_implementation(model.config),
         ).save(folder / f"{name}.reference")
 
-    for number, keep in enumerate(drawn):
-        expected = observe_gated(model, keep, ids_BT)
+    for number, mask in enumerate(map(mask_of, drawn)):
+        expected = observe_gated(model, mask, ids_BT)
         moved = float((expected["plain"] - everything["plain"]).abs().max())
-        row["masks"].append({"keep": keep, "moved": round(moved, 4)})
-        save(str(number), cut(model, keep), keep, expected)
+        row["masks"].append({"keep": list(mask.keep), "moved": round(moved, 4)})
+        save(str(number), cut(model, mask), mask, expected)
     if not row["masks"]:
         return row | {"result": "refused", "reason": limits.reason}
-    save("control", model, range(length), everything)  # what fails on the parent is not the cut's fault
+    save(
+        "control", model, mask_of(range(length)), everything
+    )  # what fails on the parent is not the cut's fault
     return row
 
 

@@ -97,7 +97,7 @@ class Bench:
 
     def variants(self, mask: Mask) -> Iterator[Row]:
         """Each way to treat the cuts, without and with a training of P."""
-        yield {"goal": "none", "form": "plain cut", "seconds": 0.0, **self.judge(cut(self.parent, mask.keep))}
+        yield {"goal": "none", "form": "plain cut", "seconds": 0.0, **self.judge(cut(self.parent, mask))}
         trained = {"distill_steps": self.args.distill_steps, "lr": self.args.lr}
         for options in (
             {"goal": "rotate"},
@@ -105,7 +105,7 @@ class Bench:
             {"goal": "rotate", **trained},
             {"goal": "parent"},
         ):
-            patch, student, began = self.patch(**options), cut(self.parent, mask.keep), time.monotonic()
+            patch, student, began = self.patch(**options), cut(self.parent, mask), time.monotonic()
             places, rows = junctions(mask), patch.calibration(self.tokenizer)
             patches = []
             if patch.goal != "parent":

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -73,6 +73,11 @@ class Mask:
     def removed(self) -> tuple[int, ...]:
         """The layers that are not kept."""
         return tuple(i for i in range(self.num_layers) if i not in set(self.keep))
+
+    @classmethod
+    def by_hand(cls, model: str, num_layers: int, keep: Iterable[int]) -> Mask:
+        """A mask that no search chose."""
+        return cls(model, num_layers, tuple(keep), "by hand")
 
     def check(self, num_layers: int, model: str) -> None:
         """Refuse a mask whose layer count is not that of ``model``."""

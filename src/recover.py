@@ -107,7 +107,7 @@ class Recovery(LightningModule):
         if hasattr(self, "model"):
             return
         parent = load_model(self.name, self.revision, **self.loading)
-        student = cut(parent, self.mask.keep)
+        student = cut(parent, self.mask)
         if self.patch is not None:
             self.patch(student, parent, self.mask, load_tokenizer(self.name, self.revision))
         self.model = scoped(student, self.mask, self.scope, self.lora_rank)
@@ -275,7 +275,7 @@ def load_student(parent: PreTrainedModel, mask: Mask, checkpoint: str) -> PreTra
         same_layers(recovery, mask)
         scope, rank = recovery["scope"], recovery["rank"]
         state = {k.removeprefix("model."): v for k, v in checkpoints.weights(checkpoint).items()}
-        student = scoped(cut(parent, mask.keep), mask, scope, rank)
+        student = scoped(cut(parent, mask), mask, scope, rank)
         own = {key: tensor.dtype for key, tensor in student.state_dict().items()}
         if any(narrower(own[key], trained.dtype) for key, trained in state.items() if key in own):
             student = student.float()

@@ -8,10 +8,13 @@ a wrong layer type costs 1e-4 in logits.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from src.mask import Mask
 
 LAYERS, VOCAB, WINDOW = 7, 97, 4
 
@@ -132,6 +135,11 @@ def tiny_model(family: str, seed: int = 0, **overrides: Any) -> PreTrainedModel:
         for parameter in model.parameters():  # biases and norms too: a constant betrays nothing
             parameter.data.add_(0.05 * torch.randn_like(parameter))
     return model
+
+
+def mask_of(keep: Iterable[int], layers: int = LAYERS, model: str = "m") -> Mask:
+    """Return the mask of a tiny model that keeps some layers."""
+    return Mask(model=model, num_layers=layers, keep=tuple(keep), method="test")
 
 
 def tiny_ids(batch: int = 2, tokens: int = 13, seed: int = 0) -> torch.Tensor:

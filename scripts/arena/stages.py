@@ -61,7 +61,7 @@ def search(at: str, configs: list[str], settings: JSON) -> JSON:
 
 def cut(at: str, model: str, removed: list[int], rows: str) -> JSON:
     """Judge a mask without recovery."""
-    return judge(shorten(load_model(model), mask(model, removed).keep), model, rows)
+    return judge(shorten(load_model(model), mask(model, removed)), model, rows)
 
 
 def recover(at: str, model: str, removed: list[int], rows: str, configs: list[str], settings: JSON) -> JSON:

@@ -67,11 +67,12 @@ def laws(model: PreTrainedModel) -> dict[str, Any]:
     """Run model, open gates, hard gates and cut in the gate's four ways each, and compare bits."""
     freeze(model)
     layers = model.config.get_text_config(decoder=True).num_hidden_layers
-    keep = [i for i in range(layers) if i % 4 != 2]
+    everything = Mask.by_hand("", layers, range(layers))
+    mask = Mask.by_hand("", layers, (i for i in range(layers) if i % 4 != 2))
     ids = probe_tokens(model.config, 48)
     once, again = observe(model, ids), observe(model, ids)
-    opened, hard = observe_gated(model, range(layers), ids), observe_gated(model, keep, ids)
-    short = observe(cut(model, keep), ids)
+    opened, hard = observe_gated(model, everything, ids), observe_gated(model, mask, ids)
+    short = observe(cut(model, mask), ids)
     scale = float(once["plain"].abs().max())
     return {
         "repeats": same(once, again), "open_is_teacher": same(once, opened), "hard_is_cut": same(hard, short),

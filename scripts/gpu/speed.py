@@ -9,6 +9,7 @@ import torch
 from scripts.gpu.part import options, record
 from scripts.gpu.shapes import label, random_model
 from src.benchmark import PHASES, compare
+from src.mask import Mask
 from src.models.cut import cut
 
 
@@ -16,7 +17,8 @@ def main() -> None:
     args = options()
     long = random_model("8b", args.device, torch.bfloat16, args.tiny).requires_grad_(False)
     layers = long.config.num_hidden_layers
-    short = cut(long, [i for i in range(layers) if not layers // 2 <= i < layers // 2 + layers // 4])
+    kept = (i for i in range(layers) if not layers // 2 <= i < layers // 2 + layers // 4)
+    short = cut(long, Mask.by_hand("", layers, kept))
     prompt, new, repeats = (8, 2, 2) if args.tiny else (512, 64, 10)
     rows = []
     for batch_size in (1, 8) if args.tiny else (1, 8, 64):

@@ -11,7 +11,6 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -20,6 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from src.export.fresh import PROBE_TEXT, Reference, is_tied, unique_weights
 from src.export.observe import Finding, Observation, compare, observe, probe_tokens
+from src.mask import Mask
 from src.models.cut import attention_implementation, cut
 from src.models.gated import GatedLayers
 from src.models.layers import decoder_layers
@@ -29,7 +29,7 @@ def prove(
     directory: Path,
     parent: PreTrainedModel,
     student: PreTrainedModel,
-    keep: Sequence[int],
+    mask: Mask,
     weights: int,
     recovered: bool = False,
     tokenizer: PreTrainedTokenizerBase | None = None,
@@ -44,7 +44,7 @@ def prove(
         directory: the export, complete.
         parent: the parent, whole.
         student: what was exported.
-        keep: kept layers.
+        mask: which layers of the parent are kept.
         weights: numbers that the export must hold.
         recovered: whether the student's weights differ from the parent's.
         tokenizer: the parent's.
@@ -55,16 +55,16 @@ def prove(
         parent, student = parent.float(), student.float()
     dtype, device = str(student.dtype).removeprefix("torch."), student.device.type
     ids_BT = probe_tokens(parent.config, tokens)
-    expected, findings = observe_gated(parent, keep, ids_BT), []
+    expected, findings = observe_gated(parent, mask, ids_BT), []
     if recovered:
-        same = compare(expected, observe(cut(parent, keep), ids_BT), dtype, exact=device == "cpu")
+        same = compare(expected, observe(cut(parent, mask), ids_BT), dtype, exact=device == "cpu")
         findings = [Finding(f"{f.check}, parent's weights", f.passed, f.detail) for f in same]
         expected = observe(student, ids_BT)
     reference = Reference(
         expected=expected,
         ids_BT=ids_BT,
         weights=weights,
-        layers=len(keep),
+        layers=len(mask.keep),
         tied=is_tied(student),
         text_ids=tokenizer(PROBE_TEXT).input_ids if tokenizer else None,
         chat_template=tokenizer.chat_template if tokenizer else None,
@@ -80,19 +80,19 @@ def prove(
 
 @torch.no_grad()
 def stored_as_parent(
-    trained: PreTrainedModel, parent: PreTrainedModel, keep: Sequence[int], tokens: int | None = None
+    trained: PreTrainedModel, parent: PreTrainedModel, mask: Mask, tokens: int | None = None
 ) -> tuple[PreTrainedModel, list[Finding]]:
     """The recovered model in the parent's types, and what the rounding does to its logits, if there is any.
 
     Args:
         trained: the recovered model in the types it was trained in; holds rounded weights afterwards.
         parent: the parent, in the types to store.
-        keep: kept layers.
+        mask: which layers of the parent are kept.
         tokens: length of the probe's rows, as in :func:`prove`.
     """
     if trained.dtype == parent.dtype:
         return trained, []
-    stored = cut(parent, keep)
+    stored = cut(parent, mask)
     types = {name: t.dtype for name, t in stored.state_dict().items()}
     rounded = {(t.dtype, types[n]) for n, t in trained.state_dict().items() if t.dtype != types[n]}
     ids_BT = probe_tokens(parent.config, tokens).to(trained.device)
@@ -107,11 +107,11 @@ def stored_as_parent(
     ]
 
 
-def observe_gated(parent: PreTrainedModel, keep: Sequence[int], ids_BT: Tensor) -> Observation:
-    """Observe the parent with hard gates: the layers in ``keep`` open, the others closed."""
+def observe_gated(parent: PreTrainedModel, mask: Mask, ids_BT: Tensor) -> Observation:
+    """Observe the parent with hard gates: the layers of a mask open, the others closed."""
     gates = GatedLayers(parent)
     gates_L = torch.zeros(len(gates), device=parent.device)
-    gates_L[list(keep)] = 1.0
+    gates_L[list(mask.keep)] = 1.0
     try:
         with gates.use(gates_L):
             return observe(parent, ids_BT)
@@ -142,13 +142,13 @@ def in_fresh_process(directory: Path, reference: Reference) -> list[Finding]:
     return findings
 
 
-def predicted_weights(parent: PreTrainedModel, student: PreTrainedModel, keep: Sequence[int]) -> int:
+def predicted_weights(parent: PreTrainedModel, student: PreTrainedModel, mask: Mask) -> int:
     """Numbers the export must hold: the parent's without the removed layers, shared ones counted once.
 
     Tensors outside the layers that grow with the depth (per-layer embeddings) shrink with it.
     """
-    path, layers = decoder_layers(parent)
-    gone = tuple(f"{path}.{i}." for i in range(len(layers)) if i not in set(keep))
+    path, _ = decoder_layers(parent)
+    gone = tuple(f"{path}.{i}." for i in mask.removed)
     left = {name: t for name, t in parent.state_dict().items() if not name.startswith(gone)}
     cut_shapes = {name: t.shape for name, t in student.state_dict().items() if not name.startswith(path)}
     shrunk = sum(t.numel() - cut_shapes[n].numel() for n, t in left.items() if n in cut_shapes)

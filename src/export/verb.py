@@ -82,13 +82,13 @@ def export(mask: Mask, args: argparse.Namespace, patch: LinearPatch | None = Non
     mask.check(num_layers(config), name)
     stored = args.dtype or str(config.dtype or "float32").removeprefix("torch.")
     parent = on_device(load_model(name, mask.revision, dtype=cast(Dtype, stored)), args.device)
-    student = load_student(parent, mask, args.checkpoint) if args.checkpoint else cut(parent, mask.keep)
-    student, rounding = stored_as_parent(student, parent, mask.keep, args.gate_tokens)
+    student = load_student(parent, mask, args.checkpoint) if args.checkpoint else cut(parent, mask)
+    student, rounding = stored_as_parent(student, parent, mask, args.gate_tokens)
     repairs = patch and patch(student, parent, mask, load_tokenizer(name, mask.revision))
     origin = {"parent": public_name(mask.model), "revision": mask.revision, "keep": list(mask.keep)}
     student.config.depth_pruning = origin
     files = parent_files(name, mask.revision)
-    weights = unique_weights(parent.state_dict()), predicted_weights(parent, student, mask.keep)
+    weights = unique_weights(parent.state_dict()), predicted_weights(parent, student, mask)
     with staged(out, args.force) as stage:
         if (files / "generation_config.json").is_file():
             student.generation_config = GenerationConfig()  # the parent's own file takes its place
@@ -101,7 +101,7 @@ def export(mask: Mask, args: argparse.Namespace, patch: LinearPatch | None = Non
             stage,
             parent,
             student,
-            mask.keep,
+            mask,
             recovered=bool(args.checkpoint or repairs),
             weights=weights[1],
             tokenizer=_tokenizer(name, mask.revision),

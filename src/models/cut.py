@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from src.errors import ConfigError
+from src.mask import Mask
 from src.models.cut_rules import attention_layers, forbidden, lenders, slice_section
 from src.models.layers import decoder_layers, num_layers, text_config
 from src.models.structure import alike, structural_changes
@@ -56,18 +57,18 @@ class Constraints:
         return pinned
 
 
-def cut_config(config: PretrainedConfig, keep: Iterable[int]) -> PretrainedConfig:
-    """Return the config of the model that keeps the layers ``keep`` (0-based).
+def cut_config(config: PretrainedConfig, mask: Mask) -> PretrainedConfig:
+    """Return the config of the model that keeps the layers of a mask.
 
     Raises:
-        ConfigError: these are not distinct layers of this model, or the family forbids the result.
+        ConfigError: the mask is of a model of another depth, or the family forbids the result.
     """
-    keep, length = sorted(keep), num_layers(config)
-    if not keep or len(set(keep)) != len(keep) or not 0 <= keep[0] <= keep[-1] < length:
-        raise ConfigError(
-            f"keep: {keep} given; accepted: one or more distinct layers within 0..{length - 1} "
-            f"(the model has {length} layers)."
-        )
+    mask.check(num_layers(config), config._name_or_path or config.model_type)
+    return _cut_config(config, mask.keep)
+
+
+def _cut_config(config: PretrainedConfig, keep: Sequence[int]) -> PretrainedConfig:
+    length = num_layers(config)
     if why := forbidden(config):
         raise ConfigError(f"keep: this '{config.model_type}' {why}.")
     attend = attention_layers(config)
@@ -110,21 +111,20 @@ def cut_config(config: PretrainedConfig, keep: Iterable[int]) -> PretrainedConfi
     return new
 
 
-def cut(model: PreTrainedModel, keep: Iterable[int]) -> PreTrainedModel:
-    """Return a new model with copies of the layers ``keep`` of ``model`` and of everything around them.
+def cut(model: PreTrainedModel, mask: Mask) -> PreTrainedModel:
+    """Return a new model with copies of the layers of ``model`` that a mask keeps, and of all around them.
 
     Device, weight types, attention implementation, generation settings and mode are those of ``model``,
     which stays as it is.
 
     Raises:
-        ConfigError: the layers are not of this model, its weights are quantised, or the family cannot
+        ConfigError: the mask is of a model of another depth, its weights are quantised, or the family cannot
             express the mask; the message says why.
     """
-    keep = sorted(keep)
     if getattr(model.config, "quantization_config", None) is not None:
         raise ConfigError("model: quantised weights cannot be cut; load the parent without quantisation.")
     path, layers = decoder_layers(model)
-    config = cut_config(model.config, keep)
+    keep, config = mask.keep, cut_config(model.config, mask)
     with no_init_weights():
         new = type(model)._from_config(config, dtype=model.dtype)
     # Some layers change when they run (BigBird's attention), so a fresh parent is compared with a fresh cut.
@@ -161,7 +161,7 @@ def constraints(config: PretrainedConfig) -> Constraints:
     def changes(removed: Iterable[int]) -> str:
         keep = [i for i in range(length) if i not in set(removed)]
         try:
-            cut_layers: Any = _weightless(cut_config(config, keep)).get_submodule(path)
+            cut_layers: Any = _weightless(_cut_config(config, keep)).get_submodule(path)
         except ConfigError as e:
             return str(e)
         return next(iter(structural_changes(layers, cut_layers, keep).values()), "")

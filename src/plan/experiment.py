@@ -117,8 +117,8 @@ class Experiment:
         return str(name)
 
     @cached_property
-    def keep(self) -> tuple[int, ...] | None:
-        """Layers that are kept: the mask's, or as many as will be, the others far from each other.
+    def mask(self) -> Mask | None:
+        """The mask: the one named, or one of as many layers as will be, the others far from each other.
 
         Raises:
             ConfigError: nothing says how many.
@@ -127,7 +127,7 @@ class Experiment:
             return None
         given = Path(self.model.get("mask") or "")
         if given.is_file() and self.ratio is None:
-            return Mask.load(given).keep
+            return Mask.load(given)
         config = load_config(self.name, self.model.get("revision"))
         layers, remove, ratio = num_layers(config), self.model.get("remove"), self.model.get("ratio")
         if self.ratio is not None:
@@ -137,7 +137,7 @@ class Experiment:
         count = count_to_remove(layers, remove, ratio)
         free = sorted(set(range(layers)) - constraints(config).pinned(layers, count))
         gone = {free[int((i + 0.5) * len(free) / count)] for i in range(min(count, len(free)))}
-        return tuple(i for i in range(layers) if i not in gone)
+        return Mask.by_hand(self.name, layers, (i for i in range(layers) if i not in gone))
 
     @property
     def _missing(self) -> str:
@@ -145,9 +145,9 @@ class Experiment:
 
     def student_parameters(self) -> int | None:
         """Number of weights after the cut; None where nothing is cut."""
-        if self.keep is None:
+        if self.mask is None:
             return None
-        config = cut_config(load_config(self.name, self.model.get("revision")), self.keep)
+        config = cut_config(load_config(self.name, self.model.get("revision")), self.mask)
         with torch.device("meta"):
             return sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
 
@@ -182,10 +182,9 @@ class Experiment:
         """
         with tempfile.TemporaryDirectory() as folder:
             model = self.config.model.clone()
-            if "mask" in model.init_args and self.keep is not None:
+            if "mask" in model.init_args and self.mask is not None:
                 model.init_args.mask = str(Path(folder) / "mask.json")
-                layers = num_layers(load_config(self.name, self.model.get("revision")))
-                Mask(self.name, layers, self.keep, "plan").save(model.init_args.mask)
+                self.mask.save(model.init_args.mask)
             module: LightningModule = self._cli.fit.instantiate(Namespace(model=model)).model
         if hasattr(module, "checkpoint_activations"):
             setattr(module, "checkpoint_activations", checkpoint)  # noqa: B010 (mypy)

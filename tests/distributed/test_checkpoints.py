@@ -59,7 +59,7 @@ def test_a_checkpoint_in_parts_is_small_and_exported(bench: Bench, tmp_path: Pat
         bench.fit(overlay, "recover", overlay, ranks, callbacks=saving, **keys)
         paths[overlay] = bench.out / f"{overlay}-saved" / "step=2.ckpt"
     parent = load_model(teacher)
-    student = cut(parent, mask.keep)
+    student = cut(parent, mask)
     weights = dict(student.named_parameters())
     bound = 3 * 4 * sum(p.numel() for p in weights.values())
     bound += 2500 * 3 * 2 * len(weights)  # the frame of each tensor's part from each rank

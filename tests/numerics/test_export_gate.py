@@ -15,21 +15,22 @@ from src.errors import ConfigError
 from src.export.fresh import Reference, is_tied, verify
 from src.export.observe import Finding, compare, observe, probe_tokens
 from src.export.proof import in_fresh_process, observe_gated, predicted_weights
+from src.mask import Mask
 from src.models import cut as cutting
 from src.models.cut import cut
 from src.models.cut_rules import slice_section
-from tests.tiny import FAMILIES, KV_SHARED, tiny_model
+from tests.tiny import FAMILIES, KV_SHARED, mask_of, tiny_model
 
-KEEP = (0, 2, 3, 5, 6)
+MASK = mask_of((0, 2, 3, 5, 6))
 
 
-def reference(parent: PreTrainedModel, student: PreTrainedModel, keep: Sequence[int]) -> Reference:
+def reference(parent: PreTrainedModel, student: PreTrainedModel, mask: Mask) -> Reference:
     ids_BT = probe_tokens(parent.config)
     return Reference(
-        expected=observe_gated(parent, keep, ids_BT),
+        expected=observe_gated(parent, mask, ids_BT),
         ids_BT=ids_BT,
-        weights=predicted_weights(parent, student, keep),
-        layers=len(keep),
+        weights=predicted_weights(parent, student, mask),
+        layers=len(mask.keep),
         tied=is_tied(student),
         attention=cutting.attention_implementation(parent.config),
         threads=torch.get_num_threads(),
@@ -43,19 +44,19 @@ def failures(findings: list[Finding]) -> dict[str, str]:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_hard_gated_parent_is_the_saved_and_reloaded_cut_model(family: str, tmp_path: Path) -> None:
     parent = tiny_model(family)
-    student = cut(parent, KEEP)
+    student = cut(parent, MASK)
     student.save_pretrained(tmp_path)
-    told = reference(parent, student, KEEP)
+    told = reference(parent, student, MASK)
     assert not torch.equal(told.expected["plain"], observe(parent, told.ids_BT)["plain"])  # not vacuous
     assert not failures(verify(tmp_path, told))
 
 
 def test_a_fresh_process_comes_to_the_same_verdict(tmp_path: Path) -> None:
     parent = tiny_model("gemma3n_text", **KV_SHARED)  # tensors outside the layers, shared keys and values
-    keep = (0, 3, 4, 5)
-    student = cut(parent, keep)
+    mask = mask_of((0, 3, 4, 5))
+    student = cut(parent, mask)
     student.save_pretrained(tmp_path)
-    told = reference(parent, student, keep)
+    told = reference(parent, student, mask)
     findings = in_fresh_process(tmp_path, told)
     assert not failures(findings)
     assert [f.check for f in findings] == [f.check for f in verify(tmp_path, told)]
@@ -65,11 +66,11 @@ def test_what_a_library_prints_does_not_disturb_the_fresh_process(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     parent = tiny_model("llama")
-    student = cut(parent, KEEP)
+    student = cut(parent, MASK)
     student.save_pretrained(tmp_path / "model")
     (tmp_path / "sitecustomize.py").write_text("print('a greeting', flush=True)")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    findings = in_fresh_process(tmp_path / "model", reference(parent, student, KEEP))
+    findings = in_fresh_process(tmp_path / "model", reference(parent, student, MASK))
     assert not failures(findings)
     assert len(findings) > 5
 
@@ -115,7 +116,7 @@ def test_a_wrong_rule_is_refused_before_anything_is_saved(
 ) -> None:
     monkeypatch.setattr(cutting, "slice_section", rule)
     with pytest.raises(ConfigError, match="would become layer"):
-        cut(tiny_model(family), KEEP)
+        cut(tiny_model(family), MASK)
 
 
 @pytest.mark.parametrize(("rule", "family"), WRONG)
@@ -126,11 +127,11 @@ def test_a_wrong_cut_on_disk_is_caught_by_the_gate(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     parent = tiny_model(family)
-    right = cut(parent, KEEP)
+    right = cut(parent, MASK)
     right.save_pretrained(tmp_path)
-    told = reference(parent, right, KEEP)
+    told = reference(parent, right, MASK)
     monkeypatch.setattr(cutting, "slice_section", rule)
-    cutting.cut_config(parent.config, KEEP).save_pretrained(tmp_path)
+    cutting.cut_config(parent.config, MASK).save_pretrained(tmp_path)
     assert failures(verify(tmp_path, told))
 
 
@@ -138,11 +139,11 @@ def test_a_wrong_cut_on_disk_is_caught_by_the_gate(
 def test_layers_deleted_without_renumbering_are_caught(family: str) -> None:
     parent, wrong = tiny_model(family), tiny_model(family)
     ids_BT = probe_tokens(parent.config)
-    right = observe_gated(parent, KEEP, ids_BT)
+    right = observe_gated(parent, MASK, ids_BT)
     body = wrong.transformer if family == "gpt2" else wrong.model
     name = "h" if family == "gpt2" else "layers"
-    setattr(body, name, nn.ModuleList(getattr(body, name)[i] for i in KEEP))
-    wrong.config.update(cutting.cut_config(parent.config, KEEP).to_dict())
+    setattr(body, name, nn.ModuleList(getattr(body, name)[i] for i in MASK.keep))
+    wrong.config.update(cutting.cut_config(parent.config, MASK).to_dict())
     try:
         found = observe(wrong, ids_BT)
     except IndexError:
@@ -154,9 +155,9 @@ def test_missing_stale_and_foreign_tensors_are_caught(tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
     parent = tiny_model("llama")
-    student = cut(parent, KEEP)
+    student = cut(parent, MASK)
     student.save_pretrained(tmp_path)
-    told, path = reference(parent, student, KEEP), tmp_path / "model.safetensors"
+    told, path = reference(parent, student, MASK), tmp_path / "model.safetensors"
     weights = load_file(path)
     teacher = {f"teacher.{name}": tensor for name, tensor in parent.state_dict().items()}
     for planted in (

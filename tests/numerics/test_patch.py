@@ -11,7 +11,6 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from src.errors import ConfigError
-from src.mask import Mask
 from src.models.cut import cut
 from src.models.layers import decoder_layers
 from src.models.loading import load_model, load_tokenizer
@@ -20,13 +19,9 @@ from src.repair.fold import Regression, fold, stream_writer
 from src.repair.hadamard import hadamard
 from src.repair.linear_patch import LinearPatch
 from src.repair.stream import Junction, Patch, inputs, junctions, matrices, patched, scales
-from tests.tiny import VOCAB, tiny_ids, tiny_model
+from tests.tiny import VOCAB, mask_of, tiny_ids, tiny_model
 
-KEEP, PLACE = (0, 1, 4, 5, 6), Junction(before=1, start=2, end=4)
-
-
-def mask_of(keep: tuple[int, ...], layers: int = 7, model: str = "m") -> Mask:
-    return Mask(model=model, num_layers=layers, keep=keep, method="test")
+MASK, PLACE = mask_of((0, 1, 4, 5, 6)), Junction(before=1, start=2, end=4)
 
 
 def batch_of(rows: int = 4, seed: int = 0) -> dict[str, Tensor]:
@@ -93,7 +88,7 @@ def test_the_patch_is_symmetric_and_its_eigenvalues_are_the_scales() -> None:
 def test_patched_magnitudes_are_the_targets(mode: Any) -> None:
     """On the calibration batch, seen at the place where the patch acts."""
     parent, batch = tiny_model("llama"), batch_of()
-    student = cut(parent, KEEP)
+    student = cut(parent, MASK)
     patches = [Patch(p) for p in matrices(parent, [PLACE], [batch], mode)]
     basis = hadamard(32) if mode == "rotate" else torch.eye(32, dtype=torch.float64)
     with patched(student, [PLACE], patches):
@@ -116,7 +111,7 @@ def test_scales_do_not_depend_on_the_split_into_batches_or_on_padding() -> None:
 def test_scales_of_one_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(patching, "scales", lambda *_: torch.ones(1, 32, dtype=torch.float64))
     parent = tiny_model("llama")
-    student = cut(parent, KEEP)
+    student = cut(parent, MASK)
     (p_HH,) = matrices(parent, [PLACE], [batch_of()], "rotate")
     assert torch.equal(p_HH, torch.eye(32, dtype=torch.float64))
     before = logits(student)
@@ -137,7 +132,7 @@ def test_without_a_hadamard_matrix_the_channels_are_scaled_and_a_warning_says_so
 
 def test_patch_only_distillation_moves_the_patch_and_nothing_else(teacher_dir: str, corpus_file: str) -> None:
     parent, mask = load_model(teacher_dir), mask_of((0, 1, 4, 5), 6, teacher_dir)
-    student, tokenizer = cut(parent, mask.keep), load_tokenizer(teacher_dir)
+    student, tokenizer = cut(parent, mask), load_tokenizer(teacher_dir)
     before = {name: tensor.clone() for name, tensor in student.state_dict().items()}
     plain = LinearPatch(corpus_file, goal="rotate", device="cpu")
     trained = LinearPatch(corpus_file, goal="rotate", distill_steps=10, lr=1e-2, device="cpu")
@@ -163,7 +158,7 @@ def test_patch_only_distillation_moves_the_patch_and_nothing_else(teacher_dir: s
 @pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "granite", "gpt_neox"])
 def test_the_fold_is_exact_where_the_correction_is_in_the_span(family: str) -> None:
     """Another output map is asked for (bias, transposed storage and residual scale included), and found."""
-    student = cut(tiny_model(family), KEEP)
+    student = cut(tiny_model(family), MASK)
     other = copy.deepcopy(student)
     batches = [batch_of(24, seed) for seed in (1, 2)]
     writer = stream_writer(other, PLACE.before, batches[0])
@@ -192,12 +187,12 @@ def test_the_fold_does_not_depend_on_the_split_into_batches_or_on_padding() -> N
     other = {**batch, "input_ids": torch.where(seen, batch["input_ids"], VOCAB - 1)}
     found = []
     for batches in ([batch], rows, [other]):
-        student, patch_ = cut(parent, KEEP), Patch(p_HH)
+        student, patch_ = cut(parent, MASK), Patch(p_HH)
         fold(student, PLACE.before, batches, lambda _, h_BTH: patch_(h_BTH), ridge=0.1)  # noqa: B023
         found.append(logits(student))
     for split in found[1:]:
         torch.testing.assert_close(split, found[0], rtol=1e-4, atol=1e-4)
-    assert not torch.allclose(found[0], logits(cut(parent, KEEP)), atol=1e-2)
+    assert not torch.allclose(found[0], logits(cut(parent, MASK)), atol=1e-2)
 
 
 def test_the_fold_of_a_patch_is_not_exact_in_general() -> None:

@@ -27,7 +27,7 @@ def folded(mask_file: str, corpus_file: str) -> PreTrainedModel:
     """The cut model of ``mask_file`` as :class:`LinearPatch` leaves it."""
     mask = Mask.load(mask_file)
     parent = load_model(mask.model)
-    student = cut(parent, mask.keep)
+    student = cut(parent, mask)
     repairs = LinearPatch(corpus_file, device="cpu")(student, parent, mask, load_tokenizer(mask.model))
     assert [r.module for r in repairs] == ["model.layers.0.mlp.down_proj", "model.layers.2.mlp.down_proj"]
     assert all(0 < r.after < r.before for r in repairs)
@@ -41,7 +41,7 @@ def test_the_exported_directory_is_the_folded_model(
     out, mask = tmp_path / "out", Mask.load(mask_file)
     patch.main(["--mask", mask_file, "--data", corpus_file, "--out", str(out)])
     loaded = AutoModelForCausalLM.from_pretrained(out).state_dict()
-    plain = cut(load_model(mask.model), mask.keep).state_dict()
+    plain = cut(load_model(mask.model), mask).state_dict()
     changed = {name for name, tensor in loaded.items() if not torch.equal(tensor, plain[name])}
     assert changed == {f"model.layers.{i}.mlp.down_proj.weight" for i in (0, 2)}
     for name, tensor in folded.state_dict().items():
@@ -61,7 +61,7 @@ def test_a_recovery_starts_from_the_folded_model(
     made = Recovery(mask_file, patch=LinearPatch(corpus_file, device="cpu"), scope=scope)
     made.configure_model()
     with torch.no_grad():
-        expected, plain = folded(ids).logits, cut(parent, mask.keep)(ids).logits
+        expected, plain = folded(ids).logits, cut(parent, mask)(ids).logits
         assert torch.equal(made.model.eval()(ids).logits, expected)
         assert torch.equal(made.teacher._model[0](ids).logits, parent(ids).logits)  # the teacher is whole
     assert not torch.allclose(expected, plain, atol=1e-2)
@@ -107,7 +107,7 @@ def test_the_overlay_runs(mask_file: str, corpus_file: str, tmp_path: Path) -> N
 def test_a_cut_at_the_end_is_left_alone_with_a_warning(teacher_dir: str, corpus_file: str) -> None:
     mask = Mask(teacher_dir, 6, (0, 1, 2, 3), "test")
     parent = load_model(teacher_dir)
-    student = cut(parent, mask.keep)
+    student = cut(parent, mask)
     with pytest.warns(UserWarning, match="no cut between two kept layers"):
         assert not LinearPatch(corpus_file)(student, parent, mask, load_tokenizer(teacher_dir))
 

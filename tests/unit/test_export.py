@@ -53,7 +53,7 @@ def left_beside(out: Path) -> list[str]:
 def recovered(mask_file: str, path: Path) -> tuple[Path, PreTrainedModel]:
     """A checkpoint as a recovery leaves it, and the student it holds."""
     mask = Mask.load(mask_file)
-    student = cut(AutoModelForCausalLM.from_pretrained(mask.model), mask.keep)
+    student = cut(AutoModelForCausalLM.from_pretrained(mask.model), mask)
     with torch.no_grad():
         for parameter in student.parameters():
             parameter.mul_(1.25)
