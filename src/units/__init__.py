@@ -1,0 +1,1 @@
+"""What can be removed from a decoder, and in which combinations."""
