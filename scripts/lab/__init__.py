@@ -1,0 +1,1 @@
+"""What the scripts share, and the comparison of two commits."""
