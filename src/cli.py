@@ -7,40 +7,33 @@ from __future__ import annotations
 
 import importlib
 import os
-import re
 import sys
 import warnings
-from typing import Any, NoReturn
-
-from lightning import Trainer
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.strategies.launchers import subprocess_script
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from typing import Any
 
 from src.errors import ConfigError, did_you_mean
-from src.mask import Mask
 from src.training import watchdog
-from src.training.refusals import check_checkpoint
+from src.training.arguments import PruneCLI, ShortErrors, user_fault
 
 TOOLS = {
-    "plan": "tell memory, hours and disk of a run before it starts: plan --config ... --device h100",
-    "export": "write the shortened model as a plain Hugging Face directory, proven equal",
-    "patch": "export the shortened model with its cuts repaired, without training, on a few rows",
-    "evaluate": "held-out KL, agreement, exact match; beside the teacher",
-    "benchmark": "measured prefill and decode speed against another model and the ideal",
-    "report": "gather a run's figures into a table, JSON, Markdown and HTML",
-    "preview": "print a few rows of a corpus with what is supervised",
+    "plan": (
+        "src.plan.verb",
+        "tell memory, hours and disk of a run before it starts: plan --config ... --device h100",
+    ),
+    "export": (
+        "src.export.verb",
+        "write the shortened model as a plain Hugging Face directory, proven equal",
+    ),
+    "patch": (
+        "src.repair.verb",
+        "export the shortened model with its cuts repaired, without training, on a few rows",
+    ),
+    "evaluate": ("src.evaluate.verb", "held-out KL, agreement, exact match; beside the teacher"),
+    "benchmark": ("src.benchmark", "measured prefill and decode speed against another model and the ideal"),
+    "report": ("src.report.verb", "gather a run's figures into a table, JSON, Markdown and HTML"),
+    "preview": ("src.preview", "print a few rows of a corpus with what is supervised"),
 }
-MODULES = {
-    "plan": "src.plan.verb",
-    "export": "src.export.verb",
-    "patch": "src.repair.verb",
-    "evaluate": "src.evaluate.verb",
-    "benchmark": "src.benchmark",
-    "report": "src.report.verb",
-    "preview": "src.preview",
-}
-"""Where each tool of the table is; a verb's package is imported only when it is asked for."""
+"""Where each tool is, imported only when it is asked for; and what it does."""
 VERBS = {
     "fit": "run a search or a recovery: fit --config configs/search/gumbel_topk.yaml",
     "validate": "held-out divergence of a search or a recovery",
@@ -49,83 +42,10 @@ VERBS = {
 }
 
 
-class ShortErrors(LightningArgumentParser):
-    """A parser that answers a fault with one message, not with a page of usage."""
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Add a suggestion; a nested parser raises, so that the outer one can add the key's path."""
-        hint = _suggest(message, [key for action in self._actions for key in _names(action.dest)])
-        if not self.exit_on_error:
-            super().error(message + hint, ex)
-        raise ConfigError(message + hint) from ex
-
-
-class PruneCLI(LightningCLI):
-    """LightningCLI with the model's name shared with the data."""
-
-    def before_instantiate_classes(self) -> None:
-        """Let the data use the model's tokenizer unless it names its own."""
-        config = self.config[self.subcommand] if self.subcommand else self.config
-        if config.get("data") is None:
-            raise ConfigError("data: not given. Add a data section, such as class_path: src.data.Corpus.")
-        if "class_path" in (strategy := config.trainer.strategy):
-            module, _, name = strategy.class_path.rpartition(".")
-            getattr(getattr(importlib.import_module(module), name), "check_installed", lambda: None)()
-        model, data = config.model.init_args, config.data.init_args
-        if "tokenizer" in data and data.tokenizer is None:
-            data.tokenizer = model.get("model") or (Mask.load(model.mask).model if "mask" in model else None)
-
-    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Build the trainer; Lightning's own words where it knows no such strategy, or lacks a GPU for it."""
-        try:
-            return super().instantiate_trainer(**kwargs)
-        except ConfigError:
-            raise
-        except ValueError as e:
-            raise ConfigError(f"trainer: {e}") from e
-
-    def instantiate_classes(self) -> None:
-        """Build trainer, model and data; refuse what they cannot do together before processes start."""
-        super().instantiate_classes()
-        refuse = getattr(self.model, "refuse", None)
-        if refuse is not None:
-            refuse(self.trainer, self.datamodule)
-        check_checkpoint(self.trainer, self.config[self.subcommand or "fit"].get("ckpt_path"))
-        setattr(subprocess_script, "_launch_process_observer", watchdog.watch_children)  # noqa: B010 (mypy)
-
-    def _parse_ckpt_path(self) -> None:
-        """Leave YAML and command line in charge on resume; Lightning would let the checkpoint win."""
-
-
-def _names(dest: str) -> list[str]:
-    return [dest, dest.split(".")[-1]]
-
-
-def _suggest(message: str, known: list[str]) -> str:
-    unknown = re.search(r"(?:Option|Key|key|arguments?:?) '?(?:--)?([\w.]+)'?", message)
-    wrong = "not accepted" in message or "nrecognized" in message or "not expected" in message
-    if not (unknown and wrong) or "Did you mean" in message:
-        return ""
-    return did_you_mean(unknown.group(1), known)
-
-
-def _fault(error: BaseException | None) -> ConfigError | None:
-    """The user's fault behind an error: jsonargparse wraps what a constructor raises."""
-    while error is not None and not isinstance(error, ConfigError):
-        if isinstance(error, NotADirectoryError | PermissionError):
-            return ConfigError(
-                f"cannot use '{error.filename}': {error.strerror}. Choose another directory "
-                f"(trainer.logger.init_args.save_dir, or --out)."
-            )
-        if isinstance(error, MisconfigurationException):
-            return ConfigError(f"trainer: {error}")
-        error = error.__cause__
-    return error
-
-
 def _help() -> str:
     lines = ["usage: python -m src.cli <verb> [options]        (<verb> --help for its options)", ""]
-    lines += [f"  {verb:<10} {text}" for verb, text in (VERBS | TOOLS).items()]
+    told = {**VERBS, **{verb: text for verb, (_, text) in TOOLS.items()}}
+    lines += [f"  {verb:<10} {text}" for verb, text in told.items()]
     return "\n".join(lines)
 
 
@@ -139,10 +59,9 @@ def run(argv: list[str]) -> Any:
         print(_help())
         return None
     if argv[0] in TOOLS:
-        return importlib.import_module(MODULES[argv[0]]).main(argv[1:])
+        return importlib.import_module(TOOLS[argv[0]][0]).main(argv[1:])
     if argv[0] not in VERBS:
-        known = (VERBS | TOOLS).keys()
-        raise ConfigError(f"unknown verb '{argv[0]}'.{did_you_mean(argv[0], known)}\n{_help()}")
+        raise ConfigError(f"unknown verb '{argv[0]}'.{did_you_mean(argv[0], [*VERBS, *TOOLS])}\n{_help()}")
     return PruneCLI(
         args=argv,
         parser_class=ShortErrors,
@@ -168,7 +87,7 @@ def main(argv: list[str] | None = None) -> None:
         if message := watchdog.explain(error):  # first: a load that runs out of memory is a fault too
             print(message, file=sys.stderr)
             raise SystemExit(1) from None
-        if fault := _fault(error):
+        if fault := user_fault(error):
             print(f"error: {fault}", file=sys.stderr)
             raise SystemExit(2) from None
         raise

@@ -14,7 +14,6 @@ from jsonargparse import Namespace
 from lightning import LightningModule, Trainer
 from transformers import AutoModelForCausalLM
 
-from src.cli import PruneCLI, ShortErrors
 from src.data.options import token_count
 from src.errors import ConfigError
 from src.mask import Mask
@@ -23,6 +22,7 @@ from src.models.layers import num_layers
 from src.models.loading import load_config
 from src.plan.shapes import Rows
 from src.search import count_to_remove
+from src.training.arguments import PruneCLI, ShortErrors
 
 
 class _ParseOnly(PruneCLI):

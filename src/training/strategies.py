@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from importlib import import_module
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, cast
 
@@ -42,6 +43,17 @@ def kind(strategy: Strategy) -> str:
         DDPStrategy: "ddp",
     }
     return next((name for family, name in kinds.items() if isinstance(strategy, family)), "single")
+
+
+def check_installed(strategy: Any) -> None:
+    """Ask a strategy, as a config names it, whether what it needs is installed, before it is built.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    if "class_path" in strategy:
+        module, _, name = strategy.class_path.rpartition(".")
+        getattr(getattr(import_module(module), name), "check_installed", lambda: None)()
 
 
 class FSDP2(ModelParallelStrategy):

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable
 from subprocess import Popen
 
 import torch
+from lightning.pytorch.strategies.launchers import subprocess_script
 
 MEMORY = (
     "error: out of memory{where}. In order of least cost: lower data.init_args.batch_size (and raise "
@@ -60,8 +61,7 @@ def watch_parent(period: float = 2.0) -> None:
 def watch_children(children: list[Popen[bytes]], period: float = 1.0) -> None:
     """End this process and its ``children`` soon after one of them has failed.
 
-    A rank that waits for a lost one in a collective would wait for half an hour. Lightning's own watch, in
-    whose place this one is put, kills without a word on what to do.
+    A rank that waits for a lost one in a collective would wait for half an hour.
     """
 
     def failed() -> str | None:
@@ -71,6 +71,11 @@ def watch_children(children: list[Popen[bytes]], period: float = 1.0) -> None:
         return None
 
     _watch(failed, children, period)
+
+
+def replace_launcher_watch() -> None:
+    """Let Lightning's launcher of processes use :func:`watch_children`: its own kills without a word."""
+    setattr(subprocess_script, "_launch_process_observer", watch_children)  # noqa: B010 (mypy)
 
 
 def _watch(ended: Callable[[], str | None], children: list[Popen[bytes]], period: float) -> None:

@@ -11,8 +11,9 @@ import pytest
 import torch
 import yaml
 
-from src.cli import PruneCLI, main, run
+from src.cli import main, run
 from src.errors import ConfigError
+from src.training.arguments import PruneCLI
 from src.training.strategies import FSDP, FSDP2, ZeRO, kind
 from tests.cached import workspace
 

@@ -1,0 +1,86 @@
+"""Lightning's command line as this product uses it: short errors, one tokenizer, early refusals."""
+
+from __future__ import annotations
+
+import re
+from typing import Any, NoReturn
+
+from lightning import Trainer
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from src.errors import ConfigError, did_you_mean
+from src.mask import Mask
+from src.training import watchdog
+from src.training.refusals import check_checkpoint
+from src.training.strategies import check_installed
+
+
+class ShortErrors(LightningArgumentParser):
+    """A parser that answers a fault with one message, not with a page of usage."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Add a suggestion; a nested parser raises, so that the outer one can add the key's path."""
+        known = [name for action in self._actions for name in (action.dest, action.dest.split(".")[-1])]
+        hint = _suggestion(message, known)
+        if not self.exit_on_error:
+            super().error(message + hint, ex)
+        raise ConfigError(message + hint) from ex
+
+
+class PruneCLI(LightningCLI):
+    """LightningCLI with the model's name shared with the data."""
+
+    def before_instantiate_classes(self) -> None:
+        """Let the data use the model's tokenizer unless it names its own."""
+        config = self.config[self.subcommand] if self.subcommand else self.config
+        if config.get("data") is None:
+            raise ConfigError("data: not given. Add a data section, such as class_path: src.data.Corpus.")
+        check_installed(config.trainer.strategy)
+        model, data = config.model.init_args, config.data.init_args
+        if "tokenizer" in data and data.tokenizer is None:
+            data.tokenizer = model.get("model") or (Mask.load(model.mask).model if "mask" in model else None)
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Build the trainer; Lightning's own words where it knows no such strategy, or lacks a GPU for it."""
+        try:
+            return super().instantiate_trainer(**kwargs)
+        except ConfigError:
+            raise
+        except ValueError as e:
+            raise ConfigError(f"trainer: {e}") from e
+
+    def instantiate_classes(self) -> None:
+        """Build trainer, model and data; refuse what they cannot do together before processes start."""
+        super().instantiate_classes()
+        refuse = getattr(self.model, "refuse", None)
+        if refuse is not None:
+            refuse(self.trainer, self.datamodule)
+        check_checkpoint(self.trainer, self.config[self.subcommand or "fit"].get("ckpt_path"))
+        watchdog.replace_launcher_watch()
+
+    def _parse_ckpt_path(self) -> None:
+        """Leave YAML and command line in charge on resume; Lightning would let the checkpoint win."""
+
+
+def user_fault(error: BaseException | None) -> ConfigError | None:
+    """The user's fault behind an error: jsonargparse wraps what a constructor raises."""
+    while error is not None and not isinstance(error, ConfigError):
+        if isinstance(error, NotADirectoryError | PermissionError):
+            return ConfigError(
+                f"cannot use '{error.filename}': {error.strerror}. Choose another directory "
+                f"(trainer.logger.init_args.save_dir, or --out)."
+            )
+        if isinstance(error, MisconfigurationException):
+            return ConfigError(f"trainer: {error}")
+        error = error.__cause__
+    return error
+
+
+def _suggestion(message: str, known: list[str]) -> str:
+    """The nearest key, where jsonargparse's English says that one is unknown."""
+    unknown = re.search(r"(?:Option|Key|key|arguments?:?) '?(?:--)?([\w.]+)'?", message)
+    wrong = "not accepted" in message or "nrecognized" in message or "not expected" in message
+    if not (unknown and wrong) or "Did you mean" in message:
+        return ""
+    return did_you_mean(unknown.group(1), known)
