@@ -9,23 +9,18 @@ import argparse
 import json
 import shlex
 import sys
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from scripts.arena.figures import draw
-from scripts.arena.gather import gather, judgement
 from scripts.arena.plan import Plan
 from scripts.arena.pool import Job, do
 from scripts.arena.reading import read
+from scripts.arena.record import only, record
 from scripts.arena.table import page
 from scripts.arena.work import Work
 from src.errors import ConfigError
 from src.files import write_json
-from src.mask import git_sha
-from src.models.layers import num_layers
-from src.models.loading import load_config
 
 
 def work_through(work: Work, workers: int) -> dict[Job, str]:
@@ -44,29 +39,6 @@ def work_through(work: Work, workers: int) -> dict[Job, str]:
     return failed | do([*judged, *recovered], workers, "judgements and recoveries")
 
 
-def record(work: Work, failed: Sequence[str], command: str) -> dict[str, Any]:
-    """The results file."""
-    plan, teacher = work.plan, work.teacher.read()
-    recover = next((run.recover for run in plan.runs if run.recover), None)
-    trained = Path(plan.teacher, "training.json")
-    return {
-        "command": command,
-        "commit": git_sha(),
-        "name": plan.name,
-        "teacher": {
-            "path": plan.teacher,
-            "problems": len(teacher["correct"]),
-            "layers": num_layers(load_config(plan.teacher)),
-            "training_tokens": json.loads(trained.read_text())["tokens"] if trained.exists() else None,
-            **judgement(teacher, teacher),
-        },
-        "data": dict(plan.data),
-        "settings": {"cache": plan.cache.content, "recover": recover and recover.content},
-        "failed": list(failed),
-        "rows": gather(work),
-    }
-
-
 def renamed(plan: Plan, teacher: str | None, name: str | None) -> Plan:
     """The plan for another teacher, whose results must not be taken for the plan's own."""
     if teacher and not name:
@@ -74,21 +46,12 @@ def renamed(plan: Plan, teacher: str | None, name: str | None) -> Plan:
     return replace(plan, teacher=teacher or plan.teacher, name=name or plan.name)
 
 
-def only(plan: Plan, variants: Sequence[str]) -> Plan:
-    """The plan with some variants alone."""
-    runs = tuple(run for run in plan.runs if run.variant in variants)
-    if not runs:
-        known = ", ".join(dict.fromkeys(run.variant for run in plan.runs))
-        raise ConfigError(f"--only: {list(variants)} given; accepted: {known}.")
-    return replace(plan, runs=runs)
-
-
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m scripts.arena", description=__doc__)
     parser.add_argument("plan", help="such as configs/arena/fair_fight.yaml")
     parser.add_argument("--jobs", type=int, default=2, help="runs at once, one CPU thread each")
-    told = "work on some variants alone; the results still tell all that is done"
-    parser.add_argument("--only", nargs="+", metavar="VARIANT", help=told)
+    told = "work on these variants or groups, and what they are compared with; published rows stay"
+    parser.add_argument("--only", nargs="+", metavar="NAME", help=told)
     parser.add_argument("--teacher", help="another model of the demo's task than the plan's; needs --name")
     parser.add_argument("--name", help="of the results file, page and figures, instead of the plan's")
     parser.add_argument("--work", type=Path, default=Path("logs/arena"), help="where runs are kept")
@@ -97,15 +60,17 @@ def main(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     try:
         plan = renamed(read(args.plan), args.teacher, args.name)
-        asked = only(plan, args.only) if args.only else plan
+        part, asked = only(plan, args.only or list(plan.references))
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    work, part = (Work(each, args.work / plan.name) for each in (plan, asked))
-    failed = [f"{job.label}: {why}" for job, why in work_through(part, args.jobs).items()]
+    work, out = Work(part, args.work / plan.name), args.results / f"{plan.name}.json"
+    failed = [f"{job.label}: {why}" for job, why in work_through(work, args.jobs).items()]
     if work.teacher.result.exists():
-        results = record(work, failed, shlex.join(["python", "-m", "scripts.arena", *argv]))
-        write_json(args.results / f"{plan.name}.json", results)
+        known = json.loads(out.read_text()) if out.exists() else {}
+        command = shlex.join(["python", "-m", "scripts.arena", *argv])
+        results = record(work, plan, asked, failed, command, known)
+        write_json(out, results)
         figures = draw(results, args.docs / "figures")
         page(args.docs / f"{plan.name}.md", results, figures)
     for told in failed:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -75,8 +76,9 @@ def lines(results: JSON) -> list[str]:
     teacher = results["teacher"]
     out = [
         f"Teacher: exact match {100 * teacher['exact_match']:.1f} % on {teacher['problems']} problems, "
-        f"perplexity {teacher['perplexity']:.3f}, {teacher['layers']} layers. `{results['command']}`, "
-        f"commit {results['commit']}.",
+        f"perplexity {teacher['perplexity']:.3f}, {teacher['layers']} layers.",
+        "",
+        *origins(results["rows"]),
         "",
     ]
     for failure in results["failed"]:
@@ -95,6 +97,12 @@ def lines(results: JSON) -> list[str]:
         for columns in shown if len(groups) == 1 else shown[:1]:
             out += [*table(rows, columns), ""]
     return out
+
+
+def origins(rows: Sequence[JSON]) -> list[str]:
+    """Which command at which commit measured how many rows."""
+    counts = Counter((row["command"], row["commit"]) for row in rows)
+    return [f"`{command}`, commit {commit}: {count} rows." for (command, commit), count in counts.items()]
 
 
 def rank(row: JSON) -> tuple[float, float]:

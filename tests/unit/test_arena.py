@@ -15,6 +15,7 @@ from scripts.arena.gather import gather
 from scripts.arena.plan import Plan, Run, nested
 from scripts.arena.pool import Job, do
 from scripts.arena.reading import read
+from scripts.arena.record import only, record
 from scripts.arena.table import BEGIN, END, page
 from scripts.arena.work import Work
 from src.errors import ConfigError
@@ -216,7 +217,8 @@ def rows(plan: Plan) -> dict[tuple[str, float], dict[str, Any]]:
             # Ours is right on 3 and then 4 of 4 problems; the tail on 1 of 4 with both seeds.
             correct = ("1110", "1111")[run.seed] if ours else "0100"
             written(work, run, [2, 3] if ours else [4, 5], correct, 0.1 if ours else 0.3)
-    return {(row["variant"], row["ratio"]): row for row in gather(work)}
+    origin = {"command": "run", "commit": "abc"}
+    return {(row["variant"], row["ratio"]): row | origin for row in gather(work)}
 
 
 def test_rows_hold_the_means_and_the_paired_differences(
@@ -239,6 +241,37 @@ def test_rows_hold_the_means_and_the_paired_differences(
     assert tail["runs"][0]["recovery"]["tokens"] == 70
 
 
+def test_rows_are_redone_alone_and_the_published_ones_stay(
+    rows: dict[tuple[str, float], dict[str, Any]], plan: Plan
+) -> None:
+    whole, _ = only(plan, ["methods"])
+    assert whole == plan
+    part, asked = only(plan, ["tail"])
+    assert asked == {("methods", "tail")}
+    assert {run.variant for run in part.runs} == {"ours", "tail"}, "with what it is compared with"
+    with pytest.raises(ConfigError, match="'tial' given"):
+        only(plan, ["tial"])
+    cut = {**rows["tail", 0.25], "variant": "cut", "ratio": 0.5, "commit": "older", "command": "old"}
+    gone = {**cut, "variant": "no longer in the plan"}
+    known: dict[str, Any] = {
+        "command": "old", "commit": "old", "data": dict(plan.data), "teacher": {"path": "teacher"},
+        "rows": [cut, gone, {**rows["tail", 0.25], "commit": "old"}, {**rows["ours", 0.25], "commit": "old"}],
+    }  # fmt: skip
+    Path("teacher/config.json").write_text(json.dumps({"model_type": "llama", "num_hidden_layers": 8}))
+    work = Work(plan, Path("work"))
+    for run in plan.runs:
+        if run.ratio == 0.25:
+            written(work, run, [2, 3], "0001", 0.2)
+    found = record(work, plan, asked, [], "new", known)["rows"]
+    assert [(row["variant"], row["ratio"], row["command"]) for row in found] == [
+        ("ours", 0.25, "run"), ("tail", 0.25, "new"), ("cut", 0.5, "old"),
+    ]  # fmt: skip
+    assert found[0] == {**rows["ours", 0.25], "commit": "old"}, "published, and not asked for"
+    assert found[1]["recovered"]["exact_match"]["value"] == 0.25
+    elsewhere = {**known, "data": {**plan.data, "seed": 8}}
+    assert len(record(work, plan, asked, [], "new", elsewhere)["rows"]) == 2, "of other problems, so dropped"
+
+
 def test_the_page_is_made_from_the_results(
     rows: dict[tuple[str, float], dict[str, Any]], tmp_path: Path
 ) -> None:
@@ -252,6 +285,7 @@ def test_the_page_is_made_from_the_results(
     assert text.endswith(f"{END}\nMore prose.\n")
     assert "old" not in text
     assert "Not done: x: y." in text
+    assert "`run`, commit abc: 2 rows." in text
     assert "### methods: 2 of 8 layers removed" in text
     lines = text.splitlines()
     best, tail, *_ = (line for line in lines if line.startswith(("| **ours**", "| last layers")))

@@ -1,0 +1,93 @@
+"""The results file: what is done now beside what was published, each row with its own provenance."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Container, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from scripts.arena.gather import gather, judgement
+from scripts.arena.plan import Plan
+from scripts.arena.work import Work
+from src.errors import ConfigError
+from src.mask import git_sha
+from src.models.layers import num_layers
+from src.models.loading import load_config
+
+JSON = dict[str, Any]
+Name = tuple[str, str]
+"""Group and variant."""
+
+
+def record(
+    work: Work, plan: Plan, asked: Container[Name], failed: Sequence[str], command: str, known: JSON
+) -> JSON:
+    """The whole file after some work on ``plan``.
+
+    Args:
+        work: the jobs of what was asked for, and of what that is compared with.
+        plan: the whole plan.
+        asked: variants whose published rows are replaced.
+        failed: what went wrong.
+        command: that was run.
+        known: the published file, or nothing.
+    """
+    teacher, origin = work.teacher.read(), {"command": command, "commit": git_sha()}
+    recover = next((run.recover for run in plan.runs if run.recover), None)
+    trained = Path(plan.teacher, "training.json")
+    kept = {place(row): row for row in published(plan, known)}
+    done = {place(row): row | origin for row in gather(work)}
+    new = {key: row for key, row in done.items() if key[:2] in asked or key not in kept}
+    order = dict.fromkeys((run.group, run.variant, run.ratio) for run in plan.runs)
+    return {
+        **origin,
+        "name": plan.name,
+        "teacher": {
+            "path": plan.teacher,
+            "problems": len(teacher["correct"]),
+            "layers": num_layers(load_config(plan.teacher)),
+            "training_tokens": json.loads(trained.read_text())["tokens"] if trained.exists() else None,
+            **judgement(teacher, teacher),
+        },
+        "data": dict(plan.data),
+        "settings": {"cache": plan.cache.content, "recover": recover and recover.content},
+        "failed": list(failed),
+        "rows": [(kept | new)[key] for key in order if key in kept | new],
+    }
+
+
+def place(row: JSON) -> tuple[str, str, float]:
+    """What a row is about."""
+    return row["group"], row["variant"], row["ratio"]
+
+
+def published(plan: Plan, known: JSON) -> list[JSON]:
+    """Rows of the published file that were measured on the same teacher and problems."""
+    if (known.get("data"), known.get("teacher", {}).get("path")) != (dict(plan.data), plan.teacher):
+        return []
+    origin = {key: known[key] for key in ("command", "commit")}
+    return [{**origin, **row} for row in known["rows"]]
+
+
+def only(plan: Plan, names: Sequence[str]) -> tuple[Plan, set[Name]]:
+    """The plan with some variants, or groups, and what they are compared with; and which were asked for.
+
+    Raises:
+        ConfigError: a name is neither a variant, a group nor ``group.variant``.
+    """
+    asked = set[Name]()
+    for name in names:
+        found = {
+            (run.group, run.variant)
+            for run in plan.runs
+            if name in (run.variant, run.group, f"{run.group}.{run.variant}")
+        }
+        if not found:
+            known = ", ".join(dict.fromkeys(run.variant for run in plan.runs))
+            raise ConfigError(f"--only: '{name}' given; accepted: a group, or a variant of {known}.")
+        asked |= found
+    compared = {(group, plan.references[group]) for group, _ in asked}
+    wanted = tuple(run for run in plan.runs if (run.group, run.variant) in asked | compared)
+    return replace(plan, runs=wanted), asked
