@@ -284,4 +284,5 @@ def load_student(parent: PreTrainedModel, mask: Mask, checkpoint: str) -> PreTra
         reason = str(e).splitlines()[0]
         raise ConfigError(f"checkpoint: '{checkpoint}' does not fit this model and mask: {reason}") from e
     plain = cast(Any, student).merge_and_unload() if scope == "lora" else student
-    return cast(PreTrainedModel, plain.eval())
+    # As stock loading does: torch orders the sums of a product by whether its weights ask for gradients.
+    return cast(PreTrainedModel, plain.eval().requires_grad_(True))
