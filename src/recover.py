@@ -7,6 +7,7 @@ checkpoint, optimiser or sharding engine ever sees it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal, cast
 
 import torch
@@ -20,12 +21,15 @@ from transformers import PreTrainedModel
 from src.data.batches import real_tokens
 from src.errors import ConfigError
 from src.losses.distill import Distillation, supervised
+from src.losses.objective import Objective, Weighted
+from src.losses.terms import Pair, Step
 from src.mask import Mask
 from src.models.cut import cut
 from src.models.head import OutputHead
 from src.models.layers import decoder_layers, num_layers
 from src.models.loading import Dtype, check_vocabulary, load_config, load_model, load_tokenizer
 from src.models.sharding import shard
+from src.models.streams import streams
 from src.repair.linear_patch import LinearPatch
 from src.teachers import LiveTeacher, TeacherSource
 from src.training import checkpoints
@@ -45,7 +49,8 @@ class Recovery(LightningModule):
         mask: the ``mask.json`` of a search.
         model: Hub id or directory of the parent; None is the one the mask names.
         teacher: source of the teacher's signal; None runs the parent live.
-        distillation: loss on that signal.
+        distillation: loss on that signal, the first term; its k and rule are validation's too.
+        terms: further terms of the loss, each with a weight; see :class:`src.losses.Objective`.
         scope: what trains: ``full``, the blocks next to each cut (``cut_adjacent``), or ``lora`` adapters on
             all linear layers (needs the extra ``lora``), merged on export.
         lora_rank: rank of the adapters.
@@ -66,6 +71,7 @@ class Recovery(LightningModule):
         model: str | None = None,
         teacher: TeacherSource | None = None,
         distillation: Distillation | None = None,
+        terms: list[Weighted] | None = None,
         scope: Scope = "full",
         lora_rank: int = 16,
         patch: LinearPatch | None = None,
@@ -85,7 +91,8 @@ class Recovery(LightningModule):
         if self.name != self.mask.model:
             rank_zero_warn(f"model: '{self.name}' is recovered with a mask made for '{self.mask.model}'.")
         self.teacher = teacher or LiveTeacher()
-        self.distillation = distillation or Distillation()
+        self.objective = Objective(distillation, terms)
+        self.distillation = self.objective.distillation
         self.scope, self.lora_rank, self.patch = scope, lora_rank, patch
         self.checkpoint_activations = checkpoint_activations
         self.micro = MicroBatches()
@@ -99,6 +106,7 @@ class Recovery(LightningModule):
     def refuse(self, trainer: Trainer, data: object) -> None:
         """Refuse, before anything is loaded, what cannot work with this trainer and these data."""
         check_recovery(trainer, data, self.teacher)
+        self.teacher.states([theirs for _, theirs in self.objective.pairs(self.mask)])
 
     def setup(self, stage: str) -> None:
         self.refuse(self.trainer, getattr(self.trainer, "datamodule", None))
@@ -144,17 +152,30 @@ class Recovery(LightningModule):
 
     # ------------------------------------------------------------------ learning
 
-    def losses(self, batch: Batch, distillation: Distillation, part: Part | None = None) -> dict[str, Tensor]:
-        """The weighted loss and its parts on one batch, or on this rank's part of one."""
+    def step(self, batch: Batch, part: Part | None = None, pairs: Sequence[Pair] = ()) -> Step:
+        """What one batch, or this rank's part of one, shows to the terms.
+
+        Args:
+            batch: rows.
+            part: the batch of all ranks.
+            pairs: layers of the student and of the parent whose streams are wanted.
+        """
         index = supervised(batch["labels"])
         labels_N = batch["labels"].flatten()[index + 1]
-        signal = self.teacher.signal(batch, index)
-        hidden_NH = self.head.hidden(batch).flatten(0, 1)[index]
-        return distillation(self.head, hidden_NH, labels_N, signal, part)
+        with self.teacher.states([theirs for _, theirs in pairs]) as parent:
+            signal = self.teacher.signal(batch, index)
+        with streams(self.model, [own for own, _ in pairs]) as student:
+            hidden_NH = self.head.hidden(batch).flatten(0, 1)[index]
+        behind = [{i: h.flatten(0, 1)[index] for i, h in found.items()} for found in (student, parent)]
+        return Step(self.head, hidden_NH, labels_N, signal, self.mask, part, *behind)
+
+    def losses(self, batch: Batch, part: Part | None = None) -> dict[str, Tensor]:
+        """The sum of the terms as ``loss``, and their figures, on one batch or on this rank's part of one."""
+        return self.objective(self.step(batch, part, self.objective.pairs(self.mask)))
 
     def training_step(self, batch: Batch, _: int) -> Tensor:
         part = Part(len(supervised(batch["labels"])), real_tokens(batch), self.device)
-        parts = self.losses(batch, self.distillation, part)
+        parts = self.losses(batch, part)
         self.tokens += part.tokens
         logged = {f"train/{key}": value.detach() for key, value in parts.items()}
         self.log_dict(logged, prog_bar=True, sync_dist=True)
@@ -173,7 +194,7 @@ class Recovery(LightningModule):
     def validation_step(self, batch: Batch, _: int) -> None:
         plain = Distillation(k=self.distillation.k, rule=self.distillation.rule, weight="none")
         part = Part(len(supervised(batch["labels"])), real_tokens(batch), self.device)
-        kd = self.losses(batch, plain, part)["kd"]
+        kd = plain.loss(self.step(batch, part))["kd"]
         self.log("val/kl", kd, prog_bar=True, batch_size=part.positions, sync_dist=True)
 
     test_step = validation_step

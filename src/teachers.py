@@ -7,6 +7,8 @@ Shapes: B batch, T tokens of a row, N supervised positions, H hidden.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -22,6 +24,7 @@ from src.models.gated import freeze
 from src.models.head import OutputHead
 from src.models.loading import Dtype, Quantization, load_model
 from src.models.sharding import shard
+from src.models.streams import streams
 
 Batch = dict[str, Tensor]
 
@@ -37,6 +40,15 @@ class TeacherSource(Protocol):
 
     def signal(self, batch: Batch, index_N: Tensor) -> Signal:
         """The signal at flat positions ``index_N`` (into ``B * T``) of a batch."""
+
+    def states(self, layers: Sequence[int]) -> AbstractContextManager[dict[int, Tensor]]:
+        """Collect the parent's stream ``[B, T, H]`` behind ``layers`` while :meth:`signal` runs in the block.
+
+        It is called before anything is loaded too, so that a source that cannot is refused in time.
+
+        Raises:
+            ConfigError: layers are asked for, and this source has none of the parent's.
+        """
 
 
 class LiveTeacher:
@@ -98,6 +110,19 @@ class LiveTeacher:
         hidden_NH = self.head.hidden(batch).flatten(0, 1)[index_N]
         return live_signal(self.head, hidden_NH, self.k)
 
+    def states(self, layers: Sequence[int]) -> AbstractContextManager[dict[int, Tensor]]:
+        """The model's own stream; it must be the parent, in whatever form.
+
+        Raises:
+            ConfigError: it is another model.
+        """
+        if layers and self.name is not None:
+            raise ConfigError(
+                f"teacher.model: a term compares layers with the parent's, and '{self.name}' may be another "
+                f"model. Leave teacher.model out, or the term (src.losses.HiddenStates)."
+            )
+        return streams(self.head.model, layers) if self._model else nullcontext({})
+
 
 class CachedTeacher:
     """The signal that lies beside the tokens in a batch of ``src.cache.CachedCorpus``: no model runs.
@@ -153,3 +178,17 @@ class CachedTeacher:
         signal = TopK(*(batch[f"teacher_{key}"] for key in ("ids", "log_probs", "entropy", "log_rest")))
         assert len(signal.ids) == len(index_N), "one row of the cache for each supervised position"
         return signal if self.k in (None, signal.ids.shape[-1]) else signal.cut(self.k)
+
+    def states(self, layers: Sequence[int]) -> AbstractContextManager[dict[int, Tensor]]:
+        """Nothing: a cache holds what the parent says, not its inner layers.
+
+        Raises:
+            ConfigError: layers are asked for.
+        """
+        if layers:
+            raise ConfigError(
+                "teacher: a term compares layers with the parent's, which a cache does not hold. Use "
+                "src.teachers.LiveTeacher (with its quantize, if memory is short), or leave the term out "
+                "(src.losses.HiddenStates)."
+            )
+        return nullcontext({})

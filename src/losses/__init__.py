@@ -1,1 +1,9 @@
 """Losses on a teacher's signal: what the teacher said, how far the student is, how much a token counts."""
+
+from src.losses.cross_entropy import CrossEntropy
+from src.losses.distill import Distillation
+from src.losses.hidden_states import HiddenStates
+from src.losses.objective import Objective, Weighted
+from src.losses.terms import Step, Term
+
+__all__ = ["CrossEntropy", "Distillation", "HiddenStates", "Objective", "Step", "Term", "Weighted"]

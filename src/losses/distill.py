@@ -22,6 +22,7 @@ from src.errors import ConfigError, did_you_mean
 from src.losses.entropy import Weight, check_weight, token_weights
 from src.losses.kl import Rule, kl
 from src.losses.signals import Signal, live_signal
+from src.losses.terms import Step, Term
 from src.models.head import OutputHead
 from src.training.ranks import Part
 
@@ -41,7 +42,7 @@ def supervised(labels_BT: Tensor, position_ids_BT: Tensor | None = None) -> Tens
     return predicts.flatten().nonzero()[:, 0]
 
 
-class Distillation:
+class Distillation(Term):
     """Entropy-weighted distillation from a teacher's signal.
 
     Args:
@@ -120,6 +121,10 @@ class Distillation:
         count = (len(hidden_NH) if part is None else part.share) or 1
         means = parts_PN.sum(-1) / count
         return {"loss": loss / count, **dict(zip(("kd", "ce"), means, strict=False))}
+
+    def loss(self, step: Step) -> dict[str, Tensor]:
+        """The objective as a term: ``loss``, ``kd`` and, where it takes part, ``ce``."""
+        return self(step.head, step.hidden_NH, step.labels_N, step.signal, step.part)
 
     def _weights(self, head: OutputHead, hidden_NH: Tensor, signal: Signal, part: Part | None) -> Tensor:
         if self.weight == "none":

@@ -160,7 +160,9 @@ class Planner:
     def cache(self) -> CacheSize:
         """Size of the cache of the run's tokens."""
         model, rows = self.experiment.model, self.experiment.rows
-        k = model.get("k") or (model.get("distillation") or {}).get("init_args", {}).get("k") or 10
+        terms = (model.get("distillation"), *(each.term for each in model.get("terms") or ()))
+        asked = [model.get("k"), *((term.get("init_args") or {}).get("k") for term in terms if term)]
+        k = next(filter(None, asked), 10)
         positions = self.tokens * rows.positions // (rows.count * rows.length)
         return cache_size(self.tokens, positions, k, model.get("precision") or "float16")
 

@@ -5,7 +5,8 @@ Only the loops around the product's own functions are repeated here, because tho
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from src.losses.distill import supervised
 from src.losses.signals import FLOOR, Signal, TopK, live_signal
 from src.models.head import OutputHead
 from src.models.loading import load_model
+from src.models.streams import streams
 from src.plan.ledger import Ledger
 from src.recover import Recovery
 from src.search import MaskSearch
@@ -67,6 +69,13 @@ class PlannedTeacher:
         log_probs, entropy = torch.full((size, k), FLOOR), torch.zeros(size)
         return TopK(torch.zeros(size, k, dtype=torch.long), log_probs, entropy, entropy.clone())
 
+    def states(self, layers: Sequence[int]) -> AbstractContextManager[dict[int, Tensor]]:
+        """The stream's tensors; a source without a model refuses as it does in a run."""
+        if self.head is None:
+            found: AbstractContextManager[dict[int, Tensor]] = self.source.states(layers)
+            return found
+        return streams(self.head.model, layers)
+
 
 def _search(search: MaskSearch, batch: Batch, ledger: Ledger, gpu: bool) -> int:
     """Two draws, of which the second still holds what is left of the first; the others cost the same."""
@@ -101,7 +110,7 @@ def _recover(recovery: Recovery, batch: Batch, ledger: Ledger, gpu: bool) -> int
         ledger.own([x for x in state.values() if isinstance(x, Tensor)], "optimiser")
     ledger.peak.clear()
     with recovery.trainer.precision_plugin.forward_context():
-        loss = recovery.losses(batch, recovery.distillation)["loss"]
+        loss = recovery.losses(batch)["loss"]
     optimizer.zero_grad()  # Lightning's order
     loss.backward()
     flops = ledger.flops

@@ -103,3 +103,14 @@ def test_a_sharded_student_learns_in_every_scope(scope: str, sharded: str, bench
     keys["model__init_args__teacher__init_args__shard"] = sharded
     pair = diary(bench.fit("fsdp2", "recover", "fsdp2", 2, **keys))
     assert drift(alone, pair, "loss")[0] <= MAX
+
+
+@pytest.mark.parametrize("overlay", ["ddp", "fsdp2"])
+def test_streams_of_inner_layers_are_compared_over_the_whole_batch(overlay: str, bench: Bench) -> None:
+    """The ranks hold different rows with different numbers of supervised tokens; FSDP2 shards both models."""
+    term = {"term": {"class_path": "src.losses.HiddenStates"}, "weight": 10.0}
+    keys = {"model__init_args__terms": f"[{term}]", "trainer__max_steps": 8}
+    alone = diary(bench.fit("single", "recover", "single", 1, **keys))
+    pair = diary(bench.fit(overlay, "recover", overlay, 2, **keys))
+    size = max(step["loss"] for step in alone)
+    assert drift(alone, pair, "loss")[0] <= MAX * size

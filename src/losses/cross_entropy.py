@@ -1,0 +1,37 @@
+"""Cross-entropy on the labels, as a term.
+
+Beside a distillation this projects to the vocabulary once more; ``Distillation(alpha=...)`` mixes both in one
+projection, under one entropy weight.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from src.errors import ConfigError
+from src.losses.distill import chunked
+from src.losses.terms import Step, Term
+
+
+class CrossEntropy(Term):
+    """Mean cross-entropy of the next token (nats), logged as ``ce``.
+
+    Args:
+        chunk_tokens: positions projected at a time.
+    """
+
+    def __init__(self, chunk_tokens: int = 256) -> None:
+        if chunk_tokens < 1:
+            raise ConfigError(f"terms: chunk_tokens must be at least 1, found {chunk_tokens}.")
+        self.chunk_tokens = chunk_tokens
+
+    def loss(self, step: Step) -> dict[str, Tensor]:
+        head = step.head
+
+        def chunk(h_nH: Tensor, at: slice, into: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+            ce_n = F.cross_entropy(head.logits(h_nH, into).float(), step.labels_N[at], reduction="none")
+            return ce_n.sum(), ce_n.detach()[None]
+
+        total, _ = chunked(chunk, step.hidden_NH, head.parameters, self.chunk_tokens, head.sums)
+        return {"loss": total / step.count, "ce": total.detach() / step.count}

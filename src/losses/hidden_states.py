@@ -1,0 +1,70 @@
+"""Hidden-state distillation: each kept layer learns to give the stream that its successor was trained on.
+
+Behind kept layer j of the student stands layer ``keep[j + 1]`` of the parent, which used to read the stream
+behind the removed layers. So that stream, after the gap, is the target of layer j; that of the last layer is
+what the parent's final norm reads.
+
+    loss = sum over layers j of  mean over positions of  |s_j - t_j|^2 / |t_j|^2
+
+s is the student's and t the parent's stream. The error is relative at each position, because a stream grows
+with depth, and at a few positions (attention sinks) it is a hundred times larger than at the others. Relative
+to a mean over the batch, these positions would be the whole loss, and a batch in pieces another loss.
+
+The term asks for the parent's inner layers, so the teacher must run live. It holds ``[N, H]`` for each layer.
+Layers of a pruned student were compared with the parent's before (TinyBERT, arXiv 1909.10351; Minitron, arXiv
+2407.14679); the target behind the gap and the relative error are ours.
+
+Shapes: N supervised positions, H hidden.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from src.errors import ConfigError
+from src.losses.terms import Pair, Step, Term
+from src.mask import Mask
+
+
+class HiddenStates(Term):
+    """Relative squared error of the kept layers' outputs, summed over layers; logged as ``states``.
+
+    Args:
+        layers: which kept layers learn: ``all``, those right before a gap (``cuts``), or some by their number
+            in the parent; negative ones count from the parent's end.
+    """
+
+    def __init__(self, layers: Literal["all", "cuts"] | list[int] = "all") -> None:
+        self.layers = layers
+
+    def pairs(self, mask: Mask) -> tuple[Pair, ...]:
+        reads = [*mask.keep[1:], mask.num_layers]  # who reads after each kept layer: at last, the final norm
+        every = {layer: (j, reads[j] - 1) for j, layer in enumerate(mask.keep)}
+        if self.layers == "all":
+            chosen = list(mask.keep)
+        elif self.layers == "cuts":
+            chosen = [layer for layer, (_, target) in every.items() if target != layer]
+        else:
+            chosen = [layer + mask.num_layers * (layer < 0) for layer in self.layers]
+        if not chosen or not set(chosen) <= set(mask.keep):
+            raise ConfigError(
+                f"terms: HiddenStates.layers: {self.layers} given, which are not layers that the mask keeps. "
+                f"Accepted: all, cuts (layers before a gap), or some of {list(mask.keep)}."
+            )
+        return tuple(every[layer] for layer in sorted(set(chosen)))
+
+    def loss(self, step: Step) -> dict[str, Tensor]:
+        pairs = self.pairs(step.mask)
+        errors = [relative_error(step.student[own], step.parent[theirs]) for own, theirs in pairs]
+        value = torch.stack(errors).sum() / step.count
+        return {"loss": value, "states": value.detach()}
+
+
+def relative_error(own_NH: Tensor, target_NH: Tensor) -> Tensor:
+    """Sum over positions of ``|own - target|^2 / |target|^2``, in float32."""
+    target = target_NH.float()
+    size_N = target.square().sum(-1).clamp_min(torch.finfo(torch.float32).tiny)
+    return ((own_NH.float() - target).square().sum(-1) / size_N).sum()

@@ -1,0 +1,32 @@
+"""Collect the residual stream of a plain model behind some of its layers, while it runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from src.models.layers import decoder_layers
+
+
+@contextmanager
+def streams(model: PreTrainedModel, layers: Iterable[int]) -> Iterator[dict[int, Tensor]]:
+    """Collect the stream ``[B, T, H]`` that leaves each of ``layers``, of the last pass in the block.
+
+    What leaves the last layer is what the final norm reads. The tensors are those of the pass itself, so a
+    loss on them has gradients, even where activations are recomputed in the backward pass; the block must end
+    before that pass.
+    """
+    collected: dict[int, Tensor] = {}
+    modules = decoder_layers(model)[1]
+    with ExitStack() as hooks:
+        for index in set(layers):
+
+            def keep(_module: nn.Module, _args: Any, out: Any, index: int = index) -> None:
+                collected[index] = out if isinstance(out, Tensor) else out[0]
+
+            hooks.callback(modules[index].register_forward_hook(keep).remove)
+        yield collected
