@@ -10,8 +10,9 @@ Shapes: B rows, T tokens, S generated tokens, V vocabulary.
 from __future__ import annotations
 
 import inspect
+from collections import OrderedDict
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,7 +62,15 @@ def probe_tokens(config: PretrainedConfig, tokens: int | None = None) -> Tensor:
 
 @torch.no_grad()
 def observe(model: PreTrainedModel, ids_BT: Tensor) -> Observation:
-    """Run ``model`` in four ways: logits ``[B, T or S, V]`` and generated tokens ``[B, S]``, on the CPU."""
+    """Run ``model`` in four ways: logits ``[B, T or S, V]`` and generated tokens ``[B, S]``, on the CPU.
+
+    The weights alone decide (:func:`plain`), not what the model has been through.
+    """
+    with plain(model):
+        return _observe(model, ids_BT)
+
+
+def _observe(model: PreTrainedModel, ids_BT: Tensor) -> Observation:
     ids_BT = ids_BT.to(model.device)
     ones_BT, padded_BT = torch.ones_like(ids_BT), torch.ones_like(ids_BT)
     padded_BT[-1, :PADDING] = 0
@@ -91,6 +100,39 @@ def observe(model: PreTrainedModel, ids_BT: Tensor) -> Observation:
             found[name] = torch.stack(out.logits, dim=1)
             found[f"{name}_tokens"] = out.sequences[:, ids_BT.shape[1] :]
     return {name: tensor.cpu().contiguous().clone() for name, tensor in found.items()}
+
+
+ALIGNMENT = 64
+"""Bytes at whose multiples PyTorch's allocator begins a tensor on a CPU."""
+HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+
+
+@contextmanager
+def plain(model: PreTrainedModel) -> Iterator[None]:
+    """Leave nothing but the values of the weights to decide what the model computes.
+
+    A kernel is chosen by more than the values: by ``requires_grad``, even without autograd, by strides and by
+    alignment (mapped weights start anywhere in memory). Modes and hooks change what runs. The layout stays
+    afterwards, the rest is given back.
+    """
+    model._apply(_laid_out)
+    with ExitStack() as stack:
+        for parameter in model.parameters():
+            stack.callback(parameter.requires_grad_, parameter.requires_grad)
+            parameter.requires_grad_(False)
+        for module in model.modules():
+            stack.callback(setattr, module, "training", module.training)
+            module.training = False
+            for name in HOOKS:
+                stack.callback(setattr, module, name, getattr(module, name))
+                setattr(module, name, OrderedDict())
+        yield
+
+
+def _laid_out(tensor: Tensor) -> Tensor:
+    if tensor.is_contiguous() and tensor.data_ptr() % ALIGNMENT == 0:
+        return tensor
+    return tensor.clone(memory_format=torch.contiguous_format)
 
 
 @contextmanager

@@ -1,0 +1,222 @@
+"""Every way to a smaller model ends in an export: each scope of a recovery, each repair, several families.
+
+Equal weights are equal, however they came: frozen or trained, adapted and merged, folded or distilled.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from src.cli import main
+from src.data.arithmetic import build_tokenizer
+from src.export import proof
+from src.export.fresh import verify
+from src.export.observe import compare, observe, probe_tokens
+from src.mask import Mask
+from src.recover import Recovery
+from src.repair.linear_patch import LinearPatch
+from tests.tiny import tiny_model
+
+KEEP = (0, 2, 3, 5)
+FAMILIES = ("llama", "qwen3", "mixtral")
+ROUTED = ("mixtral",)
+"""Routed experts write to the stream, so a repair has no map to be folded into."""
+SCOPES = ("full", "cut_adjacent", "lora")
+REPAIRS: dict[str, dict[str, Any]] = {
+    "none": {},
+    "parent": {"goal": "parent"},
+    "rotate": {"goal": "rotate"},
+    "diag": {"goal": "diag"},
+    "rotate-distilled": {"goal": "rotate", "distill_steps": 2, "lr": 1e-2},
+    "diag-distilled": {"goal": "diag", "distill_steps": 2, "lr": 1e-2},
+}
+
+
+@pytest.fixture(scope="session")
+def family_dirs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """A tiny parent of each family with the arithmetic tokenizer."""
+    tokenizer, found = build_tokenizer(), {}
+    for family in FAMILIES:
+        path = tmp_path_factory.mktemp(family)
+        model = tiny_model(family, vocab_size=len(tokenizer), num_hidden_layers=6, layer_types=None)
+        model.save_pretrained(path)
+        tokenizer.save_pretrained(path)
+        found[family] = str(path)
+    return found
+
+
+@pytest.fixture
+def parent(request: pytest.FixtureRequest, family_dirs: dict[str, str], tmp_path: Path) -> str:
+    """Directory of the parent of the family asked for; its mask lies in ``mask.json``."""
+    path = family_dirs[request.param]
+    Mask(model=path, num_layers=6, keep=KEEP, method="test").save(tmp_path / "mask.json")
+    return path
+
+
+def recovered(mask: Path, out: Path, scope: Any, repair: dict[str, Any], rows: str) -> PreTrainedModel:
+    """A checkpoint as a recovery leaves it after a step of every weight that trains; its model."""
+    patch = LinearPatch(rows, rows=8, device="cpu", **repair) if repair else None
+    made = Recovery(str(mask), scope=scope, lora_rank=2, patch=patch)
+    made.configure_model()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in made.model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.02 * torch.randn(parameter.shape, generator=generator))
+    saved: dict[str, Any] = {"state_dict": made.state_dict()}
+    made.on_save_checkpoint(saved)
+    torch.save(saved, out)
+    return made.model
+
+
+def exported(out: Path) -> str:
+    """The card of an export, which exists only if all was proven."""
+    card = (out / "README.md").read_text()
+    assert "| logits = original | equal to the last bit |" in card
+    return card
+
+
+@pytest.mark.parametrize(
+    ("parent", "scope", "repair"),
+    [
+        (family, scope, repair)
+        for family in FAMILIES
+        for scope in SCOPES
+        for repair in REPAIRS
+        if repair == "none" or family not in ROUTED
+    ],
+    indirect=["parent"],
+)
+def test_a_recovery_of_every_scope_and_repair_is_exported(
+    parent: str,
+    scope: str,
+    repair: str,
+    tmp_path: Path,
+    corpus_file: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(proof, "in_fresh_process", verify)
+    out, checkpoint = tmp_path / "out", tmp_path / "last.ckpt"
+    recovered(tmp_path / "mask.json", checkpoint, scope, REPAIRS[repair], corpus_file)
+    main(
+        ["export", "--mask", str(tmp_path / "mask.json"), "--checkpoint", str(checkpoint), "--out", str(out)]
+    )
+    assert f"({scope})" in exported(out)
+
+
+@pytest.mark.parametrize("repair", [name for name in REPAIRS if name != "none"])
+@pytest.mark.parametrize("parent", [f for f in FAMILIES if f not in ROUTED], indirect=True)
+def test_every_repair_alone_is_exported(
+    parent: str, repair: str, tmp_path: Path, corpus_file: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(proof, "in_fresh_process", verify)
+    out = tmp_path / "out"
+    main(["patch", "--mask", str(tmp_path / "mask.json"), "--data", corpus_file, "--out", str(out)]
+         + [f"--{key.replace('_', '-')}={value}" for key, value in REPAIRS[repair].items()])  # fmt: skip
+    assert "fitted to" in exported(out)
+
+
+@pytest.mark.parametrize("repair", [name for name in REPAIRS if name != "none"])
+@pytest.mark.parametrize("parent", ROUTED, indirect=True)
+def test_a_repair_without_a_place_is_refused_and_nothing_written(
+    parent: str, repair: str, tmp_path: Path, corpus_file: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["patch", "--mask", str(tmp_path / "mask.json"), "--data", corpus_file]
+             + ["--out", str(tmp_path / "out")]
+             + [f"--{key.replace('_', '-')}={value}" for key, value in REPAIRS[repair].items()])  # fmt: skip
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert error[error.index("error:") :].count("error:") == 1
+    assert "routed experts stand in between. Leave the patch out." in error
+    assert [path.name for path in tmp_path.iterdir()] == ["mask.json"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize("parent", FAMILIES, indirect=True)
+def test_a_recovery_that_ran_is_exported_by_a_fresh_process(
+    parent: str, scope: str, tmp_path: Path, corpus_file: str
+) -> None:
+    """The whole way by the command line, training included."""
+    given = {
+        "model.init_args.mask": tmp_path / "mask.json", "model.init_args.scope": scope,
+        "model.init_args.lora_rank": 2, "data.init_args.train": corpus_file,
+        "data.init_args.validation": corpus_file, "data.init_args.batch_size": 4, "trainer.max_steps": 3,
+        "trainer.limit_val_batches": 0, "trainer.accelerator": "cpu",
+        "trainer.logger.init_args.save_dir": tmp_path, "trainer.logger.init_args.version": "run",
+        "trainer.enable_progress_bar": "true",
+    }  # fmt: skip
+    main(["fit", "--config", "configs/recover/entropy_kd.yaml"] + [f"--{k}={v}" for k, v in given.items()])
+    checkpoint = tmp_path / "recover" / "run" / "checkpoints" / "last.ckpt"
+    out = tmp_path / "out"
+    main(
+        ["export", "--mask", str(tmp_path / "mask.json"), "--checkpoint", str(checkpoint), "--out", str(out)]
+    )
+    assert f"({scope})" in exported(out)
+
+
+# ---------------------------------------------------------------------- where the proof observes
+
+
+def _frozen(model: PreTrainedModel) -> None:
+    model.requires_grad_(False)
+
+
+def _partly_frozen(model: PreTrainedModel) -> None:
+    for number, parameter in enumerate(model.parameters()):
+        parameter.requires_grad_(number % 2 == 0)
+
+
+def _training(model: PreTrainedModel) -> None:
+    model.train()
+
+
+def _hooked(model: PreTrainedModel) -> None:
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            module.register_forward_hook(lambda _m, _a, out: out * 1.5)
+            module.register_forward_pre_hook(lambda _m, args: (args[0] + 1,))
+
+
+def _transposed(model: PreTrainedModel) -> None:
+    for parameter in model.parameters():
+        if parameter.ndim == 2:
+            parameter.data = parameter.data.T.contiguous().T
+
+
+def _unaligned(model: PreTrainedModel) -> None:
+    for parameter in model.parameters():
+        room = parameter.new_empty(parameter.numel() + 1)
+        room[1:] = parameter.data.flatten()
+        parameter.data = room[1:].view(parameter.shape)
+
+
+@pytest.mark.parametrize("past", [_frozen, _partly_frozen, _training, _hooked, _transposed, _unaligned])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
+def test_equal_weights_are_observed_equal_whatever_the_model_has_been_through(family: str, past: Any) -> None:
+    one, other = tiny_model(family, attention_dropout=0.1), tiny_model(family, attention_dropout=0.1)
+    past(other)
+    state = [(m.training, *(p.requires_grad for p in m.parameters(recurse=False))) for m in other.modules()]
+    hooks = [len(m._forward_hooks) for m in other.modules()]
+    ids_BT = probe_tokens(one.config)
+    found = compare(observe(one, ids_BT), observe(other, ids_BT), "float32", exact=True)
+    assert [f.detail for f in found if not f.passed] == []
+    assert state == [
+        (m.training, *(p.requires_grad for p in m.parameters(recurse=False))) for m in other.modules()
+    ]
+    assert hooks == [len(m._forward_hooks) for m in other.modules()]
+
+
+def test_another_weight_is_observed_different() -> None:
+    one, other = tiny_model("llama"), tiny_model("llama")
+    with torch.no_grad():
+        next(other.parameters())[3:, 0] += 1e-5
+    ids_BT = probe_tokens(one.config)
+    assert not all(f.passed for f in compare(observe(one, ids_BT), observe(other, ids_BT), "float32", True))
