@@ -22,7 +22,7 @@ from scripts import origin
 from src.cache import CachedCorpus, CacheTeacher
 from src.data import Corpus
 from src.data.arithmetic import problems
-from src.data.documents import Columns
+from src.data.columns import Columns
 from src.data.judging import batches, encode
 from src.evaluate.verb import exact_match, held_out
 from src.files import write_json

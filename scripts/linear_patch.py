@@ -28,7 +28,7 @@ from scripts import origin
 from scripts.readme_results import BEGIN, END
 from src.data import Corpus
 from src.data.arithmetic import problems
-from src.data.documents import Columns
+from src.data.columns import Columns
 from src.data.judging import batches, encode
 from src.evaluate.verb import held_out
 from src.files import write_json, write_text

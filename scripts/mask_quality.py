@@ -23,7 +23,7 @@ import torch
 from rich.progress import track
 
 from src.data.arithmetic import problems
-from src.data.documents import Columns
+from src.data.columns import Columns
 from src.data.judging import batches, encode
 from src.files import write_json
 from src.losses.distill import Distillation, supervised

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from scripts.arena.plan import nested
 from src.cli import run
 from src.data.arithmetic import SPLITS, write_splits
-from src.data.documents import Columns
+from src.data.columns import Columns
 from src.data.judging import batches, encode, read_rows
 from src.evaluate.verb import ROW_SUMS, exact_match, row_sums
 from src.files import write_text

@@ -8,7 +8,7 @@ from typing import Any
 
 from scripts.headline import TEACHER, branch, make
 from src.data.arithmetic import problems
-from src.data.documents import Columns
+from src.data.columns import Columns
 from src.data.judging import batches, encode
 from src.evaluate.verb import exact_match, held_out
 from src.models.loading import Quantization, load_model, load_tokenizer

@@ -1,8 +1,8 @@
 """Corpora as LightningDataModules."""
 
 from src.data.batches import real_tokens, row_ids
+from src.data.columns import Columns
 from src.data.corpus import Corpus
-from src.data.documents import Columns
 from src.data.sources import Source
 
 __all__ = ["Columns", "Corpus", "Source", "real_tokens", "row_ids"]

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from src.data import options
 from src.data.batches import Batch, Batching, Packed, Padded
 from src.data.boundaries import check_boundaries
-from src.data.documents import WELL_KNOWN, Columns
+from src.data.columns import WELL_KNOWN, Columns
 from src.data.encode import Encoder, TooLong
 from src.data.loader import Loader, across_ranks, alone
 from src.data.options import Sources
@@ -193,7 +193,7 @@ class Corpus(LightningDataModule):
             for logger in trainer.loggers:
                 logger.log_metrics({f"data/{key}": n for key, n in numbers.items()}, step=step)
         for fate in counts.fates() - self._told:
-            rank_zero_warn(f"data: {fate}; counted in the log under data/.")
+            rank_zero_warn(f"data: {fate}.")
             self._told.add(fate)
 
     def state_dict(self) -> dict[str, Any]:

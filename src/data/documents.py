@@ -1,87 +1,24 @@
 """Rows of a corpus as documents: a text, and which of its characters are supervised.
 
-Three kinds of row: plain text, prompt and answer (``prompt + separator + answer``), and chat,
-rendered by the tokenizer's own template. In a chat the supervised characters are what the assistant
-wrote, found by marking its words before rendering; they are never guessed from the rendered text.
+Three kinds of row: plain text; prompt and answer, with what else conditions the answer before it, each part
+followed by the separator; and chat, rendered by the tokenizer's own template (:mod:`src.data.chat`). Prompt
+and answer that are lists of messages are a chat of which the answer is supervised.
 """
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from typing import Any
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from src.data.sources import MAX_DOCUMENT, WHERE, Row, reason
+from src.data.chat import Span, read_tools, read_turns, render
+from src.data.columns import Columns, filled
+from src.data.sources import MAX_DOCUMENT, WHERE, Row
+from src.data.text import checked
 from src.errors import ConfigError
 
-Span = tuple[int, int]
-
-_OPEN, _CLOSE = "\ue000", "\ue001"  # private-use characters around what the assistant wrote
-_HALF = re.compile("[\ud800-\udfff]")
-
-
-@dataclass(frozen=True)
-class Columns:
-    """Which columns hold what; all None means: look for well-known names.
-
-    Args:
-        text: column of plain text.
-        prompt: column of the prompt, together with ``answer``.
-        answer: column of the answer.
-        messages: column of chat messages, a list of ``{"role", "content"}``.
-    """
-
-    text: str | None = None
-    prompt: str | None = None
-    answer: str | None = None
-    messages: str | None = None
-
-    def __post_init__(self) -> None:
-        kinds = [self.text, self.messages, self.prompt or self.answer]
-        if sum(kind is not None for kind in kinds) > 1 or (self.prompt is None) != (self.answer is None):
-            raise ConfigError(
-                f"data.columns: give 'text', or 'prompt' and 'answer', or 'messages'; found {self}."
-            )
-
-    @property
-    def names(self) -> list[str]:
-        """The names given."""
-        return [c for c in (self.text, self.prompt, self.answer, self.messages) if c is not None]
-
-    def of(self, row: Row) -> Columns:
-        """The columns to read from ``row``: these, or the first well-known ones that it has.
-
-        Raises:
-            ConfigError: the row lacks them; says what it has.
-        """
-        for columns in [self] if self.names else _KNOWN:
-            if all(name in row for name in columns.names):
-                return columns
-        found = ", ".join(f"'{name}'" for name in row if name != WHERE)
-        wanted = " and ".join(f"'{name}'" for name in self.names) or "any column known by name"
-        raise ConfigError(
-            f"{row[WHERE]} lacks {wanted}; found: {found or 'nothing'}. Set data.columns to the "
-            f"names of 'text', of 'prompt' and 'answer', or of 'messages'."
-        )
-
-
-WELL_KNOWN = Columns()
-
-_KNOWN = (
-    Columns(messages="messages"),
-    Columns(messages="conversations"),
-    Columns(prompt="question", answer="answer"),
-    Columns(prompt="prompt", answer="completion"),
-    Columns(prompt="prompt", answer="response"),
-    Columns(prompt="prompt", answer="answer"),
-    Columns(prompt="instruction", answer="output"),
-    Columns(text="text"),
-    Columns(text="content"),
-)
-"""Columns understood without being told."""
+__all__ = ["MAX_DOCUMENT", "Columns", "Document", "read_document"]
 
 
 @dataclass(frozen=True)
@@ -93,99 +30,66 @@ class Document:
         spans: the supervised characters; None if the chat template hides which they are.
         where: file and row.
         chat: the text was rendered by a template, which sets special tokens itself.
+        unread: columns of the row that are not read.
     """
 
     text: str
     spans: list[Span] | None
     where: str
     chat: bool = False
+    unread: tuple[str, ...] = ()
 
 
 def read_document(row: Row, columns: Columns, separator: str, tokenizer: PreTrainedTokenizerBase) -> Document:
     """Make a document of a row.
 
     Raises:
-        ConfigError: a column is missing or holds the wrong type, or the chat cannot be rendered;
-            names the file and the row.
+        ConfigError: a column is missing, holds the wrong type, or conditions the answer and is not read; or
+            the chat cannot be rendered; names the file and the row.
     """
-    columns, where = columns.of(row), row[WHERE]
-    if columns.messages is not None:
-        return _chat(row[columns.messages], where, tokenizer)
-    parts = [_checked(row[name], f"{where}: column '{name}'") for name in columns.names]
-    text = separator.join(parts)
-    return Document(text, [(len(text) - len(parts[-1]), len(text))], where)
-
-
-def _checked(value: Any, what: str) -> str:
-    if not isinstance(value, str):
-        kind = "null" if value is None else f"{type(value).__name__} {str(value)[:40]!r}"
-        raise ConfigError(f"{what} holds {kind}; expected text.")
-    if len(value) > MAX_DOCUMENT:
-        raise ConfigError(f"{what} holds {len(value):,} characters; at most {MAX_DOCUMENT:,} are read.")
-    if not value.isascii() and _HALF.search(value):
-        raise ConfigError(f"{what} holds half of a surrogate pair, which no UTF-8 text can.")
-    return value
-
-
-def _chat(messages: Any, where: str, tokenizer: PreTrainedTokenizerBase) -> Document:
-    if not isinstance(messages, list):
-        raise ConfigError(f"{where}: the chat is {type(messages).__name__}; expected a list of messages.")
-    if not tokenizer.chat_template:
+    unread, columns, where = columns.unread(row), columns.of(row), row[WHERE]
+    if columns.messages is not None or (
+        columns.prompt and any(isinstance(row[c], list) for c in columns.names)
+    ):
+        text, spans = _chat(row, columns, where, tokenizer)
+        return Document(text, spans, where, True, unread)
+    if _given(row, columns.tools) is not None:
         raise ConfigError(
-            f"{where} is a chat, but the tokenizer '{tokenizer.name_or_path}' has no chat "
-            "template. Use the tokenizer of an instruction-tuned model, or columns of text."
+            f"{where}: column '{columns.tools}' holds tools, which only a chat can call. Use 'messages', or "
+            f"list it in data.columns.ignore."
         )
-    turns = [_turn(message, where) for message in messages]
-    marked = [{**t, "content": _mark(t["content"])} if t["role"] == "assistant" else t for t in turns]
-    try:
-        plain = str(tokenizer.apply_chat_template(turns, tokenize=False))
-        rendered = str(tokenizer.apply_chat_template(marked, tokenize=False))
-    except (TemplateError, TypeError, ValueError, KeyError) as e:
-        raise ConfigError(f"{where}: the chat template refuses this chat: {reason(e)}") from e
-    text, spans = _unmark(rendered)
-    return Document(plain, spans if text == plain else None, where, chat=True)
+    order = (columns.system, columns.prompt, columns.input, columns.text, columns.answer)
+    names = [c for c in order if c and (c in columns.names or _given(row, c) is not None)]
+    parts = [checked(row[name], f"{where}: column '{name}'") for name in names]
+    text = separator.join(parts)
+    return Document(text, [(len(text) - len(parts[-1]), len(text))], where, False, unread)
 
 
-def _turn(message: Any, where: str) -> dict[str, str]:
-    """A message as ``{"role", "content"}``; ShareGPT's ``from`` and ``value`` are understood."""
-    if not isinstance(message, dict):
-        raise ConfigError(f"{where}: a message is {type(message).__name__}, not an object.")
-    role = message.get("role", message.get("from"))
-    content = message.get("content", message.get("value"))
-    if role is None or content is None:
-        raise ConfigError(f"{where}: a message has {', '.join(message)}; expected 'role' and 'content'.")
-    role = {"human": "user", "gpt": "assistant"}.get(role, role)
-    return {**message, "role": role, "content": _checked(content, f"{where}: a message's content")}
+def _chat(
+    row: Row, columns: Columns, where: str, tokenizer: PreTrainedTokenizerBase
+) -> tuple[str, list[Span] | None]:
+    """The rendered chat and its spans; of prompt and answer, only the answer's turns are supervised."""
+    parts = [(row[name], role) for name, role in zip(columns.names, ("user", "assistant"), strict=False)]
+    if columns.messages is None:  # a text beside a list of messages is one message
+        parts = [([{"role": r, "content": p}] if isinstance(p, str) else p, r) for p, r in parts]
+    *before, last = [read_turns(messages, where, columns.roles) for messages, _ in parts]
+    turns = [turn for part in (*before, last) for turn in part]
+    own = [n >= len(turns) - len(last) and turn["role"] == "assistant" for n, turn in enumerate(turns)]
+    if (system := _given(row, columns.system)) is not None:
+        first = turns[0]["content"] if turns and turns[0]["role"] == "system" else None
+        if first not in (None, system):
+            raise ConfigError(
+                f"{where}: the chat begins with another system turn than column '{columns.system}' holds. "
+                f"List the column in data.columns.ignore to keep that of the chat."
+            )
+        if first is None:
+            message = {"role": "system", "content": system}
+            turns, own = [*read_turns([message], where), *turns], [False, *own]
+    tools = _given(row, columns.tools)
+    return render(turns, None if tools is None else read_tools(tools, where), own, where, tokenizer)
 
 
-def _mark(content: str) -> str:
-    """Mark the reasoning, if any, and the answer, inside outer blanks, which templates strip."""
-    head, tag, tail = content.rpartition("</think>")
-    opening, think, reasoning = head.rpartition("<think>")
-    return opening + think + _wrap(reasoning) + tag + _wrap(tail)
-
-
-def _wrap(text: str) -> str:
-    core = text.strip()
-    return text.replace(core, f"{_OPEN}{core}{_CLOSE}", 1) if core else text
-
-
-def _unmark(rendered: str) -> tuple[str, list[Span]]:
-    """The rendered text without marks, and the marked spans.
-
-    Tags around a reasoning that the template kept are the assistant's own words too.
-    """
-    text, spans = "", list[Span]()
-    for piece in re.split(f"({_OPEN}[^{_CLOSE}]*{_CLOSE})", rendered):
-        if not piece.startswith(_OPEN):
-            text += piece
-            continue
-        start = len(text)
-        text += piece[1:-1]
-        tag = re.search(r"<think>\s*$", text[:start])
-        if spans and re.fullmatch(r"\s*</think>\s*", text[spans[-1][1] : start]):
-            start = spans.pop()[0]
-        elif tag:
-            start = tag.start()
-        spans.append((start, len(text)))
-    return text, spans
+def _given(row: Row, name: str | None) -> Any:
+    """What a column that a row need not have says; None if it says nothing."""
+    value = None if name is None else row.get(name)
+    return value if filled(value) else None

@@ -92,8 +92,9 @@ class Encoder:
         ids = list(encoded.input_ids[i])
         labels = list(ids) if self.supervise == "all" else self._supervised(encoded, i, document)
         if not document.chat:
-            ids = self.head + ids + self.tail
-            labels = [IGNORE] * len(self.head) + labels + self.tail
+            head, tail = self._ends(document.text)
+            ids = head + ids + tail
+            labels = [IGNORE] * len(head) + labels + tail
         size, lost = self.max_length, max(0, len(ids) - self.max_length)
         if lost and self.too_long == "error":
             raise ConfigError(
@@ -109,6 +110,12 @@ class Encoder:
             cut = len(ids) - sum(b - a for a, b in kept)
         pieces = [TokenRow(ids[a:b], labels[a:b], document.where) for a, b in kept]
         return [replace(piece, lost=cut) if n == 0 else piece for n, piece in enumerate(pieces)]
+
+    def _ends(self, text: str) -> tuple[list[int], list[int]]:
+        """BOS and EOS around a text: not those that it brings, being rendered already."""
+        bos, eos = str(self.tokenizer.bos_token), str(self.tokenizer.eos_token)
+        begun, ended = text.lstrip().startswith(bos), text.rstrip().endswith(eos)
+        return [] if begun else self.head, [] if ended else self.tail
 
     def _supervised(self, encoded: BatchEncoding, i: int, document: Document) -> list[int]:
         if document.spans is None:

@@ -10,7 +10,8 @@ from typing import Any, Literal
 from transformers import PreTrainedTokenizerBase
 
 from src.data.batches import Batch, Padded
-from src.data.documents import Columns, read_document
+from src.data.columns import Columns
+from src.data.documents import read_document
 from src.data.encode import IGNORE, Encoder, TokenRow
 from src.data.sources import WHERE, Source, open_source
 

@@ -10,7 +10,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from src.data.documents import Columns, Document, read_document
+from src.data.columns import Columns
+from src.data.documents import Document, read_document
 from src.data.sources import UNREADABLE, WHERE, Row, Source, open_source, reason
 from src.errors import ConfigError
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
+from typing import Any
 
 from src.data.batches import Batch, real_tokens
 from src.data.encode import IGNORE, TokenRow
@@ -24,6 +26,7 @@ class Statistics:
         repeated: batches given a second time by a rank that ran out before the others.
         first_truncated: file and row of the first document cut.
         first_dropped: file and row of the first document left out.
+        unread: columns of the documents that are not read, sorted.
     """
 
     batches: int = 0
@@ -37,10 +40,13 @@ class Statistics:
     repeated: int = 0
     first_truncated: str = ""
     first_dropped: str = ""
+    unread: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, rows: list[list[TokenRow]], batch: Batch | None, dropped: list[str]) -> Statistics:
-        """Count a batch, the rows it was made of, and the documents dropped on the way to it."""
+    def of(
+        cls, rows: list[list[TokenRow]], batch: Batch | None, dropped: list[str], unread: Iterable[str] = ()
+    ) -> Statistics:
+        """Count a batch, the rows it was made of, and what was dropped and not read on the way to it."""
         documents = [document for row in rows for document in row]
         cut = [document for document in documents if document.lost]
         tokens = 0 if batch is None else real_tokens(batch)
@@ -55,27 +61,37 @@ class Statistics:
             dropped=len(dropped),
             first_truncated=cut[0].where if cut else "",
             first_dropped=dropped[0] if dropped else "",
+            unread=tuple(sorted(unread)),
         )
 
     def __add__(self, other: Statistics) -> Statistics:
         pairs = ((getattr(self, f.name), getattr(other, f.name)) for f in fields(self))
-        return Statistics(*(a + b if isinstance(a, int) else a or b for a, b in pairs))
+        return Statistics(*(_sum(a, b) for a, b in pairs))
 
     def numbers(self) -> dict[str, float]:
         """The counts by name, and the share of padding as ``waste``."""
-        numbers = {k: float(v) for k, v in asdict(self).items() if not isinstance(v, str)}
+        numbers = {k: float(v) for k, v in asdict(self).items() if isinstance(v, int)}
         return {**numbers, "waste": self.padding / max(1, self.tokens + self.padding)}
 
     def fates(self) -> set[str]:
         """What befell the first documents that were not used whole, or more than once."""
-        cut = {f"{self.first_truncated} is longer than data.max_length and was cut"}
-        dropped = {f"{self.first_dropped} has no token to learn from and was left out"}
+        cut = {f"{self.first_truncated} is longer than data.max_length and was cut (data/truncated)"}
+        dropped = {f"{self.first_dropped} has no token to learn from and was left out (data/dropped)"}
         short = {
             "a rank has fewer documents than the others and is given its first batch again until they end "
             "(data/repeated); files of similar size, or one file, are dealt out evenly"
         }
+        columns = {f"not read are the columns {', '.join(self.unread)} (data.columns names those that are)"}
         return (
-            (cut if self.truncated else set())
+            (columns if self.unread else set())
+            | (cut if self.truncated else set())
             | (dropped if self.dropped else set())
             | (short if self.repeated else set())
         )
+
+
+def _sum(a: Any, b: Any) -> Any:
+    """Counts add up, of places the first stays, names are united."""
+    if isinstance(a, int):
+        return a + b
+    return a or b if isinstance(a, str) else tuple(sorted({*a, *b}))

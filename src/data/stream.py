@@ -80,7 +80,7 @@ class Lane:
             pace = -(-max(block.read, following.size) // (_CHUNK * max(1, len(plan))))
             for n, rows in enumerate(plan[state["given"] :], start=state["given"] + 1):
                 batch = recipe.batching.collate(rows)
-                counts = Statistics.of(rows, batch, dropped if n == 1 else [])
+                counts = Statistics.of(rows, batch, dropped if n == 1 else [], block.unread)
                 dropped = []
                 yield batch, after if n == len(plan) else {**state, "given": n}, counts
                 following.advance(pace)
@@ -104,6 +104,7 @@ class _Block:
         self.read = self.found = 0
         self.rows: list[TokenRow] = []
         self.dropped: list[str] = []
+        self.unread = set[str]()
         self.ended = False
 
     def advance(self, chunks: int) -> None:
@@ -119,6 +120,7 @@ class _Block:
                 self.rows += rows
                 self.found += sum(len(row.ids) for row in rows)
                 self.dropped += [] if rows else [document.where]
+                self.unread.update(document.unread)
 
     def finish(self) -> _Block:
         """Read and encode what is left."""

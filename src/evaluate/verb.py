@@ -25,7 +25,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from src.command import Parser, family, natural, positive, provenance, show
 from src.data.arithmetic import final_answer
-from src.data.documents import Columns
+from src.data.columns import Columns
 from src.data.judging import Rows, batches, encode, prompt, read_rows
 from src.errors import ConfigError
 from src.evaluate import tasks

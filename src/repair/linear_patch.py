@@ -23,7 +23,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from src.data.batches import Batch
-from src.data.documents import Columns
+from src.data.columns import Columns
 from src.data.judging import batches, encode, read_rows
 from src.errors import ConfigError, did_you_mean
 from src.losses.distill import Distillation, supervised

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from src.command import Parser, natural, positive
-from src.data.documents import Columns
+from src.data.columns import Columns
 from src.export.card import public_name
 from src.export.verb import add_options, export, show
 from src.mask import Mask

@@ -1,0 +1,143 @@
+"""Which columns of a row are read, and that none which conditions the answer is passed over.
+
+A row may say more than its prompt: Alpaca's ``input``, a system prompt, the tools of a chat. Such a column is
+read, or the row is refused with its name; any other column that is not read is told once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from typing import Any
+
+from src.data.sources import WHERE, Row
+from src.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Which columns hold what; all None means: look for well-known names.
+
+    Args:
+        text: column of plain text.
+        prompt: column of the prompt, together with ``answer``: texts, or lists of chat messages.
+        answer: column of the answer.
+        messages: column of chat messages, a list of ``{"role", "content"}``.
+        input: column of what the prompt is about; it stands between prompt and answer where it is filled.
+        system: column of a system prompt; it stands before the prompt, in a chat as its first turn.
+        tools: column of the tools that a chat may call, a list or its JSON.
+        ignore: columns that condition the answer and are left out nevertheless.
+        roles: what roles of a chat mean that are not known by name, such as ``{tutor: assistant}``.
+    """
+
+    text: str | None = None
+    prompt: str | None = None
+    answer: str | None = None
+    messages: str | None = None
+    input: str | None = None
+    system: str | None = None
+    tools: str | None = None
+    ignore: tuple[str, ...] = ()
+    roles: dict[str, str] | None = field(default=None, hash=False)
+
+    def __post_init__(self) -> None:
+        kinds = [self.text, self.messages, self.prompt or self.answer]
+        if sum(kind is not None for kind in kinds) > 1 or (self.prompt is None) != (self.answer is None):
+            raise ConfigError(
+                f"data.columns: give 'text', or 'prompt' and 'answer', or 'messages'; found {self}."
+            )
+
+    @property
+    def names(self) -> list[str]:
+        """The names of the columns that a row must have."""
+        return [c for c in (self.text, self.prompt, self.answer, self.messages) if c is not None]
+
+    def of(self, row: Row) -> Columns:
+        """The columns to read from ``row``: these, or the first well-known ones that it has.
+
+        Raises:
+            ConfigError: the row lacks them, or fills one that conditions the answer and is not read.
+        """
+        layout = _layout(self, tuple(row))
+        if layout is None:
+            found = ", ".join(f"'{name}'" for name in row if name != WHERE)
+            wanted = " and ".join(f"'{name}'" for name in self.names) or "any column known by name"
+            raise ConfigError(
+                f"{row[WHERE]} lacks {wanted}; found: {found or 'nothing'}. Set data.columns to the "
+                f"names of 'text', of 'prompt' and 'answer', or of 'messages'."
+            )
+        columns, conditions, _ = layout
+        for name in conditions:
+            if filled(row[name]):
+                raise ConfigError(
+                    f"{row[WHERE]}: column '{name}' conditions the answer and is not read. Name it in "
+                    f"data.columns as 'input', 'system' or 'tools', or list it in 'ignore'."
+                )
+        return columns
+
+    def unread(self, row: Row) -> tuple[str, ...]:
+        """The columns of ``row`` that are not read."""
+        layout = _layout(self, tuple(row))
+        return () if layout is None else layout[2]
+
+
+WELL_KNOWN = Columns()
+
+_KNOWN = (
+    Columns(messages="messages"),
+    Columns(messages="conversations"),
+    Columns(prompt="question", answer="answer"),
+    Columns(prompt="prompt", answer="completion"),
+    Columns(prompt="prompt", answer="response"),
+    Columns(prompt="prompt", answer="answer"),
+    Columns(prompt="instruction", answer="output"),
+    Columns(prompt="instruction", answer="response"),
+    Columns(text="text"),
+    Columns(text="content"),
+)
+"""Columns understood without being told."""
+
+_INPUT: dict[tuple[str | None, str | None], str] = {
+    ("instruction", "output"): "input",
+    ("instruction", "response"): "context",
+}
+"""The columns of further input that Alpaca and Dolly have beside prompt and answer."""
+
+_CONDITIONS = (
+    "input", "inputs", "context", "contexts", "system", "system_prompt", "system_message", "tools",
+    "functions", "history", "documents", "document", "passage", "article", "choices", "options", "image",
+    "images", "audio", "audios", "video", "videos",
+)  # fmt: skip
+"""Names of columns without which an answer is not the answer to its prompt."""
+
+
+def filled(value: Any) -> bool:
+    """Whether a column says something: not null, blank or empty."""
+    return bool(value.strip() if isinstance(value, str) else value is not None and value not in ([], {}))
+
+
+@lru_cache(maxsize=1024)
+def _layout(
+    columns: Columns, names: tuple[str, ...]
+) -> tuple[Columns, tuple[str, ...], tuple[str, ...]] | None:
+    """What is read of rows with these columns, what must be empty, what is not read; None: some lack."""
+    kinds = (
+        replace(columns, text=k.text, prompt=k.prompt, answer=k.answer, messages=k.messages) for k in _KNOWN
+    )
+    fitting = (k for k in ([columns] if columns.names else kinds) if set(k.names) <= set(names))
+    if (kind := next(fitting, None)) is None:
+        return None
+    if kind.text is None:
+
+        def found(*known: str | None) -> str | None:
+            return next((n for n in names if n in known and n not in (*columns.names, *columns.ignore)), None)
+
+        kind = replace(
+            kind,
+            input=kind.input or found(_INPUT.get((kind.prompt, kind.answer))),
+            system=kind.system or found("system", "system_prompt", "system_message"),
+            tools=kind.tools or found("tools"),
+        )
+    read = {*kind.names, kind.input, kind.system, kind.tools, *kind.ignore, WHERE}
+    rest = tuple(name for name in names if name not in read)
+    return kind, tuple(n for n in rest if n in _CONDITIONS and kind.text is None), rest
