@@ -19,6 +19,7 @@ from src.errors import ConfigError, did_you_mean
 from src.mask import git_sha
 from src.models.layers import num_layers
 from src.models.loading import load_model
+from src.ranges import Range
 
 
 class Parser(argparse.ArgumentParser):
@@ -37,21 +38,9 @@ class Parser(argparse.ArgumentParser):
         """Options that say how models are loaded."""
         self.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
         self.add_argument("--device", default="auto", help="cpu, cuda, ... (default: cuda if there is one)")
-        self.add_argument("--threads", type=positive, metavar="N", help="CPU threads (default: torch's)")
-
-
-def positive(text: str) -> int:
-    """An option's value that must be a whole number above zero."""
-    if not text.isdigit() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"'{text}' given; accepted: a whole number above 0")
-    return int(text)
-
-
-def natural(text: str) -> int:
-    """An option's value that must be a whole number, zero included."""
-    if not text.isdigit():
-        raise argparse.ArgumentTypeError(f"'{text}' given; accepted: a whole number from 0")
-    return int(text)
+        self.add_argument(
+            "--threads", type=Range(int, 1, 1024), metavar="N", help="CPU threads (default: torch's)"
+        )
 
 
 def load(name: str, args: argparse.Namespace) -> PreTrainedModel:

@@ -30,6 +30,7 @@ from src.models.layers import decoder_layers, num_layers
 from src.models.loading import Dtype, check_vocabulary, load_config, load_model, load_tokenizer
 from src.models.sharding import shard
 from src.models.streams import streams
+from src.ranges import Count, Share, checked
 from src.repair.linear_patch import LinearPatch
 from src.teachers import LiveTeacher, TeacherSource
 from src.training import checkpoints
@@ -65,6 +66,7 @@ class Recovery(LightningModule):
         decay: shape of its fall.
     """
 
+    @checked
     def __init__(
         self,
         mask: str,
@@ -73,15 +75,15 @@ class Recovery(LightningModule):
         distillation: Distillation | None = None,
         terms: list[Weighted] | None = None,
         scope: Scope = "full",
-        lora_rank: int = 16,
+        lora_rank: Count = 16,
         patch: LinearPatch | None = None,
         checkpoint_activations: bool = False,
         revision: str | None = None,
         dtype: Dtype = "float32",
         attention: str | None = None,
         optimizer: OptimizerCallable = torch.optim.AdamW,
-        warmup: float = 0.05,
-        final_lr: float = 0.1,
+        warmup: Share = 0.05,
+        final_lr: Share = 0.1,
         decay: Decay = "cosine",
     ) -> None:
         super().__init__()

@@ -11,7 +11,7 @@ By default the teacher is the student itself with its gates open: one copy of th
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, cast
+from typing import Annotated, Any, cast
 
 import torch
 from lightning import LightningModule, Trainer
@@ -31,6 +31,7 @@ from src.models.layers import num_layers
 from src.models.loading import Dtype, Quantization, check_vocabulary, load_config, load_model
 from src.models.sharding import shard
 from src.policies import MaskPolicy
+from src.ranges import Count, Range, checked, inside_unit
 from src.teachers import TeacherSource
 from src.training.ranks import Part, total, world
 from src.training.refusals import check_search
@@ -58,22 +59,23 @@ class MaskSearch(LightningModule):
         calibration_batches: validation batches that score layers and choose among the last masks.
     """
 
+    @checked
     def __init__(
         self,
         model: str,
         policy: MaskPolicy,
         remove: int | None = None,
-        ratio: float | None = None,
+        ratio: Annotated[float, inside_unit] | None = None,
         revision: str | None = None,
         dtype: Dtype = "float32",
         quantize: Quantization | None = None,
         attention: str | None = None,
         teacher: TeacherSource | None = None,
         distillation: Distillation | None = None,
-        draws: int = 4,
+        draws: Annotated[int, Range(int, 1, 1000)] = 4,
         optimizer: OptimizerCallable = torch.optim.Adam,
         checkpoint_activations: bool = False,
-        calibration_batches: int = 16,
+        calibration_batches: Count = 16,
     ) -> None:
         super().__init__()
         self.name, self.revision = model, revision

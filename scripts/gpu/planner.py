@@ -43,7 +43,7 @@ def plan(args: argparse.Namespace, shape: str, variant: str, stage: str) -> dict
     """The planner's figures for a case, or why it has none."""
     try:
         experiment = Experiment(command(args, shape, variant, stage)[1:])
-        planner = Planner(experiment, device(name_of_device(args)), tokens="1M")
+        planner = Planner(experiment, device(name_of_device(args)), tokens=1_000_000)
         found = planner.configured
     except ConfigError as e:
         return {"error": str(e)}

@@ -19,6 +19,7 @@ from src.models.gated import freeze
 from src.models.head import OutputHead
 from src.models.loading import Dtype, Quantization, load_model
 from src.models.sharding import shard
+from src.ranges import Count, NonNegative, checked
 from src.training.ranks import least
 from src.training.refusals import check_cache
 from src.training.strategies import kind
@@ -41,24 +42,23 @@ class CacheTeacher(LightningModule):
         count_seconds: time for counting the corpus before it starts, so that its cost can be told.
     """
 
+    @checked
     def __init__(
         self,
         model: str,
         out: str,
-        k: int = 10,
+        k: Count = 10,
         precision: Precision = "float16",
         revision: str | None = None,
         dtype: Dtype = "float32",
         quantize: Quantization | None = None,
         attention: str | None = None,
-        chunk_tokens: int = 256,
-        shard_positions: int = 1 << 18,
-        count_seconds: float = 10.0,
+        chunk_tokens: Count = 256,
+        shard_positions: Count = 1 << 18,
+        count_seconds: NonNegative = 10.0,
     ) -> None:
         super().__init__()
-        counts = {"k": k, "chunk_tokens": chunk_tokens, "shard_positions": shard_positions}
-        wrong = [f"model.{key}: {got!r} given; accepted: at least 1." for key, got in counts.items()
-                 if not isinstance(got, int) or got < 1]  # fmt: skip
+        wrong = list[str]()
         if precision not in get_args(Precision):
             wrong.append(f"model.precision: '{precision}' is none of {', '.join(get_args(Precision))}.")
         if "://" in out:

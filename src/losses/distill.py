@@ -24,6 +24,7 @@ from src.losses.kl import Rule, kl
 from src.losses.signals import Signal, live_signal
 from src.losses.terms import Step, Term
 from src.models.head import OutputHead
+from src.ranges import Count, NonNegative, Positive, Share, checked
 from src.training.ranks import Part
 
 IGNORE = -100
@@ -56,32 +57,22 @@ class Distillation(Term):
         mean_entropy: mean entropy of the corpus in nats (a cache states it): equal weights in every batch.
     """
 
+    @checked
     def __init__(
         self,
-        k: int | None = 10,
+        k: Count | None = 10,
         rule: Rule = "bucket",
         weight: Weight = "linear",
-        weight_lambda: float = 1.0,
-        temperature: float = 1.0,
-        alpha: float = 1.0,
-        chunk_tokens: int = 256,
-        mean_entropy: float | None = None,
+        weight_lambda: NonNegative = 1.0,
+        temperature: Positive = 1.0,
+        alpha: Share = 1.0,
+        chunk_tokens: Count = 256,
+        mean_entropy: Positive | None = None,
     ) -> None:
         if rule not in get_args(Rule):
             accepted = get_args(Rule)
             raise ConfigError(f"rule: '{rule}' is none of {accepted}.{did_you_mean(rule, accepted)}")
         check_weight(weight)
-        bounds = {
-            "k": (k, k is None or (isinstance(k, int) and k >= 1), "at least 1, or null"),
-            "temperature": (temperature, temperature > 0, "above 0"),
-            "alpha": (alpha, 0 <= alpha <= 1, "in [0, 1]"),
-            "weight_lambda": (weight_lambda, weight_lambda >= 0, "at least 0"),
-            "chunk_tokens": (chunk_tokens, isinstance(chunk_tokens, int) and chunk_tokens >= 1, "at least 1"),
-            "mean_entropy": (mean_entropy, mean_entropy is None or mean_entropy > 0, "above 0, or null"),
-        }
-        wrong = [f"{key} must be {want}, found {got}" for key, (got, ok, want) in bounds.items() if not ok]
-        if wrong:
-            raise ConfigError(f"distillation: {'; '.join(wrong)}.")
         self.k, self.rule, self.weight, self.weight_lambda = k, rule, weight, weight_lambda
         self.temperature, self.alpha, self.chunk_tokens = temperature, alpha, chunk_tokens
         self.mean_entropy = mean_entropy

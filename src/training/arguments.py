@@ -13,6 +13,7 @@ from src.errors import ConfigError, did_you_mean
 from src.mask import Mask
 from src.training import watchdog
 from src.training.refusals import check_checkpoint
+from src.training.settings import check_settings
 from src.training.strategies import check_installed
 
 
@@ -30,6 +31,11 @@ class ShortErrors(LightningArgumentParser):
 
 class PruneCLI(LightningCLI):
     """LightningCLI with the model's name shared with the data."""
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse, and judge all settings before the first of them is used."""
+        super().parse_arguments(parser, args)
+        check_settings(self.config[self.config.subcommand])
 
     def before_instantiate_classes(self) -> None:
         """Let the data use the model's tokenizer unless it names its own."""

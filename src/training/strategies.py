@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from importlib import import_module
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import torch
 from lightning import Trainer
@@ -29,6 +29,7 @@ from transformers import PreTrainedModel
 
 from src.errors import ConfigError
 from src.models.layers import decoder_layers
+from src.ranges import Range, checked
 
 if TYPE_CHECKING:
     from torch.distributed.fsdp import MixedPrecision
@@ -141,7 +142,8 @@ class ZeRO(DeepSpeedStrategy):
         kwargs: of :class:`lightning.pytorch.strategies.DeepSpeedStrategy`.
     """
 
-    def __init__(self, stage: int = 2, **kwargs: Any) -> None:
+    @checked
+    def __init__(self, stage: Annotated[int, Range(int, 1, 3)] = 2, **kwargs: Any) -> None:
         super().__init__(stage=stage, **kwargs)
         # With its state in the host's memory DeepSpeed would insist on an optimiser of its own.
         cast(Any, self).config.setdefault("zero_force_ds_cpu_optimizer", False)
