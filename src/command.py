@@ -93,8 +93,9 @@ def family(
 
 def show(table: Table) -> None:
     """Print a table; without a terminal, wide enough that nothing is folded away."""
-    console = Console()
-    (console if console.is_terminal else Console(width=130)).print(table)
+    plain: Any = {"markup": False, "emoji": False}  # names and paths are shown as they are
+    console = Console(**plain)
+    (console if console.is_terminal else Console(width=130, **plain)).print(table)
 
 
 def parameters(model: PreTrainedModel) -> int:
