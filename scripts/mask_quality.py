@@ -23,10 +23,11 @@ import torch
 from rich.progress import track
 
 from src.data.arithmetic import problems
+from src.data.batches import supervised
 from src.data.columns import Columns
 from src.data.judging import batches, encode
 from src.files import write_json
-from src.losses.distill import Distillation, supervised
+from src.losses.distill import Distillation
 from src.losses.signals import live_signal
 from src.mask import Mask, git_sha
 from src.models.gated import GatedLayers, freeze

@@ -24,8 +24,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from src.data.batches import supervised
 from src.files import write_json
-from src.losses.distill import Distillation, supervised
+from src.losses.distill import Distillation
 from src.losses.signals import live_signal
 from src.mask import git_sha
 from src.models.gated import GatedLayers, freeze

@@ -15,7 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from src.errors import ConfigError, did_you_mean
+from src.errors import ConfigError, did_you_mean, first_line
 from src.mask import git_sha
 from src.models.layers import num_layers
 from src.models.loading import load_model
@@ -67,7 +67,7 @@ def on_device(model: PreTrainedModel, device: str) -> PreTrainedModel:
     try:
         return cast(Any, model).to(device)
     except (RuntimeError, AssertionError) as e:
-        raise ConfigError(f"--device: cannot use '{device}': {str(e).splitlines()[0]}") from e
+        raise ConfigError(f"--device: cannot use '{device}': {first_line(e)}") from e
 
 
 def family(

@@ -22,11 +22,11 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from src.data.batches import Batch
+from src.data.batches import Batch, supervised
 from src.data.columns import Columns
 from src.data.judging import batches, encode, read_rows
 from src.errors import ConfigError, did_you_mean
-from src.losses.distill import Distillation, supervised
+from src.losses.distill import Distillation
 from src.losses.signals import live_signal
 from src.mask import Mask
 from src.models.head import OutputHead

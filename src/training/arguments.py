@@ -12,9 +12,9 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from src.errors import ConfigError, did_you_mean
 from src.mask import Mask
 from src.training import watchdog
-from src.training.refusals import check_checkpoint
 from src.training.settings import check_settings
-from src.training.strategies import check_installed
+from src.training.stage import Stage
+from src.training.strategies import check_checkpoint, check_installed
 
 
 class ShortErrors(LightningArgumentParser):
@@ -59,9 +59,8 @@ class PruneCLI(LightningCLI):
     def instantiate_classes(self) -> None:
         """Build trainer, model and data; refuse what they cannot do together before processes start."""
         super().instantiate_classes()
-        refuse = getattr(self.model, "refuse", None)
-        if refuse is not None:
-            refuse(self.trainer, self.datamodule)
+        if isinstance(self.model, Stage):
+            self.model.refuse(self.trainer, self.datamodule)
         check_checkpoint(self.trainer, self.config[self.subcommand or "fit"].get("ckpt_path"))
         watchdog.replace_launcher_watch()
 

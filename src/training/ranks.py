@@ -38,8 +38,8 @@ def least(number: int, device: torch.device | str) -> int:
     return int(numbers)
 
 
-class Part:
-    """This rank's part of a batch.
+class WholeBatch:
+    """The batch of all ranks, of which each holds a part.
 
     Args:
         positions: supervised positions of this rank.
