@@ -79,8 +79,8 @@ test: $(VENV)/.installed  ## the tests (<= 10 minutes on 2 cores, no network)
 test-full: $(VENV)/.installed  ## the tests and the longer proofs
 	$(PY) -m pytest
 
-headline: $(VENV)/.installed  ## recovered accuracy against token budget, 3 seeds -> results/demo.json
-	$(PY) -m scripts.headline
+headline: $(VENV)/.installed  ## recovered accuracy against token budget, 3 seeds -> results/demo.json (resumable)
+	$(PY) -m scripts.arena configs/arena/demo.yaml --jobs 2
 
 mask-quality: $(VENV)/.installed  ## learned masks against all C(16, 4) -> results/mask_quality.json
 	$(PY) -m scripts.mask_quality
@@ -94,20 +94,20 @@ ablations: $(VENV)/.installed  ## every choice of search and recovery -> results
 search-step: $(VENV)/.installed  ## one search step against the naive one -> results/search_step.json
 	$(PY) -m scripts.search_step
 
-teacher-cache: $(VENV)/.installed $(RUN)/search/mask.json  ## bytes, time and memory of the teacher's cache and of the loss -> results/teacher_cache.json
+teacher-cache: $(VENV)/.installed  ## bytes, time and memory of the teacher's cache and of the loss -> results/teacher_cache.json
 	$(PY) -m scripts.bench_teacher_cache $(if $(TEXT),--text $(TEXT))
 	$(PY) -m scripts.bench_loss
-	$(PY) -m scripts.entropy_weights --mask $(RUN)/search/mask.json --tests 500
 	$(PY) -m scripts.cache_results
 
 data-pipeline: $(VENV)/.installed  ## loader alone and waiting; real corpora from SHARED=DIR -> results/data_pipeline.json
 	$(PY) -m scripts.bench_data --shared $(SHARED)
 
-linear-patch: $(VENV)/.installed  ## cuts repaired without training -> results/linear_patch.json
-	$(PY) -m scripts.linear_patch
+linear-patch: $(VENV)/.installed  ## cuts repaired without training -> results/linear_patch.json, docs/linear_patch.md
+	$(PY) -m scripts.arena configs/arena/linear_patch.yaml --jobs 2
 
 export-matrix: $(VENV)/.installed  ## the export gate on every decoder family -> results/export_matrix.json, docs/export.md
 	$(PY) -m scripts.export_matrix
+	$(PY) -m scripts.readme_results
 
 STORIES ?= $(wildcard $(SHARED)/models/stories260k)
 ENGINE_EXPORTS = $(RUN)/recovered $(if $(STORIES),$(RUN)/stories)
@@ -130,7 +130,7 @@ scale: $(VENV)/.installed  ## growth with depth, width, tokens and ranks; quanti
 gpu-checks: $(VENV)/.installed  ## what only a GPU can show -> results/gpu.json, docs/gpu.md; skips without one
 	bash scripts/gpu_checks.sh
 
-results: $(VENV)/.installed  ## fill the README's and the data page's tables from results/*.json
+results: $(VENV)/.installed  ## fill the tables of README, data and export pages from results/*.json
 	$(PY) -m scripts.readme_results
 
 lint: $(VENV)/.installed  ## ruff

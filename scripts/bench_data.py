@@ -8,7 +8,6 @@ are per second of one core's own time, so that what else runs on the machine doe
 
 from __future__ import annotations
 
-import argparse
 import os
 import platform
 import tempfile
@@ -20,11 +19,11 @@ from typing import Any
 import torch
 from lightning import Trainer, seed_everything
 
-from scripts import origin
+from scripts.lab.benches import BARE
+from scripts.lab.results import TEACHER, options, write
 from src.data import Corpus
 from src.data.arithmetic import write_splits
 from src.data.loader import Loader
-from src.files import write_json
 from src.mask import Mask
 from src.recover import Recovery
 
@@ -75,16 +74,11 @@ class Timed(Recovery):
 def recovery(teacher: str, train: str, workers: int, steps: int, folder: Path) -> Figures:
     """Steps of the demo's recovery: tokens a second of one core, and the share spent waiting."""
     seed_everything(0, verbose=False)
-    layers = range(16)
-    mask = Mask(teacher, 16, tuple(i for i in layers if i not in (5, 7, 9, 11)), "benchmark")
-    mask.save(folder / "mask.json")
+    Mask.by_hand(teacher, 16, set(range(16)) - {5, 7, 9, 11}).save(folder / "mask.json")
     corpus = Corpus(teacher, train, num_workers=workers)
     module = Timed(mask=str(folder / "mask.json"))
     module.marks = []
-    trainer = Trainer(
-        max_steps=steps, accelerator="cpu", logger=False, enable_checkpointing=False,
-        enable_progress_bar=False, enable_model_summary=False,
-    )  # fmt: skip
+    trainer = Trainer(max_steps=steps, **BARE)
     trainer.fit(module, datamodule=corpus)
     (began, first), (ended, last) = module.marks[1], module.marks[-1]
     loader = corpus._loader
@@ -99,13 +93,13 @@ def recovery(teacher: str, train: str, workers: int, steps: int, folder: Path) -
 
 def main() -> None:
     """Measure and write."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--shared", type=Path, default=Path(os.environ.get("E3_SHARED", "/nonexistent")))
-    parser.add_argument("--teacher", default="assets/arithmetic-teacher")
-    parser.add_argument("--tokens", type=int, default=20_000_000, help="of each corpus at most")
-    parser.add_argument("--steps", type=int, default=20, help="of the recovery")
-    parser.add_argument("--out", type=Path, default=Path("results/data_pipeline.json"))
-    args = parser.parse_args()
+    args = options(
+        __doc__,
+        shared=(os.environ.get("E3_SHARED", "/nonexistent"), "folder of real corpora"),
+        tokens=(20_000_000, "of each corpus at most"),
+        steps=(20, "of the recovery"),
+        out=(Path("results/data_pipeline.json"), "results"),
+    )
     torch.set_num_threads(1)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     with tempfile.TemporaryDirectory() as name:
@@ -113,16 +107,16 @@ def main() -> None:
         write_splits(folder, {"train": 20_000})
         train = folder / "train.jsonl"
         alone = {}
-        for corpus_name, corpus in corpora(args.shared, train, args.teacher):
+        for corpus_name, corpus in corpora(Path(args.shared), train, TEACHER):
             alone[corpus_name] = loader_alone(corpus, args.tokens)
             print(f"{corpus_name:38} {alone[corpus_name]}", flush=True)
-        steps = [recovery(args.teacher, str(train), workers, args.steps, folder) for workers in (0, 1)]
+        steps = [recovery(TEACHER, str(train), workers, args.steps, folder) for workers in (0, 1)]
     consumed = max(step["tokens_per_core_second"] for step in steps)
     ratio = alone["arithmetic, padded"]["tokens_per_core_second"] / consumed
     print(*steps, f"the loader alone is {ratio:.1f} times as fast as the recovery", sep="\n")
     machine = {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count()}
-    record = {**origin("bench_data"), "torch": torch.__version__, "machine": machine, "threads": 1}
-    write_json(args.out, {**record, "loader": alone, "recovery": steps, "loader_over_recovery": ratio})
+    found = {"loader": alone, "recovery": steps, "loader_over_recovery": ratio}
+    write(args.out, {"machine": machine, "threads": 1, **found})
 
 
 if __name__ == "__main__":

@@ -8,25 +8,23 @@ is reset just before the loss (Linux); on a GPU the allocator's peak is taken, a
 
 from __future__ import annotations
 
-import argparse
 import json
-import subprocess
-import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
+from numpy.linalg import norm
 from torch import Tensor, nn
 
-from src.files import write_json
+from scripts.lab.benches import forget_peak, memory
+from scripts.lab.jobs import isolated
+from scripts.lab.results import options, write
 from src.losses.distill import Distillation
 from src.losses.signals import TopK
-from src.mask import git_sha
 from src.models.summing import summing
 
-VOCABULARIES = (1_000, 32_000, 151_936)
+Figures = dict[str, Any]
 
 
 class Head:
@@ -51,9 +49,7 @@ def whole(head: Head, hidden_NH: Tensor, signal: TopK) -> Tensor:
     return (kd + signal.log_rest.exp() * (signal.log_rest - outside)).mean()
 
 
-def case(
-    form: str, vocabulary: int, tokens: int, hidden: int, chunk: int, device: str = "cpu"
-) -> dict[str, Any]:
+def case(form: str, vocabulary: int, tokens: int, hidden: int, chunk: int, device: str) -> Figures:
     """Run one case: peak extra memory (bytes), seconds (of the processor, or of the GPU), loss, gradients."""
     torch.manual_seed(0)
     head = Head(hidden, vocabulary, device)
@@ -70,7 +66,7 @@ def case(
         return value.detach()
 
     if device == "cpu":
-        Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+        forget_peak()
         before, began = memory("VmRSS"), time.process_time()
         value = float(work())
         cost = {"peak_bytes": memory("VmHWM") - before, "cpu_seconds": time.process_time() - began}
@@ -87,47 +83,32 @@ def case(
     return {**cost, "loss": value, "grads": [states.grad, head.projection.weight.grad]}
 
 
-def memory(field: str) -> int:
-    """A figure of this process in bytes: ``VmRSS``, or its peak ``VmHWM``."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
+def child(*given: Any) -> Figures:
+    """A case in this process, whose gradients travel as NumPy arrays."""
+    found = case(*given)
+    return found | {"grads": [gradient.float().cpu().numpy() for gradient in found["grads"]]}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    args = options(
+        __doc__,
+        tokens=(4096, "positions"),
+        hidden=(1024, "size of the hidden states"),
+        chunk=(256, "positions projected at once"),
+        vocabularies=([1_000, 32_000, 151_936], "classes"),
+        device=("cpu", "where it runs"),
+        out=(Path("results/loss.json"), "results"),
     )
-    parser.add_argument("--tokens", type=int, default=4096)
-    parser.add_argument("--hidden", type=int, default=1024)
-    parser.add_argument("--chunk", type=int, default=256)
-    parser.add_argument("--vocabularies", type=int, nargs="+", default=VOCABULARIES)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--out", type=Path, default=Path("results/loss.json"))
-    parser.add_argument("--case", help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if args.case:
-        form, vocabulary, file = args.case.split(",")
-        torch.save(case(form, int(vocabulary), args.tokens, args.hidden, args.chunk, args.device), file)
-        return
-    rows = []
+    rows, sizes = [], (args.tokens, args.hidden, args.chunk, args.device)
     for vocabulary in args.vocabularies:
-        results = {form: _child(form, vocabulary) for form in ("whole", "chunked")}
-        a, b = results["whole"].pop("grads"), results["chunked"].pop("grads")
-        error = max(float((x - y).norm() / x.norm()) for x, y in zip(a, b, strict=True))
-        ratio = results["whole"]["peak_bytes"] / results["chunked"]["peak_bytes"]
-        rows.append({"vocabulary": vocabulary, **results, "memory_ratio": ratio, "gradient_error": error})
+        found = {form: isolated(child, form, vocabulary, *sizes) for form in ("whole", "chunked")}
+        a, b = found["whole"].pop("grads"), found["chunked"].pop("grads")
+        error = max(float(norm(x - y) / norm(x)) for x, y in zip(a, b, strict=True))
+        ratio = found["whole"]["peak_bytes"] / found["chunked"]["peak_bytes"]
+        rows.append({"vocabulary": vocabulary, **found, "memory_ratio": ratio, "gradient_error": error})
         print(json.dumps(rows[-1]), flush=True)
     settings = {"tokens": args.tokens, "hidden": args.hidden, "chunk": args.chunk, "dtype": "float32"}
-    write_json(
-        args.out, {"command": "python -m scripts.bench_loss", "commit": git_sha(), **settings, "rows": rows}
-    )
-
-
-def _child(form: str, vocabulary: int) -> dict[str, Any]:
-    with tempfile.NamedTemporaryFile(suffix=".pt") as file:
-        run = [sys.executable, "-m", "scripts.bench_loss", *sys.argv[1:]]
-        subprocess.run([*run, "--case", f"{form},{vocabulary},{file.name}"], check=True)
-        return torch.load(file.name, map_location="cpu", weights_only=True)
+    write(args.out, {**settings, "rows": rows})
 
 
 if __name__ == "__main__":

@@ -20,8 +20,6 @@ import json
 import logging
 import random
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -32,20 +30,19 @@ import numpy as np
 import torch
 from lightning import Callback, Trainer
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
-from scripts import origin
-from scripts.bench_loss import memory
 from scripts.cache_sizes import sizes
+from scripts.lab.benches import BARE, forget_peak, in_turns, memory, qwen
+from scripts.lab.jobs import isolated
+from scripts.lab.results import JSON, TEACHER, add, options, origin, read
 from scripts.ngram_teacher import ngram_rows
 from src.cache import Cache, CacheTeacher
 from src.cache.loader import collate
 from src.cache.shards import Rows, decode, encode, rows_of
 from src.data import Corpus
 from src.data.arithmetic import problem
-from src.data.batches import supervised
-from src.files import write_json
-from src.losses.distill import Distillation
+from src.losses.distill import Distillation, supervised
 from src.losses.signals import Signal, TopK, live_signal
 from src.mask import Mask
 from src.models.cut import cut
@@ -53,16 +50,10 @@ from src.models.gated import freeze
 from src.models.head import OutputHead
 from src.models.loading import load_model
 
-TEACHER = "assets/arithmetic-teacher"
-BARE: dict[str, Any] = {
-    "accelerator": "cpu", "devices": 1, "logger": False, "enable_progress_bar": False,
-    "enable_model_summary": False, "enable_checkpointing": False,
-}  # fmt: skip
-
 # ---------------------------------------------------------------------- bytes
 
 
-def section_bytes(args: argparse.Namespace) -> dict[str, Any]:
+def section_bytes(args: argparse.Namespace) -> JSON:
     with tempfile.TemporaryDirectory() as folder:
         teacher = CacheTeacher(TEACHER, f"{folder}/cache", precision="float32", count_seconds=0)
         Trainer(**BARE).predict(teacher, datamodule=_demo(Path(folder), 1000))
@@ -72,10 +63,10 @@ def section_bytes(args: argparse.Namespace) -> dict[str, Any]:
     if args.text:
         with gzip.open(args.text, "rt") as lines:
             texts = [json.loads(line)["text"] for line in lines]
-        wide = {**origin("bench_teacher_cache"), "vocabulary": 151_936, "text": args.text.name}
+        wide = {**origin(), "vocabulary": 151_936, "text": Path(args.text).name}
         found["wide"] = {**wide, **sizes(ngram_rows(texts, 151_936))}
     elif args.out.exists():  # a row says itself where it comes from
-        found["wide"] = json.loads(args.out.read_text())["bytes"]["wide"]
+        found["wide"] = read(args.out)["bytes"]["wide"]
         print("bytes: without --text the wide vocabulary is not measured again", flush=True)
     return found
 
@@ -106,13 +97,13 @@ class Span(Callback):
         self.seconds = time.process_time() - (self._began or 0.0)
 
 
-def section_write(args: argparse.Namespace) -> dict[str, Any]:
+def section_write(args: argparse.Namespace) -> JSON:
     """CPU seconds of the bare forward pass (all logits) and of ``predict`` on the same corpus.
 
     Both read the corpus; the bare pass keeps nothing, ``predict`` ends with the complete cache on disk.
     """
     found = {}
-    models = {"demo": lambda: load_model(TEACHER), "0.6B": lambda: _qwen(151_936, 1024, 28, 16)}
+    models = {"demo": lambda: load_model(TEACHER), "0.6B": lambda: qwen(151_936, 1024, 28, 16)}
     for name, make in models.items():
         model, pairs = make(), []
         with tempfile.TemporaryDirectory() as folder:
@@ -122,7 +113,9 @@ def section_write(args: argparse.Namespace) -> dict[str, Any]:
                 teacher.model, teacher.head, teacher.fingerprint = model, OutputHead(model), "benchmark"
                 span = Span()
                 Trainer(**BARE, callbacks=[span]).predict(teacher, datamodule=corpus)
-                pairs.append((_cpu(lambda: _forward(model, corpus)), span.seconds))  # noqa: B023
+                began = time.process_time()
+                _forward(model, corpus)
+                pairs.append((time.process_time() - began, span.seconds))
             tokens = sum(shard.tokens for _, shard in Cache(f"{folder}/0").shards)
         ratios = [cached / bare - 1 for bare, cached in pairs[1:]]
         found[name] = {
@@ -139,23 +132,6 @@ def _forward(model: PreTrainedModel, corpus: Corpus) -> None:
         model(batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
 
 
-def _cpu(work: Callable[[], object]) -> float:
-    began = time.process_time()
-    work()
-    return time.process_time() - began
-
-
-def _qwen(vocabulary: int, hidden: int, layers: int, heads: int) -> PreTrainedModel:
-    """A Qwen3 from config, with weights large enough that its predictions differ from token to token."""
-    config = AutoConfig.for_model(
-        "qwen3", vocab_size=vocabulary, hidden_size=hidden, intermediate_size=3 * hidden,
-        num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=heads // 2,
-        head_dim=max(32, hidden // heads), tie_word_embeddings=True, initializer_range=0.06,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(config).eval()
-
-
 # ---------------------------------------------------------------------- recover
 
 SOURCES = ("cached", "live", "live int8")
@@ -170,7 +146,7 @@ def stepper(vocabulary: int, source: str, form: str, args: argparse.Namespace) -
     ids = torch.randint(vocabulary, (args.rows, args.length))
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
     index = supervised(ids)
-    parent = _qwen(vocabulary, args.hidden, 16, 4)
+    parent = qwen(vocabulary, args.hidden, 16, 4)
     student = cut(parent, Mask.by_hand("", 16, range(12)))
     student.train()
     if source == "live int8":
@@ -207,23 +183,13 @@ def stepper(vocabulary: int, source: str, form: str, args: argparse.Namespace) -
     return step
 
 
-def section_recover(args: argparse.Namespace) -> dict[str, Any]:
+def section_recover(args: argparse.Namespace) -> JSON:
     found = []
+    forms = [(source, form) for source in SOURCES for form in FORMS]
     for vocabulary in args.vocabularies:
-        peaks = {}
-        for source in SOURCES:
-            for form in FORMS:
-                run = [sys.executable, "-m", "scripts.bench_teacher_cache", *sys.argv[1:]]
-                case = f"{vocabulary},{source},{form}"
-                done = subprocess.run([*run, "--case", case], check=True, capture_output=True, text=True)
-                peaks[source, form] = int(done.stdout.splitlines()[-1])
-        steps = {(s, f): stepper(vocabulary, s, f, args) for s in SOURCES for f in FORMS}
-        times: dict[Any, list[float]] = {case: [] for case in steps}
-        for repeat in range(args.repeats + 1):
-            for key, step in steps.items():
-                spent = _cpu(step)
-                if repeat:
-                    times[key].append(spent)
+        peaks = {each: isolated(peak, vocabulary, *each, args) for each in forms}
+        steps = {each: stepper(vocabulary, *each, args) for each in forms}
+        times = in_turns(steps, args.repeats)
         for (source, form), seconds in times.items():
             ratios = [a / b for a, b in zip(seconds, times["cached", form], strict=True)]
             found.append({
@@ -238,44 +204,34 @@ def section_recover(args: argparse.Namespace) -> dict[str, Any]:
 
 def peak(vocabulary: int, source: str, form: str, args: argparse.Namespace) -> int:
     """Peak memory of two steps, models and optimiser included, above that of the imports."""
+    torch.set_num_threads(1)
+    before = memory("VmRSS")
     step = stepper(vocabulary, source, form, args)
-    Path("/proc/self/clear_refs").write_text("5")
+    forget_peak()
     step()
     step()
-    return memory("VmHWM") - args.before
+    return memory("VmHWM") - before
 
 
 SECTIONS = {"bytes": section_bytes, "write": section_write, "recover": section_recover}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    args = options(
+        __doc__,
+        parts=SECTIONS,
+        text=("", "gzipped JSONL with a 'text' column, for the wide vocabulary"),
+        vocabularies=([1_000, 32_000, 151_936], "classes"),
+        repeats=(5, "of each timing"),
+        rows=(8, "of a batch"),
+        length=(128, "tokens of a row"),
+        hidden=(256, "size of the hidden states"),
+        out=(Path("results/teacher_cache.json"), "results"),
     )
-    parser.add_argument("sections", nargs="*", default=list(SECTIONS), help=", ".join(SECTIONS))
-    parser.add_argument(
-        "--text", type=Path, help="gzipped JSONL with a 'text' column, for the wide vocabulary"
-    )
-    parser.add_argument("--vocabularies", type=int, nargs="+", default=[1_000, 32_000, 151_936])
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--rows", type=int, default=8)
-    parser.add_argument("--length", type=int, default=128)
-    parser.add_argument("--hidden", type=int, default=256)
-    parser.add_argument("--out", type=Path, default=Path("results/teacher_cache.json"))
-    parser.add_argument("--case", help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    args.before = memory("VmRSS")
     torch.set_num_threads(1)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    if args.case:
-        vocabulary, source, form = args.case.split(",")
-        print(peak(int(vocabulary), source, form, args))
-        return
-    for name in args.sections:
-        known = json.loads(args.out.read_text()) if args.out.exists() else {}
-        section = {**origin("bench_teacher_cache"), "cpu_threads": 1, **SECTIONS[name](args)}
-        write_json(args.out, {**known, name: section})
-        print(json.dumps({name: section}, indent=1), flush=True)
+    for name in args.parts:
+        add(args.out, name, {"cpu_threads": 1, **SECTIONS[name](args)})
 
 
 if __name__ == "__main__":

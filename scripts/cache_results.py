@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from matplotlib.figure import Figure
 
-from scripts.readme_results import BEGIN, END, read
+from scripts.lab.pages import fill, table
+from scripts.lab.results import JSON, read
 from src.files import write_text
 from src.report.figures import AMBER, SLATE, TEAL, svg
 
@@ -22,7 +22,7 @@ PARTS = {
 }
 
 
-def picture(cache: dict[str, Any], loss: dict[str, Any]) -> Figure:
+def picture(cache: JSON, loss: JSON) -> Figure:
     """Bytes by column, memory of the loss, and the recovery step against the cached one."""
     figure = Figure(figsize=(9, 2.8), layout="constrained")
     left, middle, right = figure.subplots(1, 3)
@@ -53,73 +53,47 @@ def picture(cache: dict[str, Any], loss: dict[str, Any]) -> Figure:
     return figure
 
 
-def tables(cache: dict[str, Any], loss: dict[str, Any]) -> list[str]:
+def tables(cache: JSON, loss: JSON) -> list[str]:
     """The page's tables."""
-    lines = [
-        "| signal | precision | bytes / position | ids | log-probs | added KL, nats |",
-        "|---|---|---|---|---|---|",
-    ]
-    for name in ("wide", "demo"):
-        rows = cache["bytes"].get(name, {})
-        for precision in ("float32", "float16", "compact") if rows else ():
-            row = rows[precision]
-            lines.append(
-                f"| V = {rows['vocabulary']:,}, mean entropy {rows['mean_entropy']:.2f} | {precision} | "
-                f"**{row['bytes_per_position']:.1f}** | {row['columns']['teacher_ids']:.1f} | "
-                f"{row['columns']['teacher_log_probs']:.1f} | {row['added_kl_mean']:.1e} |"
-            )
-    lines += [
-        "",
-        "| teacher | writing costs, beyond its bare forward pass | range of repeats |",
-        "|---|---|---|",
-    ]
-    for name in ("demo", "0.6B"):
-        row = cache["write"][name]
-        low, high = (f"{100 * x:+.1f} %" for x in row["range"])
-        lines.append(f"| {name} | **{100 * row['overhead']:+.1f} %** | {low} to {high} |")
-    lines += ["", "| V | teacher | projection | tokens / CPU s | step / cached step | peak memory, MB |"]
-    lines.append("|---|---|---|---|---|---|")
-    for row in cache["recover"]["cases"]:
-        lines.append(
-            f"| {row['vocabulary']:,} | {row['teacher']} | {row['projection']} | "
-            f"{row['tokens_per_cpu_second']:,.0f} | {row['times_the_cached_step']:.2f} | "
-            f"{row['peak_bytes'] / MB:,.0f} |"
-        )
-    lines += ["", f"The loss on {loss['tokens']:,} tokens, hidden size {loss['hidden']:,}, head trained:"]
-    lines += ["", "| V | whole, MB | chunked, MB | ratio | CPU s, whole and chunked | gradients differ by |"]
-    lines.append("|---|---|---|---|---|---|")
-    for row in loss["rows"]:
-        whole, chunked = row["whole"], row["chunked"]
-        peaks = " | ".join(f"{form['peak_bytes'] / MB:,.0f}" for form in (whole, chunked))
-        lines.append(
-            f"| {row['vocabulary']:,} | {peaks} | "
-            f"**1/{row['memory_ratio']:.0f}** | {whole['cpu_seconds']:.1f}, {chunked['cpu_seconds']:.1f} | "
-            f"{row['gradient_error']:.0e} |"
-        )
-    if "weights" in cache:
-        weights = cache["weights"]
-        lines += [
-            "",
-            f"| entropy weight ({weights['steps']} steps) | exact match, % | KL, nats |",
-            "|---|---|---|",
-        ]
-        for name, row in weights["table"].items():
-            match, kl = row["exact_match"], row["kl"]
-            lines.append(
-                f"| {name} | {100 * match['mean']:.1f} ± {100 * (match['sd'] or 0):.1f} | "
-                f"{kl['mean']:.4f} ± {kl['sd'] or 0:.4f} |"
-            )
-    return lines
+    sizes = (
+        (f"V = {found['vocabulary']:,}, mean entropy {found['mean_entropy']:.2f}", precision,
+         f"**{row['bytes_per_position']:.1f}**", f"{row['columns']['teacher_ids']:.1f}",
+         f"{row['columns']['teacher_log_probs']:.1f}", f"{row['added_kl_mean']:.1e}")
+        for found in (cache["bytes"][name] for name in ("wide", "demo") if name in cache["bytes"])
+        for precision, row in ((name, found[name]) for name in ("float32", "float16", "compact"))
+    )  # fmt: skip
+    writes = (
+        (name, f"**{100 * row['overhead']:+.1f} %**", " to ".join(f"{100 * x:+.1f} %" for x in row["range"]))
+        for name, row in ((name, cache["write"][name]) for name in ("demo", "0.6B"))
+    )
+    steps = (
+        (f"{row['vocabulary']:,}", row["teacher"], row["projection"], f"{row['tokens_per_cpu_second']:,.0f}",
+         f"{row['times_the_cached_step']:.2f}", f"{row['peak_bytes'] / MB:,.0f}")
+        for row in cache["recover"]["cases"]
+    )  # fmt: skip
+    losses = (
+        (f"{row['vocabulary']:,}", *(f"{row[form]['peak_bytes'] / MB:,.0f}" for form in ("whole", "chunked")),
+         f"**1/{row['memory_ratio']:.0f}**",
+         ", ".join(f"{row[form]['cpu_seconds']:.1f}" for form in ("whole", "chunked")),
+         f"{row['gradient_error']:.0e}")
+        for row in loss["rows"]
+    )  # fmt: skip
+    return [
+        *table("signal | precision | bytes / position | ids | log-probs | added KL, nats", sizes), "",
+        *table("teacher | writing costs, beyond its bare forward pass | range of repeats", writes), "",
+        *table("V | teacher | projection | tokens / CPU s | step / cached step | peak memory, MB", steps), "",
+        f"The loss on {loss['tokens']:,} tokens, hidden size {loss['hidden']:,}, head trained:", "",
+        *table(
+            "V | whole, MB | chunked, MB | ratio | CPU s, whole and chunked | gradients differ by", losses
+        ),
+    ]  # fmt: skip
 
 
 def main() -> None:
     """Write the figure and the page."""
     cache, loss = read("teacher_cache"), read("loss")
-    PICTURE.parent.mkdir(parents=True, exist_ok=True)
     write_text(PICTURE, svg(picture(cache, loss)))
-    page = PAGE.read_text()
-    head, tail = page[: page.index(BEGIN) + len(BEGIN)], page[page.index(END) :]
-    write_text(PAGE, "\n".join([head, *tables(cache, loss), tail]))
+    fill(PAGE, tables(cache, loss))
 
 
 if __name__ == "__main__":

@@ -13,18 +13,14 @@ A fresh process here is one forked from a server that has imported the libraries
 
 from __future__ import annotations
 
-import argparse
 import json
-import multiprocessing as mp
 import random
-import re
 import tempfile
-import textwrap
 import time
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
-from multiprocessing.connection import Connection
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +30,8 @@ from rich.progress import track
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from scripts import origin
+from scripts.lab.jobs import Failure, isolated, short
+from scripts.lab.results import options, origin, read
 from scripts.tiny_configs import tiny_config
 from src.errors import ConfigError
 from src.export.fresh import Reference, is_tied, verify
@@ -48,7 +45,6 @@ from src.models.layers import decoder_layers, num_layers
 
 Row = dict[str, Any]
 MASKS, TIMEOUT = 3, 180
-TABLE = re.compile(r"(?<=<!-- matrix -->\n).*?(?=<!-- /matrix -->)", re.DOTALL)
 
 
 def tiny_model(family: str) -> PreTrainedModel:
@@ -103,7 +99,7 @@ def prepare(family: str, folder: Path) -> Row:
     except ConfigError as e:
         return {"result": "refused", "reason": str(e)}
     except Exception as e:  # whatever a family's own code raises is the finding
-        return {"result": "cannot be built", "reason": f"its own code fails: {_short(e)}"}
+        return {"result": "cannot be built", "reason": f"its own code fails: {short(e)}"}
     try:
         limits = constraints(model.config)
     except ConfigError as e:
@@ -162,102 +158,44 @@ def verdict(masks: list[Row], findings: dict[str, list[Row]]) -> Row:
     return {"result": "WRONG" if wrong else "pass", "as_parent": as_parent}
 
 
+def quietly(function: Callable[..., Any], *args: Any) -> Any:
+    """Call a function of this file without the library's own words."""
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    return function(*args)
+
+
 def judge(family: str) -> Row:
     """One row of the matrix."""
     start = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
-        row = isolated(prepare, family, Path(folder))
+        row = isolated(quietly, prepare, family, Path(folder), limit=TIMEOUT)
         if "result" not in row:
-            row |= verdict(row["masks"], isolated(check, Path(folder)))
+            row |= verdict(row["masks"], isolated(quietly, check, Path(folder), limit=TIMEOUT))
     return row | {"seconds": round(time.monotonic() - start, 1)}
 
 
-def isolated(function: Callable[..., Any], *args: Any) -> Any:
-    """Call ``function`` in a fresh process; an error there is raised here.
-
-    Raises:
-        RuntimeError: it failed, died, or took longer than ``TIMEOUT`` seconds.
-    """
-    ours, theirs = mp.Pipe(duplex=False)
-    process = mp.get_context("forkserver").Process(target=_call, args=(theirs, function, args))
-    process.start()
-    theirs.close()
-    try:
-        if not ours.poll(TIMEOUT):
-            raise RuntimeError(f"no answer in {TIMEOUT} s")
-        value, error = ours.recv()
-    except EOFError:
-        value, error = None, "the process died"
-    finally:
-        process.kill()
-        process.join()
-    if error:
-        raise RuntimeError(error)
-    return value
-
-
-def _call(connection: Connection, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    try:
-        connection.send((function(*args), None))
-    except Exception as e:
-        connection.send((None, _short(e)))
-
-
-def _short(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {' '.join(lines)[:240]}"
-
-
-def table(rows: dict[str, Row]) -> str:
-    """The matrix in Markdown."""
-    counts = {
-        r: sum(row["result"] == r for row in rows.values()) for r in ("pass", "refused", "cannot be built")
-    }
-    lines = [
-        f"transformers {transformers.__version__}: {len(rows)} families, "
-        + ", ".join(f"{count} {result}" for result, count in counts.items())
-        + ".",
-        "",
-        "| family | result | limits, or the reason |",
-        "|---|---|---|",
-    ]
-    for family, row in sorted(rows.items()):
-        why = textwrap.shorten(row.get("reason") or row.get("limits", ""), 280, placeholder=" ...")
-        lines.append(f"| {family} | {row['result']} | {why.replace('|', '/')} |")
-    return "\n".join(lines) + "\n"
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--families", nargs="+", help="model types (default: all)")
-    parser.add_argument("--out", type=Path, default=Path("results/export_matrix.json"))
-    parser.add_argument("--docs", type=Path, default=Path("docs/export.md"), help="page that holds the table")
-    parser.add_argument("--fresh", action="store_true", help="judge again what the results already hold")
-    args = parser.parse_args()
-    head = {**origin("export_matrix"), "transformers": transformers.__version__}  # before a file changes
-    mp.get_context("forkserver").set_forkserver_preload(["src.export.proof", "scripts.tiny_configs"])
-    families = args.families or list(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
-    done = json.loads(args.out.read_text()) if args.out.exists() else {}
+    args = options(
+        (__doc__ or "").splitlines()[0],
+        families=([""], "model types; all by default"),
+        out=(Path("results/export_matrix.json"), "results"),
+        fresh=(False, "judge again what the results already hold"),
+    )
+    head = {**origin(), "transformers": transformers.__version__}  # before a file changes
+    get_context("forkserver").set_forkserver_preload(["src.export.proof", "scripts.tiny_configs"])
+    families = list(filter(None, args.families)) or list(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+    done = read(args.out)
     rows = done.get("families", {}) if done.get("transformers") == transformers.__version__ else {}
     for family in track([f for f in families if args.fresh or f not in rows], description="export matrix"):
         try:
             rows[family] = judge(family)
-        except RuntimeError as e:
+        except Failure as e:
             rows[family] = {"result": "WRONG", "reason": str(e)}
         write_json(args.out, {**head, "families": rows})
-    text = table(rows)
-    if args.docs.exists() and not args.families:
-        args.docs.write_text(TABLE.sub(lambda _: text, args.docs.read_text()))
     wrong = {family: row for family, row in rows.items() if row["result"] == "WRONG"}
-    print(
-        text.split("\n")[0],
-        *(f"WRONG {family}: {json.dumps(row)}" for family, row in wrong.items()),
-        sep="\n",
-    )
-    if wrong:
-        raise SystemExit(1)
+    print(*(f"WRONG {family}: {json.dumps(row)}" for family, row in wrong.items()), sep="\n")
+    raise SystemExit(bool(wrong))
 
 
 if __name__ == "__main__":

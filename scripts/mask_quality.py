@@ -11,25 +11,23 @@ the learned mask, its KL, its rank and its ratio to the best.
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import json
 import statistics
 import subprocess
-import sys
 from pathlib import Path
 
 import torch
 from rich.progress import track
 
+from scripts.lab.results import TEACHER, options, write
 from src.data.arithmetic import problems
-from src.data.batches import supervised
 from src.data.columns import Columns
 from src.data.judging import batches, encode
 from src.files import write_json
-from src.losses.distill import Distillation
+from src.losses.distill import Distillation, supervised
 from src.losses.signals import live_signal
-from src.mask import Mask, git_sha
+from src.mask import Mask
 from src.models.gated import GatedLayers, freeze
 from src.models.head import OutputHead
 from src.models.loading import load_model, load_tokenizer
@@ -91,30 +89,28 @@ def text(layers: tuple[int, ...]) -> str:
 
 def main() -> None:
     """Scan, search, look up."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    args = options(
+        __doc__,
+        remove=(4, "layers"),
+        rows=(32, "problems every mask is measured on"),
+        final_rows=(384, "other problems for the best masks"),
+        finalists=(60, "masks measured on those"),
+        seeds=([0, 1, 2], "of the searches"),
+        work=(Path("logs/mask_quality"), "searches and measurements"),
+        out=(Path("results/mask_quality.json"), "results"),
     )
-    parser.add_argument("--teacher", default="assets/arithmetic-teacher")
-    parser.add_argument("--remove", type=int, default=4)
-    parser.add_argument("--rows", type=int, default=32, help="problems every mask is measured on")
-    parser.add_argument("--final-rows", type=int, default=384, help="other problems for the best masks")
-    parser.add_argument("--finalists", type=int, default=60)
-    parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
-    parser.add_argument("--work", type=Path, default=Path("logs/mask_quality"))
-    parser.add_argument("--out", type=Path, default=Path("results/mask_quality.json"))
-    args = parser.parse_args()
     learned: dict[int, Mask] = {}
     for seed in args.seeds:
         run = args.work / f"seed{seed}"
         subprocess.run(["make", "-s", f"{run}/search/mask.json", f"RUN={run}", f"SEED={seed}"], check=True)
         learned[seed] = Mask.load(run / "search/mask.json")
-    coarse = HeldOut(args.teacher, args.rows, 77, args.work / "all.json")
+    coarse = HeldOut(TEACHER, args.rows, 77, args.work / "all.json")
     masks = [text(removed) for removed in itertools.combinations(range(len(coarse.gates)), args.remove)]
     every = coarse.table(masks, "all masks")
     order = sorted(every, key=every.__getitem__)
     runs = [m for m in order if int(m.split()[-1]) - int(m.split()[0]) == args.remove - 1]
     again = {*order[: args.finalists], runs[0], *(text(mask.removed) for mask in learned.values())}
-    fine = HeldOut(args.teacher, args.final_rows, 78, args.work / "finalists.json")
+    fine = HeldOut(TEACHER, args.final_rows, 78, args.work / "finalists.json")
     final = fine.table(sorted(again), "finalists")
     ranked = sorted(final, key=final.__getitem__)
     best = final[ranked[0]]
@@ -127,9 +123,8 @@ def main() -> None:
             "ratio_to_best": kl / best, "tokens": mask.tokens_seen, "metrics": mask.metrics,
         })  # fmt: skip
         print(f"seed {seed}: {mask}; KL {kl:.4f}, {kl / best:.3f} x the best, rank {rows[-1]['rank']}")
-    write_json(args.out, {
-        "command": "python -m scripts.mask_quality " + " ".join(sys.argv[1:]), "commit": git_sha(),
-        "teacher": args.teacher, "masks": len(every), "rows": args.rows, "final_rows": args.final_rows,
+    write(args.out, {
+        "teacher": TEACHER, "masks": len(every), "rows": args.rows, "final_rows": args.final_rows,
         "finalists": len(final), "best": {"removed": ranked[0], "kl": best},
         "top": {m: final[m] for m in ranked[:5]},
         "median_kl": statistics.median(every.values()), "worst_kl": every[order[-1]],

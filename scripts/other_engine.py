@@ -20,9 +20,8 @@ from rich.console import Console
 from rich.table import Table
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from scripts import origin
+from scripts.lab.results import write
 from src.errors import ConfigError
-from src.files import write_json
 from src.models.loading import load_model, load_tokenizer
 
 TOLERANCE = 1e-3
@@ -67,11 +66,7 @@ def with_ctranslate2(
         ctranslate2.converters.TransformersConverter(str(directory)).convert(folder, force=True)
         engine = ctranslate2.Generator(folder, device="cpu", compute_type="float32", intra_threads=1)
         results = engine.generate_batch(
-            pieces,
-            beam_size=1,
-            max_length=new_tokens,
-            include_prompt_in_result=False,
-            end_token=[],
+            pieces, beam_size=1, max_length=new_tokens, include_prompt_in_result=False, end_token=[]
         )
         scores = engine.score_batch(pieces)
     return [r.sequences_ids[0] for r in results], [sum(s.log_probs) for s in scores]
@@ -113,7 +108,7 @@ def main() -> None:
         table.add_row(row["model"], row["family"], equal, f"{row['log_prob_gap']:.1e}")
     Console().print(table)
     if args.out:
-        write_json(args.out, {**origin("other_engine"), "engine": "ctranslate2", "models": rows})
+        write(args.out, {"engine": "ctranslate2", "models": rows})
     if any(row["equal"] < row["prompts"] or row["log_prob_gap"] > TOLERANCE for row in rows):
         raise SystemExit("error: the engines differ")
 

@@ -13,15 +13,10 @@ For the comparison each freed tensor goes back to the kernel (MALLOC_MMAP_THRESH
 
 from __future__ import annotations
 
-import argparse
 import ctypes
 import gc
-import importlib
 import json
-import os
 import random
-import subprocess
-import sys
 import tempfile
 import time
 from dataclasses import dataclass
@@ -29,20 +24,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning import Callback
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from scripts.lab.benches import Clock, forget_peak, memory
+from scripts.lab.jobs import isolated
+from scripts.lab.results import add, options
 from src.cli import run
 from src.data.arithmetic import build_tokenizer
-from src.files import write_json
-from src.mask import Mask, git_sha
+from src.mask import Mask
 from src.models.layers import num_layers
 from src.models.loading import load_config
 from src.plan.devices import device
 from src.plan.experiment import Experiment
 from src.plan.planner import Planner
 
-OUT = Path("results/plan.json")
 BAR = 0.10
 DOCUMENTS = 64
 SHAPES: dict[str, dict[str, Any]] = {
@@ -98,22 +93,6 @@ CASES = [
 ]  # fmt: skip
 
 
-class Clock(Callback):
-    """CPU seconds from the first batch to the end of the last."""
-
-    began: float | None = None
-    seconds = 0.0
-
-    def _start(self, *_: Any) -> None:
-        Clock.began = Clock.began or time.process_time()
-
-    def _end(self, *_: Any) -> None:
-        Clock.seconds = time.process_time() - (Clock.began or 0.0)
-
-    on_train_batch_start = on_predict_batch_start = _start  # type: ignore[assignment]
-    on_train_batch_end = on_predict_batch_end = _end  # type: ignore[assignment]
-
-
 def prepare(work: Path) -> None:
     """Random models with a tokenizer, masks that remove a quarter, and documents longer than any row."""
     for name, shape in SHAPES.items():
@@ -143,7 +122,7 @@ def arguments(case: Case, work: Path, model: str) -> list[str]:
         "data.init_args.tokenizer": path, "data.init_args.train": work / "text.jsonl",
         "data.init_args.batch_size": case.rows, "data.init_args.max_length": case.length,
         "trainer.accelerator": "cpu", "trainer.logger": "false", "trainer.enable_checkpointing": "false",
-        "trainer.callbacks": "scripts.plan_accuracy.Clock", "trainer.enable_progress_bar": "false",
+        "trainer.callbacks": "scripts.lab.benches.Clock", "trainer.enable_progress_bar": "false",
         "trainer.max_steps": 1 if case.stage == "search" else 2, "trainer.limit_val_batches": 0,
         "trainer.limit_predict_batches": 2, "trainer.default_root_dir": work / "runs",
     }  # fmt: skip
@@ -185,23 +164,17 @@ def measure(case: Case, work: Path) -> dict[str, float]:
     Clock.began = None
     gc.collect()
     ctypes.CDLL("libc.so.6").malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")
-    before = _status("VmRSS")
+    forget_peak()
+    before = memory("VmRSS")
     run([verb, *arguments(case, work, case.model)])
-    return {"measured": _status("VmHWM") - before, "baseline": before, "cpu_seconds": Clock.seconds}
-
-
-def _status(field: str) -> int:
-    """Bytes of a line of /proc/self/status."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field + ":"))
+    return {"measured": memory("VmHWM") - before, "baseline": before, "cpu_seconds": Clock.seconds}
 
 
 def planned(case: Case, work: Path) -> dict[str, Any]:
     """What the planner says of the same arguments."""
     experiment = Experiment(arguments(case, work, case.model), length=case.length)
     planner = Planner(
-        experiment, device("cpu"), tokens=2 * case.rows * case.length if case.stage == "cache" else None
+        experiment, device("cpu"), tokens=str(2 * case.rows * case.length) if case.stage == "cache" else None
     )
     found = planner.configured
     traced = planner.trace()
@@ -216,22 +189,10 @@ def planned(case: Case, work: Path) -> dict[str, Any]:
 
 def compare(case: Case, work: Path) -> dict[str, Any]:
     """Measure in a fresh process, plan in this one."""
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    env = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     if not case.default_malloc:
         env |= {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-    command = [
-        sys.executable,
-        "-m",
-        "scripts.plan_accuracy",
-        "--case",
-        str(CASES.index(case)),
-        "--work",
-        str(work),
-    ]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise SystemExit(f"{case.name}: {done.stderr[-2000:]}")
-    found = json.loads(done.stdout.splitlines()[-1])
+    found = isolated(measure, case, work, env=env, log=work / "log")
     plan = planned(case, work)
     return {
         "case": case.name, "model": case.model, "layers": num_layers(load_config(str(work / case.model))),
@@ -241,16 +202,7 @@ def compare(case: Case, work: Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--case", type=int, help=argparse.SUPPRESS)
-    parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if args.case is not None:
-        # Not this module's own: the command line imports Clock under its full name.
-        print(
-            json.dumps(importlib.import_module("scripts.plan_accuracy").measure(CASES[args.case], args.work))
-        )
-        return
+    args = options(__doc__, out=(Path("results/plan.json"), "results"))
     torch.set_num_threads(1)
     began, cases = time.monotonic(), []
     with tempfile.TemporaryDirectory() as folder:
@@ -263,12 +215,10 @@ def main() -> None:
                 f"{row['measured'] / 1e6:7.1f} MB, {row['error']:+.1%}", flush=True,
             )  # fmt: skip
     largest = max(abs(row["error"]) for row in cases if row["malloc"] == "returns")
-    accuracy = {
-        "command": "python -m scripts.plan_accuracy", "commit": git_sha(), "torch": torch.__version__,
+    add(args.out, "accuracy", {
         "measured": "bytes: largest resident memory (VmHWM) less that after imports and a tiny run",
         "bar": BAR, "largest_error": largest, "seconds": time.monotonic() - began, "cases": cases,
-    }  # fmt: skip
-    write_json(OUT, {**(json.loads(OUT.read_text()) if OUT.exists() else {}), "accuracy": accuracy})
+    })  # fmt: skip
     print(f"largest error {largest:.1%}; accepted: {BAR:.0%}")
 
 

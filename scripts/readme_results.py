@@ -5,51 +5,45 @@ Nothing is typed by hand: what stands between the markers comes from the files.
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from textwrap import shorten
 
 from matplotlib.figure import Figure
 
 from scripts.arena import cells
+from scripts.lab.pages import fill, made, table
+from scripts.lab.results import JSON, read
 from src.files import write_text
 from src.report.figures import AMBER, INK, SLATE, TEAL, layer_strip, svg, tokens_text
 
-RESULTS, README = Path("results"), Path("README.md")
-BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
+
+def spent(demo: JSON, run: JSON) -> float:
+    """Tokens of search and recovery, as a share of the teacher's own training tokens."""
+    tokens: int = run["search"]["tokens"] + run["recovery"]["tokens"]
+    return tokens / demo["teacher"]["training_tokens"]
 
 
-def read(name: str) -> dict[str, Any]:
-    """A results file, empty if it was never made."""
-    path = RESULTS / f"{name}.json"
-    return json.loads(path.read_text()) if path.exists() else {}
-
-
-def exact(run: dict[str, Any], model: str) -> float:
-    """Exact match of one model of a run, in percent."""
-    return 100 * run["scores"][model]["exact_match"]
-
-
-def curve(demo: dict[str, Any]) -> Figure:
+def curve(demo: JSON) -> Figure:
     """Recovered exact match against the share of the teacher's training tokens that was spent."""
     figure = Figure(figsize=(7.2, 3.2), layout="constrained")
     axes = figure.subplots()
-    runs = demo["runs"]
+    runs = [run for row in demo["rows"] for run in row["runs"]]
     for seed in sorted({run["seed"] for run in runs}):
-        points = sorted((100 * r["share"], exact(r, "recovered")) for r in runs if r["seed"] == seed)
-        axes.plot(
-            *zip(*points, strict=True),
-            "o-",
-            color=TEAL,
-            alpha=0.9 if len(points) > 1 else 0.5,
-            label="recovered" if len(points) > 1 else None,
+        points = sorted(
+            (100 * spent(demo, run), 100 * run["recovered"]["exact_match"])
+            for run in runs
+            if run["seed"] == seed
         )
-    axes.axhline(exact(runs[0], "teacher"), color=SLATE, linestyle="--", label="teacher, 16 layers")
-    axes.axhline(exact(runs[0], "cut"), color=AMBER, linestyle=":", label="12 layers, not recovered")
+        style = {"alpha": 0.9, "label": "recovered"} if len(points) > 1 else {"alpha": 0.5}
+        axes.plot(*zip(*points, strict=True), "o-", color=TEAL, **style)
+    teacher, cut = 100 * demo["teacher"]["exact_match"], 100 * runs[0]["cut"]["exact_match"]
+    axes.axhline(teacher, color=SLATE, linestyle="--", label="teacher, 16 layers")
+    axes.axhline(cut, color=AMBER, linestyle=":", label="12 layers, not recovered")
     axes.set_xscale("log")
-    axes.set_xticks(ticks := sorted({round(run["percent"], 1) for run in runs}), [f"{t:g} %" for t in ticks])
+    titles = {row["title"]: float(row["title"].split()[0]) for row in demo["rows"]}
+    axes.set_xticks(list(titles.values()), list(titles))
     axes.minorticks_off()
     axes.set_xlabel("tokens of search + recovery, of the teacher's own training tokens", color=INK)
     axes.set_ylabel("exact match, %")
@@ -58,120 +52,122 @@ def curve(demo: dict[str, Any]) -> Figure:
 
 
 def main() -> None:
-    """Write the figure and the README's table."""
-    demo, masks, step = read("demo"), read("mask_quality"), read("search_step")
-    lines = []
-    if demo:
-        lines += demo_lines(demo)
-    if masks:
-        best = masks["best"]["kl"]
-        ratios = ", ".join(f"{row['ratio_to_best']:.3f}" for row in masks["learned"])
-        lines += [
-            "",
-            f"**Masks.** Held-out KL of the learned mask over the best of all {masks['masks']:,} masks, "
-            f"per seed: {ratios}. The median mask has {masks['median_kl'] / best:.0f} times the best KL, "
-            f"best contiguous {masks['best_contiguous']['kl'] / best:.2f} times. `make mask-quality`.",
-        ]
-    if step:
-        ours = next(row for name, row in step["variants"].items() if "shared teacher" in name)
-        lines += [
-            "",
-            f"**Search step.** {ours['speedup']:.1f} times faster than the naive step at equal gate gradient "
-            f"(they differ by {ours['gradient_error']:.0e} of its size); vocabulary 32,000, 16 layers, "
-            f"256 tokens. `make search-step`.",
-        ]
-    matrix = read("export_matrix")
-    if matrix:
-        lines += ["", f"**Export.** {families(matrix)} `docs/export.md` has the table."]
-    if fight := read("fair_fight"):
-        lines += ["", *fight_lines(fight)]
-    fill(README, lines)
+    """Fill the pages, and draw the README's figures."""
+    parts = {"demo": demo_lines, "mask_quality": mask_lines, "search_step": step_lines,
+             "export_matrix": families, "fair_fight": fight_lines}  # fmt: skip
+    lines = [["", *make(found)] for name, make in parts.items() if (found := read(name))]
+    fill(Path("README.md"), [line for part in lines for line in part][1:])
     if pipeline := read("data_pipeline"):
         fill(Path("docs/data.md"), data_lines(pipeline))
+    if matrix := read("export_matrix"):
+        fill(Path("docs/export.md"), matrix_lines(matrix), "matrix")
 
 
-def fill(page: Path, lines: list[str]) -> None:
-    """Put lines between the markers of a page."""
-    head, rest = page.read_text().split(BEGIN)
-    write_text(page, f"{head}{BEGIN}\n" + "\n".join(lines) + f"\n{END}{rest.split(END)[1]}")
-
-
-def data_lines(pipeline: dict[str, Any]) -> list[str]:
-    """The loader alone on every corpus, and what a recovery waits."""
-    lines = [
-        "| corpus | tokens | tokens/s of one core | padding | cut | left out |",
-        "|---|---|---|---|---|---|",
+def mask_lines(masks: JSON) -> list[str]:
+    """The learned masks beside every mask there is."""
+    best = masks["best"]["kl"]
+    ratios = ", ".join(f"{row['ratio_to_best']:.3f}" for row in masks["learned"])
+    return [
+        f"**Masks.** Held-out KL of the learned mask over the best of all {masks['masks']:,} masks, "
+        f"per seed: {ratios}. The median mask has {masks['median_kl'] / best:.0f} times the best KL, "
+        f"best contiguous {masks['best_contiguous']['kl'] / best:.2f} times. `make mask-quality`."
     ]
-    for name, row in pipeline["loader"].items():
-        lines.append(
-            f"| {name} | {row['tokens'] / 1e6:.2f} M | {row['tokens_per_core_second'] / 1e3:,.0f} k | "
-            f"{row['waste']:.1%} | {row['truncated']:,.0f} | {row['dropped']:,.0f} |"
-        )
+
+
+def step_lines(step: JSON) -> list[str]:
+    """The search step against the naive one."""
+    ours = next(row for name, row in step["variants"].items() if "shared teacher" in name)
+    return [
+        f"**Search step.** {ours['speedup']:.1f} times faster than the naive step at equal gate gradient "
+        f"(they differ by {ours['gradient_error']:.0e} of its size); vocabulary 32,000, 16 layers, "
+        f"256 tokens. `make search-step`."
+    ]
+
+
+def data_lines(pipeline: JSON) -> list[str]:
+    """The loader alone on every corpus, and what a recovery waits."""
+    rows = (
+        (name, f"{row['tokens'] / 1e6:.2f} M", f"{row['tokens_per_core_second'] / 1e3:,.0f} k",
+         f"{row['waste']:.1%}", f"{row['truncated']:,.0f}", f"{row['dropped']:,.0f}")
+        for name, row in pipeline["loader"].items()
+    )  # fmt: skip
     waits = ", ".join(f"{row['waiting']:.1%} with {row['workers']} workers" for row in pipeline["recovery"])
     rate = max(row["tokens_per_core_second"] for row in pipeline["recovery"])
     return [
-        *lines,
+        *table("corpus | tokens | tokens/s of one core | padding | cut | left out", rows),
         "",
         f"The demo's recovery consumes {rate / 1e3:.1f} k tokens a second of one core; the loader alone is "
         f"{pipeline['loader_over_recovery']:.0f} times as fast; of its time the recovery waits {waits}. "
-        f"`{pipeline['command']}`, commit {pipeline['commit']}.",
+        + made(pipeline),
     ]
 
 
-def families(matrix: dict[str, Any]) -> str:
+def families(matrix: JSON) -> list[str]:
     """How many families pass the export gate."""
+    return [f"**Export.** {counted(matrix)} `docs/export.md` has the table."]
+
+
+def counted(matrix: JSON) -> str:
+    """Families by result."""
     counts = Counter(row["result"] for row in matrix["families"].values())
     told = ", ".join(f"{count} {result}" for result, count in counts.most_common())
     return f"Of {counts.total()} decoder families of transformers {matrix['transformers']}: {told}."
 
 
-def fight_lines(fight: dict[str, Any], ratio: float = 0.25) -> list[str]:
+def matrix_lines(matrix: JSON) -> list[str]:
+    """Every family with its limits, or why it has no row of its own."""
+    rows = (
+        (family, row["result"], shorten(row.get("reason") or row.get("limits", ""), 280, placeholder=" ..."))
+        for family, row in sorted(matrix["families"].items())
+    )
+    return [counted(matrix), "", *table("family | result | limits, or the reason", rows)]
+
+
+def fight_lines(fight: JSON, ratio: float = 0.25) -> list[str]:
     """The fair fight in short: each method at one ratio, best first before recovery."""
     rows = [row for row in fight["rows"] if row["ratio"] == ratio and "recovered" in row]
     tokens = statistics.median(run["recovery"]["tokens"] for row in rows for run in row["runs"])
-    lines = [
+    cost = cells.cost("search", lambda search: search["metrics"]["forward_tokens"], tokens_text)
+    columns = cells.method, cells.nats("cut"), cells.percent("cut"), cells.percent("recovered"), cost
+    table_rows = [
+        [cell(row) for cell in columns]
+        for row in sorted(rows, key=lambda row: float(row["cut"]["kl"]["value"]))
+    ]  # fmt: skip
+    return [
         f"**The fair fight.** {ratio:.0%} of the layers, every method with the same recovery on "
         f"{tokens_text(tokens)} tokens; 95 % intervals.",
         "",
-        "| method | KL of the cut, nats | exact match of the cut | recovered | search, forward tokens |",
-        "|---|---|---|---|---|",
-    ]
-    for row in sorted(rows, key=lambda row: float(row["cut"]["kl"]["value"])):
-        spent = statistics.median(run["search"]["metrics"]["forward_tokens"] for run in row["runs"])
-        cut, recovered = (cells.percent(stage)(row) for stage in ("cut", "recovered"))
-        lines.append(
-            f"| {cells.method(row)} | {cells.nats('cut')(row)} | {cut} | {recovered} | {tokens_text(spent)} |"
-        )
-    return [
-        *lines,
+        *table(
+            "method | KL of the cut, nats | exact match of the cut | recovered | search, forward tokens",
+            table_rows,
+        ),
         "",
         "More ratios, costs and verdicts: [docs/fair_fight.md](docs/fair_fight.md). `make fair-fight`.",
     ]
 
 
-def demo_lines(demo: dict[str, Any]) -> list[str]:
-    """Table of the headline, and its figure."""
-    figures = Path("docs/figures")
-    figures.mkdir(parents=True, exist_ok=True)
-    write_text(figures / "headline.svg", svg(curve(demo)))
-    removed = demo["runs"][0]["removed"]
-    write_text(figures / "layers.svg", svg(layer_strip(16, removed)))
-    lines = [
-        "| tokens spent, of the teacher's training | recovered | teacher | cut, not recovered | seeds |",
-        "|---|---|---|---|---|",
-    ]
-    for percent in sorted({run["percent"] for run in demo["runs"]}):
-        runs = [run for run in demo["runs"] if run["percent"] == percent]
-        scores = [exact(run, "recovered") for run in runs]
+def demo_lines(demo: JSON) -> list[str]:
+    """Table of the headline, and its figures."""
+    layers = layer_strip(demo["teacher"]["layers"], demo["rows"][0]["runs"][0]["removed"])
+    for name, figure in (("headline", curve(demo)), ("layers", layers)):
+        write_text(f"docs/figures/{name}.svg", svg(figure))
+    teacher, rows = demo["teacher"], []
+    for row in sorted(demo["rows"], key=lambda row: spent(demo, row["runs"][0])):
+        scores = [100 * run["recovered"]["exact_match"] for run in row["runs"]]
         each = f" ({', '.join(f'{s:.1f}' for s in scores)})" if len(scores) > 1 else ""
-        tokens = tokens_text(statistics.median(run["tokens"] for run in runs))
-        lines.append(
-            f"| {percent:g} % ({tokens}) | **{statistics.median(scores):.1f} %**{each} "
-            f"| {exact(runs[0], 'teacher'):.1f} % | {exact(runs[0], 'cut'):.1f} % | {len(runs)} |"
-        )
-    problems = demo["runs"][0]["problems"]
-    note = f"Exact match on {problems} test problems; median over seeds, all in brackets. `make headline`."
-    return [*lines, "", note]
+        tokens = statistics.median(spent(demo, run) * teacher["training_tokens"] for run in row["runs"])
+        rows.append((
+            f"{row['title']} ({tokens_text(tokens)})", f"**{statistics.median(scores):.1f} %**{each}",
+            f"{100 * teacher['exact_match']:.1f} %", f"{100 * row['runs'][0]['cut']['exact_match']:.1f} %",
+            len(scores),
+        ))  # fmt: skip
+    head = "tokens spent, of the teacher's training | recovered | teacher | cut, not recovered | seeds"
+    return [
+        *table(head, rows),
+        "",
+        f"Exact match on {teacher['problems']} test problems; median over seeds, all in brackets. "
+        f"`make headline`.",
+    ]
 
 
 if __name__ == "__main__":

@@ -11,43 +11,29 @@ The variants take turns within a repeat, and ratios are taken within repeats. Wr
 
 from __future__ import annotations
 
-import argparse
 import statistics
-import sys
 import time
+from argparse import Namespace
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
-from src.data.batches import supervised
-from src.files import write_json
-from src.losses.distill import Distillation
+from scripts.lab.benches import in_turns, qwen
+from scripts.lab.results import options, write
+from src.losses.distill import Distillation, supervised
 from src.losses.signals import live_signal
-from src.mask import git_sha
 from src.models.gated import GatedLayers, freeze
 from src.models.head import OutputHead
 
 Step = Callable[[], Tensor]
 
 
-def model(args: argparse.Namespace) -> PreTrainedModel:
-    """A Qwen3 with weights large enough that its predictions differ from token to token."""
-    torch.manual_seed(0)
-    config = AutoConfig.for_model(
-        "qwen3", vocab_size=args.vocabulary, hidden_size=args.hidden, intermediate_size=3 * args.hidden,
-        num_hidden_layers=args.layers, num_attention_heads=4, num_key_value_heads=2,
-        head_dim=args.hidden // 4, tie_word_embeddings=True, initializer_range=0.06,
-    )  # fmt: skip
-    with torch.device(args.device):
-        return AutoModelForCausalLM.from_config(config, dtype=getattr(torch, args.dtype)).eval()
-
-
-def ladder(args: argparse.Namespace) -> dict[str, Step]:
+def ladder(args: Namespace) -> dict[str, Step]:
     """Each variant as a function that returns the gradient of the gates, summed over the draws."""
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(args.vocabulary, (args.rows, args.tokens), generator=generator).to(args.device)
@@ -61,10 +47,11 @@ def ladder(args: argparse.Namespace) -> dict[str, Step]:
         masks.append(mask.to(args.device))
     index = supervised(labels)
     targets = labels.flatten()[index + 1]
-    teacher = freeze(model(args))
+    shape = (args.vocabulary, args.hidden, args.layers, 4, args.dtype, args.device)
+    teacher = freeze(qwen(*shape))
 
     def student(trained: bool, lean: bool) -> tuple[PreTrainedModel, GatedLayers, OutputHead]:
-        network = model(args).requires_grad_(trained)
+        network = qwen(*shape).requires_grad_(trained)
         return network, GatedLayers(network, skip_closed_autograd=lean), OutputHead(network)
 
     def whole_kl(network: PreTrainedModel, said: Tensor) -> Tensor:
@@ -123,46 +110,45 @@ def ladder(args: argparse.Namespace) -> dict[str, Step]:
     }
 
 
+def _finish(step: Step) -> None:
+    """Take a step and wait for its value, which a GPU may still compute."""
+    step().tolist()
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    args = options(
+        __doc__,
+        vocabulary=(32_000, "classes"),
+        layers=(16, "of the model"),
+        hidden=(256, "size of the hidden states"),
+        tokens=(256, "of a row"),
+        rows=(2, "of a batch"),
+        draws=(4, "masks of a step"),
+        remove=(4, "layers removed"),
+        repeats=(3, "of each timing"),
+        prompt=(0.5, "share of a row that is prompt, not supervised"),
+        device=("cpu", "where it runs"),
+        dtype=("float32", "of the weights; the gates are float32"),
+        out=(Path("results/search_step.json"), "results"),
     )
-    for name, value in {
-        "vocabulary": 32_000, "layers": 16, "hidden": 256, "tokens": 256, "rows": 2, "draws": 4, "remove": 4,
-        "repeats": 3,
-    }.items():  # fmt: skip
-        parser.add_argument(f"--{name}", type=int, default=value)
-    parser.add_argument(
-        "--prompt", type=float, default=0.5, help="share of a row that is prompt, not supervised"
-    )
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", default="float32", help="of the weights; the gates are float32")
-    parser.add_argument("--out", type=Path, default=Path("results/search_step.json"))
-    args = parser.parse_args()
     steps = ladder(args)
     reference = steps["naive"]()
-    rows: dict[str, dict[str, Any]] = {}
+    errors, waiting = dict[str, float](), dict[str, Callable[[], object]]()
     for name, step in steps.items():
-        error = float((step() - reference).abs().max() / reference.abs().max())
-        rows[name] = {"gradient_error": error, "seconds": []}
-    for _ in range(args.repeats):
-        for name, step in steps.items():
-            start = time.perf_counter()
-            step().tolist()  # waits for a GPU
-            rows[name]["seconds"].append(time.perf_counter() - start)
-    naive = rows["naive"]["seconds"]
-    for row in rows.values():
-        ratios = [a / b for a, b in zip(naive, row["seconds"], strict=True)]
-        row["speedup"], row["speedup_range"] = statistics.median(ratios), [min(ratios), max(ratios)]
-    for name, row in rows.items():
-        equal = f"gradient differs by {row['gradient_error']:.1e}"
-        print(f"{row['speedup']:5.2f} x  {statistics.median(row['seconds']):6.2f} s  {name}  ({equal})")
-    record = {
-        "command": "python -m scripts.search_step " + " ".join(sys.argv[1:]),
-        "commit": git_sha(), "threads": torch.get_num_threads(),
-        "settings": {k: v for k, v in vars(args).items() if k != "out"}, "variants": rows,
-    }  # fmt: skip
-    write_json(args.out, record)
+        errors[name] = float((step() - reference).abs().max() / reference.abs().max())
+        waiting[name] = partial(_finish, step)
+    times = in_turns(waiting, args.repeats, time.perf_counter)
+    rows = {}
+    for name, seconds in times.items():
+        ratios = [a / b for a, b in zip(times["naive"], seconds, strict=True)]
+        rows[name] = {
+            "gradient_error": errors[name], "seconds": seconds,
+            "speedup": statistics.median(ratios), "speedup_range": [min(ratios), max(ratios)],
+        }  # fmt: skip
+        told = f"{statistics.median(ratios):5.2f} x  {statistics.median(seconds):6.2f} s  {name}"
+        print(f"{told}  (gradient differs by {errors[name]:.1e})")
+    settings = {key: value for key, value in vars(args).items() if key != "out"}
+    write(args.out, {"threads": torch.get_num_threads(), "settings": settings, "variants": rows})
 
 
 if __name__ == "__main__":

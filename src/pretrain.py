@@ -13,7 +13,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from src.data.batches import real_tokens
 from src.files import write_json
-from src.ranges import Share, checked
 from src.training.schedules import with_warmup
 
 
@@ -28,13 +27,12 @@ class Pretrain(LightningModule):
         save_to: directory for the trained model as a Hugging Face checkpoint.
     """
 
-    @checked
     def __init__(
         self,
         tokenizer: str,
         architecture: dict[str, Any],
         optimizer: OptimizerCallable = torch.optim.AdamW,
-        warmup: Share = 0.02,
+        warmup: float = 0.02,
         save_to: str | None = None,
     ) -> None:
         super().__init__()

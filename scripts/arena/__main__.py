@@ -6,19 +6,18 @@ The same command again goes on where it was stopped, and does nothing where ever
 from __future__ import annotations
 
 import argparse
-import json
-import shlex
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 from scripts.arena.figures import draw
 from scripts.arena.plan import Plan
-from scripts.arena.pool import Job, do
 from scripts.arena.reading import read
 from scripts.arena.record import only, record
 from scripts.arena.table import page
 from scripts.arena.work import Work
+from scripts.lab.jobs import Job, do
+from scripts.lab.results import read as published
 from src.errors import ConfigError
 from src.files import write_json
 
@@ -27,8 +26,8 @@ def work_through(work: Work, workers: int) -> dict[Job, str]:
     """Everything the plan asks for, in three waves; what depends on a failure is left out."""
     failed: dict[Job, str] = {}
     runs = work.plan.runs
-    first = (work.data, work.teacher, *([work.cache] if any(run.recover for run in runs) else []))
-    for job in first:
+    cache = work.cache if any(run.recover for run in runs) else None
+    for job in filter(None, (work.data, work.teacher, cache)):
         failed |= do([job], 1, job.label)
     if failed:
         return failed
@@ -67,9 +66,7 @@ def main(argv: list[str]) -> int:
     work, out = Work(part, args.work / plan.name), args.results / f"{plan.name}.json"
     failed = [f"{job.label}: {why}" for job, why in work_through(work, args.jobs).items()]
     if work.teacher.result.exists():
-        known = json.loads(out.read_text()) if out.exists() else {}
-        command = shlex.join(["python", "-m", "scripts.arena", *argv])
-        results = record(work, plan, asked, failed, command, known)
+        results = record(work, plan, asked, failed, published(out))
         write_json(out, results)
         figures = draw(results, args.docs / "figures")
         page(args.docs / f"{plan.name}.md", results, figures)

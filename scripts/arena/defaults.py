@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from scripts.arena.cells import JSON, difference, nats, percent
+from scripts.lab.pages import table
 
 HEAD = (
-    "choice", "default", "its figure", "best of the others", "its figure", "other - default",
-    "other - default, final KL",
-)  # fmt: skip
+    "choice | default | its figure | best of the others | its figure | other - default | the same, final KL"
+)
 
 
 def defaults(rows: Sequence[JSON]) -> list[str]:
@@ -18,7 +18,7 @@ def defaults(rows: Sequence[JSON]) -> list[str]:
     The figure of a search is the divergence of its plain answer, that of a recovery exact match; where these
     are equal, the divergence of the final model decides which of the others is best.
     """
-    out = ["| " + " | ".join(HEAD) + " |", "|---|---|---:|---|---:|---:|---:|"]
+    out = []
     for group, ratio in dict.fromkeys((row["group"], row["ratio"]) for row in rows):
         own = [row for row in rows if (row["group"], row["ratio"]) == (group, ratio)]
         default = next((row for row in own if row["variant"] == row["reference"]), None)
@@ -33,8 +33,8 @@ def defaults(rows: Sequence[JSON]) -> list[str]:
         )
         best = min(others, key=rank)
         cells = [group.replace("_", " "), default["title"], show(default), best["title"], show(best)]
-        out.append("| " + " | ".join([*cells, gap(best), difference("kl", 1, 4)(best)]) + " |")
-    return out
+        out.append([*cells, gap(best), difference("kl", 1, 4)(best)])
+    return table(HEAD, out)
 
 
 def rank(row: JSON) -> tuple[float, float]:

@@ -42,6 +42,8 @@ class Run:
         search_seed: seed of the search.
         search: how the mask is found.
         recover: how the cut model is recovered, or None.
+        removed: layers that go, instead of a search.
+        repair: keys of ``LinearPatch`` for a repair of the cuts, or None.
     """
 
     group: str
@@ -52,6 +54,8 @@ class Run:
     search_seed: int
     search: Stage
     recover: Stage | None
+    removed: tuple[int, ...] | None = None
+    repair: Mapping[str, Any] | None = None
 
     def __str__(self) -> str:
         return f"{self.variant} {100 * self.ratio:g} % seed {self.seed}"
@@ -65,7 +69,7 @@ class Plan:
         name: of the results file, page and figures.
         teacher: directory of the model that is shortened.
         data: problems of ``train``, ``validation`` and ``test``, and the ``seed`` that draws them.
-        cache: how the teacher's cache is written.
+        cache: how the teacher's cache is written; None lets recoveries read the text beside a live teacher.
         references: for each group, the variant the others are compared with.
         runs: in the order of the file.
     """
@@ -73,7 +77,7 @@ class Plan:
     name: str
     teacher: str
     data: Mapping[str, int]
-    cache: Stage
+    cache: Stage | None
     references: Mapping[str, str]
     runs: tuple[Run, ...]
 

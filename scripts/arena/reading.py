@@ -33,6 +33,9 @@ class Variant:
         search: dotted keys of the search, above the overlays.
         by_ratio: the same for one share of the layers alone.
         recover: dotted keys of the recovery; False leaves the cut model as it is.
+        removed: the layers that go, instead of a search.
+        repair: keys of ``src.repair.linear_patch.LinearPatch``: the cuts are repaired before they are judged
+            or recovered, on the validation problems.
         search_once: the mask does not depend on the seed, or one mask is wanted: search with the first seed.
         ratios: shares of the layers to remove, each with its seeds, instead of the plan's.
     """
@@ -42,6 +45,8 @@ class Variant:
     search: Mapping[str, Any] | None = None
     by_ratio: Mapping[float, Mapping[str, Any]] | None = None
     recover: Mapping[str, Any] | bool = True
+    removed: tuple[int, ...] | None = None
+    repair: Mapping[str, Any] | None = None
     search_once: bool = False
     ratios: Mapping[float, list[int]] | None = None
 
@@ -54,7 +59,8 @@ def read(path: str | Path) -> Plan:
     """
     raw = yaml.safe_load(Path(path).read_text())
     _check(raw, ("name", "teacher", "data", "cache", "search", "recover", "ratios", "groups"), str(path))
-    search, recover, cache = (_stage(raw[key], f"{path}: {key}") for key in ("search", "recover", "cache"))
+    search, recover = (_stage(raw[key], f"{path}: {key}") for key in ("search", "recover"))
+    cache = raw["cache"] and _stage(raw["cache"], f"{path}: cache")
     runs, references = list[Run](), {}
     for group, keys in raw["groups"].items():
         references[group] = keys["reference"]
@@ -73,7 +79,8 @@ def read(path: str | Path) -> Plan:
                 here = find.on_top((), (told.by_ratio or {}).get(ratio, {}))
                 for seed in seeds:
                     first = seeds[0] if told.search_once else seed
-                    runs.append(Run(group, name, told.title or name, ratio, seed, first, here, heal))
+                    about = (group, name, told.title or name, ratio, seed, first, here, heal)
+                    runs.append(Run(*about, told.removed, told.repair))
     return Plan(raw["name"], raw["teacher"], raw["data"], cache, references, tuple(runs))
 
 

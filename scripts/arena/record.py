@@ -11,19 +11,19 @@ from typing import Any
 from scripts.arena.gather import gather, judgement
 from scripts.arena.plan import Plan
 from scripts.arena.work import Work
+from scripts.lab.results import origin
 from src.errors import ConfigError
-from src.mask import git_sha
 from src.models.layers import num_layers
 from src.models.loading import load_config
 
 JSON = dict[str, Any]
 Name = tuple[str, str]
 """Group and variant."""
+ORIGIN = ("command", "commit")
+"""What each row says of its origin."""
 
 
-def record(
-    work: Work, plan: Plan, asked: Container[Name], failed: Sequence[str], command: str, known: JSON
-) -> JSON:
+def record(work: Work, plan: Plan, asked: Container[Name], failed: Sequence[str], known: JSON) -> JSON:
     """The whole file after some work on ``plan``.
 
     Args:
@@ -31,18 +31,17 @@ def record(
         plan: the whole plan.
         asked: variants whose published rows are replaced.
         failed: what went wrong.
-        command: that was run.
         known: the published file, or nothing.
     """
-    teacher, origin = work.teacher.read(), {"command": command, "commit": git_sha()}
+    teacher, made = work.teacher.read(), origin()
     recover = next((run.recover for run in plan.runs if run.recover), None)
     trained = Path(plan.teacher, "training.json")
     kept = {place(row): row for row in published(plan, known)}
-    done = {place(row): row | origin for row in gather(work)}
+    done = {place(row): row | {key: made[key] for key in ORIGIN} for row in gather(work)}
     new = {key: row for key, row in done.items() if key[:2] in asked or key not in kept}
     order = dict.fromkeys((run.group, run.variant, run.ratio) for run in plan.runs)
     return {
-        **origin,
+        **made,
         "name": plan.name,
         "teacher": {
             "path": plan.teacher,
@@ -52,7 +51,7 @@ def record(
             **judgement(teacher, teacher),
         },
         "data": dict(plan.data),
-        "settings": {"cache": plan.cache.content, "recover": recover and recover.content},
+        "settings": {"cache": plan.cache and plan.cache.content, "recover": recover and recover.content},
         "failed": list(failed),
         "rows": [(kept | new)[key] for key in order if key in kept | new],
     }
@@ -67,8 +66,7 @@ def published(plan: Plan, known: JSON) -> list[JSON]:
     """Rows of the published file that were measured on the same teacher and problems."""
     if (known.get("data"), known.get("teacher", {}).get("path")) != (dict(plan.data), plan.teacher):
         return []
-    origin = {key: known[key] for key in ("command", "commit")}
-    return [{**origin, **row} for row in known["rows"]]
+    return [{**{key: known[key] for key in ORIGIN}, **row} for row in known["rows"]]
 
 
 def only(plan: Plan, names: Sequence[str]) -> tuple[Plan, set[Name]]:

@@ -24,6 +24,7 @@ from src.mask import Mask
 from src.models.cut import cut as shorten
 from src.models.layers import num_layers
 from src.models.loading import load_config, load_model, load_tokenizer
+from src.repair.linear_patch import LinearPatch
 
 JSON = dict[str, Any]
 
@@ -59,9 +60,18 @@ def search(at: str, configs: list[str], settings: JSON) -> JSON:
     }
 
 
-def cut(at: str, model: str, removed: list[int], rows: str) -> JSON:
-    """Judge a mask without recovery."""
-    return judge(shorten(load_model(model), mask(model, removed)), model, rows)
+def given(at: str, removed: list[int]) -> JSON:
+    """A mask that needs no search."""
+    return {"removed": removed, "learned": removed, "method": "given", "tokens": 0, "metrics": {}}
+
+
+def cut(at: str, model: str, removed: list[int], rows: str, repair: JSON | None = None) -> JSON:
+    """Judge a mask without recovery, its cuts repaired if keys of ``LinearPatch`` are given."""
+    parent, wanted = load_model(model), mask(model, removed)
+    student = shorten(parent, wanted)
+    if repair:
+        LinearPatch(**repair)(student, parent, wanted, load_tokenizer(model))
+    return judge(student, model, rows)
 
 
 def recover(at: str, model: str, removed: list[int], rows: str, configs: list[str], settings: JSON) -> JSON:

@@ -19,8 +19,8 @@ from scripts.arena.cells import (
     removed,
 )
 from scripts.arena.defaults import defaults
-from scripts.readme_results import BEGIN, END
-from src.files import write_text
+from scripts.lab.pages import fill
+from scripts.lab.pages import table as markdown
 from src.report.figures import tokens_text
 
 Columns = Mapping[str, Cell]
@@ -65,10 +65,8 @@ RECOVERED: Sequence[Columns] = (
 
 def page(path: Path, results: JSON, figures: Sequence[Path]) -> None:
     """Put the tables and figures between the markers of a page; a page that is not there is begun."""
-    text = path.read_text() if path.exists() else f"# {results['name']}\n\n{BEGIN}\n{END}\n"
-    head, tail = text[: text.index(BEGIN) + len(BEGIN)], text[text.index(END) :]
     shown = [f"![{figure.stem}]({figure.relative_to(path.parent)})\n" for figure in figures]
-    write_text(path, "\n".join([head, *shown, *lines(results), tail]))
+    fill(path, [*shown, *lines(results)])
 
 
 def lines(results: JSON) -> list[str]:
@@ -114,5 +112,4 @@ def rank(row: JSON) -> tuple[float, float]:
 
 def table(rows: Sequence[JSON], columns: Columns) -> list[str]:
     """A Markdown table; the first column is words, the others are figures."""
-    out = ["| " + " | ".join(columns) + " |", "|---|" + "---:|" * (len(columns) - 1)]
-    return [*out, *("| " + " | ".join(cell(row) for cell in columns.values()) + " |" for row in rows)]
+    return markdown(" | ".join(columns), ([cell(row) for cell in columns.values()] for row in rows), True)

@@ -10,8 +10,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from scripts.arena import stages
 from scripts.arena.plan import Plan, Run, fingerprint
-from scripts.arena.pool import Job
+from scripts.lab.jobs import Job
 
 
 class Work:
@@ -30,7 +31,7 @@ class Work:
     def job(self, label: str, stage: str, name: str, about: Any, **arguments: Any) -> Job:
         """A job under a readable name and a fingerprint."""
         mark = fingerprint(self.identity, stage, about)
-        return Job(label, stage, self.root / stage / f"{name}-{mark}", arguments)
+        return Job(label, getattr(stages, stage), self.root / stage / f"{name}-{mark}", arguments)
 
     @property
     def data(self) -> Job:
@@ -39,9 +40,11 @@ class Work:
         return self.job("data", "data", "data", None, sizes=sizes, seed=self.plan.data["seed"])
 
     @property
-    def cache(self) -> Job:
-        """The teacher's cache on the training problems."""
+    def cache(self) -> Job | None:
+        """The teacher's cache on the training problems, if recoveries read one."""
         stage = self.plan.cache
+        if stage is None:
+            return None
         where = {"model.init_args.model": self.plan.teacher, "data.init_args.train": self._rows("train")}
         settings = {**stage.settings, **where}
         return self.job(
@@ -56,7 +59,10 @@ class Work:
         )
 
     def search(self, run: Run) -> Job:
-        """The search of a run."""
+        """The search of a run, or the mask it is given."""
+        if run.removed is not None:
+            gone = list(run.removed)
+            return self.job(f"mask {run}", "given", _dashed(gone), gone, removed=gone)
         own = {
             "seed_everything": run.search_seed,
             "model.init_args.model": self.plan.teacher,
@@ -72,28 +78,37 @@ class Work:
         return self.job(f"search {run}", "search", name, about, configs=run.search.configs, settings=settings)
 
     def cut(self, run: Run, removed: Iterable[int]) -> Job:
-        """A mask, judged without recovery."""
-        gone, rows = list(removed), self._rows("test")
+        """A mask, judged without recovery but with the repair that the run asks for."""
+        gone, repair = list(removed), self._repair(run)
         return self.job(
-            f"cut {run}", "cut", _dashed(gone), gone, model=self.plan.teacher, removed=gone, rows=rows
-        )
+            f"cut {run}", "cut", _dashed(gone), [gone, repair] if repair else gone,
+            model=self.plan.teacher, removed=gone, rows=self._rows("test"), repair=repair,
+        )  # fmt: skip
 
     def recover(self, run: Run, removed: Iterable[int]) -> Job:
         """A mask, recovered and judged; the same mask under the same recovery is the same job."""
         assert run.recover is not None
         gone = list(removed)
-        own = {
+        own: dict[str, Any] = {
             "seed_everything": run.seed,
             "model.init_args.model": self.plan.teacher,
             "data.init_args.tokenizer": self.plan.teacher,
             "data.init_args.seed": run.seed,
         }
-        settings = {**run.recover.settings, **own, "data.init_args.train": f"{self.cache.at}/cache"}
-        about = [run.recover.content, own, gone, self.plan.cache.content]
+        cache, repair = self.cache, self._repair(run)
+        if repair:
+            path = "src.repair.linear_patch.LinearPatch"
+            own["model.init_args.patch"] = {"class_path": path, "init_args": repair}
+        train = f"{cache.at}/cache" if cache else self._rows("train")
+        settings = {**run.recover.settings, **own, "data.init_args.train": train}
+        about = [run.recover.content, own, gone, self.plan.cache and self.plan.cache.content]
         return self.job(
             f"recover {run}", "recover", f"{_dashed(gone)}-s{run.seed}", about, model=self.plan.teacher,
             removed=gone, rows=self._rows("test"), configs=run.recover.configs, settings=settings,
         )  # fmt: skip
+
+    def _repair(self, run: Run) -> dict[str, Any] | None:
+        return {"data": self._rows("validation"), **run.repair} if run.repair else None
 
     def _rows(self, split: str) -> str:
         return str(self.data.at / f"{split}.jsonl")

@@ -7,18 +7,41 @@ fails or takes too long leaves its message in the results; the others run all th
 from __future__ import annotations
 
 import argparse
-import os
-import signal
+import logging
+import platform
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
-from scripts.gpu.catalogue import CORE, LIMIT, Part, chosen, missing, outside
-from scripts.gpu.page import main as write_page
-from src.errors import ConfigError
+import torch
+
+from scripts.gpu import laws, speed, stages
+from scripts.gpu.page import write as write_page
+from scripts.lab.jobs import Failure, isolated
+from scripts.lab.results import origin, read
+from src.errors import ConfigError, did_you_mean
+from src.files import write_json
 
 RESULTS, PAGE = Path("results/gpu.json"), Path("docs/gpu.md")
+LIMIT = 470
+"""Seconds a part may take before it is stopped and says so."""
+PARTS: dict[str, tuple[str, Callable[[argparse.Namespace], dict[str, Any]]]] = {
+    "laws": ("open gates = teacher, hard gates = cut, in bf16", laws.measure),
+    "speed": ("prefill and decode of 36 -> 27 layers against the ideal", speed.measure),
+    **{
+        f"stages/{shape}/{variant}": (
+            "search, cache and recovery, a minute each",
+            partial(stages.measure, shape=shape, variant=variant, limit=LIMIT - 15),
+        )
+        for shape in stages.SHAPES
+        for variant in stages.VARIANTS
+    },
+}
+"""What each part shows, and the function that measures it."""
 
 
 def main() -> int:
@@ -32,62 +55,59 @@ def main() -> int:
         print(f"error: {e}", file=sys.stderr)
         return 2
     if args.list:
-        print("\n".join(f"{part.name:24} {part.what}" for part in parts))
+        print("\n".join(f"{name:24} {PARTS[name][0]}" for name in parts))
         return 0
-    if lacking := missing(CORE):
-        print(f"error: {sys.executable} lacks {', '.join(lacking)}. Run `make setup`.", file=sys.stderr)
-        return 1
-    if args.device.startswith("cuda") and not _cuda():
+    if args.device.startswith("cuda") and not torch.cuda.is_available():
         print(f"no CUDA device: skipped. On one, {len(parts)} part(s) would run: "
-              f"{', '.join(part.name for part in parts)}; figures go into {args.out}.")  # fmt: skip
+              f"{', '.join(parts)}; figures go into {args.out}.")  # fmt: skip
         return 0
-    if other := outside(Path("pyproject.toml")):
-        print(f"note: other versions than the project asks for: {', '.join(other)}")
-    failed = [part.name for part in parts if not run(part, args)]
-    write_page(args.out, PAGE if args.out == RESULTS else args.out.with_suffix(".md"))
+    failed = [name for name in parts if not run(name, args)]
+    write_page(read(args.out), PAGE if args.out == RESULTS else args.out.with_suffix(".md"))
     if failed:
         print(f"failed: {', '.join(failed)}", file=sys.stderr)
     return int(bool(failed))
 
 
-def run(part: Part, args: argparse.Namespace) -> bool:
-    """Run one part within its time; a message of its failure goes into the results."""
-    from scripts.gpu.part import forget, last_words, options, read, record
+def chosen(asked: Sequence[str]) -> list[str]:
+    """The parts asked for, by name or by the beginning of it; all where nothing is asked.
 
-    if lacking := missing(part.needs):
-        print(f"{part.name}: skipped, these packages are missing: {', '.join(lacking)}", flush=True)
-        return False
-    began, log = time.monotonic(), args.work / f"{part.name.replace('/', '-')}.log"
-    print(f"{part.name}: {part.what}", flush=True)
-    passed = [part.name, "--device", args.device, "--seconds", str(args.seconds), "--out", str(args.out)]
-    passed += ["--work", str(args.work), *(["--tiny"] * args.tiny)]
-    passed += ["--commit", args.commit] if args.commit else []
-    log.parent.mkdir(parents=True, exist_ok=True)
-    forget(args.out, part.name)
-    with log.open("w") as file:
-        process = subprocess.Popen(
-            [sys.executable, "-m", f"scripts.gpu.{part.module}", *passed],
-            stdout=file, stderr=subprocess.STDOUT, start_new_session=True,
-        )  # fmt: skip
-        try:
-            failure = last_words(log.read_text(errors="replace")) if process.wait(LIMIT) else ""
-        except subprocess.TimeoutExpired:
-            failure = f"stopped after {LIMIT} s"
-        finally:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-    seconds = time.monotonic() - began
-    if failure:
-        record(options(passed), {**read(args.out).get(part.name, {}), "error": failure})
-    print(f"{part.name}: {failure or 'done'} ({seconds:.0f} s; {log})", flush=True)
+    Raises:
+        ConfigError: there is no such part.
+    """
+    found = list[str]()
+    for word in (word.rstrip("/") for word in asked or [""]):
+        hits = [name for name in PARTS if not word or name == word or name.startswith(f"{word}/")]
+        if not hits:
+            raise ConfigError(
+                f"part: there is no '{word}'.{did_you_mean(word, [*PARTS, 'stages'])} --list shows all."
+            )
+        found += hits
+    return list(dict.fromkeys(found))
+
+
+def run(name: str, args: argparse.Namespace) -> bool:
+    """Run one part within its time; its figures, or the message of its failure, replace the old ones."""
+    told, measure = PARTS[name]
+    began, log = time.monotonic(), args.work / f"{name.replace('/', '-')}.log"
+    print(f"{name}: {told}", flush=True)
+    try:
+        figures, failure = isolated(measure, args, limit=LIMIT, log=log), ""
+    except Failure as e:
+        figures, failure = {"error": str(e)}, str(e)
+    known = {**read(args.out), name: {**figures, **origin(args.commit), **device(args)}}
+    write_json(args.out, {part: known[part] for part in PARTS if part in known})
+    print(f"{name}: {failure or 'done'} ({time.monotonic() - began:.0f} s; {log})", flush=True)
     return not failure
 
 
-def _cuda() -> bool:
-    import torch
-
-    return torch.cuda.is_available()
+def device(args: argparse.Namespace) -> dict[str, Any]:
+    """Name, driver and memory (GiB) of the device; asked without CUDA, which would take memory of it."""
+    if not args.device.startswith("cuda"):
+        return {"device": platform.machine(), "driver": None, "memory_gib": None}
+    query = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader,nounits"]
+    told = subprocess.run(query, capture_output=True, text=True, check=True).stdout
+    name, driver, mib = (word.strip() for word in told.splitlines()[0].split(","))
+    return {"device": name, "driver": driver, "memory_gib": round(int(mib) / 1024, 1)}
 
 
 def _parse() -> argparse.Namespace:
@@ -104,7 +124,9 @@ def _parse() -> argparse.Namespace:
     add("--out", type=Path, default=RESULTS, help=f"results (default: {RESULTS})")
     add("--work", type=Path, default=Path("logs/gpu"), help="models, data and logs (default: logs/gpu)")
     add("--commit", help="of the code, where it is a copy without its repository")
-    return parser.parse_args()
+    args = parser.parse_args()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    return args
 
 
 if __name__ == "__main__":

@@ -18,15 +18,14 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from scripts.gpu.part import last_words, options, record
 from scripts.gpu.shapes import directory, label, middle_mask, random_model
+from scripts.lab.jobs import short as told
 from scripts.tiny_configs import tiny_config
-from src.data.batches import supervised
 from src.errors import ConfigError
 from src.export import verb as export
 from src.export.observe import TOLERANCE, Observation, _cache, observe, probe_tokens
 from src.export.proof import observe_gated
-from src.losses.distill import Distillation
+from src.losses.distill import Distillation, supervised
 from src.losses.signals import live_signal
 from src.mask import Mask
 from src.models.cut import cut
@@ -37,8 +36,8 @@ FAMILIES = ("gemma2", "gpt2", "mixtral", "phi3")
 """Tiny models beside the real shapes: soft-capped, learned positions, experts, fused projections."""
 
 
-def main() -> None:
-    args = options()
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    """Every model's laws and gradients, and what the export gate finds in bf16."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
     torch.set_float32_matmul_precision("highest")
     rows = []
@@ -46,10 +45,10 @@ def main() -> None:
         try:
             rows.append({"model": name, **laws(model), **gradients(model)})
         except (RuntimeError, ConfigError) as e:  # of a kernel that this device does not have, say
-            rows.append({"model": name, "error": last_words(str(e))})
+            rows.append({"model": name, "error": told(e)})
         print(json.dumps(rows[-1]), flush=True)
         del model
-    record(args, {"rows": rows, "export_gate": export_gate(args), "tolerance": TOLERANCE["bfloat16"]})
+    return {"rows": rows, "export_gate": export_gate(args), "tolerance": TOLERANCE["bfloat16"]}
 
 
 def models(args: argparse.Namespace) -> Any:
@@ -147,9 +146,5 @@ def export_gate(args: argparse.Namespace) -> dict[str, Any]:
             parsed = export._parse([*asked, "--dtype", "bfloat16", "--gate-dtype", "stored"])
             findings = export.export(Mask.load(mask), parsed)
     except ConfigError as e:
-        return {"error": last_words(str(e))}
+        return {"error": told(e)}
     return {"findings": {finding.check: finding.detail for finding in findings}}
-
-
-if __name__ == "__main__":
-    main()

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from lightning import Callback, LightningModule, Trainer
 
-from scripts.bench_loss import memory
+from scripts.lab.benches import memory
 from src.data.batches import real_tokens
 from src.files import write_json
 

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import argparse
 import json
+from typing import Any
 
 import torch
 
-from scripts.gpu.part import options, record
 from scripts.gpu.shapes import label, random_model
 from src.benchmark import PHASES, compare
 from src.mask import Mask
 from src.models.cut import cut
 
 
-def main() -> None:
-    args = options()
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    """Rates and ratios by batch size and phase."""
     long = random_model("8b", args.device, torch.bfloat16, args.tiny).requires_grad_(False)
     layers = long.config.num_hidden_layers
     kept = (i for i in range(layers) if not layers // 2 <= i < layers // 2 + layers // 4)
@@ -30,12 +31,8 @@ def main() -> None:
                 {"batch_size": batch_size, "phase": phase, "teacher_tokens_per_s": teacher, **figures}
             )
             print(json.dumps(rows[-1]), flush=True)
-    record(args, {
+    return {
         "model": label("8b", args.tiny), "layers": [layers, short.config.num_hidden_layers],
         "prompt_tokens": prompt, "new_tokens": new, "repeats": repeats,
         "attention": long.config._attn_implementation, "rows": rows,
-    })  # fmt: skip
-
-
-if __name__ == "__main__":
-    main()
+    }  # fmt: skip

@@ -8,50 +8,48 @@ broke.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
+import os
+import re
 import subprocess
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
-from scripts.gpu.cases import STAGES, command, fresh, result, size
-from scripts.gpu.catalogue import LIMIT, missing
-from scripts.gpu.part import environment, last_words, options, record
+from scripts.gpu.cases import QUANTISED, SIZES, STAGES, command, fresh, result, size
 from scripts.gpu.shapes import label
 
-EXTRA = {
-    "deepspeed_z2": "deepspeed",
-    "deepspeed_z3": "deepspeed",
-    "int8": "bitsandbytes",
-    "nf4": "bitsandbytes",
-}
+SHAPES = tuple(SIZES)
+VARIANTS = ("single", "fsdp", "fsdp2", "deepspeed_z2", "deepspeed_z3", *QUANTISED)
+QUIET = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "NO_COLOR": "1", "COLUMNS": "130"}
 
 
-def main() -> None:
-    args = options()
-    _, shape, variant = args.part.split("/")
-    how, rows, until = size(shape, args.tiny), list[dict[str, Any]](), time.monotonic() + LIMIT - 15
-    about = {"model": label(shape, args.tiny), "batch_size": how.batch, "row_tokens": how.length}
-    about |= {"scope": how.scope, "recovery_dtype": how.dtype, "recompute": how.recompute, "why": how.why}
-    for stage in STAGES:
-        rows.append({"stage": stage, **one(args, shape, variant, stage, until)})
-        record(args, {**about, "rows": rows})
-        print(json.dumps(rows[-1]), flush=True)
+def measure(args: argparse.Namespace, shape: str, variant: str, limit: float) -> dict[str, Any]:
+    """The stages, one after the other; what has no time left within ``limit`` seconds says so."""
+    how, until = size(shape, args.tiny), time.monotonic() + limit
+    return {
+        "model": label(shape, args.tiny), "batch_size": how.batch, "row_tokens": how.length,
+        "scope": how.scope, "recovery_dtype": how.dtype, "recompute": how.recompute, "why": how.why,
+        "rows": [{"stage": stage, **one(args, shape, variant, stage, until)} for stage in STAGES],
+    }  # fmt: skip
 
 
 def one(args: argparse.Namespace, shape: str, variant: str, stage: str, until: float) -> dict[str, Any]:
     """Figures of one stage, or why there are none."""
-    if variant in EXTRA and missing([EXTRA[variant]]):
-        return {"error": f"{EXTRA[variant]} is not installed"}
+    package = "deepspeed" if variant.startswith("deepspeed") else "bitsandbytes"
+    if variant in (*QUANTISED, "deepspeed_z2", "deepspeed_z3") and not importlib.util.find_spec(package):
+        return {"error": f"{package} is not installed"}
     name = f"{shape}-{variant}-{stage}"
     fresh(args.work, name)
-    run, log = command(args, shape, variant, stage), args.work / f"stage-{name}.log"
+    run, log = command(args, shape, variant, stage), Path(args.work, f"stage-{name}.log")
     began = time.monotonic()
     with log.open("w") as file:
         try:
             status = subprocess.run(
                 [sys.executable, "-m", "src.cli", *run], stdout=file, stderr=subprocess.STDOUT,
-                env=environment(), timeout=max(1.0, until - began),
+                env={**os.environ, **QUIET}, timeout=max(1.0, until - began),
             ).returncode  # fmt: skip
         except subprocess.TimeoutExpired:
             return {"error": "no time was left"}
@@ -62,5 +60,9 @@ def one(args: argparse.Namespace, shape: str, variant: str, stage: str, until: f
     return {**figures, "wall_seconds": round(time.monotonic() - began, 1)}
 
 
-if __name__ == "__main__":
-    main()
+def last_words(text: str, limit: int = 300) -> str:
+    """What a failed process said at the end: its error, without the trace that led there."""
+    text = re.sub(r"^\[rank\d+\]: ", "", text, flags=re.MULTILINE)
+    lines = [line.strip() for line in text.replace("\r", "\n").splitlines() if line.strip()]
+    telling = [line for line in lines if "Error" in line or line.startswith("error:")]
+    return (telling or lines or ["it said nothing"])[-1][:limit]

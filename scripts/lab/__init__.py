@@ -1,1 +1,1 @@
-"""What the scripts share, and the comparison of two commits."""
+"""What the scripts share: jobs in fresh processes, results with their origin, pages filled from them."""

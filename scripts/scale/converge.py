@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from pathlib import Path
 from typing import Any
 
 from scripts.arena.__main__ import main as arena
+from scripts.lab.results import read
 from src.cli import run
 from src.data.arithmetic import build_tokenizer, write_splits
 
@@ -28,11 +28,7 @@ def measure(work: Path) -> dict[str, Any]:
 def searched(work: Path, depth: int) -> dict[str, Any]:
     """Searches of all lengths on one teacher, by the arena."""
     model, name = teach(work, depth), f"scale-{depth}"
-    places = ["--work", work / "arena", "--results", work, "--docs", work]
-    given = ["configs/arena/scale.yaml", "--teacher", model, "--name", name, "--jobs", 1, *places]
-    if arena(list(map(str, given))):
-        raise SystemExit(f"{name}: not all searches ended; what went wrong stands above.")
-    rows = json.loads((work / f"{name}.json").read_text())["rows"]
+    rows = fight("configs/arena/scale.yaml", name, work, "--teacher", str(model))["rows"]
     searches = [row_of(row) for row in rows]
     best = min(kl for row in searches for kl in row["kl"])
     for row in searches:
@@ -44,6 +40,14 @@ def searched(work: Path, depth: int) -> dict[str, Any]:
         "layers": depth, "removed": depth // 4, "searches": searches, "best_kl": best,
         "converged_after": min(near, default=None), "tried": sorted(lengths),
     }  # fmt: skip
+
+
+def fight(plan: str, name: str, work: Path, *more: str) -> dict[str, Any]:
+    """Results of a plan of the arena, with its page and figures in the working directory too."""
+    places = [word for key in ("--results", "--docs") for word in (key, str(work))]
+    if arena([plan, "--name", name, "--jobs", "1", "--work", str(work / "arena"), *places, *more]):
+        raise SystemExit(f"{name}: not all of it ended; what went wrong stands above.")
+    return read(work / f"{name}.json")
 
 
 def row_of(row: dict[str, Any]) -> dict[str, Any]:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
 import statistics
-import time
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
+from scripts.lab.benches import in_turns
 from scripts.search_step import ladder
 
 BASE = {"layers": 12, "hidden": 256, "rows": 2, "tokens": 128}
@@ -35,22 +35,9 @@ def measure(_: Path) -> dict[str, Any]:
 def point(axis: str, value: int) -> dict[str, Any]:
     """One size: seconds of the product's step, and its operations in layers and head."""
     size = {**BASE, axis: value}
-    args = argparse.Namespace(
-        **size,
-        vocabulary=1024,
-        draws=4,
-        remove=size["layers"] // 4,
-        prompt=0.0,
-        device="cpu",
-        dtype="float32",
-    )
-    step = ladder(args)[OURS]
-    step()
-    seconds = []
-    for _ in range(REPEATS):
-        began = time.process_time()
-        step()
-        seconds.append(time.process_time() - began)
+    fixed = {"vocabulary": 1024, "draws": 4, "remove": size["layers"] // 4, "prompt": 0.0}
+    step = ladder(Namespace(**size, **fixed, device="cpu", dtype="float32"))[OURS]
+    seconds = in_turns({OURS: step}, REPEATS)[OURS]
     return {
         axis: value, "base": value == BASE[axis], "seconds": statistics.median(seconds),
         "operations": operations(size["layers"], size["hidden"], size["rows"], size["tokens"], 1024, 4),
@@ -61,7 +48,7 @@ def operations(layers: int, hidden: int, rows: int, tokens: int, vocabulary: int
     """Multiply-adds of a search step.
 
     One open pass, and for each draw a pass and a backward through the activations of the kept three quarters.
-    A layer of ``search_step.model`` has 4 heads of ``hidden / 4`` with 2 of keys and values (3 hidden^2
+    A layer of ``lab.benches.qwen`` has 4 heads of ``hidden / 4`` with 2 of keys and values (3 hidden^2
     weights) and a feed-forward part of 3 hidden (9 hidden^2).
     """
     layer = 12 * hidden**2 + 2 * tokens * hidden

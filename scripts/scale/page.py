@@ -6,11 +6,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from scripts.gpu.tables import GIB, table
-from src.files import write_text
+from scripts.lab.pages import fill, made, table
 from src.report.figures import tokens_text
 
 JSON = dict[str, Any]
+GIB = 2**30
 
 
 def converge(section: JSON) -> list[str]:
@@ -83,13 +83,6 @@ TABLES: dict[str, Callable[[JSON], list[str]]] = {
 
 def write(results: JSON, page: Path) -> None:
     """Put each section's table between its markers ``<!-- name -->`` and ``<!-- /name -->``."""
-    text = page.read_text()
     for name, make in TABLES.items():
-        begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
         if name in results:
-            head, rest = text.split(begin)
-            origin = f"`{results[name]['command']}`, commit {results[name]['commit']}."
-            text = "\n".join(
-                [f"{head}{begin}", *make(results[name]), "", f"{origin}", end + rest.split(end)[1]]
-            )
-    write_text(page, text)
+            fill(page, [*make(results[name]), "", made(results[name])], name)

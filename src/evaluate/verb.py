@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from src.command import Parser, family, provenance, show
+from src.command import Parser, family, natural, positive, provenance, show
 from src.data.arithmetic import final_answer
 from src.data.columns import Columns
 from src.data.judging import Rows, batches, encode, prompt, read_rows
@@ -33,7 +33,6 @@ from src.evaluate.flips import flips
 from src.evaluate.generate import greedy, stop_tokens
 from src.files import write_json
 from src.models.loading import load_tokenizer
-from src.ranges import natural, positive
 
 # ---------------------------------------------------------------------- held-out text
 

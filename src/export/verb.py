@@ -38,7 +38,6 @@ from src.models.cut import cut
 from src.models.cut_rules import extra_layers
 from src.models.layers import num_layers
 from src.models.loading import Dtype, load_config, load_model, load_tokenizer
-from src.ranges import MOST, Range
 from src.recover import load_student
 from src.repair.linear_patch import LinearPatch
 from src.training import checkpoints
@@ -253,6 +252,12 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def _probe_length(text: str) -> int:
+    if not text.isdigit() or int(text) < SHORTEST:
+        raise argparse.ArgumentTypeError(f"'{text}' given; accepted: a whole number from {SHORTEST}")
+    return int(text)
+
+
 def add_options(parser: Parser) -> None:
     """Options of every command that ends in an export."""
     add = parser.add_argument
@@ -265,7 +270,7 @@ def add_options(parser: Parser) -> None:
     add("--device", default="cpu", help="where the gate computes (default: cpu, where bits must agree)")
     add(
         "--gate-tokens",
-        type=Range(int, SHORTEST, MOST),
+        type=_probe_length,
         metavar="T",
         help=f"length of the gate's rows, {SHORTEST} or more (default: past the window)",
     )

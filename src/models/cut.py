@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
-from src.errors import ConfigError, first_line
+from src.errors import ConfigError
 from src.mask import Mask
 from src.models.cut_rules import attention_layers, forbidden, lenders, slice_section
 from src.models.layers import decoder_layers, num_layers, text_config
@@ -208,7 +208,7 @@ def _weightless(config: PretrainedConfig, family: type[PreTrainedModel] | None =
     except ValueError as e:
         raise ConfigError(
             f"model: AutoModelForCausalLM cannot build a '{config.model_type}' from its own config, so an "
-            f"export could not be loaded: {first_line(e)[:160]}"
+            f"export could not be loaded: {str(e).splitlines()[0][:160]}"
         ) from e
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from contextvars import ContextVar
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -19,7 +18,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from src.errors import ConfigError, first_line
+from src.errors import ConfigError
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 Quantization = Literal["int8", "nf4"]
@@ -42,7 +41,7 @@ def load_config(name: str, revision: str | None = None) -> PretrainedConfig:
         here = f" (no such directory under {Path.cwd()})" if not Path(name).exists() else ""
         raise ConfigError(
             f"model: cannot read a config from '{name}'{here}. Give a Hub id such as "
-            f"'Qwen/Qwen3-0.6B', or a directory with a config.json. Cause: {first_line(e)}"
+            f"'Qwen/Qwen3-0.6B', or a directory with a config.json. Cause: {_first_line(e)}"
         ) from e
     architectures = config.architectures or []
     decoder = any(a.endswith(_CAUSAL) for a in architectures) or not architectures
@@ -91,7 +90,7 @@ def load_model(
         )
         model, info = loaded
     except (OSError, ValueError, RuntimeError) as e:
-        raise ConfigError(f"model: cannot load '{name}': {first_line(e)}") from e
+        raise ConfigError(f"model: cannot load '{name}': {_first_line(e)}") from e
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
         raise ConfigError(f"model: '{name}' lacks {len(missing)} weights, such as '{missing[0]}'.")
@@ -111,24 +110,10 @@ def load_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenize
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
     except (OSError, ValueError, KeyError) as e:
-        raise ConfigError(f"tokenizer: cannot read one from '{name}': {first_line(e)}") from e
+        raise ConfigError(f"tokenizer: cannot read one from '{name}': {_first_line(e)}") from e
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
-
-
-@dataclass(frozen=True)
-class Loading:
-    """How a model is loaded; arguments of :func:`load_model`."""
-
-    revision: str | None = None
-    dtype: Dtype = "float32"
-    quantize: Quantization | None = None
-    attention: str | None = None
-
-    def load(self, name: str) -> PreTrainedModel:
-        """Load a model of that name so."""
-        return load_model(name, self.revision, self.dtype, self.quantize, self.attention)
 
 
 def check_vocabulary(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
@@ -144,3 +129,8 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel)
             f"data.tokenizer: its tokens go up to {highest}, but the vocabulary of this "
             f"'{model.config.model_type}' has {rows}. Leave data.tokenizer out to use the model's own."
         )
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__

@@ -12,9 +12,8 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from src.errors import ConfigError, did_you_mean
 from src.mask import Mask
 from src.training import watchdog
-from src.training.settings import check_settings
-from src.training.stage import Stage
-from src.training.strategies import check_checkpoint, check_installed
+from src.training.refusals import check_checkpoint
+from src.training.strategies import check_installed
 
 
 class ShortErrors(LightningArgumentParser):
@@ -31,11 +30,6 @@ class ShortErrors(LightningArgumentParser):
 
 class PruneCLI(LightningCLI):
     """LightningCLI with the model's name shared with the data."""
-
-    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Parse, and judge all settings before the first of them is used."""
-        super().parse_arguments(parser, args)
-        check_settings(self.config[self.config.subcommand])
 
     def before_instantiate_classes(self) -> None:
         """Let the data use the model's tokenizer unless it names its own."""
@@ -59,8 +53,9 @@ class PruneCLI(LightningCLI):
     def instantiate_classes(self) -> None:
         """Build trainer, model and data; refuse what they cannot do together before processes start."""
         super().instantiate_classes()
-        if isinstance(self.model, Stage):
-            self.model.refuse(self.trainer, self.datamodule)
+        refuse = getattr(self.model, "refuse", None)
+        if refuse is not None:
+            refuse(self.trainer, self.datamodule)
         check_checkpoint(self.trainer, self.config[self.subcommand or "fit"].get("ckpt_path"))
         watchdog.replace_launcher_watch()
 

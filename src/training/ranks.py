@@ -38,8 +38,8 @@ def least(number: int, device: torch.device | str) -> int:
     return int(numbers)
 
 
-class WholeBatch:
-    """The batch of all ranks, of which each holds a part.
+class Part:
+    """This rank's part of a batch.
 
     Args:
         positions: supervised positions of this rank.

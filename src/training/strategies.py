@@ -10,12 +10,10 @@ from contextlib import contextmanager
 from dataclasses import replace
 from importlib import import_module
 from importlib.util import find_spec
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from lightning import Trainer
-from lightning.pytorch.accelerators import CUDAAccelerator
 from lightning.pytorch.strategies import (
     DDPStrategy,
     DeepSpeedStrategy,
@@ -31,7 +29,6 @@ from transformers import PreTrainedModel
 
 from src.errors import ConfigError
 from src.models.layers import decoder_layers
-from src.ranges import Range, checked
 
 if TYPE_CHECKING:
     from torch.distributed.fsdp import MixedPrecision
@@ -57,59 +54,6 @@ def check_installed(strategy: Any) -> None:
     if "class_path" in strategy:
         module, _, name = strategy.class_path.rpartition(".")
         getattr(getattr(import_module(module), name), "check_installed", lambda: None)()
-
-
-SHARDED = ("fsdp", "fsdp2", "deepspeed")
-NO_PARTS = "the bytes of 8- and 4-bit weights cannot be sharded"
-
-
-def check_quantised(trainer: Trainer, quantize: str | None, name: str = "FSDP") -> None:
-    """Refuse a quantised model that a strategy would shard.
-
-    Raises:
-        ConfigError: names the alternatives.
-    """
-    if quantize and kind(trainer.strategy) in SHARDED:
-        raise ConfigError(
-            f"model.quantize: '{quantize}' with {name}: {NO_PARTS}. Keep one copy on each rank with "
-            f"configs/strategy/ddp.yaml, or set it to null."
-        )
-
-
-def check_device(trainer: Trainer) -> None:
-    """Refuse an engine that needs GPUs where none is.
-
-    Raises:
-        ConfigError: names the alternatives.
-    """
-    if kind(trainer.strategy) in ("fsdp", "deepspeed") and not isinstance(
-        trainer.accelerator, CUDAAccelerator
-    ):
-        raise ConfigError(
-            "trainer.strategy: the first FSDP and DeepSpeed need GPUs. Without any use "
-            "configs/strategy/fsdp2.yaml or configs/strategy/ddp.yaml."
-        )
-
-
-def check_checkpoint(trainer: Trainer, path: Any) -> None:
-    """Refuse a checkpoint in parts where only a file can be read, and the other way round.
-
-    Raises:
-        ConfigError: names the alternative.
-    """
-    if path is None or not Path(path).exists():
-        return
-    directory, strategy = Path(path).is_dir(), kind(trainer.strategy)
-    if directory and strategy not in SHARDED:
-        raise ConfigError(
-            f"ckpt_path: '{path}' is a checkpoint in parts, of a sharding strategy. Resume with the overlay "
-            f"that wrote it, on any number of devices."
-        )
-    if not directory and strategy == "deepspeed":
-        raise ConfigError(
-            f"ckpt_path: '{path}' is a file, and DeepSpeed resumes from its own directories. Resume with the "
-            f"overlay that wrote it, or with configs/strategy/fsdp2.yaml."
-        )
 
 
 class FSDP2(ModelParallelStrategy):
@@ -197,8 +141,7 @@ class ZeRO(DeepSpeedStrategy):
         kwargs: of :class:`lightning.pytorch.strategies.DeepSpeedStrategy`.
     """
 
-    @checked
-    def __init__(self, stage: Annotated[int, Range(int, 1, 3)] = 2, **kwargs: Any) -> None:
+    def __init__(self, stage: int = 2, **kwargs: Any) -> None:
         super().__init__(stage=stage, **kwargs)
         # With its state in the host's memory DeepSpeed would insist on an optimiser of its own.
         cast(Any, self).config.setdefault("zero_force_ds_cpu_optimizer", False)

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from src.data.batches import supervised
-from src.losses.distill import Distillation
+from src.losses.distill import Distillation, supervised
 from src.losses.signals import live_signal
 from src.models.gated import GatedLayers, freeze
 from src.models.head import OutputHead

@@ -13,11 +13,13 @@ import yaml
 from scripts.arena.defaults import defaults
 from scripts.arena.gather import gather
 from scripts.arena.plan import Plan, Run, nested
-from scripts.arena.pool import Job, do
 from scripts.arena.reading import read
 from scripts.arena.record import only, record
-from scripts.arena.table import BEGIN, END, page
+from scripts.arena.stages import data as write_data
+from scripts.arena.stages import teacher as judge_teacher
+from scripts.arena.table import page
 from scripts.arena.work import Work
+from scripts.lab.jobs import Job, do
 from src.errors import ConfigError
 
 SEARCH: dict[str, Any] = {"configs": ["search.yaml"], "set": {"trainer.max_steps": 4}}
@@ -159,9 +161,9 @@ def test_what_runs_share_is_one_job(plan: Plan) -> None:
 def test_finished_jobs_are_skipped_and_a_failure_stops_no_other(tmp_path: Path) -> None:
     def data(name: str, train: int) -> Job:
         sizes = {"train": train, "validation": 2, "test": 2}
-        return Job(name, "data", tmp_path / name, {"sizes": sizes, "seed": 0})
+        return Job(name, write_data, tmp_path / name, {"sizes": sizes, "seed": 0})
 
-    bad = Job("bad", "teacher", tmp_path / "bad", {"model": "/nowhere", "rows": "none"})
+    bad = Job("bad", judge_teacher, tmp_path / "bad", {"model": "/nowhere", "rows": "none"})
     failed = do([bad, data("a", 3), data("b", 4), data("a", 3)], 2, "test")
     assert list(failed) == [bad]
     assert "cannot read a config from '/nowhere'" in failed[bad]
@@ -262,14 +264,14 @@ def test_rows_are_redone_alone_and_the_published_ones_stay(
     for run in plan.runs:
         if run.ratio == 0.25:
             written(work, run, [2, 3], "0001", 0.2)
-    found = record(work, plan, asked, [], "new", known)["rows"]
-    assert [(row["variant"], row["ratio"], row["command"]) for row in found] == [
-        ("ours", 0.25, "run"), ("tail", 0.25, "new"), ("cut", 0.5, "old"),
-    ]  # fmt: skip
+    found = record(work, plan, asked, [], known)["rows"]
+    assert [(row["variant"], row["ratio"]) for row in found] == [("ours", 0.25), ("tail", 0.25), ("cut", 0.5)]
+    assert found[1]["command"] not in ("run", "old")
+    assert found[2]["command"] == "old"
     assert found[0] == {**rows["ours", 0.25], "commit": "old"}, "published, and not asked for"
     assert found[1]["recovered"]["exact_match"]["value"] == 0.25
     elsewhere = {**known, "data": {**plan.data, "seed": 8}}
-    assert len(record(work, plan, asked, [], "new", elsewhere)["rows"]) == 2, "of other problems, so dropped"
+    assert len(record(work, plan, asked, [], elsewhere)["rows"]) == 2, "of other problems, so dropped"
 
 
 def test_the_page_is_made_from_the_results(
@@ -278,11 +280,11 @@ def test_the_page_is_made_from_the_results(
     teacher = {"exact_match": 1.0, "problems": 4, "layers": 8, "perplexity": 1.5}
     results = {"name": "tiny", "command": "run", "commit": "abc", "teacher": teacher, "failed": ["x: y"]}
     path = tmp_path / "tiny.md"
-    path.write_text(f"Prose.\n{BEGIN}\nold\n{END}\nMore prose.\n")
+    path.write_text("Prose.\n<!-- results -->\nold\n<!-- /results -->\nMore prose.\n")
     page(path, {**results, "rows": list(rows.values())}, [tmp_path / "figures" / "tiny_a.svg"])
     text = path.read_text()
-    assert text.startswith(f"Prose.\n{BEGIN}\n![tiny_a](figures/tiny_a.svg)\n")
-    assert text.endswith(f"{END}\nMore prose.\n")
+    assert text.startswith("Prose.\n<!-- results -->\n![tiny_a](figures/tiny_a.svg)\n")
+    assert text.endswith("<!-- /results -->\nMore prose.\n")
     assert "old" not in text
     assert "Not done: x: y." in text
     assert "`run`, commit abc: 2 rows." in text

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
+import os
 import subprocess
 import sys
+import time
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,13 @@ import pytest
 import torch
 
 from scripts.gpu import __main__ as runner
-from scripts.gpu import laws, page, part, speed
-from scripts.gpu.catalogue import CORE, PARTS, Part, chosen, missing
+from scripts.gpu import laws, page, speed, stages
+from scripts.gpu.__main__ import PARTS, chosen
 from scripts.gpu.shapes import random_model
+from scripts.lab.results import read
 from src.errors import ConfigError
+
+ENV = {**os.environ, "PYTHON": sys.executable}
 
 
 def call(monkeypatch: pytest.MonkeyPatch, *argv: object) -> int:
@@ -30,7 +34,7 @@ def rehearsal(tmp_path: Path, name: str = "laws") -> list[str]:
 
 
 def test_without_a_gpu_it_says_so_in_one_line_and_writes_nothing(tmp_path, monkeypatch, capsys) -> None:
-    monkeypatch.setattr(runner, "_cuda", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     out = tmp_path / "gpu.json"
     assert call(monkeypatch, "stages/8b", "laws", "--out", out, "--work", tmp_path / "work") == 0
     said = capsys.readouterr()
@@ -42,17 +46,17 @@ def test_without_a_gpu_it_says_so_in_one_line_and_writes_nothing(tmp_path, monke
 
 
 def test_the_script_lists_its_parts() -> None:
-    run = ["bash", "scripts/gpu_checks.sh", "headline", "--list"]
-    listed = subprocess.run(run, capture_output=True, text=True, check=True).stdout.splitlines()
-    assert [line.split()[0] for line in listed] == [
-        f"headline/{x}" for x in ("teacher", "seed0", "seed1", "seed2")
+    run = ["bash", "scripts/gpu_checks.sh", "stages/8b", "--list"]
+    done = subprocess.run(run, capture_output=True, text=True, check=True, env=ENV)
+    assert [line.split()[0] for line in done.stdout.splitlines()] == [
+        f"stages/8b/{name}" for name in stages.VARIANTS
     ]
 
 
 def test_parts_are_chosen_by_the_beginning_of_their_names() -> None:
     assert chosen([]) == list(PARTS)
     assert len(chosen(["stages"])) == 2 * len(chosen(["stages/8b/"])) == 14
-    assert [p.name for p in chosen(["speed", "laws", "speed"])] == ["speed", "laws"]
+    assert chosen(["speed", "laws", "speed"]) == ["speed", "laws"]
     with pytest.raises(ConfigError, match=r"no 'stage'.*'stages'"):
         chosen(["stage"])
 
@@ -62,72 +66,65 @@ def test_a_rehearsal_is_no_result(monkeypatch, capsys) -> None:
     assert "--out" in capsys.readouterr().err
 
 
-def test_each_part_has_a_module_and_a_table() -> None:
-    for one in PARTS:
-        assert importlib.util.find_spec(f"scripts.gpu.{one.module}")
-        assert one.name.split("/")[0] in page.TABLES
-    assert missing(["torch", "no_such_package"]) == ["no_such_package"]
+def test_each_part_has_a_table() -> None:
+    assert {name.split("/")[0] for name in PARTS} == set(page.TABLES)
 
 
-@pytest.fixture
-def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Run a part whose module is given as text."""
-
-    def run(source: str, needs: tuple[str, ...] = CORE) -> tuple[bool, dict[str, Any]]:
-        (tmp_path / "module.py").write_text(source)
-        code = f"import runpy, sys; runpy.run_path({str(tmp_path / 'module.py')!r}, run_name='__main__')"
-        real = subprocess.Popen
-        start = lambda command, **keys: real([sys.executable, "-c", code, *command[3:]], **keys)  # noqa: E731
-        monkeypatch.setattr(runner.subprocess, "Popen", start)
-        args = Namespace(
-            device="cpu",
-            seconds=1,
-            tiny=True,
-            commit="abc",
-            out=tmp_path / "gpu.json",
-            work=tmp_path / "work",
-        )
-        return runner.run(Part("speed", "", "speed", needs), args), part.read(args.out)
-
-    return run
+def out_of_memory(args: Namespace) -> dict[str, Any]:
+    raise MemoryError("CUDA out of memory")
 
 
-def test_a_part_that_fails_leaves_its_message_and_no_old_figures(fake, tmp_path: Path) -> None:
+def endless(args: Namespace) -> dict[str, Any]:
+    time.sleep(60)
+    return {}
+
+
+def where(tmp_path: Path) -> Namespace:
+    return Namespace(device="cpu", commit="abc", out=tmp_path / "gpu.json", work=tmp_path / "work")
+
+
+def test_a_part_that_fails_leaves_its_message_and_no_old_figures(tmp_path, monkeypatch) -> None:
     (tmp_path / "gpu.json").write_text(json.dumps({"laws": {"rows": [1]}, "speed": {"rows": ["old"]}}))
-    passed, results = fake("print('some noise')\nraise MemoryError('CUDA out of memory')")
-    assert not passed
+    monkeypatch.setitem(PARTS, "speed", ("", out_of_memory))
+    assert not runner.run("speed", where(tmp_path))
+    results = read(tmp_path / "gpu.json")
     assert results["speed"]["error"] == "MemoryError: CUDA out of memory"
     assert "rows" not in results["speed"]
     assert results["speed"]["commit"] == "abc"
     assert results["laws"] == {"rows": [1]}
-    assert "`speed` ended early: MemoryError" in page.page({"speed": results["speed"]})
+    assert "Traceback" in (tmp_path / "work/speed.log").read_text()
+    page.write({"speed": results["speed"]}, tmp_path / "gpu.md")
+    assert "`speed` failed: MemoryError" in (tmp_path / "gpu.md").read_text()
 
 
-def test_a_part_that_takes_too_long_is_stopped(fake, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runner, "LIMIT", 1)
-    passed, results = fake("import time; time.sleep(60)")
-    assert not passed
-    assert results["speed"]["error"] == "stopped after 1 s"
-
-
-def test_a_part_without_its_packages_says_which(fake, capsys) -> None:
-    assert fake("", needs=("torch", "no_such_package")) == (False, {})
-    assert "missing: no_such_package" in capsys.readouterr().out
+def test_a_part_that_takes_too_long_is_stopped(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(runner, "LIMIT", 0.5)
+    monkeypatch.setitem(PARTS, "speed", ("", endless))
+    assert not runner.run("speed", where(tmp_path))
+    assert read(tmp_path / "gpu.json")["speed"]["error"] == "stopped after 0.5 s"
 
 
 def test_the_last_words_are_the_error_not_the_command_that_failed() -> None:
-    text = "Traceback\nerror: model: no such thing\nsubprocess.CalledProcessError: Command 'x' returned 2\n\n"
-    assert part.last_words(text) == "error: model: no such thing"
-    assert part.last_words("") == "it said nothing"
+    assert (
+        stages.last_words("Traceback\nerror: model: no such thing\nnote: x\n\n")
+        == "error: model: no such thing"
+    )
+    assert stages.last_words("[rank1]: ValueError: x\n") == "ValueError: x"
+    assert stages.last_words("") == "it said nothing"
 
 
-def test_sections_are_merged_in_the_order_of_the_parts(tmp_path: Path) -> None:
-    for name in ("speed", "laws", "speed"):
-        part.record(part.options(rehearsal(tmp_path, name)), {"rows": [name]})
-    found = json.loads((tmp_path / "gpu.json").read_text())
+def test_sections_are_merged_in_the_order_of_the_parts(tmp_path, monkeypatch) -> None:
+    for name in ("speed", "laws"):
+        monkeypatch.setitem(PARTS, name, ("", where_am_i))
+        assert runner.run(name, where(tmp_path))
+    found = read(tmp_path / "gpu.json")
     assert list(found) == ["laws", "speed"]
-    assert found["speed"]["rows"] == ["speed"]
-    assert {"command", "commit", "device", "torch", "driver", "versions"} <= set(found["speed"])
+    assert found["speed"]["rows"] == ["cpu"]
+    assert {"command", "commit", "device", "driver", "versions"} <= set(found["speed"])
+
+
+def where_am_i(args: Namespace) -> dict[str, Any]:
+    return {"rows": [args.device]}
 
 
 def test_the_laws_hold_in_bf16_and_betray_an_inexact_gate(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -147,28 +144,25 @@ def test_the_laws_hold_in_bf16_and_betray_an_inexact_gate(monkeypatch: pytest.Mo
     assert 0 < error["gradient_error"] < 0.1
 
 
-def test_speed_in_miniature_and_its_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "argv", ["speed", *rehearsal(tmp_path, "speed")])
-    speed.main()
-    results = part.read(tmp_path / "gpu.json")
-    assert results["speed"]["layers"] == [8, 6]
-    assert [(r["batch_size"], r["phase"]) for r in results["speed"]["rows"]][:2] == [
-        (1, "prefill"),
-        (1, "decode"),
-    ]
-    page.main(tmp_path / "gpu.json", tmp_path / "gpu.md")
+def test_speed_in_miniature_and_its_table(tmp_path: Path) -> None:
+    found = speed.measure(Namespace(device="cpu", tiny=True))
+    assert found["layers"] == [8, 6]
+    assert [(r["batch_size"], r["phase"]) for r in found["rows"]][:2] == [(1, "prefill"), (1, "decode")]
+    origin = {"commit": "abc", "device": "x", "driver": None, "versions": {"torch": "2.0"}}
+    page.write({"speed": found | origin}, tmp_path / "gpu.md")
     text = (tmp_path / "gpu.md").read_text()
     assert "tokens/s, 8 layers | 6 layers" in text
+    assert "| `speed` | abc | x | - | torch 2.0 |" in text
     assert text.count("Not measured yet.") == len(page.TABLES) - 1
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["laws", "search_step", "loss", "stages/0.6b/single", "stages/0.6b/fsdp"])
+@pytest.mark.parametrize("name", ["laws", "speed", "stages/0.6b/single", "stages/0.6b/fsdp"])
 def test_a_part_rehearsed_from_the_command_line(name: str, tmp_path: Path) -> None:
     run = ["bash", "scripts/gpu_checks.sh", *rehearsal(tmp_path, name)]
-    done = subprocess.run(run, capture_output=True, text=True)
+    done = subprocess.run(run, capture_output=True, text=True, env=ENV)
     assert done.returncode == 0, done.stdout + done.stderr
-    section = part.read(tmp_path / "gpu.json")[name]
+    section = read(tmp_path / "gpu.json")[name]
     assert section["rows"]
     if name == "stages/0.6b/single":
         assert all(row["tokens_per_s"] > 0 for row in section["rows"])
