@@ -1,4 +1,4 @@
-"""The one artefact between the stages: ``mask.json``, which layers of which model are kept.
+"""The one artefact between the stages: ``mask.json``, which units of which model are kept.
 
 Every method writes it; recovery, export, evaluation and benchmark read nothing else about the search.
 """
@@ -10,16 +10,28 @@ import subprocess
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 from src.errors import ConfigError, did_you_mean
 from src.files import write_json
+
+Unit = Literal["layer", "half"]
+HALVES = ("attention", "feed_forward")
+
+
+def _whole(value: Any) -> bool:
+    return isinstance(value, list) and all(type(i) is int for i in value)
+
 
 OPTIONAL_TEXT = "text or null", lambda v: v is None or isinstance(v, str)
 FIELDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "model": ("text", lambda v: isinstance(v, str)),
     "num_layers": ("a whole number", lambda v: type(v) is int),
-    "keep": ("a list of whole numbers", lambda v: isinstance(v, list) and all(type(i) is int for i in v)),
+    "keep": (
+        "a list of whole numbers, or one for each of attention and feed_forward",
+        lambda v: _whole(v) or (isinstance(v, dict) and set(v) == {*HALVES} and all(map(_whole, v.values()))),
+    ),
+    "unit": (f"one of {', '.join(get_args(Unit))}", lambda v: v in get_args(Unit)),
     "method": ("text", lambda v: isinstance(v, str)),
     "revision": OPTIONAL_TEXT,
     "seed": ("a whole number or null", lambda v: v is None or type(v) is int),
@@ -35,18 +47,20 @@ FIELDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
 
 @dataclass(frozen=True)
 class Mask:
-    """Kept layers of a parent model, and where the choice came from.
+    """Kept units of a parent model, and where the choice came from.
 
     Attributes:
         model: Hub id or directory of the parent.
         revision: its Hub revision, or None.
         num_layers: layers of the parent.
-        keep: kept layers, 0-based, rising.
+        keep: kept units, 0-based, rising: layers, or halves, where 2 l is the attention of layer l and
+            2 l + 1 its feed-forward. The file lists the layers of both kinds of half.
         method: name of the policy that chose them.
         seed: seed of the search, or None.
         git_sha: commit of the code.
         tokens_seen: corpus tokens the search consumed.
         metrics: figures of the search, such as the held-out KL.
+        unit: what is kept: ``layer`` or ``half``.
     """
 
     model: str
@@ -58,21 +72,50 @@ class Mask:
     git_sha: str | None = None
     tokens_seen: int = 0
     metrics: dict[str, float] = field(default_factory=dict)
+    unit: Unit = "layer"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "keep", tuple(self.keep))
-        problems = []
-        if not self.keep or list(self.keep) != sorted(set(self.keep)):
-            problems.append(f"keep must be a rising list of layers, found {list(self.keep)}")
-        elif self.keep[0] < 0 or self.keep[-1] >= self.num_layers:
-            problems.append(f"keep must lie in 0..{self.num_layers - 1}, found {list(self.keep)}")
-        if problems:
-            raise ConfigError(f"mask: {'; '.join(problems)}.")
+        for kept in {self.attention, self.feed_forward}:
+            if not kept or list(kept) != sorted(set(kept)):
+                raise ConfigError(f"mask: keep must be a rising list of layers, found {list(kept)}.")
+            if kept[0] < 0 or kept[-1] >= self.num_layers:
+                raise ConfigError(f"mask: keep must lie in 0..{self.num_layers - 1}, found {list(kept)}.")
+        if self.unit == "half" and [u % 2 for u in self.keep] != [0, 1] * (len(self.keep) // 2):
+            raise ConfigError(
+                f"mask: the kept halves must take turns, attention first, so that they pair up into layers; "
+                f"found attention of {list(self.attention)} and feed-forward of {list(self.feed_forward)}."
+            )
+
+    @property
+    def units(self) -> int:
+        """Units of the parent."""
+        return self.num_layers * (2 if self.unit == "half" else 1)
+
+    @property
+    def attention(self) -> tuple[int, ...]:
+        """For each layer of the cut model, the layer of the parent whose attention it has."""
+        return self.keep if self.unit == "layer" else tuple(u // 2 for u in self.keep if u % 2 == 0)
+
+    @property
+    def feed_forward(self) -> tuple[int, ...]:
+        """For each layer of the cut model, the layer of the parent whose feed-forward it has."""
+        return self.keep if self.unit == "layer" else tuple(u // 2 for u in self.keep if u % 2)
+
+    @property
+    def depth(self) -> int:
+        """Layers of the cut model."""
+        return len(self.attention)
+
+    @property
+    def recombines(self) -> bool:
+        """Whether some new layer has the attention of one layer and the feed-forward of another."""
+        return self.attention != self.feed_forward
 
     @property
     def removed(self) -> tuple[int, ...]:
-        """The layers that are not kept."""
-        return tuple(i for i in range(self.num_layers) if i not in set(self.keep))
+        """The units that are not kept."""
+        return tuple(i for i in range(self.units) if i not in set(self.keep))
 
     @classmethod
     def by_hand(cls, model: str, num_layers: int, keep: Iterable[int]) -> Mask:
@@ -89,7 +132,8 @@ class Mask:
 
     def save(self, path: str | Path) -> None:
         """Write the mask as JSON; the file appears whole or not at all."""
-        write_json(path, asdict(self))
+        keep = {kind: getattr(self, kind) for kind in HALVES} if self.unit == "half" else self.keep
+        write_json(path, {**asdict(self), "keep": keep})
 
     @classmethod
     def load(cls, path: str | Path) -> Mask:
@@ -114,11 +158,29 @@ class Mask:
         wrong = [f"{k} must be {FIELDS[k][0]}, found {v!r}" for k, v in raw.items() if not FIELDS[k][1](v)]
         if wrong:
             raise ConfigError(f"mask: in '{path}' {'; '.join(wrong)}.")
+        if isinstance(raw["keep"], dict) is not (raw.get("unit", "layer") == "half"):
+            raise ConfigError(
+                f"mask: in '{path}' keep must be one list for unit 'layer', and two lists, attention and "
+                f"feed_forward, for unit 'half'; found {raw['keep']!r} with unit "
+                f"'{raw.get('unit', 'layer')}'."
+            )
+        if isinstance(raw["keep"], dict):
+            kept = [2 * i + half for half, kind in enumerate(HALVES) for i in raw["keep"][kind]]
+            raw["keep"] = sorted(kept)
         return cls(**raw)
 
     def __str__(self) -> str:
-        strip = "".join("#" if i in set(self.keep) else "." for i in range(self.num_layers))
-        return f"[{strip}] keeps {len(self.keep)} of {self.num_layers}, removes {list(self.removed)}"
+        if self.unit == "layer":
+            strip = "".join("#" if i in set(self.keep) else "." for i in range(self.num_layers))
+            return f"[{strip}] keeps {len(self.keep)} of {self.num_layers}, removes {list(self.removed)}"
+        halves = [set(self.attention), set(self.feed_forward)]
+        marks = {(True, True): "#", (True, False): "a", (False, True): "f", (False, False): "."}
+        strip = "".join(marks[i in halves[0], i in halves[1]] for i in range(self.num_layers))
+        gone = [sorted(set(range(self.num_layers)) - kept) for kept in halves]
+        return (
+            f"[{strip}] keeps {self.depth} of {self.num_layers}, removes attention of {gone[0]} and "
+            f"feed-forward of {gone[1]}"
+        )
 
 
 def git_sha() -> str | None:

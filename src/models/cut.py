@@ -25,7 +25,8 @@ from src.errors import ConfigError
 from src.mask import Mask
 from src.models.cut_rules import attention_layers, forbidden, lenders, slice_section
 from src.models.layers import decoder_layers, num_layers, text_config
-from src.models.structure import alike, structural_changes
+from src.models.structure import Sources, alike, structural_changes
+from src.units.halves import find_halves
 
 
 @dataclass(frozen=True)
@@ -64,10 +65,12 @@ def cut_config(config: PretrainedConfig, mask: Mask) -> PretrainedConfig:
         ConfigError: the mask is of a model of another depth, or the family forbids the result.
     """
     mask.check(num_layers(config), config._name_or_path or config.model_type)
-    return _cut_config(config, mask.keep)
+    return _cut_config(config, mask.attention, mask.feed_forward)
 
 
-def _cut_config(config: PretrainedConfig, keep: Sequence[int]) -> PretrainedConfig:
+def _cut_config(
+    config: PretrainedConfig, keep: Sequence[int], feed_forward: Sequence[int] | None = None
+) -> PretrainedConfig:
     length = num_layers(config)
     if why := forbidden(config):
         raise ConfigError(f"keep: this '{config.model_type}' {why}.")
@@ -88,7 +91,7 @@ def _cut_config(config: PretrainedConfig, keep: Sequence[int]) -> PretrainedConf
     section, path = whole, _text_path(config)
     for key in path:
         section = section[key]
-    sliced = slice_section(section, length, keep)
+    sliced = slice_section(section, length, keep, feed_forward)
     section.clear()
     section.update(sliced)
     try:
@@ -124,18 +127,19 @@ def cut(model: PreTrainedModel, mask: Mask) -> PreTrainedModel:
     if getattr(model.config, "quantization_config", None) is not None:
         raise ConfigError("model: quantised weights cannot be cut; load the parent without quantisation.")
     path, layers = decoder_layers(model)
-    keep, config = mask.keep, cut_config(model.config, mask)
+    config = cut_config(model.config, mask)
+    sources = Sources(mask.attention, mask.feed_forward, find_halves(model) if mask.recombines else ())
     with no_init_weights():
         new = type(model)._from_config(config, dtype=model.dtype)
     # Some layers change when they run (BigBird's attention), so a fresh parent is compared with a fresh cut.
     fresh, cut_layers = _weightless(model.config, type(model)).get_submodule(path), new.get_submodule(path)
-    if misfits := structural_changes(cast(Any, fresh), cast(Any, cut_layers), keep):
+    if misfits := structural_changes(cast(Any, fresh), cast(Any, cut_layers), sources):
         limit = constraints(model.config).reason
         raise ConfigError(f"keep: {next(iter(misfits.values()))} {limit}")
     shapes = {name: tensor.shape for name, tensor in new.state_dict().items()}
     state = {}
-    for name, tensor in _renamed(model.state_dict(), path, keep).items():
-        state[name] = _along_depth(tensor, shapes.get(name, tensor.shape), len(layers), keep)
+    for name, tensor in _renamed(model.state_dict(), path, sources).items():
+        state[name] = _along_depth(tensor, shapes.get(name, tensor.shape), len(layers), mask)
     try:
         new.load_state_dict(state, assign=True)
     except RuntimeError as e:
@@ -164,7 +168,7 @@ def constraints(config: PretrainedConfig) -> Constraints:
             cut_layers: Any = _weightless(_cut_config(config, keep)).get_submodule(path)
         except ConfigError as e:
             return str(e)
-        return next(iter(structural_changes(layers, cut_layers, keep).values()), "")
+        return next(iter(structural_changes(layers, cut_layers, Sources(keep, keep)).values()), "")
 
     kinds = [kind - lent.keys() - {length - 1} for kind in alike(layers)]
     probes = {min(kind, key=lambda i: abs(i - length // 2)): kind for kind in kinds if kind}
@@ -228,24 +232,29 @@ def _text_path(config: PretrainedConfig) -> tuple[str, ...]:
     return ()
 
 
-def _renamed(state: dict[str, Tensor], path: str, keep: Sequence[int]) -> dict[str, Tensor]:
-    """Weights of the kept layers under their new numbers, and all weights outside the layers."""
-    new = {str(old): str(position) for position, old in enumerate(keep)}
+def _renamed(state: dict[str, Tensor], path: str, sources: Sources) -> dict[str, Tensor]:
+    """Weights of the kept units under their new numbers, and all weights outside the layers."""
     out = {}
     for name, tensor in state.items():
         if not name.startswith(path + "."):
             out[name] = tensor
             continue
         index, _, rest = name.removeprefix(path + ".").partition(".")
-        if index in new:
-            out[f"{path}.{new[index]}.{rest}"] = tensor
+        for position in sources.positions(int(index), rest):
+            out[f"{path}.{position}.{rest}"] = tensor
     return out
 
 
-def _along_depth(tensor: Tensor, shape: torch.Size, length: int, keep: Sequence[int]) -> Tensor:
+def _along_depth(tensor: Tensor, shape: torch.Size, length: int, mask: Mask) -> Tensor:
     """A copy of ``tensor``, its one axis that is a multiple of the depth sliced like the layers."""
     axes = [a for a, (old, new) in enumerate(zip(tensor.shape, shape, strict=False)) if old != new]
+    keep = mask.attention
     if len(axes) == 1 and tensor.shape[axes[0]] * len(keep) == shape[axes[0]] * length:
+        if mask.recombines:
+            raise ConfigError(
+                f"keep: '{mask.model}' holds one tensor for all layers, outside of them, which cannot follow "
+                f"attention and feed-forward apart. Use whole layers (unit: layer)."
+            )
         axis = axes[0]
         blocks = tensor.unflatten(axis, (length, -1))
         return blocks.index_select(axis, torch.tensor(keep, device=tensor.device)).flatten(axis, axis + 1)

@@ -55,6 +55,19 @@ DEPTH_SCALES = ("scale_depth",)
 STRINGS = ("hybrid_override_pattern",)
 """One character for each layer."""
 
+OF_FEED_FORWARD = (
+    "decoder_sparse_step",
+    "first_k_dense_replace",
+    "intermediate_size",
+    "mlp_layer_types",
+    "mlp_only_layers",
+    "moe_layer_end_index",
+    "moe_layer_start_index",
+    "moe_layers",
+    "num_dense_layers",
+)
+"""What follows the feed-forward where a layer takes it from another one than its attention."""
+
 NOT_PER_LAYER = (
     "architectures",
     "axial_pos_embds_dim",
@@ -94,8 +107,17 @@ FORBIDDEN = {
 """Settings under which no cut is exact, whatever the mask."""
 
 
-def slice_section(section: Section, length: int, keep: Sequence[int]) -> Section:
-    """Return ``section`` for the layers ``keep`` (rising) of a model of ``length`` layers."""
+def slice_section(
+    section: Section, length: int, keep: Sequence[int], feed_forward: Sequence[int] | None = None
+) -> Section:
+    """Return ``section`` for the layers ``keep`` (rising) of a model of ``length`` layers.
+
+    Where the feed-forwards are of other layers than the attentions, ``feed_forward`` names theirs.
+    """
+    if feed_forward is not None and tuple(feed_forward) != tuple(keep):
+        other = slice_section(section, length, feed_forward)
+        own = slice_section(section, length, keep)
+        return {name: (other if name in OF_FEED_FORWARD else own)[name] for name in own}
     new = {old: position for position, old in enumerate(keep)}
     by_kind: list[tuple[Sequence[str], Callable[[Any], Any]]] = [
         (INDEX_LISTS, lambda v: [new[i] for i in v if i in new]),

@@ -9,7 +9,8 @@ failed to carry over.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 from torch import nn
 
@@ -18,23 +19,68 @@ IGNORED = {"layer_idx", "layer_id", "layer_number", "num_hidden_layers", "traini
 Plain = bool | int | float | str | None
 
 
-def structural_changes(old: nn.ModuleList, new: nn.ModuleList, keep: Sequence[int]) -> dict[int, str]:
+class Halved(Protocol):
+    """A layer of two halves."""
+
+    def of(self, name: str) -> int | None:
+        """0 for a parameter or attribute of the attention, 1 for the feed-forward, None for the layer."""
+
+
+@dataclass(frozen=True)
+class Sources:
+    """Which layer of the parent each part of each layer of the cut model comes from.
+
+    Attributes:
+        attention: for each new layer, the one its attention comes from.
+        feed_forward: and its feed-forward; the same layers unless halves are recombined.
+        halves: of each layer of the parent; needed where the two differ.
+    """
+
+    attention: Sequence[int]
+    feed_forward: Sequence[int]
+    halves: Sequence[Halved] = ()
+
+    def positions(self, layer: int, name: str) -> list[int]:
+        """New layers that take what ``name`` says from a layer of the parent: one, or none."""
+        pairs = enumerate(zip(self.attention, self.feed_forward, strict=True))
+        return [at for at, pair in pairs if layer in pair and layer in self._of(pair, layer, name)]
+
+    def traits(self, old: nn.ModuleList, position: int) -> dict[str, tuple[Any, ...]]:
+        """Of a new layer, what each trait may be: as in the layer that it comes from."""
+        pair = self.attention[position], self.feed_forward[position]
+        found: dict[str, tuple[Any, ...]] = {}
+        for layer in dict.fromkeys(pair):
+            for name, value in _traits(old[layer]).items():
+                if layer in self._of(pair, layer, name):
+                    found[name] = (*found.get(name, ()), value)
+        return found
+
+    def _of(self, pair: tuple[int, int], layer: int, name: str) -> tuple[int, ...]:
+        """The layers of a pair that ``name`` is from, by how ``layer`` sorts it; both, if no half's."""
+        if pair[0] == pair[1]:
+            return pair
+        half = self.halves[layer].of(name)
+        return pair if half is None else pair[half : half + 1]
+
+
+def structural_changes(old: nn.ModuleList, new: nn.ModuleList, sources: Sources) -> dict[int, str]:
     """Return what distinguishes each cut layer from its original, by new position; empty if nothing does.
 
     Args:
         old: layers of the parent.
         new: layers of the cut model; its weights may be on the meta device.
-        keep: for each new layer, the index of its original.
+        sources: where each new layer comes from.
     """
     found = {}
-    for position, index in enumerate(keep):
-        before, after = _traits(old[index]), _traits(new[position])
+    for position, index in enumerate(sources.attention):
+        before, after = sources.traits(old, position), _traits(new[position])
         for name in sorted(before.keys() | after.keys()):
-            a, b = before.get(name, "absent"), after.get(name, "absent")
-            if (type(a), a) != (type(b), b):
+            wanted, b = before.get(name, ("absent",)), after.get(name, "absent")
+            if (type(b), b) not in [(type(a), a) for a in wanted]:
                 found[position] = (
                     f"layer {index} would become layer {position}, where its {name} is {b!r} instead of "
-                    f"{a!r}; the family derives that from the position, and its config cannot say otherwise."
+                    f"{wanted[0]!r}; the family derives that from the position, and its config cannot say "
+                    f"otherwise."
                 )
                 break
     return found

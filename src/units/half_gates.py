@@ -1,0 +1,127 @@
+"""Gates on halves of decoder layers: each multiplies what its half adds to the residual stream.
+
+A half whose gate is exactly zero is evaluated without autograd, because only its output matters to the gate's
+gradient; where nothing is differentiated and no cache is filled, it does not run at all.
+
+Shapes: L layers, U = 2 L halves in order of computation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+
+from src.models.layers import decoder_layers
+from src.units.halves import find_halves, first, with_first
+
+Forward = Callable[..., Any]
+
+
+class HalfGates:
+    """Gates on the halves of all layers of ``model``; open until :meth:`use` closes some.
+
+    Modules keep their class, attributes and state-dict keys: only the bound ``forward`` of some is replaced,
+    and :meth:`remove` restores it.
+
+    Args:
+        model: a decoder whose layers consist of two halves.
+        checkpoint_activations: recompute open halves in the backward pass instead of storing them.
+
+    Attributes:
+        halves: the halves of each layer.
+        evaluated: layers run so far, a half counting half: what a search costs.
+
+    Raises:
+        Misfit: the layers do not consist of two halves.
+    """
+
+    def __init__(self, model: PreTrainedModel, checkpoint_activations: bool = False) -> None:
+        self.path, self.layers = decoder_layers(model)
+        self.checkpoint_activations = checkpoint_activations
+        self.halves = find_halves(model)
+        self.evaluated = 0.0
+        self._gates: Tensor | None = None
+        self._values: list[float] = []
+        self._caching = False
+        self._restore = ExitStack()
+        for index, (layer, halves) in enumerate(zip(self.layers, self.halves, strict=True)):
+            note = layer.register_forward_pre_hook(self._note, with_kwargs=True)
+            self._restore.callback(note.remove)
+            for path in dict.fromkeys((*halves.idle, *halves.writers)):
+                unit, module = 2 * index + halves.half[path], layer.get_submodule(path)
+                forward: Forward = module.forward
+                if path in halves.idle:
+                    forward = self._idle(unit, forward)
+                if path in halves.writers:
+                    forward = self._gated(unit, forward)
+                module.forward = forward
+                self._restore.callback(delattr, module, "forward")
+
+    def __len__(self) -> int:
+        return 2 * len(self.layers)
+
+    @contextmanager
+    def use(self, gates_U: Tensor | None) -> Iterator[None]:
+        """Run the model under ``gates_U`` (``[U]``, values in [0, 1]; None leaves all open)."""
+        assert gates_U is None or gates_U.shape == (len(self),), "one gate for each half"
+        before = self._gates, self._values
+        self._gates, self._values = gates_U, [] if gates_U is None else gates_U.tolist()
+        try:
+            yield
+        finally:
+            self._gates, self._values = before
+
+    def remove(self) -> None:
+        """Give the modules their own ``forward`` back."""
+        self._restore.close()
+
+    def _note(self, _: Any, _args: Any, kwargs: dict[str, Any]) -> None:
+        self._caching = kwargs.get("past_key_values") is not None
+
+    def _closed(self, unit: int) -> bool:
+        return self._gates is not None and self._values[unit] == 0.0
+
+    def _rests(self, unit: int) -> bool:
+        """Whether a half need not run: it is closed, nothing is differentiated, no cache is filled."""
+        return self._closed(unit) and not torch.is_grad_enabled() and not self._caching
+
+    def _gated(self, unit: int, forward: Forward) -> Forward:
+        """The forward of a writer: its output times the gate."""
+
+        def gated(*args: Any, **kwargs: Any) -> Any:
+            out = forward(*args, **kwargs)
+            self.evaluated += 0.0 if self._rests(unit) else 0.5
+            if self._gates is None or (self._values[unit] == 1.0 and not self._gates.requires_grad):
+                return out
+            return with_first(out, first(out) * self._gates[unit].to(first(out).dtype))
+
+        return gated
+
+    def _idle(self, unit: int, forward: Forward) -> Forward:
+        """The forward of a module that serves its half alone, which may be closed.
+
+        Then it runs without autograd; and where nothing is differentiated and no cache is filled, not at all.
+        """
+        form: list[Any] = []  # what the module gave once, empty
+
+        def idle(*args: Any, **kwargs: Any) -> Any:
+            if form and self._rests(unit):
+                (given,) = form
+                h = args[0] if args else next(v for v in kwargs.values() if isinstance(v, Tensor))
+                zeros = h.new_zeros(*h.shape[:-1], first(given).shape[-1], dtype=first(given).dtype)
+                return with_first(given, zeros)
+            if self.checkpoint_activations and torch.is_grad_enabled() and not self._closed(unit):
+                return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+            with torch.set_grad_enabled(torch.is_grad_enabled() and not self._closed(unit)):
+                out = forward(*args, **kwargs)
+            if not form:
+                form.append(with_first(out, first(out).new_empty(0, first(out).shape[-1])))
+            return out
+
+        return idle

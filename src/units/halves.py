@@ -1,0 +1,186 @@
+"""Halves of decoder layers: attention and feed-forward, found and gated without knowing a family.
+
+A layer that adds to the residual stream twice, one addition after the other, consists of two halves:
+
+    h' = h + attention(h),    h'' = h' + feed_forward(h')
+
+The *writer* of a half is the module whose output is added. With both writers at zero the layer is the
+identity, to the last bit: by this they are found. A gate multiplies what a writer gives, so a closed half
+adds nothing, and the stream is that of a model without it. Whatever mixes tokens (convolution, state space)
+is called attention here.
+
+Shapes: B batch, T tokens, H hidden, L layers, U = 2 L halves in order of computation.
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from src.errors import ConfigError
+from src.models.layers import decoder_layers
+
+TRIED = 8
+"""Tokens of the pass that finds the writers."""
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+"""Arguments of a module, by position and by name."""
+
+
+@dataclass(frozen=True)
+class Halves:
+    """The two halves of one layer.
+
+    Attributes:
+        writers: paths, inside the layer, of the modules that write to the stream.
+        half: 0 (attention) or 1 (feed-forward) for the path of each module inside the layer.
+        idle: paths of what need not run where its half adds nothing, outermost modules.
+    """
+
+    writers: tuple[str, str]
+    half: dict[str, int]
+    idle: tuple[str, ...]
+
+    def of(self, name: str) -> int | None:
+        """The half that a module, or an attribute of one, belongs to; None for the layer itself."""
+        return self.half.get(name, self.half.get(name.rpartition(".")[0]))
+
+
+class Misfit(ConfigError):
+    """A layer does not consist of two halves."""
+
+
+@torch.no_grad()
+def find_halves(model: PreTrainedModel) -> list[Halves]:
+    """The halves of every layer of a model.
+
+    Raises:
+        Misfit: a layer does not consist of two halves, one after the other; the message says what it does.
+    """
+    _, layers = decoder_layers(model)
+    calls: dict[int, Call] = {}
+    with ExitStack() as stack:
+        for index, layer in enumerate(layers):
+
+            def record(_: nn.Module, args: Any, kwargs: Any, index: int = index) -> None:
+                calls[index] = args, kwargs
+
+            stack.callback(layer.register_forward_pre_hook(record, with_kwargs=True).remove)
+        model(input_ids=torch.arange(3, 3 + TRIED, device=model.device)[None], use_cache=False)
+    found = []
+    for index, layer in enumerate(layers):
+        try:
+            found.append(_Trial(layer, *calls[index]).halves())
+        except Misfit as e:
+            raise Misfit(
+                f"unit: layer {index} of this '{model.config.model_type}' ({type(layer).__name__}) {e}, so "
+                f"its halves cannot go alone. Use whole layers."
+            ) from e
+    return found
+
+
+class _Trial:
+    """Runs a layer with parts of it silenced, on the arguments of one call."""
+
+    def __init__(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.layer, self.kwargs = layer, dict(kwargs)
+        given = args[0] if args else self.kwargs.pop("hidden_states")
+        noise = torch.randn(given.shape, generator=torch.Generator().manual_seed(0))
+        self.h, self.rest = given + noise.to(given), args[1:]
+        self.spans = self._spans()
+
+    def run(self, *silent: str, seen: str | None = None) -> tuple[Tensor, Tensor | None]:
+        """The stream behind the layer with modules silenced, and what one module gave."""
+        outputs: list[Tensor] = []
+        with ExitStack() as stack:
+            if seen is not None:
+                module = self.layer.get_submodule(seen)
+                hook = module.register_forward_hook(lambda _m, _i, out: outputs.append(first(out)))
+                stack.callback(hook.remove)
+            for path in silent:
+                module = self.layer.get_submodule(path)
+                hook = module.register_forward_hook(
+                    lambda _m, _i, out: with_first(out, torch.zeros_like(first(out)))
+                )
+                stack.callback(hook.remove)
+            out = first(self.layer(self.h, *self.rest, **self.kwargs))
+        return out, outputs[-1] if outputs else None
+
+    def identity(self, *silent: str) -> bool:
+        """Whether the layer does nothing when these modules are silenced."""
+        return torch.equal(self.run(*silent)[0], self.h)
+
+    def halves(self) -> Halves:
+        """Find the latest two modules without which the layer does nothing, and sort the others."""
+        order = sorted(self.spans, key=lambda path: self.spans[path][1], reverse=True)
+        for at, second in enumerate(order):
+            if self.identity(second):
+                raise Misfit("adds to the residual stream once")
+            for early in order[at + 1 :]:
+                apart = self.spans[early][1] < self.spans[second][0] and not self.identity(early)
+                if apart and self.identity(early, second):
+                    return self._sorted(early, second)
+        raise Misfit("does not add an attention and a feed-forward to the residual stream")
+
+    def _sorted(self, attention: str, feed_forward: str) -> Halves:
+        _, usual = self.run(seen=feed_forward)
+        _, alone = self.run(attention, seen=feed_forward)
+        if usual is not None and alone is not None and torch.equal(usual, alone):
+            raise Misfit("runs attention and feed-forward side by side, on the same stream")
+        border, half = self.spans[attention][1], dict[str, int]()
+        for path, module in self.layer.named_modules():
+            begin, end = self.spans.get(path, (border, border))
+            if end <= border and path in self.spans:
+                half[path] = 0
+            elif begin >= border and path in self.spans:
+                half[path] = 1
+            elif (above := path.rpartition(".")[0]) in half:  # a module that did not run, such as an expert
+                half[path] = half[above]
+            elif own := [name for name, _ in module.named_parameters(recurse=False)]:
+                raise Misfit(f"has weights outside of both ({'.'.join(filter(None, [path, own[0]]))})")
+        return Halves((attention, feed_forward), half, self._idle(attention, feed_forward))
+
+    def _idle(self, *writers: str) -> tuple[str, ...]:
+        """The outermost modules whose output reaches the stream by their half's writer alone."""
+        idle: list[str] = []
+        for path in self.spans:  # in the order of named_modules: the outer before the inner
+            if not any(path.startswith(f"{outer}.") for outer in idle) and self.identity(path, *writers):
+                idle.append(path)
+        return tuple(idle)
+
+    def _spans(self) -> dict[str, tuple[int, int]]:
+        """When each module begins and ends: by path, counted in events of one pass."""
+        begun, spans, clock = dict[str, int](), dict[str, tuple[int, int]](), [0]
+
+        def tick() -> int:
+            clock[0] += 1
+            return clock[0]
+
+        with ExitStack() as stack:
+            for path, module in self.layer.named_modules():
+                if path:
+                    before = module.register_forward_pre_hook(
+                        lambda _m, _i, path=path: begun.setdefault(path, tick()) and None
+                    )
+                    after = module.register_forward_hook(
+                        lambda _m, _i, _o, path=path: spans.update({path: (begun[path], tick())})
+                    )
+                    stack.callback(before.remove)
+                    stack.callback(after.remove)
+            self.layer(self.h, *self.rest, **self.kwargs)
+        return {path: spans[path] for path, _ in self.layer.named_modules() if path in spans}
+
+
+def first(out: Any) -> Tensor:
+    """The hidden states in what a module gives, alone or at the head of a tuple."""
+    return out if isinstance(out, Tensor) else out[0]
+
+
+def with_first(out: Any, hidden: Tensor) -> Any:
+    """What a module gives, with other hidden states."""
+    return hidden if isinstance(out, Tensor) else type(out)((hidden, *out[1:]))
