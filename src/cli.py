@@ -12,8 +12,7 @@ import warnings
 from typing import Any
 
 from src.errors import ConfigError, did_you_mean
-from src.training import watchdog
-from src.training.arguments import PruneCLI, ShortErrors, user_fault
+from src.training import stopping
 
 TOOLS = {
     "plan": (
@@ -62,9 +61,15 @@ def run(argv: list[str]) -> Any:
         return importlib.import_module(TOOLS[argv[0]][0]).main(argv[1:])
     if argv[0] not in VERBS:
         raise ConfigError(f"unknown verb '{argv[0]}'.{did_you_mean(argv[0], [*VERBS, *TOOLS])}\n{_help()}")
+    from src.callbacks import StopOnSignal
+    from src.training.arguments import PruneCLI, ShortErrors
+    from src.training.trainer import Trainer
+
     return PruneCLI(
         args=argv,
         parser_class=ShortErrors,
+        trainer_class=Trainer,
+        trainer_defaults={"callbacks": [StopOnSignal()]},
         auto_configure_optimizers=False,
         subclass_mode_model=True,
         subclass_mode_data=True,
@@ -74,7 +79,18 @@ def run(argv: list[str]) -> Any:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run, and turn a user's fault into one message and exit status 2."""
+    """Run; end with one message and status 2 for a user's fault, 143 or 130 if a signal asks for the end."""
+    with stopping.heeded():  # before anything large is imported
+        try:
+            _run_to_the_end(sys.argv[1:] if argv is None else argv)
+        except stopping.Stopped as stop:
+            stopping.end(stop)
+
+
+def _run_to_the_end(argv: list[str]) -> None:
+    from src.training import watchdog
+    from src.training.arguments import user_fault
+
     # Lightning's advice about workers and precision is noise on the small machines the demo runs on.
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     # The arguments are handed over so that tests can call this; Lightning suspects a mistake.
@@ -82,8 +98,12 @@ def main(argv: list[str] | None = None) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     watchdog.watch_parent()
     try:
-        run(sys.argv[1:] if argv is None else argv)
+        run(argv)
     except Exception as error:
+        if (
+            number := stopping.told()
+        ):  # what was ended, such as a collective among ranks, fails in its own way
+            raise stopping.Stopped(number) from error
         if message := watchdog.explain(error):  # first: a load that runs out of memory is a fault too
             print(message, file=sys.stderr)
             raise SystemExit(1) from None

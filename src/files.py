@@ -1,9 +1,18 @@
-"""Files that appear whole or not at all."""
+"""Files and directories that appear whole or not at all.
+
+Everything is written under a temporary name beside its target, flushed to the disk, and only then given the
+name: a fault, a full disk or a kill leaves what was there before. A temporary name carries the number of its
+process, so that the next write can sweep what a killed one left.
+"""
 
 from __future__ import annotations
 
+import glob
 import json
 import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,21 +20,122 @@ from src.errors import ConfigError
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write a file under a temporary name, then rename.
+    """Write a file, whole; a device or a pipe is written to as it is.
 
     Raises:
-        ConfigError: the directory cannot be written to.
+        ConfigError: it cannot be written; names the path and the reason.
     """
     path = Path(path)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(text)
-        partial.replace(path)
+        if path.exists() and not path.is_file():
+            path.write_text(text)
+            return
+        with whole(path) as partial:
+            partial.write_text(text)
     except OSError as e:
-        raise ConfigError(f"cannot write '{path}': {e.strerror}. Choose another directory.") from e
+        raise ConfigError(f"{unwritten(path, e)} Make room or choose another directory.") from e
 
 
 def write_json(path: str | Path, value: Any) -> None:
     """Write ``value`` as indented JSON, as :func:`write_text` does."""
     write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def unwritten(path: str | Path, error: OSError) -> str:
+    """The sentence that says which path could not be written, why, and that nothing is lost."""
+    stays = " What was there stays." if os.path.lexists(path) else ""
+    return f"cannot write '{path}': {error.strerror or error}.{stays}"
+
+
+@contextmanager
+def whole(path: str | Path, replace: bool = True) -> Iterator[Path]:
+    """A temporary name beside ``path``; what the block makes there takes its place if the block ends well.
+
+    Args:
+        path: the target, a file or a directory.
+        replace: whether what is there is replaced; else it may at most be an empty directory.
+
+    Raises:
+        OSError: it cannot be written, or something is there. Nothing is left of what was begun.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sweep(path)
+    partial = beside(path, "partial")
+    try:
+        yield partial
+        settle(partial, path, replace)
+    finally:
+        discard(partial)
+
+
+def beside(path: Path, suffix: str) -> Path:
+    """This process's temporary name beside ``path``."""
+    return path.with_name(f".{path.name}.{os.getpid()}.{suffix}")
+
+
+def settle(partial: Path, path: Path, replace: bool = True) -> None:
+    """Flush what is at ``partial`` to the disk and give it the name ``path``.
+
+    A directory cannot be replaced in one step. The old one is moved aside first, and back if the new one
+    cannot take its place; after a kill between the two steps :func:`sweep` moves it back.
+
+    Raises:
+        OSError: as of :func:`whole`.
+    """
+    for file in [*partial.rglob("*"), partial]:
+        _flush(file)
+    old = beside(path, "old")
+    try:
+        if replace and path.exists() and (path.is_dir() or partial.is_dir()):
+            path.rename(old)
+        partial.rename(path)  # of a directory: fails where one that is not empty has appeared
+        _flush(path.parent)
+    finally:
+        if old.exists():
+            discard(old) if path.exists() else old.rename(path)
+
+
+def sweep(path: Path) -> None:
+    """Remove what killed writers of ``path`` left beside it; put back what one of them had moved aside."""
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*.*"):
+        _, writer, suffix = left.name.rsplit(".", 2)
+        if suffix not in ("partial", "old") or not writer.isdigit() or _runs(int(writer)):
+            continue
+        if suffix == "old" and not path.exists():
+            left.rename(path)
+        else:
+            discard(left)
+
+
+def discard(path: Path) -> None:
+    """Remove a file or a directory, if it is there and can be."""
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with suppress(OSError):
+            path.unlink()
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError:
+        if not path.is_dir():  # some file systems flush no directories
+            raise
+    finally:
+        os.close(handle)
+
+
+def _runs(process: int) -> bool:
+    """Whether another process of that number runs; what this one left was left by one that had its number."""
+    if process == os.getpid():
+        return False
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        pass
+    return True

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ from lightning.pytorch.cli import OptimizerCallable
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from src.data.batches import real_tokens
-from src.files import write_json
+from src.files import whole, write_json
 from src.training.schedules import with_warmup
 
 
@@ -78,8 +77,9 @@ class Pretrain(LightningModule):
     def on_fit_end(self) -> None:
         """Write the model, its tokenizer and ``training.json``, the cost that reports quote."""
         if self.save_to and self.trainer.is_global_zero:
-            self.model.save_pretrained(self.save_to)
-            self.tokenizer.save_pretrained(self.save_to)
             seconds = round(time.monotonic() - self._since)
             record = {"tokens": self.tokens, "seconds": seconds, "steps": self.trainer.global_step}
-            write_json(Path(self.save_to) / "training.json", record)
+            with whole(self.save_to) as stage:
+                self.model.save_pretrained(stage)
+                self.tokenizer.save_pretrained(stage)
+                write_json(stage / "training.json", record)

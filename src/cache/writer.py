@@ -8,11 +8,10 @@ second run skips the batches of the named shards, comparing their tokens with th
 from __future__ import annotations
 
 import hashlib
-import os
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -26,7 +25,9 @@ from src.cache.manifest import Manifest, Shard
 from src.cache.shards import Precision, Rows, encode
 from src.data.loader import REPEATED
 from src.errors import ConfigError
+from src.files import unwritten, whole
 from src.models.loading import check_vocabulary
+from src.training.lock import lock
 
 if TYPE_CHECKING:
     from src.cache.teacher import CacheTeacher
@@ -52,6 +53,8 @@ class CacheWriter(BasePredictionWriter):
         super().__init__(write_interval="batch")
         self.out, self.precision = out, precision
         self.shard_positions, self.count_seconds = shard_positions, count_seconds
+        self._held = ExitStack()
+        """The directory's lock and the writing thread."""
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find what is already there, and print what the rest will cost."""
@@ -72,12 +75,14 @@ class CacheWriter(BasePredictionWriter):
         self.manifest = replace(self.manifest, complete=False)
         with self._writing():
             self._path("").mkdir(parents=True, exist_ok=True)
+        self._held.enter_context(lock(self._path(""), "model.out"))
         self._check_files()
         self._known = deque(self.manifest.shards)
         teacher.resume(sum(shard.batches for shard in self._known))
         self._rows: list[Rows] = []
         self._batches = 0
-        self._pool, self._written = ThreadPoolExecutor(1), list[Future[None]]()
+        self._pool = self._held.enter_context(ThreadPoolExecutor(1))
+        self._written = list[Future[None]]()
         trainer.print(projection(trainer, teacher, self.manifest, self.count_seconds))
 
     def write_on_batch_end(
@@ -107,14 +112,18 @@ class CacheWriter(BasePredictionWriter):
         if self._rows:
             self._close()
         self._wait()
-        self._pool.shutdown()
         self.manifest = replace(self.manifest, complete=True)
         self.manifest.save(self.out)
+        self._held.close()
         trainer.print(
             f"cache: '{self._path('')}' is complete: {self.manifest.positions:,} positions, "
             f"{self.manifest.bytes_per_position:.1f} bytes each; mean_entropy "
             f"{self.manifest.mean_entropy:.6g} nats; corpus {self.manifest.corpus[:16]}."
         )
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Let the shard that is being written end, whole; the manifest says that more is to come."""
+        self._held.close()
 
     # ------------------------------------------------------------------ shards
 
@@ -145,14 +154,8 @@ class CacheWriter(BasePredictionWriter):
     def _write(self, rows: Rows, batches: int) -> None:
         file = f"{len(self.manifest.shards):05d}.parquet"
         data = encode(rows, self.precision)
-        path = self._path(file)
-        partial = path.with_suffix(".partial")
-        with self._writing():
-            with partial.open("wb") as stream:
-                stream.write(data)
-                stream.flush()
-                os.fsync(stream.fileno())
-            partial.replace(path)
+        with self._writing(), whole(self._path(file)) as partial:
+            partial.write_bytes(data)
         shard = Shard(
             file=file,
             batches=batches,
@@ -168,9 +171,7 @@ class CacheWriter(BasePredictionWriter):
         self.manifest.save(self.out)
 
     def _check_files(self) -> None:
-        """Refuse to build on shards that are gone or damaged; sweep what a killed run left half-written."""
-        for litter in self._path("").glob("*.partial"):
-            litter.unlink()
+        """Refuse to build on shards that are gone or damaged."""
         for shard in self.manifest.shards:
             path = self._path(shard.file)
             if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != shard.sha256:
@@ -184,8 +185,8 @@ class CacheWriter(BasePredictionWriter):
             yield
         except OSError as e:
             raise ConfigError(
-                f"cache: cannot write to '{self._path('')}': {e.strerror or e}. Make room or choose another "
-                f"directory (model.out). Shards that are finished are kept: the same command resumes."
+                f"cache: {unwritten(self._path(''), e)} Make room or choose another directory (model.out). "
+                f"Shards that are finished are kept: the same command resumes."
             ) from e
 
     def _path(self, file: str) -> Path:

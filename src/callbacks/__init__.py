@@ -6,6 +6,7 @@ from src.callbacks.last import LastCheckpoint
 from src.callbacks.monitor import SearchMonitor, Throughput
 from src.callbacks.recompute import CheckpointActivations
 from src.callbacks.record import StageRecord
+from src.callbacks.stop import StopOnSignal
 
 __all__ = [
     "CheckpointActivations",
@@ -14,6 +15,7 @@ __all__ = [
     "PruningCurriculum",
     "SearchMonitor",
     "StageRecord",
+    "StopOnSignal",
     "TemperatureAnnealing",
     "Throughput",
 ]

@@ -19,13 +19,14 @@ class LastCheckpoint(ModelCheckpoint):
         """Save the final step before its epoch is counted as complete: a longer run resumes in its middle."""
         super().on_train_batch_end(trainer, pl_module, *args)
         if trainer.global_step == trainer.max_steps or trainer.should_stop:
-            self._save_now(trainer)
+            self.save(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save what no step could know to be the last."""
         if not trainer.interrupted:
-            self._save_now(trainer)
+            self.save(trainer)
 
-    def _save_now(self, trainer: Trainer) -> None:
+    def save(self, trainer: Trainer) -> None:
+        """Save the present step, unless that was done."""
         if not self._should_skip_saving_checkpoint(trainer):
             self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))

@@ -17,6 +17,7 @@ import yaml
 
 from src.errors import ConfigError
 from src.export.observe import Finding
+from src.files import write_text
 from src.mask import Mask
 
 SCORES = re.compile(r"(?<=<!-- scores -->\n).*?(?=<!-- /scores -->)", re.DOTALL)
@@ -169,9 +170,7 @@ def main(argv: list[str] | None = None) -> None:
     except (OSError, ValueError) as e:
         raise ConfigError(f"cannot read '{args.scores}' or '{card}': {e}.") from e
     table = scores_table(evaluation, args.directory)
-    partial = card.with_suffix(".partial")
-    partial.write_text(SCORES.sub(lambda _: table, text))
-    partial.replace(card)
+    write_text(card, SCORES.sub(lambda _: table, text))
 
 
 if __name__ == "__main__":

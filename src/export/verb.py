@@ -11,8 +11,6 @@ under the final name, and an existing directory stays as it was unless ``--force
 from __future__ import annotations
 
 import argparse
-import glob
-import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -33,6 +31,7 @@ from src.export.card import front_matter, model_card, public_name
 from src.export.fresh import PROBE_TEXT, unique_weights
 from src.export.observe import Finding
 from src.export.proof import predicted_weights, prove, stored_as_parent
+from src.files import whole
 from src.mask import Mask
 from src.models.cut import cut
 from src.models.cut_rules import extra_layers
@@ -133,44 +132,14 @@ def staged(out: Path, force: bool) -> Iterator[Path]:
     Raises:
         ConfigError: nothing can be written there, the disk is full, or something appeared there meanwhile.
     """
-    stage, old = (out.with_name(f".{out.name}.{os.getpid()}.{suffix}") for suffix in ("partial", "old"))
-    _tidy(out)
     try:
-        stage.mkdir(parents=True)
-        yield stage
-        _check_free(out, force)
-        if out.exists():
-            out.rename(old)
-        try:
-            stage.rename(out)  # fails if a directory that is not empty has appeared there
-        except OSError:
-            if old.exists():
-                old.rename(out)
-            raise
-        shutil.rmtree(old, ignore_errors=True)
+        with whole(out, replace=force) as stage:
+            stage.mkdir()
+            yield stage
+            _check_free(out, force)
     except (OSError, SafetensorError) as e:
         left = "What was there stays." if out.exists() else "Nothing is left there."
         raise ConfigError(f"--out: cannot write '{out}': {e}. {left}") from e
-    finally:
-        shutil.rmtree(stage, ignore_errors=True)
-
-
-def _tidy(out: Path) -> None:
-    """Remove what exports to ``out`` left that were killed, but not one that still runs."""
-    for stage in out.parent.glob(f".{glob.escape(out.name)}.*.partial"):
-        writer = stage.name.split(".")[-2]
-        if writer.isdigit() and not _runs(int(writer)):
-            shutil.rmtree(stage, ignore_errors=True)
-
-
-def _runs(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        pass
-    return True
 
 
 def parent_files(name: str, revision: str | None) -> Path:

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import errno
 import re
 from typing import Any, NoReturn
 
-from lightning import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from src.errors import ConfigError, did_you_mean
 from src.mask import Mask
 from src.training import watchdog
+from src.training.lock import lock
 from src.training.refusals import check_checkpoint
 from src.training.strategies import check_installed
+from src.training.trainer import Trainer
+
+_DISK = {
+    errno.EACCES, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ENOENT, errno.ENOSPC, errno.ENOTDIR,
+    errno.EPERM, errno.EROFS,
+}  # fmt: skip
+"""Faults of a disk or a directory: full, read-only, vanished, not one at all."""
 
 
 class ShortErrors(LightningArgumentParser):
@@ -44,7 +52,9 @@ class PruneCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Build the trainer; Lightning's own words where it knows no such strategy, or lacks a GPU for it."""
         try:
-            return super().instantiate_trainer(**kwargs)
+            trainer = super().instantiate_trainer(**kwargs)
+            assert isinstance(trainer, Trainer)
+            return trainer
         except ConfigError:
             raise
         except ValueError as e:
@@ -59,6 +69,15 @@ class PruneCLI(LightningCLI):
         check_checkpoint(self.trainer, self.config[self.subcommand or "fit"].get("ckpt_path"))
         watchdog.replace_launcher_watch()
 
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Run, alone in its log directory; all ranks of a run share the lock of the first."""
+        directory = self.trainer.log_dir
+        if not (directory and self.trainer.loggers and self.trainer.is_global_zero) or "://" in directory:
+            super()._run_subcommand(subcommand)
+            return
+        with lock(directory, "trainer.logger.init_args.version"):
+            super()._run_subcommand(subcommand)
+
     def _parse_ckpt_path(self) -> None:
         """Leave YAML and command line in charge on resume; Lightning would let the checkpoint win."""
 
@@ -66,9 +85,10 @@ class PruneCLI(LightningCLI):
 def user_fault(error: BaseException | None) -> ConfigError | None:
     """The user's fault behind an error: jsonargparse wraps what a constructor raises."""
     while error is not None and not isinstance(error, ConfigError):
-        if isinstance(error, NotADirectoryError | PermissionError):
+        if isinstance(error, OSError) and error.errno in _DISK:
+            name = f"'{error.filename}'" if error.filename else "the directory of the run"
             return ConfigError(
-                f"cannot use '{error.filename}': {error.strerror}. Choose another directory "
+                f"cannot use {name}: {error.strerror}. Make room, or choose another directory "
                 f"(trainer.logger.init_args.save_dir, or --out)."
             )
         if isinstance(error, MisconfigurationException):

@@ -1,62 +1,89 @@
-"""Read a Lightning checkpoint in any form: one file, or a directory of parts that ranks wrote.
+"""Read a checkpoint in any form: one file, or a directory of parts that ranks wrote. Nothing in it is run.
 
-``FSDP2`` and ``FSDP`` write PyTorch's distributed format beside a ``meta.pt``; DeepSpeed writes its own.
+``FSDP2`` and ``FSDP`` write PyTorch's distributed format beside a ``meta.pt``; DeepSpeed writes its own. A
+checkpoint is a pickle, which may name any function to call; here only tensors, numbers, text and containers
+of these are accepted, and the few classes in which PyTorch describes its parts.
 """
 
 from __future__ import annotations
 
+import os
+import pickle
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.fabric.utilities.types import _PATH
 from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader, load
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 
 from src.errors import ConfigError
+from src.training import watchdog
 
 _WEIGHTS = ("state_dict", "model")
 """Under which name FSDP2 and FSDP save the module's weights."""
+_ONLY_WEIGHTS = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+"""Holds for every ``torch.load``, also those of Lightning, PyTorch and DeepSpeed."""
+_DESCRIPTIONS = {
+    "torch.distributed.checkpoint.metadata": {
+        "BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta",
+        "TensorProperties", "TensorStorageMetadata", "_MEM_FORMAT_ENCODING",
+    },
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+    "torch.serialization": {"_get_layout"},
+    "torch": {"Size", *(name for name, value in vars(torch).items() if isinstance(value, torch.dtype))},
+    "pathlib": {"Path", "PosixPath", "PurePosixPath"},
+    "pathlib._local": {"Path", "PosixPath", "PurePosixPath"},
+    "collections": {"OrderedDict"},
+}  # fmt: skip
+"""What the description of a directory of parts is made of."""
 
 
 def record(path: str) -> dict[str, Any]:
     """Everything in a checkpoint but the weights (of a file these too, not read into memory).
 
     Raises:
-        OSError: there is no such checkpoint.
+        ConfigError: there is no such checkpoint, it is not whole, or it holds more than tensors and numbers.
     """
-    file = Path(path)
-    if file.is_dir():
-        parts = sorted([*file.glob("meta.pt"), *file.glob("checkpoint/*mp_rank_00_model_states.pt")])
-        if not parts:
-            raise FileNotFoundError(f"'{path}' holds no checkpoint")
-        file = parts[0]
-    return torch.load(file, map_location="cpu", mmap=True, weights_only=False)
+    with reading(path):
+        file = Path(path)
+        if file.is_dir():
+            parts = sorted([*file.glob("meta.pt"), *file.glob("checkpoint/*mp_rank_00_model_states.pt")])
+            if not parts:
+                raise FileNotFoundError("it holds no checkpoint")
+            file = parts[0]
+        found = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+        if not isinstance(found, dict):
+            raise ValueError(f"it holds a {type(found).__name__}")
+        return found
 
 
 def weights(path: str) -> dict[str, Tensor]:
     """The weights of the LightningModule, whole.
 
     Raises:
-        ConfigError: DeepSpeed wrote it, and is not installed.
-        OSError: there is no such checkpoint, or parts are missing.
+        ConfigError: as of :func:`record`, or DeepSpeed wrote it, and is not installed.
     """
-    if Path(path).is_file():
-        return torch.load(path, map_location="cpu", weights_only=False)["state_dict"]
-    if (Path(path) / "checkpoint").is_dir():
-        return _deepspeed(path)
-    reader = FileSystemReader(path)
-    state = {
-        key: torch.empty(about.size, dtype=about.properties.dtype)
-        for key, about in reader.read_metadata().state_dict_metadata.items()
-        if key.partition(".")[0] in _WEIGHTS and isinstance(about, TensorStorageMetadata)
-    }
-    try:
-        load(state, storage_reader=reader, no_dist=True)
-    except CheckpointException as e:  # not an Exception
-        raise OSError(f"parts of '{path}' are missing or damaged") from e
-    return {key.partition(".")[2]: tensor for key, tensor in state.items()}
+    with reading(path):
+        if not Path(path).is_dir():
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            return {key: value for key, value in state["state_dict"].items() if isinstance(value, Tensor)}
+        if (Path(path) / "checkpoint").is_dir():
+            return _deepspeed(path)
+        reader = _Reader(path)
+        empty = {
+            key: torch.empty(about.size, dtype=about.properties.dtype)
+            for key, about in reader.read_metadata().state_dict_metadata.items()
+            if key.partition(".")[0] in _WEIGHTS and isinstance(about, TensorStorageMetadata)
+        }
+        load(empty, storage_reader=reader, no_dist=True)
+        return {key.partition(".")[2]: tensor for key, tensor in empty.items()}
 
 
 def _deepspeed(path: str) -> dict[str, Tensor]:
@@ -68,3 +95,140 @@ def _deepspeed(path: str) -> dict[str, Tensor]:
             f"'.[deepspeed]'."
         ) from e
     return get_fp32_state_dict_from_zero_checkpoint(path, tag="checkpoint")
+
+
+@contextmanager
+def reading(path: _PATH) -> Iterator[None]:
+    """Read a checkpoint in the block: nothing in it is run, and what cannot be read is one message.
+
+    Raises:
+        ConfigError: it is missing, not whole, or holds more than tensors and numbers; names the newest whole
+            checkpoint beside it.
+    """
+    before = os.environ.get(_ONLY_WEIGHTS)
+    os.environ[_ONLY_WEIGHTS] = "1"
+    try:
+        if Path(path).is_dir():
+            _Reader(path).check()
+        yield
+    except ConfigError:
+        raise
+    except (
+        Exception,
+        CheckpointException,
+    ) as e:  # a damaged pickle raises anything; the second is no Exception
+        if watchdog.explain(e):
+            raise
+        raise ConfigError(f"checkpoint: {_reason(path, _first(e))}{_advice(Path(path))}") from e
+    finally:
+        if before is None:
+            del os.environ[_ONLY_WEIGHTS]
+        else:
+            os.environ[_ONLY_WEIGHTS] = before
+
+
+def _first(error: BaseException) -> BaseException:
+    """What went wrong on the first rank that failed."""
+    failures = list(error.failures.values()) if isinstance(error, CheckpointException) else []
+    return failures[0][0] if failures else error
+
+
+def _reason(path: _PATH, error: BaseException) -> str:
+    if not os.path.lexists(path):
+        return f"there is no '{path}'."
+    if foreign := re.search(
+        r"GLOBAL (\S+)|'([\w.]+)' is no part of a checkpoint|function (\S+) ", str(error)
+    ):
+        name = next(filter(None, foreign.groups()))
+        return f"'{path}' holds more than tensors and numbers ({name}); no such checkpoint is read."
+    line = str(error).strip().partition("\n")[0].partition(". ")[0][:160]
+    return f"'{path}' is damaged or not a checkpoint ({line or type(error).__name__})."
+
+
+def _advice(path: Path) -> str:
+    whole = newest(path)
+    return f" The newest whole one beside it is '{whole}'." if whole else ""
+
+
+def newest(path: Path) -> Path | None:
+    """The newest whole checkpoint beside ``path``, one that a killed run was about to replace included."""
+    folders = [path.parent, path, path / "checkpoints"]
+    found = [file for folder in folders for file in [*folder.glob("*.ckpt"), *folder.glob(".*.ckpt.*.old")]]
+    for file in sorted(set(found) - {path}, key=lambda file: file.stat().st_mtime, reverse=True):
+        if is_whole(file):
+            return file
+    return None
+
+
+def is_whole(path: Path) -> bool:
+    """Whether a checkpoint can be read."""
+    try:
+        with reading(path):
+            if path.is_dir():
+                path = next(
+                    iter([*path.glob("meta.pt"), *path.glob("checkpoint/*mp_rank_00_model_states.pt")])
+                )
+            torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except (ConfigError, StopIteration, RuntimeError):
+        return False
+    return True
+
+
+class _Describer(pickle.Unpickler):
+    """Reads descriptions of parts and nothing else."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if name not in _DESCRIPTIONS.get(module, ()):
+            raise pickle.UnpicklingError(f"'{module}.{name}' is no part of a checkpoint")
+        return super().find_class(module, name)
+
+
+class _Reader(FileSystemReader):
+    """PyTorch's reader of parts, which by itself would run what their description names."""
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        with open(Path(self.path) / ".metadata", "rb") as file:
+            metadata: Metadata = _Describer(file).load()
+        metadata.storage_meta = metadata.storage_meta or StorageMeta()
+        metadata.storage_meta.load_id = self.load_id
+        return metadata
+
+    def check(self) -> None:
+        """Refuse a directory whose description is not one, or whose parts are missing or too short.
+
+        Raises:
+            OSError: a part is missing or too short.
+            pickle.UnpicklingError: the description names something to run.
+        """
+        folder = Path(self.path)
+        if not (folder / "meta.pt").exists():  # of DeepSpeed, which has no description
+            return
+        for part in (self.read_metadata().storage_data or {}).values():
+            file = folder / part.relative_path
+            if not file.is_file() or file.stat().st_size < part.offset + part.length:
+                raise OSError(f"its part {part.relative_path} is missing or damaged")
+
+
+class SafeCheckpointIO(TorchCheckpointIO):
+    """Checkpoints of one file, written straight to where they are asked and read as the module says."""
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: _PATH, storage_options: Any | None = None
+    ) -> None:
+        """Write to the very file; Lightning's own goes through memory and ``TMPDIR``."""
+        if "://" in str(path):
+            super().save_checkpoint(checkpoint, path, storage_options)
+            return
+        with open(path, "wb") as file:
+            torch.save(checkpoint, file)
+
+    def load_checkpoint(
+        self, path: _PATH, map_location: Any = lambda storage, _: storage, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """Read tensors and numbers only, whatever is asked.
+
+        Raises:
+            ConfigError: as of :func:`reading`.
+        """
+        with reading(path):
+            return super().load_checkpoint(path, map_location, weights_only=True)

@@ -38,6 +38,11 @@ def least(number: int, device: torch.device | str) -> int:
     return int(numbers)
 
 
+def most(number: int, device: torch.device | str) -> int:
+    """The greatest of the ranks' numbers."""
+    return -least(-number, device)
+
+
 class Part:
     """This rank's part of a batch.
 

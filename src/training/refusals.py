@@ -14,6 +14,7 @@ from lightning.pytorch.accelerators import CUDAAccelerator
 
 from src.errors import ConfigError
 from src.policies import MaskPolicy
+from src.training import checkpoints
 from src.training.strategies import kind
 
 SHARDED = ("fsdp", "fsdp2", "deepspeed")
@@ -79,13 +80,23 @@ def check_cache(trainer: Trainer, quantize: str | None) -> None:
 
 
 def check_checkpoint(trainer: Trainer, path: Any) -> None:
-    """Refuse a checkpoint in parts where only a file can be read, and the other way round.
+    """Refuse a checkpoint that cannot be read, here or at all: some take files, some directories of parts.
 
     Raises:
         ConfigError: names the alternative.
     """
-    if path is None or not Path(path).exists():
+    if path is None or path == "last" or "://" in str(path):
         return
+    if path == "best":
+        raise ConfigError("ckpt_path: 'best' is known within a run only; give a path, or 'last'.")
+    if path == "hpc":
+        if not list(Path(trainer.default_root_dir).glob("hpc_ckpt_*.ckpt")):
+            raise ConfigError(
+                f"ckpt_path: 'hpc' is what SLURM's requeue signal saved, and there is none in "
+                f"'{trainer.default_root_dir}'. Give a path, or 'last'."
+            )
+        return
+    checkpoints.record(str(path))
     directory, strategy = Path(path).is_dir(), kind(trainer.strategy)
     if directory and strategy not in SHARDED:
         raise ConfigError(

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from lightning import Trainer
+from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch.strategies import (
     DDPStrategy,
     DeepSpeedStrategy,
@@ -29,6 +30,7 @@ from transformers import PreTrainedModel
 
 from src.errors import ConfigError
 from src.models.layers import decoder_layers
+from src.training import checkpoints
 
 if TYPE_CHECKING:
     from torch.distributed.fsdp import MixedPrecision
@@ -90,8 +92,9 @@ class FSDP2(ModelParallelStrategy):
     def save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         self._saver.save_checkpoint(self, *args, **kwargs)
 
-    def load_checkpoint(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        return self._saver.load_checkpoint(self, *args, **kwargs)
+    def load_checkpoint(self, checkpoint_path: _PATH, weights_only: bool | None = None) -> dict[str, Any]:
+        with checkpoints.reading(checkpoint_path):
+            return self._saver.load_checkpoint(self, checkpoint_path, weights_only=True)
 
     def load_model_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self._saver.load_model_state_dict(self, *args, **kwargs)
@@ -110,6 +113,10 @@ class FSDP(FSDPStrategy):
 
     def __init__(self, sharded_checkpoint: bool = True, **kwargs: Any) -> None:
         super().__init__(state_dict_type="sharded" if sharded_checkpoint else "full", **kwargs)
+
+    def load_checkpoint(self, checkpoint_path: _PATH, weights_only: bool | None = None) -> dict[str, Any]:
+        with checkpoints.reading(checkpoint_path):
+            return super().load_checkpoint(checkpoint_path, weights_only=True)
 
     @property
     def mixed_precision_config(self) -> MixedPrecision | None:
@@ -164,6 +171,10 @@ class ZeRO(DeepSpeedStrategy):
         """Nothing: weights that are partitioned as they are made cannot be loaded from files."""
         self._init_config_if_needed()
         yield
+
+    def load_checkpoint(self, checkpoint_path: _PATH, weights_only: bool | None = None) -> dict[str, Any]:
+        with checkpoints.reading(checkpoint_path):
+            return super().load_checkpoint(checkpoint_path, weights_only=True)
 
     def setup(self, trainer: Trainer) -> None:
         """Set up; rotary frequencies and a cache's log-probabilities keep their precision."""

@@ -14,6 +14,8 @@ from subprocess import Popen
 import torch
 from lightning.pytorch.strategies.launchers import subprocess_script
 
+from src.training import stopping
+
 MEMORY = (
     "error: out of memory{where}. In order of least cost: lower data.init_args.batch_size (and raise "
     "trainer.accumulate_grad_batches by as much), data.init_args.max_length, or "
@@ -27,6 +29,8 @@ LOST = (
     "killed, often for memory. Resume with the same command; a fit also with "
     "--ckpt_path <run>/checkpoints/last.ckpt."
 )
+GRACE = 20.0
+"""Seconds that a process has to end by itself when it was told to."""
 _OUT = ("can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 _GONE = ("closed by peer", "reset by peer", "Broken pipe", "remote process exited", "remote server shutdown")
 
@@ -63,10 +67,13 @@ def watch_children(children: list[Popen[bytes]], period: float = 1.0) -> None:
 
     A rank that waits for a lost one in a collective would wait for half an hour.
     """
+    stopping.ranks[:] = children
 
     def failed() -> str | None:
         for rank, child in enumerate(children, start=1):
-            if child.poll():
+            if (code := child.poll()) in stopping.STATUSES and stopping.told() is None:
+                os.kill(os.getpid(), code - 128)  # one rank alone was told
+            if code:
                 return f"the process of local rank {rank} ended with code {child.returncode}"
         return None
 
@@ -82,6 +89,9 @@ def _watch(ended: Callable[[], str | None], children: list[Popen[bytes]], period
     def run() -> None:
         while (what := ended()) is None:
             time.sleep(period)
+        if (number := stopping.told()) is not None:
+            time.sleep(GRACE)  # it ends by itself, unless it waits for what has ended already
+            os._exit(128 + number)
         print(LOST.format(what=what), file=sys.stderr, flush=True)
         for child in children:
             child.send_signal(signal.SIGKILL)

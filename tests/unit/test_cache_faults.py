@@ -120,7 +120,7 @@ def test_a_directory_that_cannot_be_written_is_told_before_the_teacher_runs(
 def test_a_full_disk_is_one_message_and_what_was_written_is_kept(
     ws: Workspace, cache: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    left, original = [3], os.fsync
+    left, original = [9], os.fsync
 
     def fsync(file: int) -> None:
         left[0] -= 1

@@ -97,7 +97,7 @@ def test_twenty_kills_leave_the_rows_of_an_uninterrupted_write(
 
 
 @pytest.mark.parametrize(
-    ("call", "nth"), [("os.fsync", 2), ("pathlib.Path.replace", 3), ("pathlib.Path.replace", 4)]
+    ("call", "nth"), [("os.fsync", 5), ("pathlib.Path.rename", 3), ("pathlib.Path.rename", 4)]
 )
 def test_a_kill_between_shard_and_manifest_leaves_the_same_rows(
     ws: Workspace, whole: str, call: str, nth: int, monkeypatch: pytest.MonkeyPatch

@@ -278,7 +278,7 @@ def test_a_link_stays_a_link(run: Callable[..., Path], mask_file: str, tmp_path:
         ({}, ("--device", "abacus"), "--device: cannot use 'abacus'"),
         ({}, ("--dtype", "int3"), "invalid choice: 'int3'.*float32.*bfloat16"),
         ({}, ("--gate-tokens", "3"), "--gate-tokens: '3' given; accepted: a whole number from 8"),
-        ({}, ("--checkpoint", "nowhere.ckpt"), "'nowhere.ckpt' does not fit"),
+        ({}, ("--checkpoint", "nowhere.ckpt"), "there is no 'nowhere.ckpt'"),
         ({}, ("--lisence", "mit"), "Did you mean '--license'"),
         ({"model": "./nowhere"}, (), r"cannot read a config from '\./nowhere'"),
     ],

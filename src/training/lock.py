@@ -1,0 +1,49 @@
+"""One run to a directory: the second is refused, instead of the last mask winning."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from src.errors import ConfigError
+from src.files import unwritten
+
+
+@contextmanager
+def lock(directory: str | Path, key: str) -> Iterator[None]:
+    """Hold a directory for the block; the lock dies with its process, however that ends.
+
+    It is the process that holds it: workers that it forks do not, and so cannot keep it alive after a kill.
+
+    Args:
+        directory: what the run writes to; made if it is not there.
+        key: what to change to write elsewhere.
+
+    Raises:
+        ConfigError: another process holds it, or it cannot be written to.
+    """
+    path = Path(directory) / ".lock"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    except OSError as e:
+        raise ConfigError(f"{unwritten(directory, e)} Choose another directory ({key}).") from e
+    try:
+        _take(handle, directory, key)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _take(handle: int, directory: str | Path, key: str) -> None:
+    try:
+        fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError) as e:
+        raise ConfigError(
+            f"{key}: another run is writing to '{directory}'. Give another one, or wait until it has ended."
+        ) from e
+    except OSError:
+        pass  # a file system without locks: nothing can be told

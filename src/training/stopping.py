@@ -1,0 +1,127 @@
+"""A run that is told to end, by SIGTERM or SIGINT, ends with that said and nothing half kept.
+
+A signal ends a command at once, its temporary files removed, except while a run trains or writes a cache:
+there it is heeded after the batch at hand, when everything is saved (:class:`src.callbacks.StopOnSignal`).
+The status is 128 and the signal's number, so that ``fit ... && export ...`` does not go on. A second signal
+kills.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from subprocess import Popen
+from types import FrameType
+from typing import NoReturn
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+STATUSES = tuple(128 + number for number in SIGNALS)
+AGAIN = 1.0
+"""Seconds within which a signal is the same one: a terminal and a launcher may both deliver it."""
+
+
+class Stopped(SystemExit):
+    """The run was told to end. Lightning and libraries let it pass, as they let an exit pass.
+
+    Args:
+        number: the signal's.
+        where: what was done and how to go on; None: nothing that could be resumed.
+    """
+
+    def __init__(self, number: int, where: str | None = None) -> None:
+        super().__init__(128 + number)
+        self.number, self.where = number, where
+
+    def __str__(self) -> str:
+        return f"{self.where or 'stopped'} ({signal.Signals(self.number).name})"
+
+
+ranks: list[Popen[bytes]] = []
+"""Processes that this one started as further ranks of its run."""
+
+
+class _Told:
+    """What this process was told."""
+
+    number: int | None = None
+    since = 0.0
+    patient = False
+    """Whether a signal waits for the end of the batch."""
+
+
+def told() -> int | None:
+    """The number of the signal that this process was sent, or None."""
+    return _Told.number
+
+
+def be_told(number: int) -> None:
+    """Take over what another rank was told."""
+    if _Told.number is None:
+        _Told.number, _Told.since = number, time.monotonic()
+
+
+def patient(wait: bool) -> None:
+    """Let signals wait for the end of the batch, or no longer.
+
+    Raises:
+        Stopped: no longer, and one has waited.
+    """
+    _Told.patient = wait
+    if not wait and _Told.number is not None:
+        raise Stopped(_Told.number)
+
+
+@contextmanager
+def heeded() -> Iterator[None]:
+    """Heed :data:`SIGNALS` in the block; only the main thread can."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    owner = os.getpid()
+
+    def heed(number: int, frame: FrameType | None) -> None:
+        if os.getpid() != owner:  # a worker that was forked: its owner ends it
+            if number == signal.SIGTERM:
+                _default(number)
+            return
+        if _Told.number is not None:
+            if time.monotonic() - _Told.since > AGAIN:
+                _default(number)
+            return
+        be_told(number)
+        if not _Told.patient:
+            raise Stopped(number)
+        name = signal.Signals(number).name  # not printed: a handler may interrupt a print
+        os.write(2, f"\n{name}: the run stops after this step; a second signal kills it.\n".encode())
+
+    _Told.number, _Told.patient = None, False
+    handlers = {number: signal.getsignal(number) for number in SIGNALS}
+    ours = {n: handler for n, handler in handlers.items() if handler not in (None, signal.SIG_IGN)}
+    try:
+        for number in ours:
+            signal.signal(number, heed)
+        yield
+    finally:
+        for number, handler in ours.items():
+            signal.signal(number, handler)
+        _Told.number, _Told.patient = None, False
+
+
+def end(stopped: Stopped) -> NoReturn:
+    """End this process, and the ranks it started, as it was told; the first rank says where it stopped."""
+    for rank in ranks:
+        if rank.poll() is None:
+            rank.send_signal(stopped.number)
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        print(stopped, file=sys.stderr)
+    raise SystemExit(stopped.code)
+
+
+def _default(number: int) -> None:
+    signal.signal(number, signal.SIG_DFL)
+    os.kill(os.getpid(), number)
