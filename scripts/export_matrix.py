@@ -34,11 +34,12 @@ from scripts.lab.jobs import Failure, isolated, short
 from scripts.lab.results import options, origin, read
 from scripts.tiny_configs import tiny_config
 from src.errors import ConfigError
-from src.export.fresh import Reference, is_tied, verify
+from src.export.fresh import Reference, verify
 from src.export.observe import Observation, probe_tokens
 from src.export.proof import observe_gated, predicted_weights
 from src.files import write_json
 from src.mask import Mask
+from src.models.claims import is_tied
 from src.models.cut import Constraints, attention_implementation, constraints, cut
 from src.models.cut_rules import forbidden
 from src.models.layers import decoder_layers, num_layers

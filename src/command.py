@@ -6,7 +6,7 @@ import argparse
 import re
 import shlex
 from collections.abc import Iterator, Sequence
-from typing import Any, NoReturn, cast
+from typing import Any, NoReturn, cast, get_args
 
 import torch
 from rich.console import Console
@@ -18,7 +18,7 @@ from transformers.utils import logging
 from src.errors import ConfigError, did_you_mean
 from src.mask import git_sha
 from src.models.layers import num_layers
-from src.models.loading import load_model
+from src.models.loading import Dtype, load_model
 
 
 class Parser(argparse.ArgumentParser):
@@ -35,7 +35,7 @@ class Parser(argparse.ArgumentParser):
 
     def add_model_options(self) -> None:
         """Options that say how models are loaded."""
-        self.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
+        self.add_argument("--dtype", default="float32", choices=get_args(Dtype))
         self.add_argument("--device", default="auto", help="cpu, cuda, ... (default: cuda if there is one)")
         self.add_argument("--threads", type=positive, metavar="N", help="CPU threads (default: torch's)")
 

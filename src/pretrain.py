@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from lightning import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from src.data.batches import real_tokens
 from src.files import whole, write_json
+from src.models.loading import load_tokenizer
 from src.training.schedules import with_warmup
 
 
@@ -35,7 +36,7 @@ class Pretrain(LightningModule):
         save_to: str | None = None,
     ) -> None:
         super().__init__()
-        self.tokenizer, self.architecture = AutoTokenizer.from_pretrained(tokenizer), architecture
+        self.tokenizer, self.architecture = load_tokenizer(tokenizer), architecture
         self.optimizer, self.warmup, self.save_to = optimizer, warmup, save_to
         self.tokens = 0
 

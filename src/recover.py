@@ -24,6 +24,7 @@ from src.losses.distill import Distillation, supervised
 from src.losses.objective import Objective, Weighted
 from src.losses.terms import Pair, Step
 from src.mask import Mask
+from src.models.adapters import adapted, out_of_reach
 from src.models.cut import cut
 from src.models.head import OutputHead
 from src.models.layers import decoder_layers, num_layers
@@ -52,7 +53,7 @@ class Recovery(LightningModule):
         distillation: loss on that signal, the first term; its k and rule are validation's too.
         terms: further terms of the loss, each with a weight; see :class:`src.losses.Objective`.
         scope: what trains: ``full``, the blocks next to each cut (``cut_adjacent``), or ``lora`` adapters on
-            all linear layers (needs the extra ``lora``), merged on export.
+            all linear layers (needs the extra ``lora``), merged on export; routed experts are out of reach.
         lora_rank: rank of the adapters.
         patch: repair of the cut model before it trains; None starts from the parent's weights.
         checkpoint_activations: recompute layers in the backward pass, to save memory.
@@ -119,6 +120,7 @@ class Recovery(LightningModule):
         if self.patch is not None:
             self.patch(student, parent, self.mask, load_tokenizer(self.name, self.revision))
         self.model = scoped(student, self.mask, self.scope, self.lora_rank)
+        self.frozen = out_of_reach(self.model) if self.scope == "lora" else ""
         if self.checkpoint_activations:
             recompute(self.model)
         self.head = OutputHead(self.model)
@@ -208,7 +210,7 @@ class Recovery(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["recovery"] = {
             "tokens": self.tokens, "scope": self.scope, "rank": self.lora_rank, "keep": list(self.mask.keep),
-            "patch": str(self.patch) if self.patch and self.patch.repairs else None,
+            "patch": str(self.patch) if self.patch and self.patch.repairs else None, "frozen": self.frozen,
         }  # fmt: skip
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -252,12 +254,7 @@ def scoped(student: PreTrainedModel, mask: Mask, scope: Scope, rank: int) -> Pre
         for i in cut_adjacent(mask):
             layers[i].requires_grad_(True)
     if scope == "lora":
-        try:
-            from peft import LoraConfig, get_peft_model
-        except ImportError as e:
-            raise ConfigError("model.scope: 'lora' needs peft: pip install -e '.[lora]'.") from e
-        config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear")
-        return cast(PreTrainedModel, get_peft_model(student, config))
+        return adapted(student, rank)
     return student
 
 
@@ -305,5 +302,4 @@ def load_student(parent: PreTrainedModel, mask: Mask, checkpoint: str) -> PreTra
         reason = str(e).splitlines()[0]
         raise ConfigError(f"checkpoint: '{checkpoint}' does not fit this model and mask: {reason}") from e
     plain = cast(Any, student).merge_and_unload() if scope == "lora" else student
-    # As stock loading does: torch orders the sums of a product by whether its weights ask for gradients.
-    return cast(PreTrainedModel, plain.eval().requires_grad_(True))
+    return cast(PreTrainedModel, plain.eval())

@@ -8,6 +8,7 @@ elsewhere; it is not shifted.
 
 from __future__ import annotations
 
+from copy import copy
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -31,6 +32,7 @@ from src.data.statistics import Statistics
 from src.data.stream import Recipe
 from src.errors import ConfigError
 from src.models.loading import load_tokenizer
+from src.models.positions import position_limit, too_long
 
 
 class Corpus(LightningDataModule):
@@ -124,8 +126,37 @@ class Corpus(LightningDataModule):
         if not sources:
             raise ConfigError(f"data.{split} is not set; name a file, a Hub id or a list of sources.")
         corpora = Corpora(sources, self.columns, self.separator, self.tokenizer, self.held_out, apart)
-        recipe = Recipe(corpora, self.encoder, self.batching, self.shuffle_buffer, shuffle, self.seed)
+        recipe = Recipe(corpora, self._encoder(), self.batching, self.shuffle_buffer, shuffle, self.seed)
         return Loader(recipe, **options)
+
+    def _encoder(self) -> Encoder:
+        """The encoder; where the model's table of positions ends earlier than a row, so does a document.
+
+        Raises:
+            ConfigError: the user does not allow documents to be cut.
+        """
+        model, asked = self._model(), self.encoder.max_length
+        limit = position_limit(model) if model is not None else None
+        if model is None or limit is None or limit >= asked:
+            return self.encoder
+        if self.encoder.too_long == "error":
+            raise too_long(f"data.max_length is {asked}", model.config.model_type, limit)
+        rank_zero_warn(
+            f"data: the position table of this '{model.config.model_type}' ends at {limit}: longer "
+            f"documents are cut there, not at data.max_length={asked} (too_long={self.encoder.too_long})."
+        )
+        shorter = copy(self.encoder)
+        shorter.max_length = limit
+        return shorter
+
+    def _model(self) -> PreTrainedModel | None:
+        """The model that the batches go to; None before there is one."""
+        if self.trainer is None or self.trainer.lightning_module is None:
+            return None
+        module = self.trainer.lightning_module
+        # A search keeps its frozen model out of the module tree; its output head knows it.
+        parts = [getattr(getattr(module, "head", None), "model", None), *module.modules()]
+        return next((part for part in parts if isinstance(part, PreTrainedModel)), None)
 
     def train_dataloader(self) -> Loader:
         """Shuffled, from where a checkpoint left off; every iteration is the next epoch."""
@@ -171,11 +202,7 @@ class Corpus(LightningDataModule):
         """
         trainer, loader = self.trainer, self._loader
         if trainer is not None and "position_ids" in batch and not self._apart:
-            module = trainer.lightning_module
-            # A search keeps its frozen model out of the module tree; its output head knows it.
-            parts = [getattr(getattr(module, "head", None), "model", None), *module.modules()]
-            model = next((part for part in parts if isinstance(part, PreTrainedModel)), None)
-            if model is not None:
+            if (model := self._model()) is not None:
                 check_boundaries(model)
             self._apart = True
         if trainer is None or not trainer.training or loader is None:

@@ -17,6 +17,8 @@ from typing import Any, cast
 import torch
 from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
+from src.errors import ConfigError
+
 
 def step(
     model: PreTrainedModel,
@@ -62,6 +64,28 @@ def stop_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> f
     declared = getattr(model.generation_config, "eos_token_id", None)
     declared = declared if isinstance(declared, list) else [declared]
     return frozenset(i for i in (*declared, tokenizer.eos_token_id) if i is not None)
+
+
+def new_tokens(prompts: Sequence[Sequence[int]], positions: int, asked: int | None, default: int) -> int:
+    """Most tokens of a continuation: as asked; by default so many that all have positions.
+
+    Args:
+        prompts: token lists.
+        positions: tokens that prompt and continuation may have together.
+        asked: the user's number, or None.
+        default: otherwise, where the positions suffice.
+
+    Raises:
+        ConfigError: there are too few positions.
+    """
+    longest = max(map(len, prompts))
+    room = positions - longest + 1  # the last token is not fed
+    if room < (asked or 1):
+        raise ConfigError(
+            f"--max-new-tokens: the longest prompt has {longest} tokens, with {asked or 1} new ones more "
+            f"than the {positions} places in the table of positions. Lower it, or add --no-exact-match."
+        )
+    return asked or min(default, room)
 
 
 @torch.inference_mode()

@@ -133,7 +133,9 @@ def ask(
         ConfigError: the harness refuses, such as a task that would run code the model wrote.
     """
     with _quiet("lm_eval"):
-        lm = harness("models.huggingface").HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+        lm = harness("models.huggingface").HFLM(
+            pretrained=model, tokenizer=tokenizer, batch_size=batch_size, trust_remote_code=False
+        )
     os.environ.setdefault("DISABLE_MULTIPROC", "1")  # no bootstrap in forks of a process that holds a model
     manager = harness("tasks").TaskManager(include_defaults=False)  # all are loaded: nothing to look up
     options = {"num_fewshot": shots, "limit": limit, "bootstrap_iters": RESAMPLES, "log_samples": True}

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import sys
 import time
 from collections.abc import Iterable
 from typing import Any
@@ -30,9 +31,9 @@ from src.data.judging import Rows, batches, encode, prompt, read_rows
 from src.errors import ConfigError
 from src.evaluate import tasks
 from src.evaluate.flips import flips
-from src.evaluate.generate import greedy, stop_tokens
+from src.evaluate.generate import greedy, new_tokens, stop_tokens
 from src.files import write_json
-from src.models.loading import load_tokenizer
+from src.models.loading import load_tokenizer, shared_positions
 
 # ---------------------------------------------------------------------- held-out text
 
@@ -124,6 +125,7 @@ def exact_match(
     answer_column: str = "answer",
     max_new_tokens: int | None = None,
     batch_size: int = 128,
+    positions: int = sys.maxsize,
 ) -> dict[str, Any]:
     """Share of rows whose final answer (``#### n``) is right after free greedy generation.
 
@@ -135,13 +137,14 @@ def exact_match(
         answer_column: column of the reference.
         max_new_tokens: most tokens of an answer; None is the longest reference and 32 more.
         batch_size: prompts decoded together.
+        positions: tokens that prompt and answer may have together.
 
     Returns:
         ``exact_match``, ``correct`` (one bool a row), ``texts`` (what was generated), ``new_tokens``,
         ``seconds``.
 
     Raises:
-        ConfigError: a reference has no final answer.
+        ConfigError: a reference has no final answer, or there are too few positions.
     """
     began = time.monotonic()
     wanted = [final_answer(row[answer_column]) for row in rows]
@@ -153,7 +156,7 @@ def exact_match(
     encoded = encode(tokenizer, rows, Columns(prompt=prompt_column, answer=answer_column))
     prompts = [prompt(row) for row in encoded]
     longest = max(len(row.ids) - len(start) for row, start in zip(encoded, prompts, strict=True))
-    limit = max_new_tokens or longest + 32
+    limit = new_tokens(prompts, positions, max_new_tokens, longest + 32)
     new = greedy(model, prompts, limit, stop_tokens(model, tokenizer), batch_size)
     texts = tokenizer.batch_decode(new, skip_special_tokens=True)
     correct = [final_answer(text) == want for text, want in zip(texts, wanted, strict=True)]
@@ -183,7 +186,8 @@ def main(argv: list[str]) -> None:
     rows = read_rows(args.data, args.limit)
     columns = Columns(args.text, args.prompt, args.answer).of(rows[0])
     tokenizer = load_tokenizer(args.teacher or args.model[0])
-    encoded = encode(tokenizer, rows, columns, args.supervise, args.max_length)
+    positions = shared_positions([*([args.teacher] if args.teacher else []), *args.model], args.max_length)
+    encoded = encode(tokenizer, rows, columns, args.supervise, min(args.max_length, positions))
     task = None if args.no_exact_match else _task(columns, rows[0])
     teacher, results = None, list[dict[str, Any]]()
     for result, model in family(args, tokenizer):
@@ -191,7 +195,7 @@ def main(argv: list[str]) -> None:
         result |= held_out(model, teacher, text)
         if task:
             new, size = args.max_new_tokens, args.batch_size
-            result |= exact_match(model, tokenizer, rows, *task, max_new_tokens=new, batch_size=size)
+            result |= exact_match(model, tokenizer, rows, *task, new, size, positions)
         if args.teacher and teacher is None:
             teacher = model
             result |= {"kl": 0.0, "agreement": 1.0}

@@ -26,9 +26,13 @@ NO_SCORES = "Not evaluated yet.\n"
 
 
 def front_matter(card: Path) -> dict[str, Any]:
-    """The YAML block at the head of a model card; empty if there is no card or no block."""
-    match = re.match(r"---\n(.*?)\n---", card.read_text(), re.DOTALL) if card.is_file() else None
-    block = yaml.safe_load(match.group(1)) if match else None
+    """The YAML block at the head of a model card; empty if there is none, or none that can be read."""
+    try:
+        text = card.read_bytes().decode("utf-8", "replace")
+        match = re.match(r"---\r?\n(.*?)\r?\n---", text, re.DOTALL)
+        block = yaml.safe_load(match.group(1)) if match else None
+    except (OSError, ValueError, RecursionError, yaml.YAMLError):
+        return {}  # a card is no reason to lose an export
     return block if isinstance(block, dict) else {}
 
 
@@ -83,6 +87,7 @@ def model_card(
         "Patch": patch,
         "Recovery": (
             f"distilled from the parent on {recovery['tokens']:,} tokens ({recovery['scope']})"
+            + (f"; not reached by the adapters: {frozen}" if (frozen := recovery.get("frozen")) else "")
             if recovery
             else "none: the kept layers hold the parent's weights" + (", but for the patch" if patch else "")
         ),
@@ -90,7 +95,7 @@ def model_card(
         "Left out": f"{lost_heads} multi-token-prediction layers (speculative decoding)"
         if lost_heads
         else "",
-        "Licence": str(head.get("license", "that of the parent, whose card states none")),
+        "Licence": str(head.get("license", "that of the parent, whose card states none that can be read")),
         "Code": f"e3pruner, commit `{mask.git_sha}`" if mask.git_sha else "e3pruner",
     }
     return CARD.format(

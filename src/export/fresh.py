@@ -19,9 +19,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from src.export.observe import Finding, Observation, compare, observe
+from src.models.claims import is_tied
 from src.models.layers import num_layers
 
 PROBE_TEXT = "Layer 7 of 12: the cat sat on the mat,\n\tdidn't it? 1+1=2."
@@ -80,6 +81,7 @@ def verify(directory: Path, reference: Reference) -> list[Finding]:
         attn_implementation=reference.attention,
         local_files_only=True,
         output_loading_info=True,
+        trust_remote_code=False,
     )
     model, info = loading[0].to(reference.device).eval(), loading[1]
     wrong = {kind: sorted(map(str, keys)) for kind, keys in info.items() if keys}
@@ -96,20 +98,13 @@ def verify(directory: Path, reference: Reference) -> list[Finding]:
         Finding("embeddings tied as in the original", tied == reference.tied, "tied" if tied else "not tied"),
     ]
     if reference.text_ids is not None:
-        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
         same = tokenizer(PROBE_TEXT).input_ids == reference.text_ids
         same &= tokenizer.chat_template == reference.chat_template
         findings.append(Finding("tokenizer and chat template", same, "equal" if same else "differ"))
     exact = reference.device == "cpu"
     found = observe(model, reference.ids_BT)
     return findings + compare(reference.expected, found, reference.dtype, exact)
-
-
-def is_tied(model: PreTrainedModel) -> bool:
-    """Whether input and output embeddings are one tensor."""
-    inputs: Any = model.get_input_embeddings()
-    outputs: Any = model.get_output_embeddings()
-    return outputs is not None and outputs.weight.data_ptr() == inputs.weight.data_ptr()
 
 
 def unique_weights(state: dict[str, Tensor]) -> int:

@@ -53,7 +53,8 @@ def probe_tokens(config: PretrainedConfig, tokens: int | None = None) -> Tensor:
                 windows.append(value)
 
     read(config.to_dict())
-    length = tokens or max(w for w in windows if w <= 1024) + 8
+    positions = getattr(text_config(config), "max_position_embeddings", None) or 1 << 20
+    length = tokens or min(max(w for w in windows if w <= 1024) + 8, positions - GENERATED)
     vocabulary = min(text_config(config).vocab_size, 50_000)
     ordinary = torch.tensor([i for i in range(vocabulary) if i not in special])
     draw = torch.randint(len(ordinary), (2, length), generator=torch.Generator().manual_seed(0))

@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from src.export.fresh import PROBE_TEXT, Reference, is_tied, unique_weights
+from src.export.fresh import PROBE_TEXT, Reference, unique_weights
 from src.export.observe import Finding, Observation, compare, observe, probe_tokens
 from src.mask import Mask
+from src.models.claims import is_tied
 from src.models.cut import attention_implementation, cut
 from src.models.gated import GatedLayers
 from src.models.layers import decoder_layers
@@ -129,6 +130,7 @@ def in_fresh_process(directory: Path, reference: Reference) -> list[Finding]:
                 *(sys.executable, "-m", "src.export.fresh", str(directory.resolve())),
                 *("--reference", str(path), "--findings", str(told)),
             ],
+            stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
             cwd=Path(__file__).parents[2],

@@ -11,32 +11,31 @@ under the final name, and an existing directory stays as it was unless ``--force
 from __future__ import annotations
 
 import argparse
-import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import cast
 
-from huggingface_hub import snapshot_download
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
-from safetensors import SafetensorError, safe_open
-from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+from safetensors import SafetensorError
+from transformers import GenerationConfig, PreTrainedModel
 
 from src.command import Parser, on_device
 from src.errors import ConfigError
 from src.export.card import front_matter, model_card, public_name
-from src.export.fresh import PROBE_TEXT, unique_weights
-from src.export.observe import Finding
+from src.export.companions import copy_companions, parent_files, parent_tokenizer, stored_heads
+from src.export.fresh import unique_weights
+from src.export.observe import GENERATED, Finding
 from src.export.proof import predicted_weights, prove, stored_as_parent
 from src.files import whole
 from src.mask import Mask
 from src.models.cut import cut
 from src.models.cut_rules import extra_layers
 from src.models.layers import num_layers
-from src.models.loading import Dtype, load_config, load_model, load_tokenizer
+from src.models.loading import load_config, load_model, load_tokenizer
+from src.models.positions import position_limit, too_long
 from src.recover import load_student
 from src.repair.linear_patch import LinearPatch
 from src.training import checkpoints
@@ -44,29 +43,6 @@ from src.training import checkpoints
 SHORTEST = 8
 """Tokens of the gate's rows: some are padded over and the rest must still be a sequence."""
 DTYPES = ("float32", "bfloat16", "float16")
-COMPANIONS = (
-    "*token*",
-    "vocab*",
-    "merges.txt",
-    "*.model",
-    "*.tiktoken",
-    "*.jinja",
-    "chat_template.json",
-    "additional_chat_templates/*",
-    "tekken.json",
-    "*.spm",
-    "bpe.codes",
-    "dict.txt",
-    "emoji.json",
-    "normalizer.json",
-    "word_*.json",
-    "*processor_config.json",
-    "generation_config.json",
-    "LICENSE*",
-    "NOTICE*",
-    "USE_POLICY*",
-)
-"""Files of the parent that go along, byte for byte."""
 
 
 def export(mask: Mask, args: argparse.Namespace, patch: LinearPatch | None = None) -> list[Finding]:
@@ -79,14 +55,15 @@ def export(mask: Mask, args: argparse.Namespace, patch: LinearPatch | None = Non
     _check_out(out, args.force, name)
     config = load_config(name, mask.revision)
     mask.check(num_layers(config), name)
-    stored = args.dtype or str(config.dtype or "float32").removeprefix("torch.")
-    parent = on_device(load_model(name, mask.revision, dtype=cast(Dtype, stored)), args.device)
+    files = parent_files(name, mask.revision)
+    tokenizer = parent_tokenizer(name, mask.revision, files)
+    parent = on_device(load_model(name, mask.revision, dtype=args.dtype or "auto"), args.device)
+    _check_probe(parent, args.gate_tokens)
     student = load_student(parent, mask, args.checkpoint) if args.checkpoint else cut(parent, mask)
     student, rounding = stored_as_parent(student, parent, mask, args.gate_tokens)
     repairs = patch and patch(student, parent, mask, load_tokenizer(name, mask.revision))
     origin = {"parent": public_name(mask.model), "revision": mask.revision, "keep": list(mask.keep)}
     student.config.depth_pruning = origin
-    files = parent_files(name, mask.revision)
     weights = unique_weights(parent.state_dict()), predicted_weights(parent, student, mask)
     with staged(out, args.force) as stage:
         if (files / "generation_config.json").is_file():
@@ -103,7 +80,7 @@ def export(mask: Mask, args: argparse.Namespace, patch: LinearPatch | None = Non
             mask,
             recovered=bool(args.checkpoint or repairs),
             weights=weights[1],
-            tokenizer=_tokenizer(name, mask.revision),
+            tokenizer=tokenizer,
             tokens=args.gate_tokens,
             upcast=args.gate_dtype == "float32",
         )
@@ -142,34 +119,6 @@ def staged(out: Path, force: bool) -> Iterator[Path]:
         raise ConfigError(f"--out: cannot write '{out}': {e}. {left}") from e
 
 
-def parent_files(name: str, revision: str | None) -> Path:
-    """Directory with the parent's tokenizer, templates, card and licence: itself, or a download of these."""
-    if Path(name).is_dir():
-        return Path(name)
-    return Path(snapshot_download(name, revision=revision, allow_patterns=[*COMPANIONS, "README.md"]))
-
-
-def copy_companions(source: Path, target: Path) -> None:
-    """Copy the parent's :data:`COMPANIONS`, byte for byte."""
-    for file in {f for pattern in COMPANIONS for f in source.glob(pattern) if f.is_file()}:
-        destination = target / file.relative_to(source)
-        destination.parent.mkdir(exist_ok=True)
-        shutil.copyfile(file, destination)
-
-
-def stored_heads(parent: Path, length: int) -> int:
-    """Multi-token-prediction layers among the parent's weights; its config may not mention them."""
-    found = set()
-    for path in parent.glob("*.safetensors"):
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118
-                extra = re.search(r"(?:^|\.)mtp\w*\.(?:layers\.)?(\d+)?", name)
-                layer = re.match(r"(?:model\.)?layers\.(\d+)\.", name)
-                if extra or (layer and int(layer.group(1)) >= length):
-                    found.add((extra or cast(re.Match[str], layer)).group(1) or "0")
-    return len(found)
-
-
 def _check_out(out: Path, force: bool, parent: str) -> None:
     here, there = out.resolve(), Path(parent).resolve()
     if there.is_dir() and (here.is_relative_to(there) or there.is_relative_to(here)):
@@ -180,6 +129,13 @@ def _check_out(out: Path, force: bool, parent: str) -> None:
     _check_free(out, force)
 
 
+def _check_probe(parent: PreTrainedModel, tokens: int | None) -> None:
+    limit = position_limit(parent)
+    if limit is not None and (tokens or 0) + GENERATED > limit:
+        asked = f"--gate-tokens {tokens} with the {GENERATED} generated behind them are too many: a row"
+        raise too_long(f"{asked} has {(tokens or 0) + GENERATED} tokens", parent.config.model_type, limit)
+
+
 def _check_free(out: Path, force: bool) -> None:
     if out.exists() and not force:
         raise ConfigError(f"--out: '{out}' exists. Give another name, or --force to replace it.")
@@ -187,14 +143,6 @@ def _check_free(out: Path, force: bool) -> None:
         raise ConfigError(
             f"--out: '{out}' holds no model (no config.json); it is not replaced, even by --force."
         )
-
-
-def _tokenizer(name: str, revision: str | None) -> PreTrainedTokenizerBase | None:
-    try:
-        found = AutoTokenizer.from_pretrained(name, revision=revision)
-    except Exception:  # a broken one raises bare exceptions; or it needs what is not installed
-        return None
-    return found if found(PROBE_TEXT).input_ids else None  # without files some families give an empty one
 
 
 def main(argv: list[str]) -> None:

@@ -23,8 +23,10 @@ from transformers.initialization import no_init_weights
 
 from src.errors import ConfigError
 from src.mask import Mask
+from src.models.claims import blamed, cause
 from src.models.cut_rules import attention_layers, forbidden, lenders, slice_section
 from src.models.layers import decoder_layers, num_layers, text_config
+from src.models.positions import guard
 from src.models.structure import Sources, alike, structural_changes
 from src.units.halves import find_halves
 
@@ -147,7 +149,7 @@ def cut(model: PreTrainedModel, mask: Mask) -> PreTrainedModel:
     new.tie_weights()
     if model.can_generate():
         new.generation_config = copy.deepcopy(model.generation_config)
-    return new.to(model.device).train(model.training)
+    return guard(new.to(model.device).train(model.training))
 
 
 def constraints(config: PretrainedConfig) -> Constraints:
@@ -208,11 +210,13 @@ def _weightless(config: PretrainedConfig, family: type[PreTrainedModel] | None =
     config = copy.deepcopy(config)
     try:
         with torch.device("meta"), no_init_weights():
-            return family._from_config(config) if family else AutoModelForCausalLM.from_config(config)
-    except ValueError as e:
+            if family is not None:
+                return family._from_config(config)
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except Exception as e:  # classes are foreign, and may raise anything
         raise ConfigError(
             f"model: AutoModelForCausalLM cannot build a '{config.model_type}' from its own config, so an "
-            f"export could not be loaded: {str(e).splitlines()[0][:160]}"
+            f"export could not be loaded: {blamed(config.to_dict(), str(e))}{cause(e)}"
         ) from e
 
 

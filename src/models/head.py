@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from src.errors import ConfigError
-from src.models.layers import decoder_layers, text_config
+from src.models.layers import decoder, text_config
 from src.models.sharding import within
 from src.models.summing import summing
 
@@ -38,9 +38,7 @@ class OutputHead:
     def __init__(self, model: PreTrainedModel) -> None:
         config = text_config(model.config)
         self.model = model
-        self.decoder: nn.Module = model.get_decoder()
-        if self.decoder is model:  # Llama-4 names a prefix that it does not have: take the layers' owner
-            self.decoder = model.get_submodule(decoder_layers(model)[0].rpartition(".")[0])
+        self.decoder: nn.Module = decoder(model)
         self.projection: nn.Module = model.get_output_embeddings()
         self._weights = [name for name, _ in self.projection.named_parameters()]
         self.vocabulary: int = config.vocab_size

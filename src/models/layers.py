@@ -20,7 +20,7 @@ def num_layers(config: PretrainedConfig) -> int:
     """Number of decoder layers of the text model, under whatever name the family uses.
 
     Raises:
-        ConfigError: the config names no layer count.
+        ConfigError: the config names no layer count, or one below 1.
     """
     text = text_config(config)
     count = getattr(text, "num_hidden_layers", None)
@@ -29,6 +29,11 @@ def num_layers(config: PretrainedConfig) -> int:
         count = next((stored[name] for name in LAYER_COUNTS[1:] if name in stored), count)
     if not isinstance(count, int):
         raise ConfigError(f"model: the config of a '{config.model_type}' states no number of layers.")
+    if count < 1:
+        raise ConfigError(
+            f"model: num_hidden_layers is {count} in the config of this '{config.model_type}'; accepted: "
+            f"1 or more. Set it to the number of layers that the weights hold."
+        )
     return count
 
 
@@ -63,3 +68,11 @@ def _nearest(model: PreTrainedModel, lists: list[Named]) -> list[Named]:
     own = [(n, m) for n, m in lists if id(m) in inside and any(True for _ in m.parameters())]
     depth = min((n.count(".") for n, _ in own), default=0)
     return [(n, m) for n, m in own if n.count(".") == depth] or lists
+
+
+def decoder(model: PreTrainedModel) -> nn.Module:
+    """The module that turns tokens into hidden states, without the output head."""
+    found: nn.Module = model.get_decoder()
+    if found is model:  # Llama-4 names a prefix that it does not have: take the layers' owner
+        found = model.get_submodule(decoder_layers(model)[0].rpartition(".")[0])
+    return found

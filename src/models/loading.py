@@ -1,12 +1,21 @@
-"""Load models and tokenizers from the Hub or a directory, with errors a person can act on."""
+"""Load models and tokenizers from the Hub or a directory, with errors a person can act on.
+
+No code of a model's author runs: ``trust_remote_code`` is false at every load, and a ``pytorch_model.bin`` is
+unpickled with ``weights_only``. What a directory says of itself is compared with what it holds
+(:mod:`src.models.claims`).
+"""
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from transformers import (
     AutoConfig,
@@ -17,10 +26,17 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.initialization import no_init_weights
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.utils import logging
 
 from src.errors import ConfigError
+from src.models import claims
+from src.models.layers import num_layers
+from src.models.positions import guard, position_limit
 
-Dtype = Literal["float32", "bfloat16", "float16"]
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+"""Type of the weights; ``auto`` is the one that the files hold."""
 Quantization = Literal["int8", "nf4"]
 
 weightless: ContextVar[bool] = ContextVar("weightless", default=False)
@@ -30,18 +46,35 @@ _CAUSAL = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 
 
 def load_config(name: str, revision: str | None = None) -> PretrainedConfig:
-    """Read the config of a decoder.
+    """Read the config of a decoder, and compare it with the headers of a directory's weights.
 
     Raises:
-        ConfigError: the model does not exist, is unknown to transformers, or is not a decoder.
+        ConfigError: the model does not exist, is unknown to transformers, is not a decoder, or holds other
+            weights than it says.
     """
+    config = _read_config(name, revision)
+    if claims.weight_files(name) and not weightless.get() and _quantization(config) is None:
+        _fetch(name, revision, config, device_map="meta")
+    return config
+
+
+def _read_config(name: str, revision: str | None) -> PretrainedConfig:
     try:
-        config = AutoConfig.from_pretrained(name, revision=revision)
-    except (OSError, ValueError) as e:
+        raw, _ = PretrainedConfig.get_config_dict(name, revision=revision)
+        claims.check_counts(raw, name)
+        if "auto_map" in raw and raw.get("model_type") not in CONFIG_MAPPING:
+            raise ConfigError(
+                f"model: '{name}' needs code of its own ('auto_map' in its config.json), and no code of a "
+                f"model's author is run here. Give a model of a family that transformers itself knows."
+            )
+        config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
+    except ConfigError:
+        raise
+    except Exception as e:  # a config is foreign, and its class may raise anything
         here = f" (no such directory under {Path.cwd()})" if not Path(name).exists() else ""
         raise ConfigError(
             f"model: cannot read a config from '{name}'{here}. Give a Hub id such as "
-            f"'Qwen/Qwen3-0.6B', or a directory with a config.json. Cause: {_first_line(e)}"
+            f"'Qwen/Qwen3-0.6B', or a directory with a config.json. Cause: {claims.cause(e)}"
         ) from e
     architectures = config.architectures or []
     decoder = any(a.endswith(_CAUSAL) for a in architectures) or not architectures
@@ -51,6 +84,9 @@ def load_config(name: str, revision: str | None = None) -> PretrainedConfig:
             f"model: '{name}' is {kind} ({', '.join(architectures)}); only decoders "
             f"(...ForCausalLM) can be pruned here."
         )
+    num_layers(config)
+    for part in (config, *(getattr(config, key, None) for key in config.sub_configs)):
+        vars(part or config).pop("auto_map", None)  # its code is not used, and does not come along
     return config
 
 
@@ -66,39 +102,124 @@ def load_model(
     Args:
         name: Hub id or directory.
         revision: Hub revision.
-        dtype: type of the weights that are not quantised.
+        dtype: type of the weights that are not quantised; ``auto`` is the one that the files hold.
         quantize: ``int8`` (LLM.int8) or ``nf4``; None keeps ``dtype``.
         attention: attention implementation (``sdpa``, ``eager``, ...); None lets transformers choose.
 
     Raises:
         ConfigError: see :func:`load_config`; or the weights are missing or do not fit.
     """
-    config = load_config(name, revision)
-    keys: dict[str, Any] = {"dtype": getattr(torch, dtype), "attn_implementation": attention}
+    config = _read_config(name, revision)
+    kind = _torch_dtype(name, config, dtype)
+    keys: dict[str, Any] = {"dtype": kind, "attn_implementation": attention}
     if weightless.get():
-        return AutoModelForCausalLM.from_config(config, **keys).eval()
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=False, **keys).eval()
     if quantize is not None:
         keys["quantization_config"] = BitsAndBytesConfig(
             load_in_8bit=quantize == "int8",
             load_in_4bit=quantize == "nf4",
             bnb_4bit_quant_type="nf4",
-            bnb_4bit_compute_dtype=getattr(torch, dtype),
+            bnb_4bit_compute_dtype=kind,
         )
-    try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            name, config=config, revision=revision, output_loading_info=True, **keys
+    model = _fetch(name, revision, config, **keys)
+    for file in claims.weight_files(name):
+        if file.suffix == ".bin":
+            rank_zero_warn(
+                f"model: '{file}' is a pickle; nothing but its tensors was read. What is written here is "
+                f"safetensors."
+            )
+    if claims.untie(model):
+        rank_zero_warn(
+            f"model: '{name}' says tie_word_embeddings and holds an output head that differs from its "
+            f"embeddings. The head is kept, and an export says tie_word_embeddings: false."
         )
-        model, info = loaded
-    except (OSError, ValueError, RuntimeError) as e:
-        raise ConfigError(f"model: cannot load '{name}': {_first_line(e)}") from e
-    if info["missing_keys"]:
-        missing = sorted(info["missing_keys"])
-        raise ConfigError(f"model: '{name}' lacks {len(missing)} weights, such as '{missing[0]}'.")
+    module: Any
     for module in model.modules():
         # On some CPUs bitsandbytes would repack weights for a kernel that passes no gradient on.
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
-    return model.eval()
+    return guard(model.eval())
+
+
+def shared_positions(names: Sequence[str], asked: int) -> int:
+    """Tokens that every one of some models has places for; warns where that is less than ``asked``.
+
+    Raises:
+        ConfigError: see :func:`load_config`.
+    """
+    limits = {name: limit for name in names if (limit := longest_row(name)) is not None}
+    least = min(limits.items(), key=lambda item: item[1], default=("", sys.maxsize))
+    if least[1] < asked:
+        rank_zero_warn(
+            f"--max-length: the position table of '{least[0]}' ends at {least[1]}: rows are cut there."
+        )
+    return least[1]
+
+
+def longest_row(name: str, revision: str | None = None) -> int | None:
+    """Tokens that a model's table of positions has places for; None without one. No weight is read.
+
+    Raises:
+        ConfigError: see :func:`load_config`.
+    """
+    config = _read_config(name, revision)
+    try:
+        with torch.device("meta"), no_init_weights():
+            return position_limit(AutoModelForCausalLM.from_config(config, trust_remote_code=False))
+    except Exception as e:  # classes are foreign, and may raise anything
+        said = claims.blamed(config.to_dict(), str(e))
+        raise ConfigError(f"model: cannot build '{name}': {said}{claims.cause(e)}") from e
+
+
+def _fetch(name: str, revision: str | None, config: PretrainedConfig, **keys: Any) -> PreTrainedModel:
+    """Load a model, or with ``device_map="meta"`` the headers of its weights, and compare it with them."""
+    try:
+        with _quiet():
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                name,
+                config=config,
+                revision=revision,
+                output_loading_info=True,
+                trust_remote_code=False,
+                weights_only=True,
+                **keys,
+            )
+    except Exception as e:  # files, quantisers and classes are foreign, and may raise anything
+        said = claims.blamed(config.to_dict(), str(e))
+        raise ConfigError(f"model: cannot load '{name}': {said}{claims.cause(e)}") from e
+    model, info = loaded
+    claims.check_weights(model, info, name)
+    return cast(PreTrainedModel, model)
+
+
+def numbers(name: str, dtype: Dtype, revision: str | None = None) -> str:
+    """The type of a model's weights by name, such as ``bfloat16``, ``auto`` looked up."""
+    if dtype != "auto":
+        return dtype
+    return str(_torch_dtype(name, _read_config(name, revision), dtype)).removeprefix("torch.")
+
+
+def _torch_dtype(name: str, config: PretrainedConfig, dtype: Dtype) -> torch.dtype:
+    """The asked type; for ``auto`` that of most numbers in the files, or else the one the config names."""
+    if dtype != "auto":
+        return cast(torch.dtype, getattr(torch, dtype))
+    said: Any = claims.stored_dtype(name) or config.dtype
+    return cast(torch.dtype, said or torch.float32)
+
+
+def _quantization(config: PretrainedConfig) -> Any:
+    return getattr(config, "quantization_config", None)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Errors only from transformers: its tables of keys say what our one message says."""
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
 
 
 def load_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenizerBase:
@@ -108,9 +229,9 @@ def load_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenize
         ConfigError: there is no tokenizer under that name.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
-    except (OSError, ValueError, KeyError) as e:
-        raise ConfigError(f"tokenizer: cannot read one from '{name}': {_first_line(e)}") from e
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
+    except Exception as e:  # a broken file raises bare exceptions
+        raise ConfigError(f"tokenizer: cannot read one from '{name}': {claims.cause(e)}") from e
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -129,8 +250,3 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel)
             f"data.tokenizer: its tokens go up to {highest}, but the vocabulary of this "
             f"'{model.config.model_type}' has {rows}. Leave data.tokenizer out to use the model's own."
         )
-
-
-def _first_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__

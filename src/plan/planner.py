@@ -10,7 +10,7 @@ from typing import Any, cast
 import yaml
 
 from src.errors import ConfigError
-from src.models.loading import Quantization
+from src.models.loading import Quantization, numbers
 from src.plan.devices import Device
 from src.plan.experiment import Experiment
 from src.plan.memory import Mode, Setting, memory, strategy_name
@@ -170,7 +170,8 @@ class Planner:
         """Type of the factors of the products."""
         if precision.startswith(("bf16", "16")):
             return "bfloat16" if precision.startswith("bf16") else "float16"
-        return str(self.experiment.model.get("dtype") or "float32")
+        model = self.experiment.model
+        return numbers(self.experiment.name, model.get("dtype") or "float32", model.get("revision"))
 
 
 def overlay(strategy: str) -> tuple[str | None, bool]:

@@ -30,6 +30,7 @@ from src.losses.distill import Distillation, supervised
 from src.losses.signals import live_signal
 from src.mask import Mask
 from src.models.head import OutputHead
+from src.models.positions import position_limit
 from src.repair.fold import Repair, fold
 from src.repair.stream import Junction, Mode, Patch, inputs, junctions, matrices, patched, run
 
@@ -119,7 +120,7 @@ class LinearPatch:
         if not places:
             rank_zero_warn(f"patch: {mask} has no cut between two kept layers, so nothing is patched.")
             return []
-        calibration = self.calibration(tokenizer)
+        calibration = self.calibration(tokenizer, position_limit(parent))
         models = (student, parent)
         homes = [model.device for model in models]
         try:
@@ -132,13 +133,14 @@ class LinearPatch:
                 nn.Module.to(model, home)
         return self.repairs
 
-    def calibration(self, tokenizer: PreTrainedTokenizerBase) -> list[Batch]:
-        """The calibration rows as padded batches, every token supervised.
+    def calibration(self, tokenizer: PreTrainedTokenizerBase, limit: int | None = None) -> list[Batch]:
+        """The calibration rows as padded batches, every token supervised, cut at ``limit`` positions too.
 
         Raises:
             ConfigError: there are none.
         """
-        encoded = encode(tokenizer, read_rows(self.data, self.rows), self.columns, "all", self.max_length)
+        length = min(self.max_length, limit or self.max_length)
+        encoded = encode(tokenizer, read_rows(self.data, self.rows), self.columns, "all", length)
         if not encoded:
             raise ConfigError(f"patch.data: '{self.data}' gives no row of two tokens or more.")
         self.used = f"{len(encoded)} rows ({sum(len(row.ids) for row in encoded):,} tokens)"

@@ -12,11 +12,12 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from src.errors import ConfigError
-from src.export.fresh import Reference, is_tied, verify
+from src.export.fresh import Reference, verify
 from src.export.observe import Finding, compare, observe, probe_tokens
 from src.export.proof import in_fresh_process, observe_gated, predicted_weights
 from src.mask import Mask
 from src.models import cut as cutting
+from src.models.claims import is_tied
 from src.models.cut import cut
 from src.models.cut_rules import slice_section
 from tests.tiny import FAMILIES, KV_SHARED, mask_of, tiny_model

@@ -137,11 +137,14 @@ def test_a_tokenizer_that_cannot_be_read_is_told(
 ) -> None:
     assert "tokenizer | not checked" not in (run() / "README.md").read_text()
     bare = shutil.copytree(teacher_dir, tmp_path / "bare", ignore=shutil.ignore_patterns("*token*"))
-    for broken in (None, "{broken", '{"model": {}}'):
-        if broken is not None:
-            (bare / "tokenizer.json").write_text(broken)
-        card = (run("--force", "--model", str(bare)) / "README.md").read_text()
-        assert "| tokenizer | not checked: none can be read from the parent |" in card
+    card = (run("--force", "--model", str(bare)) / "README.md").read_text()
+    assert "| tokenizer | not checked: none can be read from the parent |" in card
+    for broken in ("{broken", '{"model": {}}', ""):
+        (bare / "tokenizer.json").write_text(broken)
+        with pytest.raises(
+            ConfigError, match=r"tokenizer: cannot read one from .* would pass these files on"
+        ):
+            run("--force", "--model", str(bare))
 
 
 def test_scores_of_an_evaluation_go_into_the_card(run: Callable[..., Path], tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from src.mask import Mask
     [
         ({"mtp_num_hidden_layers": 2}, (), 2),
         ({}, ("mtp.fc.weight", "mtp.layers.0.mlp.up_proj.weight"), 1),
-        ({}, ("model.layers.7.mlp.up_proj.weight", "model.layers.8.mlp.up_proj.weight"), 2),
+        ({}, ("model.layers.7.eh_proj.weight", "model.layers.8.eh_proj.weight"), 2),
         ({}, (), 0),
     ],
 )

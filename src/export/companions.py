@@ -1,0 +1,116 @@
+"""What of the parent goes along with an export, beside its weights: tokenizer, templates, settings, licence.
+
+Byte for byte, with two exceptions: no code and no pickle of the parent's author is passed on, and so no
+``auto_map`` that would point to it.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any, cast
+
+from huggingface_hub import snapshot_download
+from safetensors import safe_open
+from transformers import PreTrainedTokenizerBase
+
+from src.errors import ConfigError
+from src.export.fresh import PROBE_TEXT
+from src.models.loading import load_tokenizer
+
+TOKENIZER = (
+    "*token*",
+    "vocab*",
+    "merges.txt",
+    "*.model",
+    "*.tiktoken",
+    "tekken.json",
+    "*.spm",
+    "bpe.codes",
+    "dict.txt",
+    "emoji.json",
+    "normalizer.json",
+    "word_*.json",
+)
+COMPANIONS = (
+    *TOKENIZER,
+    "*.jinja",
+    "chat_template.json",
+    "additional_chat_templates/*",
+    "*processor_config.json",
+    "generation_config.json",
+    "LICENSE*",
+    "NOTICE*",
+    "USE_POLICY*",
+)
+RUNS = (".py", ".so", ".pkl", ".pickle", ".bin", ".pt", ".pth")
+"""Endings of what may run when it is read."""
+
+
+def parent_files(name: str, revision: str | None) -> Path:
+    """Directory with the parent's tokenizer, templates, card and licence: itself, or a download of these."""
+    if Path(name).is_dir():
+        return Path(name)
+    return Path(snapshot_download(name, revision=revision, allow_patterns=[*COMPANIONS, "README.md"]))
+
+
+def parent_tokenizer(name: str, revision: str | None, files: Path) -> PreTrainedTokenizerBase | None:
+    """The parent's tokenizer; None if it has no files of one, or one that is empty.
+
+    Raises:
+        ConfigError: there are files and they cannot be read, so that nobody could read them in the export.
+    """
+    if not _found(files, TOKENIZER):
+        return None
+    try:
+        tokenizer = load_tokenizer(name, revision)
+    except ConfigError as e:
+        raise ConfigError(
+            f"{e} An export would pass these files on. Mend them, install what is missing, or take them out "
+            f"of the parent's directory to export without a tokenizer."
+        ) from e
+    return tokenizer if tokenizer(PROBE_TEXT).input_ids else None
+
+
+def copy_companions(source: Path, target: Path) -> None:
+    """Copy the parent's :data:`COMPANIONS`, without what runs."""
+    for file in _found(source, COMPANIONS):
+        destination = target / file.relative_to(source)
+        destination.parent.mkdir(exist_ok=True)
+        settings = _settings(file)
+        if "auto_map" in settings:
+            del settings["auto_map"]
+            destination.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", "utf-8")
+        else:
+            shutil.copyfile(file, destination)
+
+
+def _found(source: Path, patterns: tuple[str, ...]) -> set[Path]:
+    files = {file for pattern in patterns for file in source.glob(pattern) if file.is_file()}
+    return {file for file in files if file.suffix not in RUNS}
+
+
+def _settings(file: Path) -> dict[str, Any]:
+    """What a ``*_config.json`` holds; empty for every other file."""
+    if not file.name.endswith("config.json"):
+        return {}
+    try:
+        found = json.loads(file.read_text("utf-8"))
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def stored_heads(parent: Path, length: int) -> int:
+    """Multi-token-prediction layers among the parent's weights; its config may not mention them."""
+    found = set()
+    for path in parent.glob("*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118
+                extra = re.search(r"(?:^|\.)mtp\w*\.(?:layers\.)?(\d+)?", name)
+                layer = re.match(r"(?:model\.)?layers\.(\d+)\.", name)
+                if extra or (layer and int(layer.group(1)) >= length):
+                    found.add((extra or cast(re.Match[str], layer)).group(1) or "0")
+    return len(found)

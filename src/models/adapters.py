@@ -1,0 +1,52 @@
+"""LoRA adapters on every linear layer, and what they do not reach."""
+
+from __future__ import annotations
+
+import re
+from typing import cast
+
+from lightning.pytorch.utilities import rank_zero_warn
+from transformers import PreTrainedModel
+
+from src.errors import ConfigError
+
+
+def adapted(student: PreTrainedModel, rank: int) -> PreTrainedModel:
+    """Put adapters on all linear layers; nothing else trains. Warns of what they do not reach.
+
+    Raises:
+        ConfigError: peft is not installed.
+    """
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError as e:
+        raise ConfigError("model.scope: 'lora' needs peft: pip install -e '.[lora]'.") from e
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear")
+    model = cast(PreTrainedModel, get_peft_model(student, config))
+    if left := out_of_reach(model):
+        rank_zero_warn(
+            f"model.scope: the adapters of 'lora' do not reach {left}; these stay the parent's. "
+            f"'cut_adjacent' and 'full' train them."
+        )
+    return model
+
+
+def out_of_reach(model: PreTrainedModel) -> str:
+    """The matrices within the layers of an adapted model that have no adapter; empty if all have one.
+
+    Routed experts are one tensor for all of them, not linear layers, and hold most weights of such a model.
+    """
+    sizes = {"reached": 0, "left": 0}
+    names = set()
+    for name, parameter in model.named_parameters():
+        inside = re.search(r"\.\d+\.(.+)", name)
+        if inside is None or parameter.ndim < 2 or "lora_" in name:
+            continue
+        kind = "reached" if ".base_layer." in name else "left"
+        sizes[kind] += parameter.numel()
+        if kind == "left":
+            names.add(inside[1].removesuffix(".weight"))
+    if not names:
+        return ""
+    share = sizes["left"] / (sizes["left"] + sizes["reached"])
+    return f"{', '.join(sorted(names))} ({share:.0%} of the weights of the layers)"

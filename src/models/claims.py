@@ -1,0 +1,196 @@
+"""What a directory claims against what it holds, read from the headers of its weights.
+
+transformers believes ``config.json``: a count of layers that is one too small loads without a word, and an
+output head that differs from tied embeddings is kept here and tied there. Everything that can be told without
+reading a weight is told before any is read.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.modeling_utils import load_state_dict
+
+from src.errors import ConfigError
+from src.models.cut_rules import LAYER_COUNTS, extra_layers
+from src.models.layers import decoder_layers, text_config
+
+MOST_LAYERS = 1024
+"""No decoder is nearly as deep; more is a slip, and building it would take for ever."""
+STORED = (torch.float32, torch.bfloat16, torch.float16)
+FILES = ("model.safetensors", "pytorch_model.bin")
+
+
+def weight_files(name: str) -> list[Path]:
+    """The files that transformers reads the weights of a directory from; none for a Hub id.
+
+    Raises:
+        ConfigError: an index cannot be read, or names a file that is not there.
+    """
+    for single in map(Path(name).joinpath, FILES):
+        index = single.with_name(f"{single.name}.index.json")
+        if single.is_file():
+            return [single]
+        if index.is_file():
+            try:
+                shards = {
+                    str(index.parent / shard)
+                    for shard in json.loads(index.read_text())["weight_map"].values()
+                }
+            except (ValueError, KeyError, AttributeError, TypeError, OSError) as e:
+                raise ConfigError(
+                    f"model: '{index}' is no index of weights ({type(e).__name__}: {e})."
+                ) from e
+            if gone := sorted(shard for shard in shards if not Path(shard).is_file()):
+                raise ConfigError(
+                    f"model: '{index}' names {len(shards)} files, of which {len(gone)} are missing, such as "
+                    f"'{gone[0]}'. Copy or download the directory again."
+                )
+            return sorted(map(Path, shards))
+    return []
+
+
+def stored(name: str) -> dict[str, Tensor]:
+    """The tensors in a directory by name, without their data.
+
+    Raises:
+        ConfigError: a file is truncated, empty or of another format.
+    """
+    found: dict[str, Tensor] = {}
+    for file in weight_files(name):
+        try:
+            found |= load_state_dict(str(file), map_location="meta", weights_only=True)
+        except Exception as e:  # safetensors and pickle have errors of their own
+            raise ConfigError(
+                f"model: '{file}' holds no weights that can be read: it is truncated, damaged or of another "
+                f"format ({cause(e)}). Copy or download it again."
+            ) from e
+    return found
+
+
+def stored_dtype(name: str) -> torch.dtype | None:
+    """The type of most numbers in a directory's weights; None where there are none of ordinary type."""
+    sizes: Counter[torch.dtype] = Counter()
+    for tensor in stored(name).values():
+        if isinstance(tensor, Tensor) and tensor.dtype in STORED:
+            sizes[tensor.dtype] += tensor.numel()
+    return sizes.most_common(1)[0][0] if sizes else None
+
+
+def check_counts(section: dict[str, Any], name: str) -> None:
+    """Refuse numbers of layers that are none, anywhere in a config, before a list of that length is made.
+
+    Raises:
+        ConfigError: names the key.
+    """
+    for key, value in section.items():
+        if isinstance(value, dict):
+            check_counts(value, name)
+            continue
+        slip = isinstance(value, str | float | bool) or (isinstance(value, int) and value > MOST_LAYERS)
+        if key in LAYER_COUNTS and slip:
+            raise ConfigError(
+                f"model: {key} is {value!r} in the config.json of '{name}'; accepted: a whole number up to "
+                f"{MOST_LAYERS}. Set it to the number of layers that the weights hold."
+            )
+
+
+def check_weights(model: PreTrainedModel, info: dict[str, Any], name: str) -> None:
+    """Refuse weights that are not those of the config, by what transformers found missing and left over.
+
+    A layer beyond the last is left over for one of two reasons. A prediction head is announced by the config
+    or holds tensors that no layer has; anything else is a layer that the config leaves out.
+
+    Raises:
+        ConfigError: weights are missing, layers are left over, or the directory is an adapter.
+    """
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise ConfigError(f"model: '{name}' holds an adapter. Merge it into its model, and give the result.")
+    path, layers = decoder_layers(model)
+    count, at = len(layers), re.compile(re.escape(path) + r"\.(\d+)\.(.+)")
+
+    def by_layer(keys: Iterable[str]) -> dict[int, set[str]]:
+        """Names within a layer, by its index; what lies outside the layers under -1."""
+        found: dict[int, set[str]] = {}
+        for key in keys:
+            index, name = match.groups() if (match := at.match(key)) else ("-1", key)
+            found.setdefault(int(index), set()).add(name)
+        return found
+
+    own = by_layer(model.state_dict())
+    if missing := by_layer(info["missing_keys"]):
+        first = min(missing)
+        if first > 0 and missing == {i: names for i, names in own.items() if i >= first}:
+            raise ConfigError(_depth(name, count, first))
+        keys = sorted(info["missing_keys"])
+        raise ConfigError(f"model: '{name}' lacks {len(keys)} weights, such as '{keys[0]}'.")
+    ordinary = set().union(*(names for i, names in own.items() if i >= 0))
+    left = {i: names for i, names in by_layer(info["unexpected_keys"]).items() if i >= count}
+    surplus = [i for i, names in left.items() if names <= ordinary]
+    if len(surplus) > extra_layers(model.config):
+        raise ConfigError(_depth(name, count, max(surplus) + 1))
+
+
+def _depth(name: str, claimed: int, held: int) -> str:
+    return (
+        f"model: the config.json of '{name}' says {claimed} layers (num_hidden_layers), and its weights hold "
+        f"{held}. Set it, and what else is listed by layer, to the model that the weights are of."
+    )
+
+
+def is_tied(model: PreTrainedModel) -> bool:
+    """Whether input and output embeddings are one tensor."""
+    inputs: Any = model.get_input_embeddings()
+    outputs: Any = model.get_output_embeddings()
+    return outputs is not None and outputs.weight.data_ptr() == inputs.weight.data_ptr()
+
+
+def untie(model: PreTrainedModel) -> bool:
+    """Let the config of a loaded model say that its head is its own, where it is; return whether it did not.
+
+    transformers ties by the flag alone whenever a model is built, and so a copy would lose the head.
+    """
+    if not getattr(model.config, "tie_word_embeddings", False) or is_tied(model):
+        return False
+    if model.get_output_embeddings() is None:
+        return False
+    for config in (model.config, text_config(model.config)):
+        config.tie_word_embeddings = False
+    return True
+
+
+def cause(error: Exception) -> str:
+    """The first line of what a library says, short, with the kind of error where the text says little."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    text = (lines or [""])[0][:300]
+    kind = type(error).__name__
+    return text if isinstance(error, OSError | ValueError | RuntimeError) and text else f"{kind}: {text}"
+
+
+def blamed(section: dict[str, Any], message: str) -> str:
+    """Settings of a config whose words an error repeats, as ``config.json has hidden_act: 'swoosh'. ``."""
+    guilty = [
+        f"{key}: {value!r}"
+        for key, value in _words(section)
+        if re.search(rf"\b{re.escape(value)}\b", message)
+    ]
+    return f"its config.json has {', '.join(guilty)}. " if guilty else ""
+
+
+def _words(section: dict[str, Any]) -> list[tuple[str, str]]:
+    """The texts in a config by key, but for those that any message may hold."""
+    found: list[tuple[str, str]] = []
+    for key, value in section.items():
+        if isinstance(value, dict):
+            found += _words(value)
+        elif isinstance(value, str) and key not in ("dtype", "_name_or_path", "transformers_version"):
+            found.append((key, value))
+    return found
