@@ -42,7 +42,8 @@ from src.cache.loader import collate
 from src.cache.shards import Rows, decode, encode, rows_of
 from src.data import Corpus
 from src.data.arithmetic import problem
-from src.losses.distill import Distillation, supervised
+from src.data.batches import supervised
+from src.losses.distill import Distillation
 from src.losses.signals import Signal, TopK, live_signal
 from src.mask import Mask
 from src.models.cut import cut

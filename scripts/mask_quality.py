@@ -22,10 +22,11 @@ from rich.progress import track
 
 from scripts.lab.results import TEACHER, options, write
 from src.data.arithmetic import problems
+from src.data.batches import supervised
 from src.data.columns import Columns
 from src.data.judging import batches, encode
 from src.files import write_json
-from src.losses.distill import Distillation, supervised
+from src.losses.distill import Distillation
 from src.losses.signals import live_signal
 from src.mask import Mask
 from src.models.gated import GatedLayers, freeze

@@ -174,7 +174,7 @@ def planned(case: Case, work: Path) -> dict[str, Any]:
     """What the planner says of the same arguments."""
     experiment = Experiment(arguments(case, work, case.model), length=case.length)
     planner = Planner(
-        experiment, device("cpu"), tokens=str(2 * case.rows * case.length) if case.stage == "cache" else None
+        experiment, device("cpu"), tokens=2 * case.rows * case.length if case.stage == "cache" else None
     )
     found = planner.configured
     traced = planner.trace()

@@ -25,7 +25,8 @@ from transformers import PreTrainedModel
 
 from scripts.lab.benches import in_turns, qwen
 from scripts.lab.results import options, write
-from src.losses.distill import Distillation, supervised
+from src.data.batches import supervised
+from src.losses.distill import Distillation
 from src.losses.signals import live_signal
 from src.models.gated import GatedLayers, freeze
 from src.models.head import OutputHead

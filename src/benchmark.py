@@ -20,11 +20,12 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import Cache, PreTrainedModel
 
-from src.command import Parser, load, parameters, positive, provenance, show
+from src.command import Parser, load, parameters, provenance, show
 from src.errors import ConfigError
 from src.evaluate.generate import step
 from src.files import write_json
 from src.models.layers import num_layers, text_config
+from src.ranges import positive
 
 PHASES = ("prefill", "decode")
 

@@ -15,10 +15,11 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from src.errors import ConfigError, did_you_mean
+from src.errors import ConfigError, did_you_mean, first_line
 from src.mask import git_sha
 from src.models.layers import num_layers
 from src.models.loading import Dtype, load_model
+from src.ranges import Range
 
 
 class Parser(argparse.ArgumentParser):
@@ -37,21 +38,9 @@ class Parser(argparse.ArgumentParser):
         """Options that say how models are loaded."""
         self.add_argument("--dtype", default="float32", choices=get_args(Dtype))
         self.add_argument("--device", default="auto", help="cpu, cuda, ... (default: cuda if there is one)")
-        self.add_argument("--threads", type=positive, metavar="N", help="CPU threads (default: torch's)")
-
-
-def positive(text: str) -> int:
-    """An option's value that must be a whole number above zero."""
-    if not text.isdigit() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"'{text}' given; accepted: a whole number above 0")
-    return int(text)
-
-
-def natural(text: str) -> int:
-    """An option's value that must be a whole number, zero included."""
-    if not text.isdigit():
-        raise argparse.ArgumentTypeError(f"'{text}' given; accepted: a whole number from 0")
-    return int(text)
+        self.add_argument(
+            "--threads", type=Range(int, 1, 1024), metavar="N", help="CPU threads (default: torch's)"
+        )
 
 
 def load(name: str, args: argparse.Namespace) -> PreTrainedModel:
@@ -78,7 +67,7 @@ def on_device(model: PreTrainedModel, device: str) -> PreTrainedModel:
     try:
         return cast(Any, model).to(device)
     except (RuntimeError, AssertionError) as e:
-        raise ConfigError(f"--device: cannot use '{device}': {str(e).splitlines()[0]}") from e
+        raise ConfigError(f"--device: cannot use '{device}': {first_line(e)}") from e
 
 
 def family(
@@ -104,8 +93,9 @@ def family(
 
 def show(table: Table) -> None:
     """Print a table; without a terminal, wide enough that nothing is folded away."""
-    console = Console()
-    (console if console.is_terminal else Console(width=130)).print(table)
+    plain: Any = {"markup": False, "emoji": False}  # names and paths are shown as they are
+    console = Console(**plain)
+    (console if console.is_terminal else Console(width=130, **plain)).print(table)
 
 
 def parameters(model: PreTrainedModel) -> int:

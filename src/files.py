@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import glob
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterator
@@ -37,8 +38,30 @@ def write_text(path: str | Path, text: str) -> None:
 
 
 def write_json(path: str | Path, value: Any) -> None:
-    """Write ``value`` as indented JSON, as :func:`write_text` does."""
-    write_text(path, json.dumps(value, indent=2) + "\n")
+    """Write ``value`` as indented JSON, as :func:`write_text` does.
+
+    Raises:
+        ConfigError: a number in it is NaN or infinite, which JSON cannot say; names it.
+    """
+    try:
+        text = json.dumps(value, indent=2, allow_nan=False)
+    except ValueError as e:
+        where = next(_not_finite(value), str(e))
+        raise ConfigError(
+            f"cannot write '{path}': {where}, and JSON holds finite numbers only. The model, or what it was "
+            f"trained with, is broken."
+        ) from e
+    write_text(path, text + "\n")
+
+
+def _not_finite(value: Any, key: str = "") -> Iterator[str]:
+    """Where a NaN or an infinity is in a value, as ``key.key is nan``."""
+    if isinstance(value, float) and not math.isfinite(value):
+        yield f"{key or 'the value'} is {value}"
+    listed = isinstance(value, list | tuple)
+    parts = value.items() if isinstance(value, dict) else enumerate(value) if listed else ()
+    for name, part in parts:
+        yield from _not_finite(part, f"{key}.{name}".lstrip("."))
 
 
 def unwritten(path: str | Path, error: OSError) -> str:

@@ -11,6 +11,9 @@ from typing import Any
 
 import torch
 
+from src.errors import ConfigError
+from src.ranges import NonNegative, Positive, checked, share
+
 
 class SharedAdam(torch.optim.Optimizer):
     """Adam whose second moment is the mean over all entries of a group.
@@ -25,13 +28,16 @@ class SharedAdam(torch.optim.Optimizer):
         eps: added to the root of the second moment.
     """
 
+    @checked
     def __init__(
         self,
         params: Iterable[Any],
-        lr: float = 0.05,
+        lr: Positive = 0.05,
         betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-12,
+        eps: NonNegative = 1e-12,
     ) -> None:
+        if not all(beta in share for beta in betas):
+            raise ConfigError(f"betas: {betas} given; accepted: two numbers from 0 to 1.")
         super().__init__(params, {"lr": lr, "betas": tuple(betas), "eps": eps})
 
     @torch.no_grad()

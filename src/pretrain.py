@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from src.data.batches import real_tokens
 from src.files import whole, write_json
 from src.models.loading import load_tokenizer
+from src.ranges import Share, checked
 from src.training.schedules import with_warmup
 
 
@@ -27,12 +28,13 @@ class Pretrain(LightningModule):
         save_to: directory for the trained model as a Hugging Face checkpoint.
     """
 
+    @checked
     def __init__(
         self,
         tokenizer: str,
         architecture: dict[str, Any],
         optimizer: OptimizerCallable = torch.optim.AdamW,
-        warmup: float = 0.02,
+        warmup: Share = 0.02,
         save_to: str | None = None,
     ) -> None:
         super().__init__()

@@ -17,12 +17,13 @@ import yaml
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from src.command import Parser, positive
+from src.command import Parser
 from src.data import Corpus
 from src.data.batches import Batch
 from src.data.encode import IGNORE
 from src.errors import ConfigError
 from src.mask import Mask
+from src.ranges import positive
 
 Marks = tuple[str, str]
 

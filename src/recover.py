@@ -8,19 +8,19 @@ checkpoint, optimiser or sharding engine ever sees it.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Literal, cast
 
 import torch
-from lightning import LightningModule, Trainer
+from lightning import Trainer
 from lightning.pytorch.cli import OptimizerCallable
-from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from src.data.batches import real_tokens
-from src.errors import ConfigError
-from src.losses.distill import Distillation, supervised
+from src.data.batches import Batch, Supervised, real_tokens
+from src.errors import ConfigError, first_line
+from src.losses.distill import Distillation
 from src.losses.objective import Objective, Weighted
 from src.losses.terms import Pair, Step
 from src.mask import Mask
@@ -28,22 +28,22 @@ from src.models.adapters import adapted, out_of_reach
 from src.models.cut import cut
 from src.models.head import OutputHead
 from src.models.layers import decoder_layers, num_layers
-from src.models.loading import Dtype, check_vocabulary, load_config, load_model, load_tokenizer
+from src.models.loading import load_config, load_tokenizer
 from src.models.sharding import shard
 from src.models.streams import streams
+from src.ranges import Count, Share, checked
 from src.repair.linear_patch import LinearPatch
 from src.teachers import LiveTeacher, TeacherSource
 from src.training import checkpoints
-from src.training.ranks import MicroBatches, Part
-from src.training.refusals import check_recovery
+from src.training.ranks import MicroBatches, WholeBatch
 from src.training.schedules import Decay, with_warmup
-from src.training.strategies import kind
+from src.training.stage import Stage
+from src.training.strategies import check_device
 
-Batch = dict[str, Tensor]
 Scope = Literal["full", "cut_adjacent", "lora"]
 
 
-class Recovery(LightningModule):
+class Recovery(Stage):
     """Trains the cut model to behave like its parent again.
 
     Args:
@@ -56,16 +56,15 @@ class Recovery(LightningModule):
             all linear layers (needs the extra ``lora``), merged on export; routed experts are out of reach.
         lora_rank: rank of the adapters.
         patch: repair of the cut model before it trains; None starts from the parent's weights.
-        checkpoint_activations: recompute layers in the backward pass, to save memory.
-        revision: Hub revision of the parent; None is the one the mask names.
-        dtype: type of the weights; keep float32 and set ``trainer.precision`` for mixed precision.
-        attention: attention implementation; None lets transformers choose.
         optimizer: optimiser of the weights that train.
         warmup: share of the run over which the learning rate rises.
         final_lr: share of the learning rate that is left at the end.
         decay: shape of its fall.
+        kwargs: how the parent is loaded; see :class:`src.training.stage.Stage`. Without a revision it is the
+            one that the mask names.
     """
 
+    @checked
     def __init__(
         self,
         mask: str,
@@ -74,20 +73,18 @@ class Recovery(LightningModule):
         distillation: Distillation | None = None,
         terms: list[Weighted] | None = None,
         scope: Scope = "full",
-        lora_rank: int = 16,
+        lora_rank: Count = 16,
         patch: LinearPatch | None = None,
-        checkpoint_activations: bool = False,
-        revision: str | None = None,
-        dtype: Dtype = "float32",
-        attention: str | None = None,
         optimizer: OptimizerCallable = torch.optim.AdamW,
-        warmup: float = 0.05,
-        final_lr: float = 0.1,
+        warmup: Share = 0.05,
+        final_lr: Share = 0.1,
         decay: Decay = "cosine",
+        **kwargs: Any,
     ) -> None:
-        super().__init__()
-        self.mask = Mask.load(mask)
-        self.name, self.revision = model or self.mask.model, revision or self.mask.revision
+        found = Mask.load(mask)
+        super().__init__(model or found.model, quantize=None, **kwargs)
+        self.mask = found
+        self.loading = replace(self.loading, revision=self.revision or found.revision)
         self.mask.check(num_layers(load_config(self.name, self.revision)), self.name)
         if self.name != self.mask.model:
             rank_zero_warn(f"model: '{self.name}' is recovered with a mask made for '{self.mask.model}'.")
@@ -95,27 +92,21 @@ class Recovery(LightningModule):
         self.objective = Objective(distillation, terms)
         self.distillation = self.objective.distillation
         self.scope, self.lora_rank, self.patch = scope, lora_rank, patch
-        self.checkpoint_activations = checkpoint_activations
         self.micro = MicroBatches()
-        self.loading: dict[str, Any] = {"dtype": dtype, "attention": attention}
         self.optimizer = optimizer
         self.warmup, self.final_lr, self.decay = warmup, final_lr, decay
-        self.tokens = 0
 
     # ------------------------------------------------------------------ model
 
     def refuse(self, trainer: Trainer, data: object) -> None:
-        """Refuse, before anything is loaded, what cannot work with this trainer and these data."""
-        check_recovery(trainer, data, self.teacher)
+        check_device(trainer)
+        self.teacher.refuse(trainer, data)
         self.teacher.states([theirs for _, theirs in self.objective.pairs(self.mask)])
-
-    def setup(self, stage: str) -> None:
-        self.refuse(self.trainer, getattr(self.trainer, "datamodule", None))
 
     def configure_model(self) -> None:
         if hasattr(self, "model"):
             return
-        parent = load_model(self.name, self.revision, **self.loading)
+        parent = self.loading.load(self.name)
         student = cut(parent, self.mask)
         if self.patch is not None:
             self.patch(student, parent, self.mask, load_tokenizer(self.name, self.revision))
@@ -124,64 +115,48 @@ class Recovery(LightningModule):
         if self.checkpoint_activations:
             recompute(self.model)
         self.head = OutputHead(self.model)
-        if self._engine:
-            self._check()
+        if self.engine:
+            self.check()
         if self.device_mesh is not None:
             shard(self.model, self.device_mesh["data_parallel"])
         self.teacher.adopt(parent)
 
     def on_fit_start(self) -> None:
         """Check the output head and ready the teacher, now that the student is on its device."""
-        if not self._engine:
-            self._check()
+        if not self.engine:
+            self.check()
         self.teacher.setup(self)
-
-    @property
-    def _engine(self) -> bool:
-        """Whether an engine takes the weights away after ``configure_model``."""
-        return self._trainer is not None and kind(self.trainer.strategy) in ("fsdp", "deepspeed")
-
-    def _check(self) -> None:
-        self.head.check()
-        check_vocabulary(cast(Any, self.trainer).datamodule.tokenizer, self.model)
-
-    def on_validation_start(self) -> None:
-        """Ready too when validation is all that runs."""
-        if self.trainer.state.fn != TrainerFn.FITTING:
-            self.on_fit_start()
-
-    on_test_start = on_fit_start
 
     # ------------------------------------------------------------------ learning
 
-    def step(self, batch: Batch, part: Part | None = None, pairs: Sequence[Pair] = ()) -> Step:
+    def step(self, rows: Supervised, whole: WholeBatch | None = None, pairs: Sequence[Pair] = ()) -> Step:
         """What one batch, or this rank's part of one, shows to the terms.
 
         Args:
-            batch: rows.
-            part: the batch of all ranks.
+            rows: a batch and its supervised positions.
+            whole: the batch of all ranks.
             pairs: layers of the student and of the parent whose streams are wanted.
         """
-        index = supervised(batch["labels"])
-        labels_N = batch["labels"].flatten()[index + 1]
+        batch, index_N = rows.batch, rows.index_N
         with self.teacher.states([theirs for _, theirs in pairs]) as parent:
-            signal = self.teacher.signal(batch, index)
+            signal = self.teacher.signal(batch, index_N)
         with streams(self.model, [own for own, _ in pairs]) as student:
-            hidden_NH = self.head.hidden(batch).flatten(0, 1)[index]
-        behind = [{i: h.flatten(0, 1)[index] for i, h in found.items()} for found in (student, parent)]
-        return Step(self.head, hidden_NH, labels_N, signal, self.mask, part, *behind)
+            hidden_NH = self.head.hidden(batch).flatten(0, 1)[index_N]
+        behind = [{i: h.flatten(0, 1)[index_N] for i, h in found.items()} for found in (student, parent)]
+        return Step(self.head, hidden_NH, rows.labels_N, signal, self.mask, whole, *behind)
 
-    def losses(self, batch: Batch, part: Part | None = None) -> dict[str, Tensor]:
+    def losses(self, rows: Supervised, whole: WholeBatch | None = None) -> dict[str, Tensor]:
         """The sum of the terms as ``loss``, and their figures, on one batch or on this rank's part of one."""
-        return self.objective(self.step(batch, part, self.objective.pairs(self.mask)))
+        return self.objective(self.step(rows, whole, self.objective.pairs(self.mask)))
 
     def training_step(self, batch: Batch, _: int) -> Tensor:
-        part = Part(len(supervised(batch["labels"])), real_tokens(batch), self.device)
-        parts = self.losses(batch, part)
-        self.tokens += part.tokens
-        logged = {f"train/{key}": value.detach() for key, value in parts.items()}
+        rows = Supervised.of(batch)
+        whole = WholeBatch(len(rows), real_tokens(batch), self.device)
+        figures = self.losses(rows, whole)
+        self.tokens += whole.tokens
+        logged = {f"train/{key}": value.detach() for key, value in figures.items()}
         self.log_dict(logged, prog_bar=True, sync_dist=True)
-        return self.micro.weigh(parts["loss"], part.share) if self._accumulates else parts["loss"]
+        return self.micro.weigh(figures["loss"], whole.share) if self._accumulates else figures["loss"]
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         if self._accumulates:
@@ -195,9 +170,10 @@ class Recovery(LightningModule):
 
     def validation_step(self, batch: Batch, _: int) -> None:
         plain = Distillation(k=self.distillation.k, rule=self.distillation.rule, weight="none")
-        part = Part(len(supervised(batch["labels"])), real_tokens(batch), self.device)
-        kd = plain.loss(self.step(batch, part))["kd"]
-        self.log("val/kl", kd, prog_bar=True, batch_size=part.positions, sync_dist=True)
+        rows = Supervised.of(batch)
+        whole = WholeBatch(len(rows), real_tokens(batch), self.device)
+        kd = plain.loss(self.step(rows, whole))["kd"]
+        self.log("val/kl", kd, prog_bar=True, batch_size=whole.positions, sync_dist=True)
 
     test_step = validation_step
 
@@ -299,7 +275,8 @@ def load_student(parent: PreTrainedModel, mask: Mask, checkpoint: str) -> PreTra
             student = student.float()
         student.load_state_dict(state)
     except (OSError, KeyError, RuntimeError) as e:
-        reason = str(e).splitlines()[0]
-        raise ConfigError(f"checkpoint: '{checkpoint}' does not fit this model and mask: {reason}") from e
+        raise ConfigError(
+            f"checkpoint: '{checkpoint}' does not fit this model and mask: {first_line(e)}"
+        ) from e
     plain = cast(Any, student).merge_and_unload() if scope == "lora" else student
     return cast(PreTrainedModel, plain.eval())

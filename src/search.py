@@ -10,35 +10,50 @@ By default the teacher is the student itself with its gates open: one copy of th
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any, cast
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any
 
 import torch
-from lightning import LightningModule, Trainer
+from lightning import Trainer
 from lightning.pytorch.cli import OptimizerCallable
-from lightning.pytorch.trainer.states import TrainerFn
-from torch import Tensor
+from torch import Tensor, nn
 
-from src.data.batches import real_tokens
+from src.data.batches import Batch, Supervised, real_tokens
 from src.errors import ConfigError
-from src.losses.distill import Distillation, supervised
+from src.losses.distill import Distillation
 from src.losses.signals import Signal, live_signal
 from src.mask import Mask, git_sha
 from src.models.cut import constraints
 from src.models.gated import GatedLayers, Observer, freeze
 from src.models.head import OutputHead
 from src.models.layers import num_layers
-from src.models.loading import Dtype, Quantization, check_vocabulary, load_config, load_model
+from src.models.loading import load_config
 from src.models.sharding import shard
 from src.policies import MaskPolicy
+from src.ranges import Count, Range, checked, inside_unit
 from src.teachers import TeacherSource
-from src.training.ranks import Part, total, world
-from src.training.refusals import check_search
+from src.training.ranks import WholeBatch, total, world
+from src.training.stage import Stage
+from src.training.strategies import check_quantised, kind
 
-Batch = dict[str, Tensor]
+
+@dataclass(frozen=True)
+class Draw:
+    """A mask that was drawn, and what came of it.
+
+    Attributes:
+        gates_L: as the policy sampled it, with its graph.
+        loss: the divergence under it, detached.
+        grad_L: gradient of the loss with respect to the gates, if the policy wants it.
+    """
+
+    gates_L: Tensor
+    loss: Tensor
+    grad_L: Tensor | None
 
 
-class MaskSearch(LightningModule):
+class MaskSearch(Stage):
     """Learns a mask for one model.
 
     Args:
@@ -46,43 +61,33 @@ class MaskSearch(LightningModule):
         policy: how masks are drawn and learned.
         remove: layers to remove; give this or ``ratio``.
         ratio: share of the layers to remove, in (0, 1), rounded to the nearest count.
-        revision: Hub revision of the model.
-        dtype: type of the weights.
-        quantize: load the one copy of the weights in ``int8`` or ``nf4``.
-        attention: attention implementation; None lets transformers choose.
         teacher: another source of the teacher's signal; None is the student with open gates.
         distillation: divergence between the teacher's signal and the student.
         draws: masks drawn for each batch; they share the teacher's forward pass.
         optimizer: optimiser of the policy's logits.
-        checkpoint_activations: recompute kept layers in the backward pass, to save memory.
         calibration_batches: validation batches that score layers and choose among the last masks.
+        kwargs: how the one copy of the weights is loaded; see :class:`src.training.stage.Stage`.
     """
 
+    @checked
     def __init__(
         self,
         model: str,
         policy: MaskPolicy,
         remove: int | None = None,
-        ratio: float | None = None,
-        revision: str | None = None,
-        dtype: Dtype = "float32",
-        quantize: Quantization | None = None,
-        attention: str | None = None,
+        ratio: Annotated[float, inside_unit] | None = None,
         teacher: TeacherSource | None = None,
         distillation: Distillation | None = None,
-        draws: int = 4,
+        draws: Annotated[int, Range(int, 1, 1000)] = 4,
         optimizer: OptimizerCallable = torch.optim.Adam,
-        checkpoint_activations: bool = False,
-        calibration_batches: int = 16,
+        calibration_batches: Count = 16,
+        **kwargs: Any,
     ) -> None:
-        super().__init__()
-        self.name, self.revision = model, revision
-        self.loading: dict[str, Any] = {"dtype": dtype, "quantize": quantize, "attention": attention}
+        super().__init__(model, **kwargs)
         self.policy, self.teacher, self.draws = policy, teacher, draws
         self.distillation = distillation or Distillation(weight="none")
-        self.optimizer, self.checkpoint_activations = optimizer, checkpoint_activations
-        self.calibration_batches = calibration_batches
-        config = load_config(model, revision)
+        self.optimizer, self.calibration_batches = optimizer, calibration_batches
+        config = load_config(model, self.revision)
         self.commit: str | None = getattr(config, "_commit_hash", None)
         """Revision of the Hub that was loaded, by which mask and card pin the parent."""
         self.num_layers = num_layers(config)
@@ -92,24 +97,40 @@ class MaskSearch(LightningModule):
             policy.setup(self.num_layers, count, limits.pinned(self.num_layers, count))
         except ConfigError as e:
             raise ConfigError(f"{e} {limits.reason}".strip()) from e
-        self.tokens = 0
         self.forward_tokens = 0.0
         """Tokens passed through all layers; a backward pass through the activations counts as another."""
 
     # ------------------------------------------------------------------ model
 
     def refuse(self, trainer: Trainer, data: object) -> None:
-        """Refuse, before anything is loaded, what cannot work with this trainer and these data."""
-        check_search(trainer, data, self.loading["quantize"], self.teacher, self.policy)
-
-    def setup(self, stage: str) -> None:
-        self.refuse(self.trainer, getattr(self.trainer, "datamodule", None))
+        strategy, quantize = kind(trainer.strategy), self.loading.quantize
+        if strategy in ("fsdp", "deepspeed"):
+            raise ConfigError(
+                "trainer.strategy: FSDP and DeepSpeed shard what is trained, which in a search is one number "
+                "for each layer; the frozen weights would stay whole on every rank. Use "
+                "configs/strategy/fsdp2.yaml, which shards the frozen weights and keeps the gates whole, or "
+                "configs/strategy/ddp.yaml."
+            )
+        check_quantised(trainer, quantize, "FSDP2")
+        name = type(self.policy).__name__
+        if self.policy.differentiates_weights and quantize:
+            raise ConfigError(
+                f"model.quantize: {name} differentiates the weights, which '{quantize}' does not allow. Set "
+                f"it to null, or choose another policy."
+            )
+        if self.policy.differentiates_weights and strategy == "fsdp2":
+            raise ConfigError(
+                f"trainer.strategy: {name} differentiates the weights, which FSDP2 holds in parts. Use "
+                f"configs/strategy/ddp.yaml, or choose another policy."
+            )
+        if self.teacher is not None:
+            self.teacher.refuse(trainer, data)
 
     def configure_model(self) -> None:
         """Load the frozen model and gate it; a tuple keeps it out of the module tree and checkpoints."""
         if hasattr(self, "_frozen"):
             return
-        network = freeze(load_model(self.name, self.revision, **self.loading))
+        network = freeze(self.loading.load(self.name))
         self._frozen = (network,)
         self.gates = GatedLayers(network, self.checkpoint_activations)
         self.head = OutputHead(network)
@@ -119,19 +140,11 @@ class MaskSearch(LightningModule):
     def on_fit_start(self) -> None:
         """Bring the frozen model to the device, which Lightning does not know of, and check its head."""
         (network,) = self._frozen
-        if self.loading["quantize"] is None and self.device_mesh is None:
-            cast(Any, network).to(self.device)
-        self.head.check()
-        check_vocabulary(cast(Any, self.trainer).datamodule.tokenizer, network)
+        if self.loading.quantize is None and self.device_mesh is None:
+            nn.Module.to(network, self.device)
+        self.check()
         if self.teacher is not None:
             self.teacher.setup(self)
-
-    def on_validation_start(self) -> None:
-        """Ready too when validation is all that runs."""
-        if self.trainer.state.fn != TrainerFn.FITTING:
-            self.on_fit_start()
-
-    on_test_start = on_fit_start
 
     # ------------------------------------------------------------------ measuring
 
@@ -148,64 +161,70 @@ class MaskSearch(LightningModule):
         self.forward_tokens += real_tokens(batch) * self.trainer.world_size * layers / self.num_layers
 
     @torch.no_grad()
-    def teacher_signal(self, batch: Batch, index: Tensor) -> Signal:
-        """The teacher's signal at the supervised positions ``index`` of a batch."""
+    def teacher_signal(self, rows: Supervised) -> Signal:
+        """The teacher's signal at the supervised positions of a batch."""
         if self.teacher is not None:
-            return self.teacher.signal(batch, index)
-        hidden_NH = self.hidden(batch, None).flatten(0, 1)[index]
+            return self.teacher.signal(rows.batch, rows.index_N)
+        hidden_NH = self.hidden(rows.batch, None).flatten(0, 1)[rows.index_N]
         return live_signal(self.head, hidden_NH, self.distillation.k)
 
     def divergence(
         self,
-        batch: Batch,
+        rows: Supervised,
         signal: Signal,
         gates_L: Tensor | None,
         by: Distillation | None = None,
-        part: Part | None = None,
+        whole: WholeBatch | None = None,
     ) -> Tensor:
         """Loss of the model under gates against a teacher's signal on the same batch.
 
         Args:
-            batch: rows.
-            signal: what the teacher says at their supervised positions.
+            rows: a batch and its supervised positions.
+            signal: what the teacher says there.
             gates_L: gates, or None for all open.
             by: the loss, if not the search's own.
-            part: the batch of all ranks that this one is a part of; None: it is on its own.
+            whole: the batch of all ranks that this one is a part of; None: it is on its own.
         """
-        index = supervised(batch["labels"])
-        labels_N = batch["labels"].flatten()[index + 1]
-        hidden_NH = self.hidden(batch, gates_L).flatten(0, 1)[index]
-        return (by or self.distillation)(self.head, hidden_NH, labels_N, signal, part)["loss"]
+        hidden_NH = self.hidden(rows.batch, gates_L).flatten(0, 1)[rows.index_N]
+        return (by or self.distillation)(self.head, hidden_NH, rows.labels_N, signal, whole)["loss"]
 
     # ------------------------------------------------------------------ learning
 
+    def draw(self, rows: Supervised, signal: Signal, number: int, whole: WholeBatch | None = None) -> Draw:
+        """Draw a mask and measure it; its graph is freed before this returns.
+
+        Args:
+            rows: a batch and its supervised positions.
+            signal: what the teacher says there.
+            number: of the draw, within the step.
+            whole: the batch of all ranks.
+        """
+        gates_L = self.policy.sample(self.trainer.global_step, number)
+        leaf_L, grad_L = gates_L.detach().requires_grad_(self.policy.needs_gradient), None
+        with torch.set_grad_enabled(self.policy.needs_gradient):
+            loss = self.divergence(rows, signal, leaf_L, whole=whole)
+        if self.policy.needs_gradient:
+            grad_L = torch.autograd.grad(loss, leaf_L)[0]
+            self.spent(rows.batch, self.num_layers)
+        return Draw(gates_L, loss.detach(), grad_L)
+
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        index = supervised(batch["labels"])
-        part = Part(len(index), real_tokens(batch), self.device)
-        signal = self.teacher_signal(batch, index)
-        micro = batch_idx % self.trainer.accumulate_grad_batches
-        gates, losses, grads = [], [], []
-        for draw in range(self.draws):
-            asked = self.policy.sample(self.trainer.global_step, micro * self.draws + draw)
-            leaf = asked.detach().requires_grad_(self.policy.needs_gradient)
-            with torch.set_grad_enabled(self.policy.needs_gradient):
-                loss = self.divergence(batch, signal, leaf, part=part)
-            if self.policy.needs_gradient:
-                grads.append(torch.autograd.grad(loss, leaf)[0])
-                self.spent(batch, self.num_layers)
-            gates.append(asked)
-            losses.append(loss.detach())
-        self.tokens += part.tokens
-        losses_D, grads_DL = told(losses, grads)
+        rows = Supervised.of(batch)
+        whole = WholeBatch(len(rows), real_tokens(batch), self.device)
+        signal = self.teacher_signal(rows)
+        first = batch_idx % self.trainer.accumulate_grad_batches * self.draws
+        drawn = [self.draw(rows, signal, first + number, whole) for number in range(self.draws)]
+        self.tokens += whole.tokens
+        losses_D, grads_DL = over_ranks(drawn)
         self.log("train/kl", losses_D.mean(), prog_bar=True)
-        return self.policy.surrogate(torch.stack(gates), losses_D, grads_DL)
+        return self.policy.surrogate(torch.stack([each.gates_L for each in drawn]), losses_D, grads_DL)
 
     def validation_step(self, batch: Batch, _: int) -> None:
-        index = supervised(batch["labels"])
-        part = Part(len(index), real_tokens(batch), self.device)
+        rows = Supervised.of(batch)
+        whole = WholeBatch(len(rows), real_tokens(batch), self.device)
         gates_L = self.policy.gates(self.policy.harden())
-        loss = self.divergence(batch, self.teacher_signal(batch, index), gates_L, part=part)
-        self.log("val/kl", loss, prog_bar=True, batch_size=part.positions, sync_dist=True)
+        loss = self.divergence(rows, self.teacher_signal(rows), gates_L, whole=whole)
+        self.log("val/kl", loss, prog_bar=True, batch_size=whole.positions, sync_dist=True)
 
     test_step = validation_step
 
@@ -235,14 +254,17 @@ class MaskSearch(LightningModule):
         self.tokens, self.forward_tokens = checkpoint["budget"].values()
 
 
-def told(losses: list[Tensor], grads: list[Tensor]) -> tuple[Tensor, Tensor | None]:
-    """Losses ``[D]`` and their gradients ``[D, L]`` (None if there are none), means over the ranks.
+def over_ranks(drawn: Sequence[Draw]) -> tuple[Tensor, Tensor | None]:
+    """Losses ``[D]`` of some draws and their gradients ``[D, L]`` (None if there are none), over all ranks.
 
-    Every policy is told the same bits on every rank, so that all make the same update.
+    They are means over the ranks: every policy learns from the same bits on every rank, so that all make the
+    same update.
     """
+    losses_D = torch.stack([each.loss for each in drawn])
+    grads = [each.grad_L for each in drawn if each.grad_L is not None]
     if world() == 1:
-        return torch.stack(losses), torch.stack(grads) if grads else None
-    columns = [torch.stack(losses)[:, None], *([torch.stack(grads)] if grads else [])]
+        return losses_D, torch.stack(grads) if grads else None
+    columns = [losses_D[:, None], *([torch.stack(grads)] if grads else [])]
     table = total(torch.cat(columns, 1)) / world()
     return table[:, 0], table[:, 1:] if grads else None
 

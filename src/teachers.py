@@ -9,34 +9,72 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Protocol
+from dataclasses import replace
+from typing import Protocol
 
 import torch
-from lightning import LightningModule
+from lightning import Trainer
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedModel
 
 from src.cache.corpus import CachedCorpus
 from src.cache.origin import Origin
+from src.data.batches import Batch
 from src.errors import ConfigError
+from src.losses.distill import Distillation
 from src.losses.signals import Signal, TopK, live_signal
 from src.models.gated import freeze
 from src.models.head import OutputHead
-from src.models.loading import Dtype, Quantization, load_model
+from src.models.loading import Dtype, Loading, Quantization
 from src.models.sharding import shard
 from src.models.streams import streams
+from src.training.strategies import NO_PARTS, kind
 
-Batch = dict[str, Tensor]
+
+class Learner(Protocol):
+    """What a teacher asks of the module that learns from it."""
+
+    @property
+    def name(self) -> str:
+        """Hub id or directory of the student's parent."""
+
+    @property
+    def revision(self) -> str | None:
+        """Its Hub revision."""
+
+    @property
+    def distillation(self) -> Distillation:
+        """The divergence that is measured; it says how many tokens of a signal it reads."""
+
+    @property
+    def head(self) -> OutputHead:
+        """Output head of the student."""
+
+    @property
+    def data(self) -> object:
+        """The data module."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the student is."""
+
+    @property
+    def device_mesh(self) -> DeviceMesh | None:
+        """The ranks, under FSDP2."""
 
 
 class TeacherSource(Protocol):
     """What a training module asks of a teacher."""
 
+    def refuse(self, trainer: Trainer, data: object) -> None:
+        """Refuse, before anything is loaded, a trainer or data that this source cannot work with."""
+
     def adopt(self, parent: PreTrainedModel) -> None:
         """Offer the parent of the student, already loaded; a source that needs no model ignores it."""
 
-    def setup(self, module: LightningModule) -> None:
-        """Get ready for the device and the vocabulary of ``module``."""
+    def setup(self, learner: Learner) -> None:
+        """Get ready for the device and the vocabulary of a learner."""
 
     def signal(self, batch: Batch, index_N: Tensor) -> Signal:
         """The signal at flat positions ``index_N`` (into ``B * T``) of a batch."""
@@ -77,30 +115,45 @@ class LiveTeacher:
     ) -> None:
         self.name, self.shard = model, shard
         self.k: int | None = None
-        self.loading: dict[str, Any] = {
-            "revision": revision, "dtype": dtype, "quantize": quantize, "attention": attention,
-        }  # fmt: skip
+        self.loading = Loading(revision, dtype, quantize, attention)
         self._model: tuple[PreTrainedModel, ...] = ()
+
+    def refuse(self, trainer: Trainer, data: object) -> None:
+        """Refuse to be sharded where the strategy, or the bytes of the weights, cannot be.
+
+        Raises:
+            ConfigError: names the alternatives.
+        """
+        strategy = kind(trainer.strategy)
+        if self.shard and strategy != "fsdp2":
+            raise ConfigError(
+                f"teacher.shard: only FSDP2 shards a teacher, and this is '{strategy}'. Use "
+                f"configs/strategy/fsdp2.yaml, teacher.quantize, or a cache (src.teachers.CachedTeacher)."
+            )
+        if self.shard and self.loading.quantize:
+            raise ConfigError(
+                f"teacher.shard: {NO_PARTS}. Set it to false (one quantised copy on each rank), or "
+                f"teacher.quantize to null."
+            )
 
     def adopt(self, parent: PreTrainedModel) -> None:
         """Take the parent, unless another model or another form of it was asked for."""
-        if self.name is None and self.loading["quantize"] is None:
+        if self.name is None and self.loading.quantize is None:
             self._model = (parent,)
 
-    def setup(self, module: LightningModule) -> None:
+    def setup(self, learner: Learner) -> None:
         """Load the model if need be, move it, and check its head; the loss says how many tokens."""
-        parent: Any = module
-        self.k = parent.distillation.k
+        self.k = learner.distillation.k
         if not self._model:
-            revision = self.loading["revision"] if self.name else parent.revision
-            self._model = (load_model(self.name or parent.name, **{**self.loading, "revision": revision}),)
+            revision = self.loading.revision if self.name else learner.revision
+            self._model = (replace(self.loading, revision=revision).load(self.name or learner.name),)
         (model,) = self._model
         freeze(model)
-        plain = self.loading["quantize"] is None
-        if module.device_mesh is not None and (plain if self.shard is None else self.shard):
-            shard(model, module.device_mesh["data_parallel"])
+        plain = self.loading.quantize is None
+        if learner.device_mesh is not None and (plain if self.shard is None else self.shard):
+            shard(model, learner.device_mesh["data_parallel"])
         elif plain:
-            nn.Module.to(model, module.device)
+            nn.Module.to(model, learner.device)
         self.head = OutputHead(model)
         self.head.check()
 
@@ -138,26 +191,27 @@ class CachedTeacher:
         self.any_teacher = any_teacher
         self._origin: Origin | None = None
 
+    def refuse(self, trainer: Trainer, data: object) -> None:
+        """Refuse data that are no cache."""
+        self.corpus(data)
+
     def adopt(self, parent: PreTrainedModel) -> None:
         """Keep what tells the parent's weights apart; its memory is freed."""
         self._origin = None if self.any_teacher else Origin.of(parent)
 
-    def setup(self, module: LightningModule) -> None:
+    def setup(self, learner: Learner) -> None:
         """Check the cache against the student's vocabulary and parent, and the loss's k.
 
         Raises:
             ConfigError: they do not fit, the data are no cache, or a cache of another teacher.
         """
-        corpus = self.corpus(getattr(module.trainer, "datamodule", None))
-        head: Any = module.head
-        distillation: Any = module.distillation
+        corpus, distillation = self.corpus(learner.data), learner.distillation
         self.k = distillation.k
         tempered = distillation.temperature != 1 and distillation.rule == "bucket"
-        corpus.fits(head.vocabulary, self.k, tempered)
+        corpus.fits(learner.head.vocabulary, self.k, tempered)
         if self._origin is not None:
-            student: Any = module
             for cache in corpus.caches:
-                self._origin.check(cache, student.name, student.revision)
+                self._origin.check(cache, learner.name, learner.revision)
 
     @staticmethod
     def corpus(data: object) -> CachedCorpus:

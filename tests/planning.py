@@ -47,4 +47,4 @@ def planner_of(
     keys = {"data.init_args.batch_size": ROWS, "data.init_args.max_length": LENGTH, **keys}
     argv += [f"--{key}={value}" for key, value in keys.items()]
     ratio = 1 / layers if config == RECOVER else None
-    return Planner(Experiment(argv, ratio), spec, ranks, "1M" if config == CACHE else None)
+    return Planner(Experiment(argv, ratio), spec, ranks, 1_000_000 if config == CACHE else None)

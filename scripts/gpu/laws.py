@@ -21,11 +21,12 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from scripts.gpu.shapes import directory, label, middle_mask, random_model
 from scripts.lab.jobs import short as told
 from scripts.tiny_configs import tiny_config
+from src.data.batches import supervised
 from src.errors import ConfigError
 from src.export import verb as export
 from src.export.observe import TOLERANCE, Observation, _cache, observe, probe_tokens
 from src.export.proof import observe_gated
-from src.losses.distill import Distillation, supervised
+from src.losses.distill import Distillation
 from src.losses.signals import live_signal
 from src.mask import Mask
 from src.models.cut import cut

@@ -11,6 +11,7 @@ from src.cache.loader import CachedLoader
 from src.cache.reader import Cache
 from src.errors import ConfigError
 from src.models.loading import load_tokenizer
+from src.ranges import Count, Seed, checked
 
 
 class CachedCorpus(LightningDataModule):
@@ -25,22 +26,21 @@ class CachedCorpus(LightningDataModule):
         seed: seed of the order.
     """
 
+    @checked
     def __init__(
         self,
         tokenizer: str | None = None,
         train: str | None = None,
         validation: str | None = None,
         corpus: str | None = None,
-        batch_size: int = 32,
-        seed: int = 0,
+        batch_size: Count = 32,
+        seed: Seed = 0,
     ) -> None:
         super().__init__()
         if train is None:
             raise ConfigError("data.train: give the directory of a cache.")
         if tokenizer is None:
             raise ConfigError("data.tokenizer: give the Hub id or directory of the model's tokenizer.")
-        if not isinstance(batch_size, int) or batch_size < 1:
-            raise ConfigError(f"data.batch_size: {batch_size!r} given; accepted: at least 1.")
         self.tokenizer = load_tokenizer(tokenizer)
         self.batch_size, self.seed = batch_size, seed
         self.train_cache = Cache(train)

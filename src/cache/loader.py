@@ -13,15 +13,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from src.cache.manifest import Shard
 from src.cache.reader import Cache
 from src.cache.shards import Array, Rows
+from src.data.batches import Batch
+from src.data.encode import IGNORE
 from src.errors import ConfigError
-from src.losses.distill import IGNORE
-
-Batch = dict[str, Tensor]
 
 
 class CachedLoader:

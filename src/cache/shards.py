@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from src.cache import fingerprint
-from src.losses.distill import IGNORE
+from src.data.encode import IGNORE
 from src.losses.signals import TopK
 
 Precision = Literal["float32", "float16", "compact"]

@@ -6,25 +6,25 @@ from typing import Any, get_args
 
 import numpy as np
 import torch
-from lightning import Callback, LightningModule, Trainer
+from lightning import Callback, Trainer
 from torch import Tensor
 
 from src.cache.fingerprint import weights_fingerprint
 from src.cache.shards import Precision, Rows, rows_of
 from src.cache.writer import CacheWriter
+from src.data.batches import supervised
 from src.errors import ConfigError
-from src.losses.distill import supervised
 from src.losses.signals import TopK, live_signal
 from src.models.gated import freeze
 from src.models.head import OutputHead
-from src.models.loading import Dtype, Quantization, load_model
 from src.models.sharding import shard
+from src.ranges import Count, NonNegative, checked
 from src.training.ranks import least
-from src.training.refusals import check_cache
-from src.training.strategies import kind
+from src.training.stage import Stage
+from src.training.strategies import check_device, check_quantised, kind
 
 
-class CacheTeacher(LightningModule):
+class CacheTeacher(Stage):
     """Says, for every supervised position, the k likeliest tokens; a :class:`CacheWriter` keeps it.
 
     Args:
@@ -32,33 +32,26 @@ class CacheTeacher(LightningModule):
         out: directory of the cache; the same command again resumes it.
         k: tokens kept.
         precision: of the stored log-probabilities: ``float32``, ``float16``, or ``compact`` (one byte).
-        revision: Hub revision.
-        dtype: type of the weights that are not quantised.
-        quantize: load the model in ``int8`` or ``nf4``.
-        attention: attention implementation; None lets transformers choose.
         chunk_tokens: positions projected to the vocabulary at a time.
         shard_positions: supervised positions after which a file is closed; a kill costs at most these.
         count_seconds: time for counting the corpus before it starts, so that its cost can be told.
+        kwargs: how the teacher is loaded; see :class:`src.training.stage.Stage`.
     """
 
+    @checked
     def __init__(
         self,
         model: str,
         out: str,
-        k: int = 10,
+        k: Count = 10,
         precision: Precision = "float16",
-        revision: str | None = None,
-        dtype: Dtype = "float32",
-        quantize: Quantization | None = None,
-        attention: str | None = None,
-        chunk_tokens: int = 256,
-        shard_positions: int = 1 << 18,
-        count_seconds: float = 10.0,
+        chunk_tokens: Count = 256,
+        shard_positions: Count = 1 << 18,
+        count_seconds: NonNegative = 10.0,
+        **kwargs: Any,
     ) -> None:
-        super().__init__()
-        counts = {"k": k, "chunk_tokens": chunk_tokens, "shard_positions": shard_positions}
-        wrong = [f"model.{key}: {got!r} given; accepted: at least 1." for key, got in counts.items()
-                 if not isinstance(got, int) or got < 1]  # fmt: skip
+        super().__init__(model, checkpoint_activations=False, **kwargs)
+        wrong = list[str]()
         if precision not in get_args(Precision):
             wrong.append(f"model.precision: '{precision}' is none of {', '.join(get_args(Precision))}.")
         if "://" in out:
@@ -72,47 +65,50 @@ class CacheTeacher(LightningModule):
         """Batches that need no signal: this rank has it already."""
         self.idle: int = 0
         """Batches that the model need not run on: a sharded one runs while any rank needs it."""
-        self.name, self.k, self.chunk_tokens = model, k, chunk_tokens
-        self.loading: dict[str, Any] = {
-            "revision": revision, "dtype": dtype, "quantize": quantize, "attention": attention,
-        }  # fmt: skip
+        self.k, self.chunk_tokens = k, chunk_tokens
 
     def refuse(self, trainer: Trainer, data: object) -> None:
-        """Refuse, before anything is loaded, what cannot work with this trainer."""
-        check_cache(trainer, self.loading["quantize"])
-
-    def setup(self, stage: str) -> None:
-        self.refuse(self.trainer, None)
+        if kind(trainer.strategy) == "deepspeed":
+            raise ConfigError(
+                "trainer.strategy: DeepSpeed shards the state of training, and a teacher only runs forward. "
+                "Use configs/strategy/fsdp2.yaml for a teacher too large for a device, or "
+                "configs/strategy/ddp.yaml."
+            )
+        check_quantised(trainer, self.loading.quantize)
+        check_device(trainer)
 
     def configure_model(self) -> None:
         if hasattr(self, "model"):
             return
-        self.model = load_model(self.name, **self.loading)
-        freeze(self.model)
+        self.model = freeze(self.loading.load(self.name))
         self.fingerprint = weights_fingerprint(self.model)
         self.head = OutputHead(self.model)
-        if self._engine:
-            self.head.check()
+        if self.engine:
+            self.check()
         if self.device_mesh is not None:
             shard(self.model, self.device_mesh["data_parallel"])
-
-    @property
-    def _engine(self) -> bool:
-        """Whether an engine takes the weights away after ``configure_model``."""
-        return self._trainer is not None and kind(self.trainer.strategy) == "fsdp"
 
     def configure_callbacks(self) -> list[Callback]:
         """Lightning adds the writer to the trainer's callbacks."""
         return [self.writer]
 
     def on_predict_start(self) -> None:
-        if not self._engine:
-            self.head.check()
+        if not self.engine:
+            self.check()
 
     def resume(self, batches: int) -> None:
         """Skip the first ``batches``, which lie in the cache; called on every rank."""
         sharded = kind(self.trainer.strategy) in ("fsdp", "fsdp2")
         self.skip, self.idle = batches, least(batches, self.device) if sharded else batches
+
+    @torch.no_grad()
+    def signal(self, batch: dict[str, Tensor]) -> TopK:
+        """What the teacher says at the supervised positions of a batch."""
+        index_N = supervised(batch["labels"], batch.get("position_ids"))
+        hidden_NH = self.head.hidden(batch).flatten(0, 1)[index_N]
+        signal = live_signal(self.head, hidden_NH, self.k, self.chunk_tokens)
+        assert isinstance(signal, TopK)
+        return signal
 
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> Rows:
         """The documents of a batch with their signal; without one for the first ``skip`` batches.
@@ -122,11 +118,7 @@ class CacheTeacher(LightningModule):
         """
         if batch_idx < self.idle:
             return rows_of(batch, None)
-        index = supervised(batch["labels"], batch.get("position_ids"))
-        with torch.no_grad():
-            hidden_NH = self.head.hidden(batch).flatten(0, 1)[index]
-            signal = live_signal(self.head, hidden_NH, self.k, self.chunk_tokens)
-        assert isinstance(signal, TopK)
+        signal = self.signal(batch)
         rows = rows_of(batch, signal if batch_idx >= self.skip else None)
         if not np.isfinite(rows.entropy).all():
             bad = (~np.isfinite(rows.entropy)).sum()

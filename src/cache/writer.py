@@ -26,7 +26,6 @@ from src.cache.shards import Precision, Rows, encode
 from src.data.loader import REPEATED
 from src.errors import ConfigError
 from src.files import unwritten, whole
-from src.models.loading import check_vocabulary
 from src.training.lock import lock
 
 if TYPE_CHECKING:
@@ -61,7 +60,6 @@ class CacheWriter(BasePredictionWriter):
         trainer.predict_loop.return_predictions = False  # they are on disk; memory stays flat
         teacher = cast("CacheTeacher", pl_module)
         wanted = describe(trainer, teacher, self.precision)
-        check_vocabulary(getattr(trainer, "datamodule").tokenizer, teacher.model)  # noqa: B009 (mypy)
         self.manifest = Manifest.load(self.out, wanted.part) or wanted
         if self.manifest.compute is None:  # written before it was noted
             wanted = replace(wanted, compute=None)
@@ -197,15 +195,15 @@ def describe(trainer: Trainer, teacher: CacheTeacher, precision: Precision) -> M
     """The manifest of what is about to be written, still without shards."""
     return Manifest(
         teacher=teacher.name,
-        revision=teacher.loading["revision"] or getattr(teacher.model.config, "_commit_hash", None),
+        revision=teacher.loading.revision or getattr(teacher.model.config, "_commit_hash", None),
         weights=teacher.fingerprint,
-        quantize=teacher.loading["quantize"],
+        quantize=teacher.loading.quantize,
         tokenizer=tokenizer_fingerprint(getattr(trainer, "datamodule").tokenizer),  # noqa: B009 (mypy)
         vocabulary=teacher.head.vocabulary,
         k=min(teacher.k, teacher.head.vocabulary),
         precision=precision,
         parts=trainer.world_size,
         part=trainer.global_rank,
-        dtype=teacher.loading["dtype"],
+        dtype=teacher.loading.dtype,
         compute=str(trainer.precision),
     )

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 from lightning import Callback, LightningModule, Trainer
 
+from src.ranges import Positive, Share, checked
 from src.training.schedules import interpolate, share_done, total_steps
 
 if TYPE_CHECKING:
@@ -22,8 +23,9 @@ class TemperatureAnnealing(Callback):
         shape: ``linear`` or ``exponential``.
     """
 
+    @checked
     def __init__(
-        self, start: float = 4.0, end: float = 0.1, shape: Literal["linear", "exponential"] = "linear"
+        self, start: Positive = 4.0, end: Positive = 0.1, shape: Literal["linear", "exponential"] = "linear"
     ) -> None:
         self.start, self.end, self.shape = start, end, shape
 
@@ -41,7 +43,8 @@ class PruningCurriculum(Callback):
         until: share of the run after which the full number is removed; 0 switches the curriculum off.
     """
 
-    def __init__(self, until: float = 0.5) -> None:
+    @checked
+    def __init__(self, until: Share = 0.5) -> None:
         self.until = until
 
     def on_train_batch_start(self, trainer: Trainer, module: LightningModule, *_: Any) -> None:

@@ -13,6 +13,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
 from src.files import write_json
+from src.ranges import Count, checked
 
 if TYPE_CHECKING:
     from src.search import MaskSearch
@@ -27,7 +28,8 @@ class SearchMonitor(Callback):
         every: steps between pictures.
     """
 
-    def __init__(self, every: int = 20) -> None:
+    @checked
+    def __init__(self, every: Count = 20) -> None:
         self.every = every
         self.course: list[Tensor] = []
 

@@ -27,6 +27,43 @@ from src.data.encode import IGNORE, TokenRow
 Batch = dict[str, Tensor]
 
 
+def supervised(labels_BT: Tensor, position_ids_BT: Tensor | None = None) -> Tensor:
+    """Flat index ``[N]`` into ``B * T`` of the positions that predict a supervised token.
+
+    Position t predicts token t + 1, so it counts when the label of t + 1 is not -100; the label itself is
+    ``labels.flatten()[index + 1]``. In packed rows the first token of a document is predicted by nobody.
+    """
+    predicts = torch.zeros_like(labels_BT, dtype=torch.bool)
+    predicts[:, :-1] = labels_BT[:, 1:] != IGNORE
+    if position_ids_BT is not None:
+        predicts[:, :-1] &= position_ids_BT[:, 1:] != 0
+    return predicts.flatten().nonzero()[:, 0]
+
+
+@dataclass(frozen=True)
+class Supervised:
+    """A batch with the positions that learn, N of them: found once, read by every pass of a step.
+
+    Attributes:
+        batch: the rows.
+        index_N: the positions, flat into ``B * T``.
+        labels_N: the tokens that they predict.
+    """
+
+    batch: Batch
+    index_N: Tensor
+    labels_N: Tensor
+
+    @classmethod
+    def of(cls, batch: Batch) -> Supervised:
+        """Find the positions of a batch."""
+        index_N = supervised(batch["labels"])
+        return cls(batch, index_N, batch["labels"].flatten()[index_N + 1])
+
+    def __len__(self) -> int:
+        return len(self.index_N)
+
+
 class Batching(Protocol):
     """How a block of rows becomes batches."""
 

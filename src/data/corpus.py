@@ -11,7 +11,7 @@ from __future__ import annotations
 from copy import copy
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch.distributed as dist
 from lightning import LightningDataModule, Trainer
@@ -33,6 +33,7 @@ from src.data.stream import Recipe
 from src.errors import ConfigError
 from src.models.loading import load_tokenizer
 from src.models.positions import position_limit, too_long
+from src.ranges import MOST, Count, Range, Seed, checked
 
 
 class Corpus(LightningDataModule):
@@ -66,28 +67,29 @@ class Corpus(LightningDataModule):
         seed: seed of the order.
     """
 
+    @checked
     def __init__(
         self,
         tokenizer: str | None = None,
         train: Sources | None = None,
         validation: Sources | None = None,
-        held_out: float = 0.0,
+        held_out: Annotated[float, Range(float, 0, 1, open="high")] = 0.0,
         columns: Columns = WELL_KNOWN,
         separator: str = "\n",
         supervise: Literal["all", "answer"] = "all",
         packing: Literal["padded", "documents"] = "padded",
-        batch_size: int = 32,
-        max_length: int = 256,
+        batch_size: Count = 32,
+        max_length: Annotated[int, Range(int, 2, MOST)] = 256,
         too_long: TooLong = "truncate",
         bos: bool | None = None,
         eos: bool = True,
         max_tokens: int | str | None = None,
-        shuffle_buffer: int = 8192,
+        shuffle_buffer: Count = 8192,
         num_workers: int = 0,
-        seed: int = 0,
+        seed: Seed = 0,
     ) -> None:
         super().__init__()
-        options.check(held_out, validation, num_workers, batch_size, max_length)
+        options.check(held_out, validation, num_workers)
         if tokenizer is None:
             raise ConfigError("data.tokenizer: give the Hub id or directory of the model's tokenizer.")
         self.tokenizer = load_tokenizer(tokenizer)

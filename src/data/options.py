@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import math
 from typing import Any, get_args
 
@@ -76,47 +77,47 @@ def check_weights(sources: list[Source], key: str) -> None:
 
 
 def token_count(tokens: int | str | None) -> int | None:
-    """A number of tokens; K, M, B and T after it stand for 1e3, 1e6, 1e9 and 1e12.
+    """A number of tokens, or None for no limit.
 
     Raises:
         ConfigError: it is no positive number.
     """
-    if tokens is None:
-        return None
-    digits = str(tokens).strip().upper()
+    try:
+        return None if tokens is None else amount(str(tokens))
+    except argparse.ArgumentTypeError as e:
+        raise ConfigError(f"data.max_tokens: {e}.") from e
+
+
+def amount(text: str) -> int:
+    """A count in figures or in short, as an option's ``type``; K, M, B, T stand for 1e3, 1e6, 1e9, 1e12.
+
+    Raises:
+        ArgumentTypeError: it is no positive number.
+    """
+    digits = text.strip().upper()
     factor = _POWERS.get(digits[-1:])
     try:
         count = int(float(digits[:-1] if factor else digits) * (factor or 1.0))
     except (ValueError, OverflowError):
         count = 0
-    if count < 1:
-        raise ConfigError(f"data.max_tokens is '{tokens}'; give a number such as 2000000 or 500M.")
+    if not 1 <= count < 2**63:
+        raise argparse.ArgumentTypeError(
+            f"'{text}' given; accepted: a number above 0 such as 2000000 or 500M"
+        )
     return count
 
 
-def check(
-    held_out: float,
-    validation: Sources | None,
-    num_workers: int,
-    batch_size: int,
-    max_length: int,
-) -> None:
-    """Check the numbers of a corpus.
+def check(held_out: float, validation: Sources | None, num_workers: int) -> None:
+    """Check what the ranges of a corpus' numbers do not say.
 
     Raises:
         ConfigError: naming every key at fault.
     """
     workers = [0, *(n for n in range(1, LANES + 1) if LANES % n == 0)]
     faults = []
-    if not 0 <= held_out < 1:
-        faults.append(f"data.held_out is {held_out}; a share of the documents lies in [0, 1)")
     if held_out and validation:
         faults.append("data.held_out and data.validation are both set; keep one")
     if num_workers not in workers:
         faults.append(f"data.num_workers is {num_workers}; accepted: {workers}")
-    if batch_size < 1:
-        faults.append(f"data.batch_size is {batch_size}; at least 1")
-    if max_length < 2:
-        faults.append(f"data.max_length is {max_length}; at least 2, to predict one token")
     if faults:
         raise ConfigError(". ".join(faults) + ".")

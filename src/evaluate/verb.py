@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from src.command import Parser, family, natural, positive, provenance, show
+from src.command import Parser, family, provenance, show
 from src.data.arithmetic import final_answer
 from src.data.columns import Columns
 from src.data.judging import Rows, batches, encode, prompt, read_rows
@@ -34,6 +34,7 @@ from src.evaluate.flips import flips
 from src.evaluate.generate import greedy, new_tokens, stop_tokens
 from src.files import write_json
 from src.models.loading import load_tokenizer, shared_positions
+from src.ranges import natural, positive
 
 # ---------------------------------------------------------------------- held-out text
 

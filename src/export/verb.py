@@ -36,6 +36,7 @@ from src.models.cut_rules import extra_layers
 from src.models.layers import num_layers
 from src.models.loading import load_config, load_model, load_tokenizer
 from src.models.positions import position_limit, too_long
+from src.ranges import MOST, Range
 from src.recover import load_student
 from src.repair.linear_patch import LinearPatch
 from src.training import checkpoints
@@ -169,12 +170,6 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def _probe_length(text: str) -> int:
-    if not text.isdigit() or int(text) < SHORTEST:
-        raise argparse.ArgumentTypeError(f"'{text}' given; accepted: a whole number from {SHORTEST}")
-    return int(text)
-
-
 def add_options(parser: Parser) -> None:
     """Options of every command that ends in an export."""
     add = parser.add_argument
@@ -187,7 +182,7 @@ def add_options(parser: Parser) -> None:
     add("--device", default="cpu", help="where the gate computes (default: cpu, where bits must agree)")
     add(
         "--gate-tokens",
-        type=_probe_length,
+        type=Range(int, SHORTEST, MOST),
         metavar="T",
         help=f"length of the gate's rows, {SHORTEST} or more (default: past the window)",
     )

@@ -9,9 +9,9 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn import functional as F
 
-from src.errors import ConfigError
 from src.losses.distill import chunked
 from src.losses.terms import Step, Term
+from src.ranges import Count, checked
 
 
 class CrossEntropy(Term):
@@ -21,9 +21,8 @@ class CrossEntropy(Term):
         chunk_tokens: positions projected at a time.
     """
 
-    def __init__(self, chunk_tokens: int = 256) -> None:
-        if chunk_tokens < 1:
-            raise ConfigError(f"terms: chunk_tokens must be at least 1, found {chunk_tokens}.")
+    @checked
+    def __init__(self, chunk_tokens: Count = 256) -> None:
         self.chunk_tokens = chunk_tokens
 
     def loss(self, step: Step) -> dict[str, Tensor]:

@@ -24,22 +24,8 @@ from src.losses.kl import Rule, kl
 from src.losses.signals import Signal, live_signal
 from src.losses.terms import Step, Term
 from src.models.head import OutputHead
-from src.training.ranks import Part
-
-IGNORE = -100
-
-
-def supervised(labels_BT: Tensor, position_ids_BT: Tensor | None = None) -> Tensor:
-    """Flat index ``[N]`` into ``B * T`` of the positions that predict a supervised token.
-
-    Position t predicts token t + 1, so it counts when the label of t + 1 is not -100; the label itself is
-    ``labels.flatten()[index + 1]``. In packed rows the first token of a document is predicted by nobody.
-    """
-    predicts = torch.zeros_like(labels_BT, dtype=torch.bool)
-    predicts[:, :-1] = labels_BT[:, 1:] != IGNORE
-    if position_ids_BT is not None:
-        predicts[:, :-1] &= position_ids_BT[:, 1:] != 0
-    return predicts.flatten().nonzero()[:, 0]
+from src.ranges import Count, NonNegative, Positive, Share, checked
+from src.training.ranks import WholeBatch
 
 
 class Distillation(Term):
@@ -56,32 +42,22 @@ class Distillation(Term):
         mean_entropy: mean entropy of the corpus in nats (a cache states it): equal weights in every batch.
     """
 
+    @checked
     def __init__(
         self,
-        k: int | None = 10,
+        k: Count | None = 10,
         rule: Rule = "bucket",
         weight: Weight = "linear",
-        weight_lambda: float = 1.0,
-        temperature: float = 1.0,
-        alpha: float = 1.0,
-        chunk_tokens: int = 256,
-        mean_entropy: float | None = None,
+        weight_lambda: NonNegative = 1.0,
+        temperature: Positive = 1.0,
+        alpha: Share = 1.0,
+        chunk_tokens: Count = 256,
+        mean_entropy: Positive | None = None,
     ) -> None:
         if rule not in get_args(Rule):
             accepted = get_args(Rule)
             raise ConfigError(f"rule: '{rule}' is none of {accepted}.{did_you_mean(rule, accepted)}")
         check_weight(weight)
-        bounds = {
-            "k": (k, k is None or (isinstance(k, int) and k >= 1), "at least 1, or null"),
-            "temperature": (temperature, temperature > 0, "above 0"),
-            "alpha": (alpha, 0 <= alpha <= 1, "in [0, 1]"),
-            "weight_lambda": (weight_lambda, weight_lambda >= 0, "at least 0"),
-            "chunk_tokens": (chunk_tokens, isinstance(chunk_tokens, int) and chunk_tokens >= 1, "at least 1"),
-            "mean_entropy": (mean_entropy, mean_entropy is None or mean_entropy > 0, "above 0, or null"),
-        }
-        wrong = [f"{key} must be {want}, found {got}" for key, (got, ok, want) in bounds.items() if not ok]
-        if wrong:
-            raise ConfigError(f"distillation: {'; '.join(wrong)}.")
         self.k, self.rule, self.weight, self.weight_lambda = k, rule, weight, weight_lambda
         self.temperature, self.alpha, self.chunk_tokens = temperature, alpha, chunk_tokens
         self.mean_entropy = mean_entropy
@@ -92,7 +68,7 @@ class Distillation(Term):
         hidden_NH: Tensor,
         labels_N: Tensor,
         signal: Signal,
-        part: Part | None = None,
+        whole: WholeBatch | None = None,
     ) -> dict[str, Tensor]:
         """Return scalars: ``loss``, and without gradient the unweighted means of its terms (nats).
 
@@ -103,10 +79,10 @@ class Distillation(Term):
             hidden_NH: its hidden states at the supervised positions.
             labels_N: the tokens these positions predict.
             signal: what the teacher says there.
-            part: the batch that these positions are a part of, if ranks share one: then the scalars' means
+            whole: the batch that these positions are a part of, if ranks share one: then the scalars' means
                 over the ranks are those over its positions.
         """
-        weights_N = self._weights(head, hidden_NH, signal, part)
+        weights_N = self._weights(head, hidden_NH, signal, whole)
 
         def chunk(h_nH: Tensor, at: slice, into: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
             logits = head.logits(h_nH, into)
@@ -118,15 +94,17 @@ class Distillation(Term):
             return _sum(weights_N[at], mixed), torch.stack([kd.detach(), ce.detach()])
 
         loss, parts_PN = chunked(chunk, hidden_NH, head.parameters, self.chunk_tokens, head.sums)
-        count = (len(hidden_NH) if part is None else part.share) or 1
+        count = (len(hidden_NH) if whole is None else whole.share) or 1
         means = parts_PN.sum(-1) / count
         return {"loss": loss / count, **dict(zip(("kd", "ce"), means, strict=False))}
 
     def loss(self, step: Step) -> dict[str, Tensor]:
         """The objective as a term: ``loss``, ``kd`` and, where it takes part, ``ce``."""
-        return self(step.head, step.hidden_NH, step.labels_N, step.signal, step.part)
+        return self(step.head, step.hidden_NH, step.labels_N, step.signal, step.whole)
 
-    def _weights(self, head: OutputHead, hidden_NH: Tensor, signal: Signal, part: Part | None) -> Tensor:
+    def _weights(
+        self, head: OutputHead, hidden_NH: Tensor, signal: Signal, whole: WholeBatch | None
+    ) -> Tensor:
         if self.weight == "none":
             return hidden_NH.new_ones(len(hidden_NH), dtype=torch.float32)
         student = None
@@ -139,7 +117,7 @@ class Distillation(Term):
             self.weight_lambda,
             student,
             self.mean_entropy,
-            part,
+            whole,
         )
 
 

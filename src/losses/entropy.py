@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from src.errors import ConfigError, did_you_mean
-from src.training.ranks import Part
+from src.training.ranks import WholeBatch
 
 Weight = Literal["linear", "ratio", "eakd", "topq", "none"]
 TOP = 0.2
@@ -44,7 +44,7 @@ def token_weights(
     strength: float = 1.0,
     student_N: Tensor | None = None,
     mean_entropy: float | None = None,
-    part: Part | None = None,
+    whole: WholeBatch | None = None,
 ) -> Tensor:
     """Weights ``[N]`` with mean 1, without gradient.
 
@@ -56,13 +56,13 @@ def token_weights(
         student_N: entropies of the student, for ``eakd``.
         mean_entropy: mean entropy of the whole corpus. With it ``linear`` and ``ratio`` are normalised
             alike in every batch and micro-batch; without it, each batch has mean 1.
-        part: the batch that these entropies are a part of, if ranks share one.
+        whole: the batch that these entropies are a part of, if ranks share one.
     """
     u = teacher_N.detach().float() / math.log(vocabulary)
-    if name == "none" or not (len(u) if part is None else part.share):
+    if name == "none" or not (len(u) if whole is None else whole.share):
         return torch.ones_like(u)
     if name == "topq":
-        w = (u >= (u if part is None else part.gather(u)).quantile(1 - TOP)).float()
+        w = (u >= (u if whole is None else whole.gather(u)).quantile(1 - TOP)).float()
     elif name == "eakd":
         assert student_N is not None, "eakd needs the student's entropy"
         w = u * (1 + student_N / math.log(vocabulary)) / 2
@@ -71,4 +71,4 @@ def token_weights(
         return (1 + strength * u) / (1 + strength * mean) if name == "linear" else u / mean
     else:
         w = 1 + strength * u if name == "linear" else u
-    return w / (w.mean() if part is None else part.mean(w)).clamp_min(1e-12)
+    return w / (w.mean() if whole is None else whole.mean(w)).clamp_min(1e-12)

@@ -17,7 +17,7 @@ from torch import Tensor
 from src.losses.signals import Signal
 from src.mask import Mask
 from src.models.head import OutputHead
-from src.training.ranks import Part
+from src.training.ranks import WholeBatch
 
 Pair = tuple[int, int]
 """A layer of the student, and the layer of the parent whose stream it is compared with."""
@@ -33,7 +33,7 @@ class Step:
         labels_N: the tokens that these positions predict.
         signal: what the teacher says there.
         mask: which layers of the parent the student keeps.
-        part: the batch of all ranks that this one is a part of; None: it is on its own.
+        whole: the batch of all ranks that this one is a part of; None: it is on its own.
         student: the student's stream ``[N, H]`` behind those of its layers that terms ask for.
         parent: the parent's stream ``[N, H]`` behind those of its layers that terms ask for.
     """
@@ -43,14 +43,14 @@ class Step:
     labels_N: Tensor
     signal: Signal
     mask: Mask
-    part: Part | None = None
+    whole: WholeBatch | None = None
     student: Mapping[int, Tensor] = field(default_factory=dict)
     parent: Mapping[int, Tensor] = field(default_factory=dict)
 
     @property
     def count(self) -> float:
         """What a sum over this rank's positions is divided by: the mean over the ranks is the whole mean."""
-        return (len(self.hidden_NH) if self.part is None else self.part.share) or 1
+        return (len(self.hidden_NH) if self.whole is None else self.whole.share) or 1
 
 
 class Term:

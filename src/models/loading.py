@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -235,6 +236,20 @@ def load_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenize
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+@dataclass(frozen=True)
+class Loading:
+    """How a model is loaded; arguments of :func:`load_model`."""
+
+    revision: str | None = None
+    dtype: Dtype = "float32"
+    quantize: Quantization | None = None
+    attention: str | None = None
+
+    def load(self, name: str) -> PreTrainedModel:
+        """Load a model of that name so."""
+        return load_model(name, self.revision, self.dtype, self.quantize, self.attention)
 
 
 def check_vocabulary(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:

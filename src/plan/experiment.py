@@ -151,7 +151,7 @@ class Experiment:
         with torch.device("meta"):
             return sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
 
-    def tokens(self, ranks: int, given: str | None) -> tuple[int, int]:
+    def tokens(self, ranks: int, given: int | None) -> tuple[int, int]:
         """Tokens of the run, at most, and its steps.
 
         Args:
@@ -162,7 +162,7 @@ class Experiment:
             ConfigError: nothing says when the run ends.
         """
         step = self.rows.count * self.rows.length * self.accumulate * ranks
-        limit = token_count(given) or token_count(self.data.get("max_tokens"))
+        limit = given or token_count(self.data.get("max_tokens"))
         steps = self.trainer.max_steps if self.stage != "cache" else -1
         if limit is None and steps in (-1, None):
             raise ConfigError(

@@ -60,7 +60,7 @@ class Planner:
     """
 
     def __init__(
-        self, experiment: Experiment, device: Device, ranks: int | None = None, tokens: str | None = None
+        self, experiment: Experiment, device: Device, ranks: int | None = None, tokens: int | None = None
     ) -> None:
         if experiment.stage not in PLAIN:
             raise ConfigError(

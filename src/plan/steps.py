@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,17 +16,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from src.cache.teacher import CacheTeacher
-from src.losses.distill import supervised
+from src.data.batches import Batch, Supervised
 from src.losses.signals import FLOOR, Signal, TopK, live_signal
 from src.models.head import OutputHead
-from src.models.loading import load_model
 from src.models.streams import streams
 from src.plan.ledger import Ledger
 from src.recover import Recovery
 from src.search import MaskSearch
 from src.teachers import LiveTeacher
-
-Batch = dict[str, Tensor]
 
 
 class PlannedTeacher:
@@ -48,10 +46,11 @@ class PlannedTeacher:
         """Keep the parent if the real teacher would, or load what it would."""
         self.vocabulary = OutputHead(parent).vocabulary
         if self.live:
-            keys = self.source.loading
-            own = self.source.name is not None or keys["quantize"] is not None
-            name, revision = self.source.name or self.parent[0], keys["revision"] or self.parent[1]
-            model = load_model(name, revision, keys["dtype"], None, keys["attention"]) if own else parent
+            loading = self.source.loading
+            own = self.source.name is not None or loading.quantize is not None
+            name, revision = self.source.name or self.parent[0], loading.revision or self.parent[1]
+            plain = replace(loading, revision=revision, quantize=None)
+            model = plain.load(name) if own else parent
             self.head = OutputHead(model.eval().requires_grad_(False))
 
     def setup(self, module: LightningModule) -> None:
@@ -79,17 +78,14 @@ class PlannedTeacher:
 
 def _search(search: MaskSearch, batch: Batch, ledger: Ledger, gpu: bool) -> int:
     """Two draws, of which the second still holds what is left of the first; the others cost the same."""
-    index = supervised(batch["labels"])
+    rows = Supervised.of(batch)
     with search.trainer.precision_plugin.forward_context():
-        signal = search.teacher_signal(batch, index)
+        signal = search.teacher_signal(rows)
         teacher_flops = ledger.flops
-        for draw in range(min(2, search.draws)):
+        drawn = []
+        for number in range(min(2, search.draws)):
             before = ledger.flops
-            leaf = search.policy.sample(0, draw).detach().requires_grad_(search.policy.needs_gradient)
-            with torch.set_grad_enabled(search.policy.needs_gradient):
-                loss = search.divergence(batch, signal, leaf)
-            if search.policy.needs_gradient:
-                torch.autograd.grad(loss, leaf)
+            drawn.append(search.draw(rows, signal, number))
     ledger.flops += (search.draws - min(2, search.draws)) * (ledger.flops - before)
     return teacher_flops
 
@@ -110,7 +106,7 @@ def _recover(recovery: Recovery, batch: Batch, ledger: Ledger, gpu: bool) -> int
         ledger.own([x for x in state.values() if isinstance(x, Tensor)], "optimiser")
     ledger.peak.clear()
     with recovery.trainer.precision_plugin.forward_context():
-        loss = recovery.losses(batch)["loss"]
+        loss = recovery.losses(Supervised.of(batch))["loss"]
     optimizer.zero_grad()  # Lightning's order
     loss.backward()
     flops = ledger.flops
@@ -122,9 +118,8 @@ def _recover(recovery: Recovery, batch: Batch, ledger: Ledger, gpu: bool) -> int
 
 
 def _cache(cache: CacheTeacher, batch: Batch, ledger: Ledger, gpu: bool) -> int:
-    index = supervised(batch["labels"], batch.get("position_ids"))
-    with torch.no_grad(), cache.trainer.precision_plugin.forward_context():
-        live_signal(cache.head, cache.head.hidden(batch).flatten(0, 1)[index], cache.k, cache.chunk_tokens)
+    with cache.trainer.precision_plugin.forward_context():
+        cache.signal(batch)
     return ledger.flops
 
 

@@ -8,7 +8,7 @@ CPU, so that the operations chosen are real ones.
 from __future__ import annotations
 
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -18,9 +18,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedModel
 
 from src.cache.teacher import CacheTeacher
-from src.errors import ConfigError
+from src.errors import ConfigError, first_line
 from src.models.head import OutputHead
-from src.models.loading import load_model, weightless
+from src.models.loading import weightless
 from src.plan.ledger import Ledger, fused_attention
 from src.plan.steps import STEPS, Batch, PlannedTeacher
 from src.plan.weights import Weights, tensors
@@ -103,7 +103,7 @@ def trace(module: LightningModule, batch: Batch, gpu: bool) -> Trace:
     except Exception as e:
         raise ConfigError(
             f"plan: a step of a '{student.config.model_type}' cannot be run without data: "
-            f"{type(e).__name__}: {str(e).splitlines()[0][:200] if str(e) else ''}"
+            f"{type(e).__name__}: {first_line(e)[:200]}"
         ) from e
     return Trace(
         peak=dict(ledger.peak),
@@ -123,12 +123,10 @@ def _build(stage: Any) -> tuple[PlannedTeacher | None, PreTrainedModel]:
     if getattr(stage, "teacher", None) is not None:
         teacher = stage.teacher = PlannedTeacher(stage.teacher, (stage.name, stage.revision))
         teacher.k = stage.distillation.k
-    keys = {key: stage.loading.get(key) for key in ("dtype", "attention")}
-    revision = getattr(stage, "revision", None) or stage.loading.get("revision")
     token = weightless.set(True)
     try:
         with torch.device("meta"):
-            parent = load_model(stage.name, revision, **keys)
+            parent = replace(stage.loading, quantize=None).load(stage.name)
             if isinstance(stage, CacheTeacher):  # it would take the fingerprint of its weights
                 stage.model = parent.requires_grad_(False)
                 stage.head = OutputHead(parent)

@@ -13,14 +13,15 @@ from typing import Any
 
 from rich.table import Table
 
-from src.command import Parser, positive, show
-from src.data.options import token_count
+from src.command import Parser, show
+from src.data.options import amount
 from src.files import write_json
 from src.mask import git_sha
 from src.plan.advice import Advice, advise, label
 from src.plan.devices import GIB, device
 from src.plan.experiment import Experiment
 from src.plan.planner import Estimate, Planner
+from src.ranges import inside_unit, positive
 
 
 def main(argv: list[str]) -> None:
@@ -30,7 +31,7 @@ def main(argv: list[str]) -> None:
         Experiment(rest, args.ratio, args.length), device(args.device), args.devices, args.tokens
     )
     configured = planner.configured
-    advice = advise(planner, token_count(args.disk))
+    advice = advise(planner, args.disk)
     record = summary(planner, configured, advice)
     _print(record, configured, advice)
     if args.json:
@@ -132,9 +133,24 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     add = parser.add_argument
     add("--device", default="cpu", help="a name in configs/devices.json, such as h100 (default: cpu)")
     add("--devices", type=positive, metavar="N", help="how many (default: as the config says)")
-    add("--ratio", type=float, help="share of layers to remove, for a recovery without a mask yet")
+    add(
+        "--ratio",
+        type=inside_unit,
+        metavar="X",
+        help="share of layers to remove, for a recovery without a mask yet",
+    )
     add("--length", type=positive, metavar="T", help="tokens of a row (default: data.max_length)")
-    add("--tokens", metavar="N", help="tokens of the run, such as 500M (default: as the config says)")
-    add("--disk", metavar="BYTES", help="what a cache may take, such as 100B for 100 GB (default: no limit)")
+    add(
+        "--tokens",
+        type=amount,
+        metavar="N",
+        help="tokens of the run, such as 500M (default: as the config says)",
+    )
+    add(
+        "--disk",
+        type=amount,
+        metavar="BYTES",
+        help="what a cache may take, such as 100B for 100 GB (default: no limit)",
+    )
     add("--json", metavar="FILE", help="write the plan as JSON")
     return parser.parse_known_args(argv)

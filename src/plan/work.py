@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
-from src.callbacks.harden import polish
 from src.plan.toy import CountingProbe, TooMany
+from src.policies import MaskPolicy
+from src.policies.polish import settle
 
 # Bytes of a stored value, and those measured after compression at V = 151,936 (docs/teacher_cache.md).
 _RAW = {"float32": (4, 4), "float16": (2, 2), "compact": (1, 2)}
@@ -38,7 +38,7 @@ def cache_size(tokens: int, positions: int, k: int, precision: str = "float16") 
     return CacheSize(raw, int(positions * each))
 
 
-def calibration(policy: Any, rows: int) -> float | None:
+def calibration(policy: MaskPolicy, rows: int) -> float | None:
     """Passes of a batch through the whole model that a search makes before its first step and after its last.
 
     The policy and the polishing are run on a made-up divergence; what they ask for is counted.
@@ -55,16 +55,9 @@ def calibration(policy: Any, rows: int) -> float | None:
         policy.initialise(probe)
         probe.signals()
         policy.remove = policy.target
-        probe.divergence(policy.keep_probabilities())
-        keep = policy.harden()
-        probe.divergence(policy.gates(keep))
-        probe.forward += rows * len(keep) / policy.num_layers * (policy.candidates - 1)
-        if policy.polish:
-
-            def measure(keep: tuple[int, ...], quick: bool = False) -> float:
-                return probe.divergence(policy.gates(keep), quick)
-
-            polish(keep, policy.free, measure, policy.logits.tolist())
+        chosen, _ = settle(policy, probe, ())
+        # Further candidates are other masks of the same size.
+        probe.forward += rows * len(chosen) / policy.num_layers * (policy.candidates - 1)
     except TooMany:
         return None
     return probe.forward

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from src.errors import ConfigError
+from src.ranges import Count, Seed, checked
 
 
 class Probe(Protocol):
@@ -75,11 +76,12 @@ class MaskPolicy(nn.Module):
 
     logits: nn.Parameter
 
+    @checked
     def __init__(
         self,
         always_keep: Iterable[int] = (),
-        seed: int = 0,
-        candidates: int = 1,
+        seed: Seed = 0,
+        candidates: Count = 1,
         polish: bool = False,
     ) -> None:
         super().__init__()

@@ -8,14 +8,14 @@ independent coin flips, so they remove the asked number on average only; the har
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor
 
-from src.errors import ConfigError
 from src.policies.base import MaskPolicy, Probe
 from src.policies.scores import layer_kl
+from src.ranges import Range, checked
 
 EPS = 1e-7
 
@@ -32,24 +32,20 @@ class BypassBP(MaskPolicy):
         exact_score: divide the score by ``s (1 - s)`` and correct for the baseline's share of the draws: an
             unbiased gradient. The paper divides by the square root and by draws - 1.
         kwargs: ``always_keep``, ``seed``, ``candidates``, ``polish`` of the base class.
-
-    Raises:
-        ConfigError: the window is below 1.
     """
 
     needs_gradient = False
     baseline: Tensor
 
+    @checked
     def __init__(
         self,
         init: Literal["kl", "uniform"] = "kl",
-        window: float = 5.0,
+        window: Annotated[float, Range(float, 1)] = 5.0,
         exact_score: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        if window < 1:
-            raise ConfigError(f"policy.window: {window} given; accepted: 1 or more.")
         self.init, self.window, self.exact_score = init, window, exact_score
 
     def setup(self, num_layers: int, remove: int, pinned: Iterable[int] = ()) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from src.errors import ConfigError
 from src.policies.base import MaskPolicy, Probe
+from src.ranges import Count, Positive, checked
 
 
 class ConcaveGate(MaskPolicy):
@@ -33,11 +34,12 @@ class ConcaveGate(MaskPolicy):
         kwargs: ``always_keep``, ``seed``, ``candidates``, ``polish`` of the base class.
     """
 
+    @checked
     def __init__(
         self,
-        segments: int = 1,
+        segments: Count = 1,
         start: Literal["scan", "random"] = "scan",
-        temperature: float = 2.0,
+        temperature: Positive = 2.0,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)

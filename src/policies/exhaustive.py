@@ -15,6 +15,7 @@ from src.errors import ConfigError
 from src.policies.base import Probe
 from src.policies.one_shot import OneShot
 from src.policies.random_search import best_of
+from src.ranges import Count, checked
 
 
 class Exhaustive(OneShot):
@@ -25,7 +26,8 @@ class Exhaustive(OneShot):
         kwargs: ``always_keep``, ``seed``, ``candidates``, ``polish`` of the base class.
     """
 
-    def __init__(self, limit: int = 10_000, **kwargs: Any) -> None:
+    @checked
+    def __init__(self, limit: Count = 10_000, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.limit = limit
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from src.policies import relaxations as R
 from src.policies.base import MaskPolicy, Probe
 from src.policies.scores import block_influence, layer_kl
+from src.ranges import Count, NonNegative, Positive, Seed, checked
 
 _SCORES = {"kl": layer_kl, "block_influence": block_influence}
 _FORMS = {
@@ -49,16 +50,17 @@ class GumbelTopK(MaskPolicy):
         polish: try single swaps of a removed and a kept layer on held-out rows.
     """
 
+    @checked
     def __init__(
         self,
         form: Literal["softmax", "successive", "simple", "sigmoid", "identity"] = "softmax",
         side: Literal["prune", "keep"] = "prune",
         init: Literal["kl", "block_influence", "zeros", "random"] = "kl",
-        init_scale: float = 1.0,
-        temperature: float = 1.0,
+        init_scale: NonNegative = 1.0,
+        temperature: Positive = 1.0,
         always_keep: Iterable[int] = (),
-        seed: int = 0,
-        candidates: int = 4,
+        seed: Seed = 0,
+        candidates: Count = 4,
         polish: bool = True,
     ) -> None:
         super().__init__(always_keep, seed, candidates, polish)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from src.policies.base import MaskPolicy
+from src.ranges import Finite, checked
 
 TEMPERATURE, LOW, HIGH = 2 / 3, -0.1, 1.1
 """Of the concrete variable, and the interval it is stretched to (the constants of arXiv 1712.01312)."""
@@ -33,7 +34,8 @@ class HardConcrete(MaskPolicy):
         kwargs: ``always_keep``, ``seed``, ``candidates``, ``polish`` of the base class.
     """
 
-    def __init__(self, log_alpha: float = 2.0, **kwargs: Any) -> None:
+    @checked
+    def __init__(self, log_alpha: Finite = 2.0, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.log_alpha = log_alpha
 

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
-from src.data.batches import real, real_tokens
+from src.data.batches import Supervised, real, real_tokens
 from src.errors import ConfigError
-from src.losses.distill import Distillation, supervised
+from src.losses.distill import Distillation
 from src.losses.signals import Signal
 
 if TYPE_CHECKING:
@@ -32,20 +32,19 @@ class CalibrationProbe:
 
     def __init__(self, search: MaskSearch) -> None:
         self.search = search
-        loader = cast(Any, search.trainer).datamodule.val_dataloader()
-        self.rows: list[tuple[dict[str, Tensor], Signal, int]] = []
-        for number, batch in enumerate(loader):
+        self.rows: list[tuple[Supervised, Signal]] = []
+        for number, batch in enumerate(search.data.val_dataloader()):
             if number == search.calibration_batches:
                 break
             batch = search.transfer_batch_to_device(batch, search.device, 0)
-            index = supervised(batch["labels"])
-            self.rows.append((batch, search.teacher_signal(batch, index), len(index)))
+            rows = Supervised.of(batch)
+            self.rows.append((rows, search.teacher_signal(rows)))
         if not self.rows:
             raise ConfigError(
                 "data.validation: a search needs held-out rows to score layers and choose a mask; name a "
                 "file, or set data.held_out to a share of the training documents."
             )
-        self.tokens = sum(real_tokens(batch) for batch, _, _ in self.rows)
+        self.tokens = sum(real_tokens(rows.batch) for rows, _ in self.rows)
         search.tokens += self.tokens * search.trainer.world_size
         self._known: dict[tuple[Any, ...], float] = {}
 
@@ -61,10 +60,10 @@ class CalibrationProbe:
     def _measure(self, gates_L: Tensor, quick: bool, by: Distillation | None) -> float:
         key = (quick, by, tuple(gates_L.tolist()))
         if key not in self._known:
-            rows = self.rows[: -(-len(self.rows) // 4)] if quick else self.rows
-            gates_L = gates_L.to(self.search.device)
-            losses = [self.search.divergence(batch, signal, gates_L, by) * n for batch, signal, n in rows]
-            count = losses[0].new_tensor(sum(n for *_, n in rows))
+            read = self.rows[: -(-len(self.rows) // 4)] if quick else self.rows
+            gates_L, divergence = gates_L.to(self.search.device), self.search.divergence
+            losses = [divergence(rows, signal, gates_L, by) * len(rows) for rows, signal in read]
+            count = losses[0].new_tensor(sum(len(rows) for rows, _ in read))
             self._known[key] = float(self.mean(torch.stack(losses).sum(), count))
         return self._known[key]
 
@@ -77,32 +76,33 @@ class CalibrationProbe:
     @torch.no_grad()
     def states(self) -> Iterator[tuple[Tensor, Tensor]]:
         """The open model's residual stream, a batch at a time: ``(h_JBTH, real_BT)``, J = L + 1."""
-        for batch, _, _ in self.rows:
+        for rows, _ in self.rows:
             seen: list[Tensor] = []
 
             def observe(layer: int, h_in: Tensor, h_out: Tensor, seen: list[Tensor] = seen) -> None:
                 seen.extend([h_in] * (layer == 0) + [h_out])
 
-            self.search.hidden(batch, None, observe)
-            yield torch.stack(seen), real(batch)
+            self.search.hidden(rows.batch, None, observe)
+            yield torch.stack(seen), real(rows.batch)
 
     def gradients(self, visit: Callable[[int, nn.Module], None]) -> None:
         """Differentiate the mean cross-entropy of the open model with respect to the layers' weights.
 
-        Whole ones of floating point: src/training/refusals.py refuses others before anything is loaded.
+        Whole ones of floating point: the search refuses others before anything is loaded.
         """
         search = self.search
         reduce = search.trainer.strategy.reduce
         weights = [p for layer in search.gates.layers for p in layer.parameters()]
-        own = torch.tensor(sum(n for *_, n in self.rows), device=search.device)
+        own = torch.tensor(sum(len(rows) for rows, _ in self.rows), device=search.device)
         supervised_tokens = int(cast(Tensor, reduce(own, reduce_op="sum")))
         try:
             with torch.enable_grad():
                 for p in weights:
                     p.requires_grad_(True)
-                for batch, signal, n in self.rows:
-                    search.spent(batch, search.num_layers)
-                    (search.divergence(batch, signal, None, LABELS) * (n / supervised_tokens)).backward()
+                for rows, signal in self.rows:
+                    search.spent(rows.batch, search.num_layers)
+                    loss = search.divergence(rows, signal, None, LABELS)
+                    (loss * (len(rows) / supervised_tokens)).backward()
             for p in weights:
                 p.grad = cast(Tensor, reduce(p.grad, reduce_op="sum"))
             for index, layer in enumerate(search.gates.layers):

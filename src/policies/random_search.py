@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from src.errors import ConfigError
 from src.policies.base import Probe
 from src.policies.one_shot import OneShot
+from src.ranges import Count, checked
 
 Keep = tuple[int, ...]
 
@@ -25,15 +25,11 @@ class RandomSearch(OneShot):
     Args:
         masks: how many masks are drawn.
         kwargs: ``always_keep``, ``seed``, ``candidates``, ``polish`` of the base class.
-
-    Raises:
-        ConfigError: no mask is asked for.
     """
 
-    def __init__(self, masks: int = 1, **kwargs: Any) -> None:
+    @checked
+    def __init__(self, masks: Count = 1, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        if masks < 1:
-            raise ConfigError(f"policy.masks: {masks} given; accepted: 1 or more.")
         self.masks = masks
 
     def drawn(self) -> list[Keep]:

@@ -22,15 +22,16 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from src.data.batches import Batch
+from src.data.batches import Batch, supervised
 from src.data.columns import Columns
 from src.data.judging import batches, encode, read_rows
 from src.errors import ConfigError, did_you_mean
-from src.losses.distill import Distillation, supervised
+from src.losses.distill import Distillation
 from src.losses.signals import live_signal
 from src.mask import Mask
 from src.models.head import OutputHead
 from src.models.positions import position_limit
+from src.ranges import Count, Natural, NonNegative, Positive, checked
 from src.repair.fold import Repair, fold
 from src.repair.stream import Junction, Mode, Patch, inputs, junctions, matrices, patched, run
 
@@ -56,17 +57,18 @@ class LinearPatch:
         device: where to compute; None is cuda if there is one.
     """
 
+    @checked
     def __init__(
         self,
         data: str,
         goal: Goal = "parent",
-        rows: int = 256,
+        rows: Count = 256,
         columns: Columns | None = None,
-        max_length: int = 1024,
-        batch_size: int = 8,
-        ridge: float = 0.1,
-        distill_steps: int = 0,
-        lr: float = 1e-4,
+        max_length: Count = 1024,
+        batch_size: Count = 8,
+        ridge: NonNegative = 0.1,
+        distill_steps: Natural = 0,
+        lr: Positive = 1e-4,
         device: str | None = None,
     ) -> None:
         accepted = get_args(Goal)
@@ -76,11 +78,6 @@ class LinearPatch:
             raise ConfigError(
                 "patch.distill_steps: there is no P to distil with goal 'parent'. Set it to 0, or goal to "
                 "'rotate' or 'diag'."
-            )
-        if min(rows, max_length, batch_size) < 1 or ridge < 0 or distill_steps < 0:
-            raise ConfigError(
-                f"patch: rows, max_length and batch_size must be at least 1, ridge and distill_steps at "
-                f"least 0; found {rows}, {max_length}, {batch_size}, {ridge}, {distill_steps}."
             )
         self.data, self.goal, self.rows, self.columns = data, goal, rows, columns or Columns()
         self.max_length, self.batch_size, self.ridge = max_length, batch_size, ridge

@@ -14,11 +14,12 @@ from typing import get_args
 from rich.console import Console
 from rich.markup import escape
 
-from src.command import Parser, natural, positive
+from src.command import Parser
 from src.data.columns import Columns
 from src.export.card import public_name
 from src.export.verb import add_options, export, show
 from src.mask import Mask
+from src.ranges import above_zero, from_zero, natural, positive
 from src.repair.linear_patch import Goal, LinearPatch
 
 
@@ -60,9 +61,9 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     add("--text", metavar="COLUMN", help="column of plain text, instead of prompt and answer")
     add("--max-length", type=positive, default=1024, metavar="T", help="tokens of a row (default: 1024)")
     add("--batch-size", type=positive, default=8, metavar="B", help="rows at once (default: 8)")
-    add("--ridge", type=float, default=0.1, metavar="X", help="pull to the present weights (default: 0.1)")
+    add("--ridge", type=from_zero, default=0.1, metavar="X", help="pull to the old weights (default: 0.1)")
     add("--distill-steps", type=natural, default=0, metavar="N", help="distil P before it is folded")
-    add("--lr", type=float, default=1e-4, metavar="X", help="of that distillation (default: 1e-4)")
+    add("--lr", type=above_zero, default=1e-4, metavar="X", help="of that distillation (default: 1e-4)")
     args = parser.parse_args(argv)
     args.checkpoint, args.data = None, f"calibration rows of {public_name(args.calibration)}"
     return args

@@ -23,6 +23,7 @@ SLATE, AMBER, TEAL, INK, PALE = "#475569", "#d97706", "#0d9488", "#1e293b", "#e2
 _OTHERS = ("#7c3aed", "#be123c", "#0369a1", "#4d7c0f")
 _STYLE: Any = {
     "font.size": 10,
+    "text.parse_math": False,
     "axes.titlesize": 9.5,
     "axes.titleweight": "bold",
     "axes.titlelocation": "left",
@@ -49,6 +50,11 @@ def colours(names: Sequence[str]) -> list[str]:
     known = {"teacher": SLATE, "cut": AMBER, "recovered": TEAL}
     others = iter(_OTHERS * len(names))
     return [known.get(name) or next(others) for name in names]
+
+
+def _short(names: Sequence[str], room: int = 24) -> list[str]:
+    """Names that fit under a bar; the end of a long one tells most."""
+    return [name if len(name) <= room else "..." + name[3 - room :] for name in names]
 
 
 def styled(draw: Callable[P, T]) -> Callable[P, T]:
@@ -100,19 +106,23 @@ def layer_strip(num_layers: int, removed: Sequence[int]) -> Figure:
     return figure
 
 
+QUALITIES = {
+    "exact_match": ("Exact match", "{:.1%}"),
+    "agreement": ("Same first choice as the teacher", "{:.1%}"),
+    "kl": ("KL from the teacher, nats", "{:.3f}"),
+}
+"""Figures of a judgement that are drawn, with title and form."""
+
+
 @styled
-def quality(names: Sequence[str], models: Sequence[dict[str, Any]]) -> Figure:
-    """Exact match, agreement and divergence of every model, side by side."""
-    panels = [
-        ("exact_match", "Exact match", "{:.1%}"),
-        ("agreement", "Same first choice as the teacher", "{:.1%}"),
-        ("kl", "KL from the teacher, nats", "{:.3f}"),
-    ]
-    panels = [panel for panel in panels if all(panel[0] in model for model in models)]
-    figure, axes = _axes(len(panels), 2.7)
-    for axis, (key, title, form) in zip(axes, panels, strict=True):
+def quality(names: Sequence[str], models: Sequence[dict[str, Any]], keys: Sequence[str]) -> Figure:
+    """Some of :data:`QUALITIES` of every model, side by side."""
+    figure, axes = _axes(len(keys), 2.7)
+    for axis, key in zip(axes, keys, strict=True):
+        title, form = QUALITIES[key]
         values = [model[key] for model in models]
-        bars = axis.bar(names, values, color=colours(names), width=0.62)
+        at = range(len(names))
+        bars = axis.bar(at, values, tick_label=_short(names), color=colours(names), width=0.62)
         axis.bar_label(bars, [form.format(value) for value in values], padding=3, fontweight="bold")
         axis.set_title(title)
         axis.set(yticks=[], ylim=(0, 1.15 * max([*values, 1e-3])))
@@ -164,7 +174,7 @@ def speed(names: Sequence[str], measured: Sequence[dict[str, Any]]) -> Figure:
         ups = np.array([f["speedup"] for f in figures])
         low, high = np.array([f["speedup_iqr"] for f in figures]).T
         furthest = max(furthest, *high)
-        axis.barh(names, ups, color=colours(names), height=0.5)
+        axis.barh(range(len(names)), ups, tick_label=_short(names), color=colours(names), height=0.5)
         axis.errorbar(ups, range(len(names)), xerr=[ups - low, high - ups], fmt="none",
                       ecolor=INK, elinewidth=1, capsize=3)  # fmt: skip
         for row, figure_ in enumerate(figures):

@@ -31,8 +31,13 @@ class Page:
     rows: list[list[str]]
     notes: list[str]
     pictures: list[Picture]
-    example: dict[str, str]
+    example: list[tuple[str, str]]
     origin: dict[str, Any]
+
+
+def printable(text: str) -> str:
+    """The text without what no page can hold: control characters and halves of pairs."""
+    return "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
 # ---------------------------------------------------------------------- the table and the sentence
@@ -70,21 +75,31 @@ ROWS: tuple[tuple[str, str, Callable[[Record], str]], ...] = (
 
 def table_rows(report: Record) -> list[list[str]]:
     """A heading, then one row a figure; figures that no model has are left out."""
-    models = [report[name] for name in report["models"]]
-    rows = [["", *("cut, no recovery" if name == "cut" else name for name in report["models"])]]
+    models = report["models"]
+    rows = [["", *("cut, no recovery" if m["name"] == "cut" else m["name"] for m in models)]]
     for label, key, cell in ROWS:
         if any(key in model for model in models):
             rows.append([label, *(cell(model) if key in model else "-" for model in models)])
+    tasks = [(task, metric) for m in models for task, own in m.get("tasks", {}).items() for metric in own]
+    for task, metric in dict.fromkeys(tasks):
+        scores = (model.get("tasks", {}).get(task, {}).get(metric) for model in models)
+        rows.append([f"{task}, {metric}", *map(_score, scores)])
     return rows
+
+
+def _score(found: Record | None) -> str:
+    if found is None:
+        return "-"
+    return f"{found['score']:.4g}" + (f"  ({found['ratio']:.1%} kept)" if "ratio" in found else "")
 
 
 def headline(report: Record) -> str:
     """The run in one sentence, about its last model."""
-    student = report[report["models"][-1]]
+    student = report["models"][-1]
     parts = [f"{len(report['removed_layers'])} of {report['num_layers']} layers removed"]
     if "retention" in student:
         parts.append(f"{student['retention']:.1%} of the teacher's exact match kept")
-    else:
+    elif "kl" in student:
         parts.append(f"{student['kl']:.3f} nats per token from the teacher")
     if "decode" in student:
         parts.append("decoding {speedup:.2f}x as fast (ideal {ideal:.2f}x)".format(**student["decode"]))
@@ -97,10 +112,10 @@ def headline(report: Record) -> str:
 def notes(report: Record) -> list[str]:
     """What a reader of the speeds must beware of."""
     found = [
-        verdict(name, phase, report[name]["batch_size"], report[name][phase])
-        for name in report["models"][1:]
+        verdict(model["name"], phase, model["batch_size"], model[phase])
+        for model in report["models"][1:]
         for phase in PHASES
-        if phase in report[name]
+        if phase in model
     ]
     return [note for note in found if note is not None]
 
@@ -117,13 +132,13 @@ def markdown(page: Page) -> str:
         lines += [f"![{picture.caption}](figures/{picture.name}.svg)", "", f"*{picture.caption}*", ""]
     if page.example:
         lines += ["## One of the problems", ""]
-        lines += [f"**{name}:** `{_one_line(text)}`\n" for name, text in page.example.items()]
+        lines += [f"**{name}:** `{_one_line(text)}`\n" for name, text in page.example]
     lines += ["---", "", "; ".join(f"{key} `{value}`" for key, value in page.origin.items())]
     return "\n".join(lines) + "\n"
 
 
 def _markdown_row(cells: list[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
 def _one_line(text: str) -> str:
@@ -148,9 +163,7 @@ def html(page: Page) -> str:
     ]
     if page.example:
         parts += ["<h2>One of the problems</h2>", "<dl>"]
-        parts += [
-            f"<dt>{escape(name)}</dt><dd>{escape(text[:500])}</dd>" for name, text in page.example.items()
-        ]
+        parts += [f"<dt>{escape(name)}</dt><dd>{escape(text[:500])}</dd>" for name, text in page.example]
         parts += ["</dl>"]
     facts = [f"{key} <code>{escape(str(value))}</code>" for key, value in page.origin.items()]
     return _TEMPLATE.format(title=escape(page.title), body="\n".join(parts), origin=" &middot; ".join(facts))

@@ -12,15 +12,17 @@ A run is a directory that the stages have written into. What the report reads, a
 ``training.json``        in the teacher's own directory: tokens and seconds of its training
 =======================  ===========================================================================
 
-A model goes by the last part of its directory's name.
+A model goes by the last part of its directory's path, or by as many as tell it from the others.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
+from os.path import abspath
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from rich.table import Table
 
@@ -30,7 +32,7 @@ from src.errors import ConfigError
 from src.files import write_json, write_text
 from src.mask import Mask, git_sha
 from src.report import figures
-from src.report.pages import Page, Picture, headline, html, markdown, notes, table_rows
+from src.report.pages import Page, Picture, headline, html, markdown, notes, printable, table_rows
 
 Record = dict[str, Any]
 
@@ -55,7 +57,7 @@ class Run:
             ConfigError: a piece that is needed is missing, or one is not JSON.
         """
         evaluate = _read(directory / "evaluate.json")
-        if not evaluate.get("teacher"):
+        if not (evaluate.get("teacher") and evaluate.get("models")):
             raise ConfigError(
                 f"--run: '{directory}' holds no evaluate.json with a teacher. Write it with: python -m "
                 f"src.cli evaluate --teacher DIR --model DIR --data FILE --out {directory}/evaluate.json"
@@ -73,44 +75,48 @@ class Run:
 
 def _read(path: Path) -> Record:
     try:
-        return json.loads(path.read_text())
+        found = json.loads(path.read_text(), parse_constant=_not_a_number)
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError) as e:
+    except (OSError, ValueError, RecursionError) as e:
         raise ConfigError(f"--run: cannot read '{path}': {e}") from e
+    if not isinstance(found, dict):
+        raise ConfigError(f"--run: '{path}' holds a {type(found).__name__}; expected an object.")
+    return found
+
+
+def _not_a_number(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no number")
 
 
 _JUDGED = (
-    *("layers", "parameters", "exact_match", "retention", "flips"),
-    *("kl", "agreement", "loss", "perplexity"),
+    *("path", "layers", "parameters", "exact_match", "retention", "flips"),
+    *("kl", "agreement", "loss", "perplexity", "tasks"),
 )
 
 
 def gather(run: Run) -> Record:
-    """The report as data: one record a model, tokens and seconds by stage, and what was removed."""
-    judged = {"teacher": run.evaluate["teacher"]}
-    judged |= {Path(model["path"]).name: model for model in run.evaluate["models"]}
-    models = {name: {key: m[key] for key in _JUDGED if key in m} for name, m in judged.items()}
-    for measured in run.benchmark.get("measured", []):
-        baseline = measured["path"] == run.benchmark["baseline"]["path"]
-        model = models.get("teacher" if baseline else Path(measured["path"]).name)
-        if model is not None and "batch_size" not in model:  # the first batch size is the headline's
-            model |= {key: measured[key] for key in ("batch_size", *PHASES)}
-            model |= {f"{phase}_tokens_per_s": measured[phase]["tokens_per_s"] for phase in PHASES}
+    """The report as data: ``models`` (the teacher first), tokens and seconds by stage, what was removed."""
+    judged = [run.evaluate["teacher"], *run.evaluate["models"]]
+    names = ["teacher", *distinct([m["path"] for m in judged[1:]])]
+    models = [
+        {"name": name} | {key: m[key] for key in _JUDGED if key in m}
+        for name, m in zip(names, judged, strict=True)
+    ]
+    _add_speeds(models, run.benchmark)
     stages = ("search", "recover", "evaluate", "benchmark")
     seconds = {name: vars(run)[name]["seconds"] for name in stages if "seconds" in vars(run)[name]}
     tokens = {name: vars(run)[name]["tokens"] for name in stages if "tokens" in vars(run)[name]}
     for key, spent in (("tokens", tokens), ("seconds", seconds)):
-        costs = [("teacher", run.training.get(key)), ("cut", spent.get("search"))]
+        costs = {"teacher": run.training.get(key), "cut": spent.get("search")}
         if "search" in spent and "recover" in spent:
-            costs.append(("recovered", spent["search"] + spent["recover"]))
-        for name, cost in costs:
-            if name in models and cost is not None:
-                models[name][key] = cost
-    last = list(models.values())[-1]
+            costs["recovered"] = spent["search"] + spent["recover"]
+        for model in models:
+            if (cost := costs.get(model["name"])) is not None:
+                model[key] = cost
+    last = models[-1]
     return {
-        **models,
-        "models": list(models),
+        "models": models,
         "tokens": tokens,
         "seconds": seconds,
         "teacher_training_tokens": run.training.get("tokens"),
@@ -123,18 +129,54 @@ def gather(run: Run) -> Record:
     }
 
 
+def distinct(paths: Sequence[str]) -> list[str]:
+    """A name for each model: the last parts of its path, as few as tell it from the other ones."""
+    parts = [Path(printable(path)).parts or ("model",) for path in paths]
+
+    def name(at: int) -> str:
+        others = [("teacher",), *parts[:at], *parts[at + 1 :]]
+        for count in range(1, len(parts[at]) + 1):
+            if all(parts[at][-count:] != other[-count:] for other in others):
+                return "/".join(parts[at][-count:])
+        return f"{'/'.join(parts[at])} ({at + 1})"  # one path, judged twice
+
+    return [name(at) for at in range(len(paths))]
+
+
+def _add_speeds(models: list[Record], benchmark: Record) -> None:
+    """Add what was measured of each model, at the first batch size, which is the headline's.
+
+    Raises:
+        ConfigError: the speeds are beside another baseline than the teacher.
+    """
+    if not benchmark:
+        return
+    beside, teacher = benchmark["baseline"]["path"], models[0]["path"]
+    if abspath(beside) != abspath(teacher):
+        raise ConfigError(
+            f"--run: benchmark.json compares with '{beside}', evaluate.json with '{teacher}'. Measure again "
+            f"with: python -m src.cli benchmark --baseline {teacher}"
+        )
+    for measured in benchmark["measured"]:
+        for model in models:
+            same = abspath(measured["path"]) == abspath(model["path"])
+            if same and "batch_size" not in model:
+                model |= {key: measured[key] for key in ("batch_size", *PHASES)}
+                model |= {f"{phase}_tokens_per_s": measured[phase]["tokens_per_s"] for phase in PHASES}
+
+
 def draw(run: Run, report: Record) -> list[Picture]:
     """All figures for which there are data."""
-    names = report["models"]
-    models = [report[name] for name in names]
+    models = report["models"]
+    names = [model["name"] for model in models]
     removed = figures.layer_strip(run.mask.num_layers, run.mask.removed)
-    drawn = [
-        ("layers", "Which layers the search removed.", removed),
-        ("quality", "What is kept, on the same held-out rows.", figures.quality(names, models)),
-    ]
-    if fast := [name for name in names[1:] if "decode" in report[name]]:
+    drawn = [("layers", "Which layers the search removed.", removed)]
+    if keys := [key for key in figures.QUALITIES if all(key in model for model in models)]:
+        what = "What is kept, on the same held-out rows."
+        drawn.append(("quality", what, figures.quality(names, models, keys)))
+    if fast := [model for model in models[1:] if "decode" in model]:
         what = "Measured speed-up with its quartiles; the upright line is the ideal."
-        drawn.append(("speed", what, figures.speed(fast, [report[name] for name in fast])))
+        drawn.append(("speed", what, figures.speed([model["name"] for model in fast], fast)))
     training = report["teacher_training_tokens"]
     tokens = {"teacher's training": training} | report["tokens"] if training else report["tokens"]
     if tokens or report["seconds"]:
@@ -148,24 +190,44 @@ def draw(run: Run, report: Record) -> list[Picture]:
     return [Picture(name, caption, figures.svg(figure)) for name, caption, figure in drawn]
 
 
-def main(argv: list[str]) -> None:
-    """Gather, print the table, write ``report.json``, ``report.md``, ``report.html`` and the figures."""
-    parser = Parser("report", "Gather a run's figures into a table, JSON, Markdown and HTML.")
-    parser.add_argument("--run", required=True, type=Path, metavar="DIR", help="directory of the run")
-    directory: Path = parser.parse_args(argv).run
-    run = Run.read(directory)
-    origin = {"commit": git_sha(), "command": f"python -m src.cli report --run {directory}"}
+def assemble(run: Run, origin: Record) -> tuple[Record, Page]:
+    """The report as data, and as what both pages show.
+
+    Raises:
+        ConfigError: the pieces do not fit together.
+    """
     report = gather(run) | origin
     models = [run.evaluate["teacher"], *run.evaluate["models"]]
-    said = {name: m["samples"][0] for name, m in zip(report["models"], models, strict=True) if "samples" in m}
+    samples = [(m["name"], own["samples"][0]) for m, own in zip(report["models"], models, strict=True)
+               if own.get("samples")]  # fmt: skip
+    prompts = [("prompt", prompt) for prompt in run.evaluate.get("prompts", [])[:1]]
+    facts = {key: run.evaluate[key] for key in ("device", "dtype", "threads", "torch")}
     page = Page(
         title=headline(report),
         rows=table_rows(report),
         notes=notes(report),
         pictures=draw(run, report),
-        example={"prompt": run.evaluate["prompts"][0], **said} if said else {},
-        origin={key: run.evaluate[key] for key in ("device", "dtype", "threads", "torch")} | origin,
+        example=[(name, printable(text)) for name, text in prompts + samples] if samples else [],
+        origin=facts | origin,
     )
+    return report, page
+
+
+def main(argv: list[str]) -> None:
+    """Gather, print the table, write ``report.json``, ``report.md``, ``report.html`` and the figures."""
+    parser = Parser("report", "Gather a run's figures into a table, JSON, Markdown and HTML.")
+    parser.add_argument("--run", required=True, type=Path, metavar="DIR", help="directory of the run")
+    directory: Path = parser.parse_args(argv).run
+    origin = {"commit": git_sha(), "command": printable(f"python -m src.cli report --run {directory}")}
+    try:
+        report, page = assemble(Run.read(directory), origin)
+    except ConfigError:
+        raise
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as e:
+        raise ConfigError(
+            f"--run: the files of '{directory}' are not as the stages write them ({type(e).__name__}: {e}). "
+            f"Write evaluate.json and benchmark.json again, with evaluate --out and benchmark --out."
+        ) from e
     for picture in page.pictures:
         write_text(directory / "figures" / f"{picture.name}.svg", picture.svg)
     write_text(directory / "report.md", markdown(page))

@@ -1,1 +1,1 @@
-"""What every training stage shares: ranks, schedules, checkpoints, strategies, refusals, watchdog."""
+"""What every training stage shares: ranks, schedules, checkpoints, strategies, watchdog, the stages' base."""

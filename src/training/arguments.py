@@ -13,8 +13,9 @@ from src.errors import ConfigError, did_you_mean
 from src.mask import Mask
 from src.training import watchdog
 from src.training.lock import lock
-from src.training.refusals import check_checkpoint
-from src.training.strategies import check_installed
+from src.training.settings import check_settings
+from src.training.stage import Stage
+from src.training.strategies import check_checkpoint, check_installed
 from src.training.trainer import Trainer
 
 _DISK = {
@@ -38,6 +39,11 @@ class ShortErrors(LightningArgumentParser):
 
 class PruneCLI(LightningCLI):
     """LightningCLI with the model's name shared with the data."""
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse, and judge all settings before the first of them is used."""
+        super().parse_arguments(parser, args)
+        check_settings(self.config[self.config.subcommand])
 
     def before_instantiate_classes(self) -> None:
         """Let the data use the model's tokenizer unless it names its own."""
@@ -63,9 +69,8 @@ class PruneCLI(LightningCLI):
     def instantiate_classes(self) -> None:
         """Build trainer, model and data; refuse what they cannot do together before processes start."""
         super().instantiate_classes()
-        refuse = getattr(self.model, "refuse", None)
-        if refuse is not None:
-            refuse(self.trainer, self.datamodule)
+        if isinstance(self.model, Stage):
+            self.model.refuse(self.trainer, self.datamodule)
         check_checkpoint(self.trainer, self.config[self.subcommand or "fit"].get("ckpt_path"))
         watchdog.replace_launcher_watch()
 

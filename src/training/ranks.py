@@ -43,8 +43,8 @@ def most(number: int, device: torch.device | str) -> int:
     return -least(-number, device)
 
 
-class Part:
-    """This rank's part of a batch.
+class WholeBatch:
+    """The batch of all ranks, of which each holds a part.
 
     Args:
         positions: supervised positions of this rank.

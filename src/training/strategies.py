@@ -10,11 +10,13 @@ from contextlib import contextmanager
 from dataclasses import replace
 from importlib import import_module
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any, cast
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import torch
 from lightning import Trainer
 from lightning.fabric.utilities.types import _PATH
+from lightning.pytorch.accelerators import CUDAAccelerator
 from lightning.pytorch.strategies import (
     DDPStrategy,
     DeepSpeedStrategy,
@@ -30,6 +32,7 @@ from transformers import PreTrainedModel
 
 from src.errors import ConfigError
 from src.models.layers import decoder_layers
+from src.ranges import Range, checked
 from src.training import checkpoints
 
 if TYPE_CHECKING:
@@ -56,6 +59,69 @@ def check_installed(strategy: Any) -> None:
     if "class_path" in strategy:
         module, _, name = strategy.class_path.rpartition(".")
         getattr(getattr(import_module(module), name), "check_installed", lambda: None)()
+
+
+SHARDED = ("fsdp", "fsdp2", "deepspeed")
+NO_PARTS = "the bytes of 8- and 4-bit weights cannot be sharded"
+
+
+def check_quantised(trainer: Trainer, quantize: str | None, name: str = "FSDP") -> None:
+    """Refuse a quantised model that a strategy would shard.
+
+    Raises:
+        ConfigError: names the alternatives.
+    """
+    if quantize and kind(trainer.strategy) in SHARDED:
+        raise ConfigError(
+            f"model.quantize: '{quantize}' with {name}: {NO_PARTS}. Keep one copy on each rank with "
+            f"configs/strategy/ddp.yaml, or set it to null."
+        )
+
+
+def check_device(trainer: Trainer) -> None:
+    """Refuse an engine that needs GPUs where none is.
+
+    Raises:
+        ConfigError: names the alternatives.
+    """
+    if kind(trainer.strategy) in ("fsdp", "deepspeed") and not isinstance(
+        trainer.accelerator, CUDAAccelerator
+    ):
+        raise ConfigError(
+            "trainer.strategy: the first FSDP and DeepSpeed need GPUs. Without any use "
+            "configs/strategy/fsdp2.yaml or configs/strategy/ddp.yaml."
+        )
+
+
+def check_checkpoint(trainer: Trainer, path: Any) -> None:
+    """Refuse a checkpoint that cannot be read, here or at all: some take files, some directories of parts.
+
+    Raises:
+        ConfigError: names the alternative.
+    """
+    if path is None or path == "last" or "://" in str(path):
+        return
+    if path == "best":
+        raise ConfigError("ckpt_path: 'best' is known within a run only; give a path, or 'last'.")
+    if path == "hpc":
+        if not list(Path(trainer.default_root_dir).glob("hpc_ckpt_*.ckpt")):
+            raise ConfigError(
+                f"ckpt_path: 'hpc' is what SLURM's requeue signal saved, and there is none in "
+                f"'{trainer.default_root_dir}'. Give a path, or 'last'."
+            )
+        return
+    checkpoints.record(str(path))
+    directory, strategy = Path(path).is_dir(), kind(trainer.strategy)
+    if directory and strategy not in SHARDED:
+        raise ConfigError(
+            f"ckpt_path: '{path}' is a checkpoint in parts, of a sharding strategy. Resume with the overlay "
+            f"that wrote it, on any number of devices."
+        )
+    if not directory and strategy == "deepspeed":
+        raise ConfigError(
+            f"ckpt_path: '{path}' is a file, and DeepSpeed resumes from its own directories. Resume with the "
+            f"overlay that wrote it, or with configs/strategy/fsdp2.yaml."
+        )
 
 
 class FSDP2(ModelParallelStrategy):
@@ -148,7 +214,8 @@ class ZeRO(DeepSpeedStrategy):
         kwargs: of :class:`lightning.pytorch.strategies.DeepSpeedStrategy`.
     """
 
-    def __init__(self, stage: int = 2, **kwargs: Any) -> None:
+    @checked
+    def __init__(self, stage: Annotated[int, Range(int, 1, 3)] = 2, **kwargs: Any) -> None:
         super().__init__(stage=stage, **kwargs)
         # With its state in the host's memory DeepSpeed would insist on an optimiser of its own.
         cast(Any, self).config.setdefault("zero_force_ds_cpu_optimizer", False)

@@ -9,7 +9,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from src.cache import Cache, CachedCorpus
 from src.cache.shards import Rows
-from src.losses.distill import Distillation, supervised
+from src.data.batches import supervised
+from src.losses.distill import Distillation
 from src.losses.signals import Signal, TopK, live_signal
 from src.models.gated import freeze
 from src.models.head import OutputHead

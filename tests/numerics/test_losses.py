@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from src.data.batches import supervised
 from src.errors import ConfigError
-from src.losses.distill import Distillation, supervised
+from src.losses.distill import Distillation
 from src.losses.entropy import token_weights
 from src.losses.kl import kl
 from src.losses.signals import FLOOR, Dense, TopK, dense_signal, live_signal, topk_signal

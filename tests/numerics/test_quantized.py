@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from src.losses.distill import Distillation, supervised
+from src.data.batches import supervised
+from src.losses.distill import Distillation
 from src.losses.signals import live_signal
 from src.models.gated import GatedLayers, freeze
 from src.models.head import OutputHead

@@ -123,7 +123,7 @@ def test_exhaustive_refuses_too_many_masks_before_anything_runs() -> None:
 
 
 def test_no_random_masks_are_refused() -> None:
-    with pytest.raises(ConfigError, match=r"policy.masks: 0"):
+    with pytest.raises(ConfigError, match="masks: 0 given; accepted: a whole number above 0"):
         RandomSearch(masks=0)
 
 

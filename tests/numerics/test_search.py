@@ -8,11 +8,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from src.callbacks.harden import polish
 from src.data.arithmetic import build_tokenizer, problems
 from src.errors import ConfigError
 from src.losses.distill import Distillation
 from src.policies import GumbelTopK
+from src.policies.polish import polish
 from src.search import MaskSearch, count_to_remove
 from src.teachers import LiveTeacher
 
@@ -44,10 +44,10 @@ def test_the_surrogate_has_the_gradient_of_the_mean_loss(
     made = search(teacher_dir, distillation=Distillation(k=k, weight="none"))
     (grad,) = torch.autograd.grad(made.training_step(batch, 0), made.policy.logits)
 
-    from src.losses.distill import supervised
+    from src.data.batches import Supervised
 
-    signal = made.teacher_signal(batch, supervised(batch["labels"]))
-    losses = [made.divergence(batch, signal, made.policy.sample(5, d)) for d in range(3)]
+    signal = made.teacher_signal(rows := Supervised.of(batch))
+    losses = [made.divergence(rows, signal, made.policy.sample(5, d)) for d in range(3)]
     (direct,) = torch.autograd.grad(torch.stack(losses).mean(), made.policy.logits)
     torch.testing.assert_close(grad, direct, rtol=1e-5, atol=1e-9)
     assert grad.abs().max() > 0
@@ -78,11 +78,11 @@ def test_the_shared_teacher_says_what_a_second_copy_says(
 
 
 def test_open_gates_have_no_divergence(teacher_dir: str, batch: dict[str, torch.Tensor]) -> None:
-    from src.losses.distill import supervised
+    from src.data.batches import Supervised
 
     made = search(teacher_dir)
-    signal = made.teacher_signal(batch, supervised(batch["labels"]))
-    assert made.divergence(batch, signal, torch.ones(6)).abs() < 1e-6
+    signal = made.teacher_signal(rows := Supervised.of(batch))
+    assert made.divergence(rows, signal, torch.ones(6)).abs() < 1e-6
 
 
 def test_the_budget_counts_tokens_and_passes(teacher_dir: str, batch: dict[str, torch.Tensor]) -> None:

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from src.cli import main, run
 from src.data.arithmetic import build_tokenizer, problems
+from src.data.batches import Supervised, supervised
 from src.errors import ConfigError
 from src.export.verb import main as export
 from src.losses import CrossEntropy, Distillation, HiddenStates, Weighted
-from src.losses.distill import supervised
 from src.mask import Mask
 from src.models.cut import cut
 from src.models.loading import load_model
@@ -52,7 +52,7 @@ def recovery(mask: str, *terms: Weighted, **keys: Any) -> Recovery:
 def graded(made: Recovery, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
     """Value and gradient of the loss on a batch."""
     made.zero_grad()
-    value = made.losses(batch)["loss"]
+    value = made.losses(Supervised.of(batch))["loss"]
     value.backward()
     return value.detach(), {n: p.grad.clone() for n, p in made.named_parameters() if p.grad is not None}
 
@@ -92,7 +92,7 @@ def test_it_is_its_formula(mask_file: str, rows: Batch) -> None:
         last[id(model)] = last.pop("x").flatten(0, 1)[index]
     own_NH, target_NH = last[id(made.model)], last[id(parent)]
     expected += ((own_NH - target_NH).pow(2).mean(-1) / target_NH.pow(2).mean(-1)).mean()
-    torch.testing.assert_close(made.losses(rows)["loss"], expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(made.losses(Supervised.of(rows))["loss"], expected, rtol=1e-5, atol=1e-6)
     assert expected > 0.01
 
 
@@ -262,8 +262,8 @@ def test_the_loss_falls_on_the_streams_too(
         tmp_path, teacher_dir, corpus_file, mask_file, terms, "--model.init_args.distillation=null",
         "--trainer.max_steps=30", "--model.init_args.optimizer.init_args.lr=0.01",
     )  # fmt: skip
-    before = recovery(mask_file, alone()).losses(rows)["states"]
-    assert done.model.losses(rows)["states"] < before / 2
+    before = recovery(mask_file, alone()).losses(Supervised.of(rows))["states"]
+    assert done.model.losses(Supervised.of(rows))["states"] < before / 2
 
 
 @pytest.mark.parametrize(

@@ -146,7 +146,7 @@ SETTINGS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "half weighted": ({"train": [Source("a.jsonl", weight=1.0), "b.jsonl"]}, r"'b\.jsonl' has no weight"),
     "workers": ({"num_workers": 3}, r"data\.num_workers is 3; accepted: \[0, 1, 2, 4\]"),
-    "held out": ({"held_out": 1.5}, r"data\.held_out is 1\.5"),
+    "held out": ({"held_out": 1.5}, r"held_out: 1\.5 given; accepted: a number from 0 and below 1"),
     "two validations": ({"held_out": 0.1, "validation": "v.jsonl"}, "both set"),
     "endless weight": ({"train": [{"path": "a.jsonl", "weight": math.inf}]}, r"has weight inf"),
     "format": (
@@ -155,10 +155,10 @@ SETTINGS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "path": ({"train": [{"path": 3}]}, r"data\.train: 'path' of a part of the mixture is 3; expected text"),
     "part": ({"train": ["a.jsonl", None]}, r"data\.train: a part of the mixture is None"),
-    "endless tokens": ({"max_tokens": "1e999"}, "data.max_tokens is '1e999'"),
-    "two suffixes": ({"max_tokens": "5KM"}, "data.max_tokens is '5KM'"),
-    "tokens": ({"max_tokens": "many"}, "data.max_tokens is 'many'"),
-    "batch": ({"batch_size": 0}, "data.batch_size is 0"),
+    "endless tokens": ({"max_tokens": "1e999"}, "data.max_tokens: '1e999' given"),
+    "two suffixes": ({"max_tokens": "5KM"}, "data.max_tokens: '5KM' given"),
+    "tokens": ({"max_tokens": "many"}, "data.max_tokens: 'many' given"),
+    "batch": ({"batch_size": 0}, "batch_size: 0 given; accepted: a whole number above 0"),
 }
 
 
@@ -176,8 +176,8 @@ def test_columns_at_fault(names):
 
 
 def test_several_faults_are_told_at_once(tmp_path):
-    with pytest.raises(ConfigError, match=r"num_workers is 3.*batch_size is 0"):
-        corpus(tmp_path, "a.jsonl", num_workers=3, batch_size=0)
+    with pytest.raises(ConfigError, match=r"batch_size: 0 given.*max_length: 1 given"):
+        corpus(tmp_path, "a.jsonl", max_length=1, batch_size=0)
 
 
 @pytest.mark.parametrize(

@@ -68,7 +68,7 @@ def test_a_recovery_without_room_reads_a_cache(plan: Make) -> None:
 
 
 def test_ways_are_legal_pairs() -> None:
-    """What src/training/refusals.py refuses is never recommended; sharding needs ranks."""
+    """What a stage refuses is never recommended; sharding needs ranks."""
     for stage in ("search", "recover", "cache"):
         for ranks in (1, 2):
             for mode, strategy, _, offload in ways(stage, ranks):

@@ -57,31 +57,38 @@ def gathered(finished: Path) -> dict[str, Any]:
     return json.loads((finished / "report.json").read_text())
 
 
-def test_every_model_has_every_figure(gathered: dict[str, Any]) -> None:
+@pytest.fixture
+def models(gathered: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    return {model["name"]: model for model in gathered["models"]}
+
+
+def test_every_model_has_every_figure(gathered: dict[str, Any], models: dict[str, Any]) -> None:
     keys = {"exact_match", "kl", "agreement", "parameters", "prefill_tokens_per_s", "decode_tokens_per_s"}
     for name in ("teacher", *STUDENTS):
-        assert keys <= set(gathered[name]), name
-    assert gathered["models"] == ["teacher", *STUDENTS]
-    assert (gathered["teacher"]["kl"], gathered["teacher"]["agreement"]) == (0, 1)
+        assert keys <= set(models[name]), name
+    assert list(models) == ["teacher", *STUDENTS]
+    assert (models["teacher"]["kl"], models["teacher"]["agreement"]) == (0, 1)
     assert gathered["removed_layers"] == [2, 4]
     assert {"commit", "command"} <= set(gathered)
 
 
-def test_costs_add_up(gathered: dict[str, Any]) -> None:
+def test_costs_add_up(gathered: dict[str, Any], models: dict[str, Any]) -> None:
     assert gathered["tokens"] == {"search": 1000, "recover": 7000}
-    assert gathered["teacher_training_tokens"] == gathered["teacher"]["tokens"] == 40_000
-    assert (gathered["cut"]["tokens"], gathered["recovered"]["tokens"]) == (1000, 8000)
-    assert (gathered["cut"]["seconds"], gathered["recovered"]["seconds"]) == (2.5, 22.5)
+    assert gathered["teacher_training_tokens"] == models["teacher"]["tokens"] == 40_000
+    assert (models["cut"]["tokens"], models["recovered"]["tokens"]) == (1000, 8000)
+    assert (models["cut"]["seconds"], models["recovered"]["seconds"]) == (2.5, 22.5)
     assert {"search", "recover", "evaluate", "benchmark"} == set(gathered["seconds"])
     assert "for 20.0% of the teacher's training tokens" in report.headline(gathered)
 
 
-def test_the_ideal_is_that_of_the_benchmark(finished: Path, gathered: dict[str, Any]) -> None:
+def test_the_ideal_is_that_of_the_benchmark(
+    finished: Path, gathered: dict[str, Any], models: dict[str, Any]
+) -> None:
     measured = json.loads((finished / "benchmark.json").read_text())["measured"]
     assert gathered["ideal_speedup"] == measured[2]["decode"]["ideal"] > 1
     assert gathered["decode_speedup"] == measured[2]["decode"]["speedup"]
     assert "--repeats 2" in gathered["commands"]["benchmark"]
-    assert gathered["recovered"]["decode_tokens_per_s"] == measured[2]["decode"]["tokens_per_s"]
+    assert models["recovered"]["decode_tokens_per_s"] == measured[2]["decode"]["tokens_per_s"]
 
 
 def test_the_table_is_the_same_everywhere(finished: Path, gathered: dict[str, Any]) -> None:

@@ -196,7 +196,7 @@ def test_a_cached_teacher_wants_a_cache_before_anything_is_loaded(mask_file: str
 def test_a_checkpoint_of_another_kind_is_refused(
     strategy: str, directory: bool, refused: bool, tmp_path: Path
 ) -> None:
-    from src.training.refusals import check_checkpoint
+    from src.training.strategies import check_checkpoint
 
     path = tmp_path / "last.ckpt"
     path.mkdir() if directory else path.write_bytes(b"")

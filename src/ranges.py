@@ -1,0 +1,147 @@
+"""Which numbers a setting accepts, said once: in the annotation of the constructor that takes it.
+
+``draws: Count = 4`` is an int to Python and to the parser; :func:`checked` refuses what lies outside. The
+command line does so for all settings at once, before anything is loaded (:mod:`src.training.settings`), and a
+tool's option takes a range as its ``type``. Nothing accepts NaN or an infinity.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache, wraps
+from inspect import signature
+from typing import Annotated, Any, Concatenate, ParamSpec, TypeVar, get_args, get_type_hints
+
+from src.errors import ConfigError
+
+P = ParamSpec("P")
+S = TypeVar("S")
+
+
+@dataclass(frozen=True)
+class Range:
+    """Numbers from ``low`` to ``high``, both included.
+
+    Attributes:
+        kind: ``int`` for whole numbers, or ``float``.
+        low: the least.
+        high: the most.
+        open: an end that is not included itself: ``low``, ``high``, ``both`` or none.
+        also: numbers outside that have a meaning of their own, such as -1 for no limit.
+    """
+
+    kind: type
+    low: float = -math.inf
+    high: float = math.inf
+    open: str = ""
+    also: tuple[int, ...] = ()
+
+    def __str__(self) -> str:
+        what = "a whole number" if self.kind is int else "a number"
+        above, below = self.open in ("low", "both"), self.open in ("high", "both")
+        ends = [f"{'above' if above else 'from'} {self.low:,}"] if self.low > -math.inf else []
+        if self.high < math.inf:
+            ends.append(f"{'below' if below else 'at most' if above else 'to'} {self.high:,}")
+        span = (" and " if self.open else " ").join(ends) or "that is finite"
+        return ", or ".join([f"{what} {span}", *map(str, self.also)])
+
+    def __contains__(self, value: object) -> bool:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            return False
+        if value in self.also:
+            return True
+        whole = self.kind is float or isinstance(value, int)
+        above = value > self.low if self.open in ("low", "both") else value >= self.low
+        below = value < self.high if self.open in ("high", "both") else value <= self.high
+        return whole and above and below
+
+    def __call__(self, text: str) -> Any:
+        """The number of an option's text, as ``type`` of argparse.
+
+        Raises:
+            ArgumentTypeError: it is none, or outside.
+        """
+        try:
+            value = self.kind(text)
+        except ValueError:
+            value = None
+        if value not in self:
+            raise argparse.ArgumentTypeError(f"'{text}' given; accepted: {self}")
+        return value
+
+
+SEED = 2**32 - 1
+"""The largest seed that all generators take."""
+MOST = 2**31 - 1
+"""The most that is counted of anything but tokens."""
+
+positive = Range(int, 0, MOST, open="low")
+natural = Range(int, 0, MOST)
+share = Range(float, 0, 1)
+above_zero = Range(float, 0, open="low")
+from_zero = Range(float, 0)
+inside_unit = Range(float, 0, 1, open="both")
+
+Count = Annotated[int, positive]
+Natural = Annotated[int, natural]
+Seed = Annotated[int, Range(int, 0, SEED)]
+Share = Annotated[float, share]
+Positive = Annotated[float, above_zero]
+NonNegative = Annotated[float, from_zero]
+Finite = Annotated[float, Range(float)]
+
+
+def checked(init: Callable[Concatenate[S, P], None]) -> Callable[Concatenate[S, P], None]:
+    """Let a constructor refuse numbers outside the ranges of its annotations, all of them at once."""
+    names = list(signature(init).parameters)
+
+    @wraps(init)
+    def guarded(self: S, *args: P.args, **kwargs: P.kwargs) -> None:
+        given = dict(zip(names[1:], args, strict=False)) | kwargs
+        refuse(faults(given, _ranges(init)))
+        init(self, *args, **kwargs)
+
+    return guarded
+
+
+@cache
+def _ranges(init: Callable[..., None]) -> dict[str, Range]:
+    """The range of each annotated parameter of a function."""
+    found = dict[str, Range]()
+    for name, hint in get_type_hints(init, include_extras=True).items():
+        for part in (hint, *get_args(hint)):  # a range may stand in a union with None
+            for own in getattr(part, "__metadata__", ()):
+                if isinstance(own, Range):
+                    found[name] = own
+    return found
+
+
+@cache
+def ranges_of(component: type) -> dict[str, Range]:
+    """The range of each parameter of a class, those it passes on to its bases too."""
+    own = [vars(base)["__init__"] for base in component.__mro__ if "__init__" in vars(base)]
+    guarded = [init.__wrapped__ for init in reversed(own) if hasattr(init, "__wrapped__")]
+    return {name: accepted for init in guarded for name, accepted in _ranges(init).items()}
+
+
+def faults(given: Mapping[str, Any], ranges: Mapping[str, Range], prefix: str = "") -> list[str]:
+    """One sentence for each number outside its range; what is no number is not judged."""
+    judged = {key: given[key] for key in ranges if isinstance(given.get(key), int | float)}
+    return [
+        f"{prefix}{key}: {value} given; accepted: {ranges[key]}"
+        for key, value in judged.items()
+        if value not in ranges[key]
+    ]
+
+
+def refuse(wrong: list[str]) -> None:
+    """Tell all faults together.
+
+    Raises:
+        ConfigError: there is one.
+    """
+    if wrong:
+        raise ConfigError(". ".join(wrong) + ".")

@@ -1,0 +1,111 @@
+"""What a parsed experiment may hold, checked whole before anything is built or called.
+
+The ranges of this product's constructors are their annotations (:mod:`src.ranges`); those of the trainer are
+listed here, and an optimiser is asked itself, with a parameter of its own. No number is NaN or infinite.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from importlib import import_module
+from inspect import isroutine
+from typing import Any, cast
+
+import torch
+from jsonargparse import Namespace
+from torch.optim import Optimizer
+
+from src.errors import ConfigError
+from src.ranges import MOST, SEED, Range, above_zero, from_zero, natural, positive, ranges_of
+
+_UNLIMITED = Range(int, 0, 2**63 - 1, "low", also=(-1,))
+TRAINER = {
+    "max_steps": _UNLIMITED,
+    "max_epochs": _UNLIMITED,
+    "min_steps": natural,
+    "min_epochs": natural,
+    "accumulate_grad_batches": positive,
+    "devices": Range(int, 0, MOST, "low", also=(-1,)),
+    "num_nodes": positive,
+    "gradient_clip_val": from_zero,
+    "log_every_n_steps": positive,
+    "check_val_every_n_epoch": positive,
+    "val_check_interval": above_zero,
+    "limit_train_batches": above_zero,
+    "limit_predict_batches": above_zero,
+    "limit_val_batches": from_zero,
+    "limit_test_batches": from_zero,
+    "overfit_batches": from_zero,
+    "num_sanity_val_steps": Range(int, 0, MOST, also=(-1,)),
+    "reload_dataloaders_every_n_epochs": natural,
+}
+"""Of a trainer's numbers; a switch or a word in their place is the trainer's to judge."""
+
+
+def check_settings(config: Namespace) -> None:
+    """Refuse an experiment's numbers outside their ranges, and what would be called but builds no part of it.
+
+    Args:
+        config: one verb's parsed arguments.
+
+    Raises:
+        ConfigError: names every key at fault.
+    """
+    wrong = list(_faults("", config))
+    wrong += _numbers("trainer.", vars(config.trainer), TRAINER)
+    wrong += _numbers("", vars(config), {"seed_everything": Range(int, 0, SEED)})
+    if wrong:
+        raise ConfigError(". ".join(wrong) + ".")
+
+
+def _numbers(prefix: str, given: Mapping[str, Any], ranges: Mapping[str, Range]) -> Iterator[str]:
+    for key, accepted in ranges.items():
+        value = given.get(key)
+        if (
+            isinstance(value, str) and value.removeprefix("-").isdecimal()
+        ):  # the parser reads --devices as text
+            value = int(value)
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if number and value not in accepted and math.isfinite(cast(float, value)):
+            yield f"{prefix}{key}: {value} given; accepted: {accepted}"
+
+
+def _faults(path: str, value: Any) -> Iterator[str]:
+    """The faults below one key, in the order of the file."""
+    if isinstance(value, float) and not math.isfinite(value):
+        yield f"{path}: {value} given; accepted: a number that is finite"
+    elif isinstance(value, list | tuple):
+        for number, part in enumerate(value):
+            yield from _faults(f"{path}.{number}", part)
+    elif isinstance(value, dict):
+        for key, part in value.items():
+            yield from _faults(f"{path}.{key}", part)
+    elif isinstance(value, Namespace) and "class_path" in value:
+        yield from _component(path, value)
+    elif isroutine(value):
+        yield f"{path}: the function '{value.__qualname__}' given; accepted: a class_path"
+    elif isinstance(value, Namespace):
+        for key, part in vars(value).items():
+            yield from _faults(f"{path}.{key}".lstrip("."), part)
+
+
+def _component(path: str, value: Namespace) -> Iterator[str]:
+    module, _, name = value.class_path.rpartition(".")
+    component, given = getattr(import_module(module), name), value.get("init_args") or Namespace()
+    optimiser = isinstance(component, type) and issubclass(component, Optimizer)
+    if not isinstance(component, type) or (path.endswith(".optimizer") and not optimiser):
+        wanted = "an optimiser, such as torch.optim.AdamW" if path.endswith(".optimizer") else "a class"
+        yield f"{path}: '{value.class_path}' given; accepted: {wanted}"
+        return
+    ranges = ranges_of(component) | ({"lr": above_zero} if optimiser else {})
+    below = [*_faults(path, given), *_numbers(f"{path}.", vars(given), ranges)]
+    yield from below if below or not optimiser else _optimiser(path, component, vars(given))
+
+
+def _optimiser(path: str, component: type[Optimizer], given: dict[str, Any]) -> Iterator[str]:
+    """What an optimiser says of its settings, asked with a parameter of its own."""
+    try:
+        component([torch.nn.Parameter(torch.zeros(1))], **given)
+    except Exception as e:  # each has its own
+        yield f"{path}: {component.__name__}: {e}"

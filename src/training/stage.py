@@ -1,0 +1,96 @@
+"""What a search, a recovery and a pass of the teacher share: one model of the Hub, and when it is checked."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Protocol, cast
+
+from lightning import LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
+from transformers import PreTrainedTokenizerBase
+
+from src.data.batches import Batch
+from src.models.head import OutputHead
+from src.models.loading import Dtype, Loading, Quantization, check_vocabulary
+from src.training.strategies import kind
+
+
+class Data(Protocol):
+    """What a stage asks of its data module."""
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """Of the rows."""
+
+    def val_dataloader(self) -> Iterable[Batch]:
+        """Batches of held-out rows; empty where none are."""
+
+
+class Stage(LightningModule):
+    """Runs one model of the Hub; a subclass loads it in ``configure_model`` and sets ``head``.
+
+    Args:
+        model: Hub id or directory of the model.
+        revision: its Hub revision.
+        dtype: type of the weights; training keeps float32 and sets ``trainer.precision`` for mixed precision.
+        quantize: hold the weights in ``int8`` or ``nf4``.
+        attention: attention implementation; None lets transformers choose.
+        checkpoint_activations: recompute layers in the backward pass, to save memory.
+    """
+
+    head: OutputHead
+
+    def __init__(
+        self,
+        model: str,
+        revision: str | None = None,
+        dtype: Dtype = "float32",
+        quantize: Quantization | None = None,
+        attention: str | None = None,
+        checkpoint_activations: bool = False,
+    ) -> None:
+        super().__init__()
+        self.name, self.loading = model, Loading(revision, dtype, quantize, attention)
+        self.checkpoint_activations = checkpoint_activations
+        self.tokens = 0
+
+    @property
+    def revision(self) -> str | None:
+        """Hub revision that is asked for."""
+        return self.loading.revision
+
+    def refuse(self, trainer: Trainer, data: object) -> None:
+        """Refuse what cannot work with this trainer and these data, before anything is loaded.
+
+        Raises:
+            ConfigError: names the key and the alternative.
+        """
+        raise NotImplementedError
+
+    def setup(self, stage: str) -> None:
+        """Ask again, for who uses a Trainer directly: the command line asks before it starts processes."""
+        self.refuse(self.trainer, getattr(self.trainer, "datamodule", None))
+
+    @property
+    def data(self) -> Data:
+        """The data module; Lightning sets the trainer's attribute without declaring it."""
+        return cast(Data, getattr(self.trainer, "datamodule"))  # noqa: B009 (mypy)
+
+    @property
+    def engine(self) -> bool:
+        """Whether an engine takes the weights away after ``configure_model``."""
+        return self._trainer is not None and kind(self.trainer.strategy) in ("fsdp", "deepspeed")
+
+    def check(self) -> None:
+        """Compare the output head with the model's own, and the data's tokens with its vocabulary."""
+        self.head.check()
+        check_vocabulary(self.data.tokenizer, self.head.model)
+
+    def on_validation_start(self) -> None:
+        """Get ready too when validation is all that runs."""
+        if self.trainer.state.fn != TrainerFn.FITTING:
+            self.on_fit_start()
+
+    def on_test_start(self) -> None:
+        """Get ready as for a fit."""
+        self.on_fit_start()
