@@ -11,7 +11,6 @@ from typing import Any, NoReturn, cast, get_args
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
@@ -19,6 +18,7 @@ from src.errors import ConfigError, did_you_mean, first_line
 from src.mask import git_sha
 from src.models.layers import num_layers
 from src.models.loading import Dtype, load_model
+from src.models.vocabulary import check_vocabulary
 from src.ranges import Range
 
 
@@ -76,18 +76,12 @@ def family(
     """Load ``--teacher``, if there is one, then each ``--model``; with its path, parameters and layers.
 
     Raises:
-        ConfigError: one cannot be loaded, or their vocabularies differ.
+        ConfigError: one cannot be loaded, or means other tokens by its ids.
     """
-    teacher: int | None = None
-    for name in [*([args.teacher] if args.teacher else []), *args.model]:
+    named = [("--teacher", args.teacher)] * bool(args.teacher) + [("--model", name) for name in args.model]
+    for key, name in named:
         model = load(name, args)
-        size = cast(nn.Embedding, model.get_input_embeddings()).num_embeddings
-        if size < len(tokenizer) or size != (teacher or size):
-            raise ConfigError(
-                f"--model: '{name}' has a vocabulary of {size}, the tokenizer {len(tokenizer)} tokens"
-                f"{f' and the teacher {teacher}' if teacher else ''}; they must be one family."
-            )
-        teacher = size if args.teacher else None
+        check_vocabulary(tokenizer, model, name, key=key)
         yield {"path": name, "parameters": parameters(model), "layers": num_layers(model.config)}, model
 
 

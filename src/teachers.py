@@ -29,6 +29,8 @@ from src.models.head import OutputHead
 from src.models.loading import Dtype, Loading, Quantization
 from src.models.sharding import shard
 from src.models.streams import streams
+from src.models.vocabulary import check_vocabulary
+from src.training.stage import Data
 from src.training.strategies import NO_PARTS, kind
 
 
@@ -52,7 +54,7 @@ class Learner(Protocol):
         """Output head of the student."""
 
     @property
-    def data(self) -> object:
+    def data(self) -> Data:
         """The data module."""
 
     @property
@@ -142,26 +144,34 @@ class LiveTeacher:
             self._model = (parent,)
 
     def setup(self, learner: Learner) -> None:
-        """Load the model if need be, move it, and check its head; the loss says how many tokens."""
+        """Load the model if need be, move it, and check its head; the loss says how many tokens.
+
+        Raises:
+            ConfigError: it cannot be loaded, or does not read the data's tokens.
+        """
         self.k = learner.distillation.k
         if not self._model:
             revision = self.loading.revision if self.name else learner.revision
             self._model = (replace(self.loading, revision=revision).load(self.name or learner.name),)
         (model,) = self._model
         freeze(model)
+        if self.name is not None:
+            tokens = learner.data.tokenizer
+            check_vocabulary(tokens, model, self.name, self.loading.revision, "teacher.model")
         plain = self.loading.quantize is None
         if learner.device_mesh is not None and (plain if self.shard is None else self.shard):
             shard(model, learner.device_mesh["data_parallel"])
         elif plain:
             nn.Module.to(model, learner.device)
         self.head = OutputHead(model)
+        self.vocabulary = learner.head.vocabulary
         self.head.check()
 
     @torch.no_grad()
     def signal(self, batch: Batch, index_N: Tensor) -> Signal:
         """Run the model on the batch."""
         hidden_NH = self.head.hidden(batch).flatten(0, 1)[index_N]
-        return live_signal(self.head, hidden_NH, self.k)
+        return live_signal(self.head, hidden_NH, self.k, vocabulary=self.vocabulary)
 
     def states(self, layers: Sequence[int]) -> AbstractContextManager[dict[int, Tensor]]:
         """The model's own stream; it must be the parent, in whatever form.
@@ -208,7 +218,8 @@ class CachedTeacher:
         corpus, distillation = self.corpus(learner.data), learner.distillation
         self.k = distillation.k
         tempered = distillation.temperature != 1 and distillation.rule == "bucket"
-        corpus.fits(learner.head.vocabulary, self.k, tempered)
+        self.vocabulary = learner.head.vocabulary
+        corpus.fits(self.vocabulary, self.k, tempered)
         if self._origin is not None:
             for cache in corpus.caches:
                 self._origin.check(cache, learner.name, learner.revision)
@@ -231,7 +242,8 @@ class CachedTeacher:
         """The rows of the cache, in the order of the supervised positions."""
         signal = TopK(*(batch[f"teacher_{key}"] for key in ("ids", "log_probs", "entropy", "log_rest")))
         assert len(signal.ids) == len(index_N), "one row of the cache for each supervised position"
-        return signal if self.k in (None, signal.ids.shape[-1]) else signal.cut(self.k)
+        signal = signal.within(self.vocabulary)
+        return signal if self.k is None or self.k >= signal.ids.shape[-1] else signal.cut(self.k)
 
     def states(self, layers: Sequence[int]) -> AbstractContextManager[dict[int, Tensor]]:
         """Nothing: a cache holds what the parent says, not its inner layers.

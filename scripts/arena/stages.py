@@ -18,7 +18,8 @@ from src.cli import run
 from src.data.arithmetic import SPLITS, write_splits
 from src.data.columns import Columns
 from src.data.judging import batches, encode, read_rows
-from src.evaluate.verb import ROW_SUMS, exact_match, row_sums
+from src.evaluate.text import ROW_SUMS, row_sums
+from src.evaluate.verb import exact_match
 from src.files import write_text
 from src.mask import Mask
 from src.models.cut import cut as shorten
@@ -107,7 +108,7 @@ def judge(student: PreTrainedModel, model: str, rows: str) -> JSON:
     """Exact match after free generation, and for each problem the sums that divergence is the mean of.
 
     Returns:
-        ``correct``, a string of 0 and 1; and ``sums``, the columns of :func:`src.evaluate.verb.row_sums`.
+        ``correct``, a string of 0 and 1; and ``sums``, the columns of :func:`src.evaluate.text.row_sums`.
     """
     tokenizer, read = load_tokenizer(model), read_rows(rows)
     columns = Columns(prompt="question", answer="answer")

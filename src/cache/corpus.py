@@ -73,17 +73,13 @@ class CachedCorpus(LightningDataModule):
         """
         for cache in self.caches:
             about = cache.about
-            if vocabulary != about.vocabulary:
-                raise ConfigError(
-                    f"cache: vocabulary: '{cache.path}' has {about.vocabulary} logits, the student "
-                    f"{vocabulary}. Write a cache with the student's own parent."
-                )
-            if min(k or vocabulary, vocabulary) > about.k:
+            shared = min(vocabulary, about.vocabulary)  # they may be padded to other widths
+            if min(k or shared, shared) > about.k:
                 raise ConfigError(
                     f"cache: k: '{cache.path}' keeps {about.k} tokens, the distillation wants {k or 'all'}. "
                     f"Lower model.distillation.k, or write a cache with a larger k."
                 )
-            if tempered and about.precision == "compact" and about.k < vocabulary:
+            if tempered and about.precision == "compact" and about.k < shared:
                 raise ConfigError(
                     f"cache: precision: '{cache.path}' is compact, too coarse for the mass outside the "
                     f"{about.k} tokens at another temperature than 1. Set model.distillation.rule to "

@@ -15,7 +15,7 @@ from typing import Any
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from src.data.sources import reason
+from src.data.formats import reason
 from src.data.text import checked
 from src.errors import ConfigError
 

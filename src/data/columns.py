@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
 
-from src.data.sources import WHERE, Row
+from src.data.formats import WHERE, Row
 from src.errors import ConfigError
 
 

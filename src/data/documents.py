@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from src.data.chat import Span, read_tools, read_turns, render
 from src.data.columns import Columns, filled
-from src.data.sources import MAX_DOCUMENT, WHERE, Row
+from src.data.formats import MAX_DOCUMENT, WHERE, Row
 from src.data.text import checked
 from src.errors import ConfigError
 

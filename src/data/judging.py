@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Literal
 
@@ -13,18 +14,91 @@ from src.data.batches import Batch, Padded
 from src.data.columns import Columns
 from src.data.documents import read_document
 from src.data.encode import IGNORE, Encoder, TokenRow
-from src.data.sources import WHERE, Source, open_source
+from src.data.formats import WHERE
+from src.data.sources import Source, open_source
 
 Rows = Sequence[dict[str, Any]]
 
 
-def read_rows(path: str, limit: int | None = None) -> Rows:
-    """The first ``limit`` rows of a file, a Hub id or a saved dataset.
+def read_rows(path: str, limit: int | None = None, split: str | None = None) -> Rows:
+    """The first ``limit`` rows of a file, a Hub id or a saved dataset, each with its ``WHERE``.
+
+    Args:
+        path: what to read.
+        limit: rows, at most.
+        split: split of a Hub or saved dataset; None is the only one that it has.
 
     Raises:
-        ConfigError: there is no such source, or a row cannot be read.
+        ConfigError: there is no such source, it has several splits, or a row cannot be read.
     """
-    return list(islice(open_source(Source(path), 0, 1), limit))
+    rows = islice(open_source(Source(path, split=split), 0, 1), limit)
+    return [{WHERE: f"{path} row {number}", **row} for number, row in enumerate(rows, 1)]
+
+
+@dataclass(frozen=True)
+class Judged:
+    """Rows as tokens, and what became of the others.
+
+    Attributes:
+        rows: tokens and labels of the rows that have a supervised token.
+        numbers: place of each among the rows that were read, from 0.
+        read: how many were read.
+        left_out: how many of them are not judged, by reason.
+        cut: how many of those judged lost their end to ``max_length``.
+        unread: columns that are not read.
+    """
+
+    rows: list[TokenRow]
+    numbers: list[int]
+    read: int
+    left_out: dict[str, int]
+    cut: int
+    unread: list[str]
+
+    def __str__(self) -> str:
+        reasons = "".join(f"; left out: {count} {reason}" for reason, count in self.left_out.items())
+        cut = f"; cut: {self.cut} longer than the maximal length" if self.cut else ""
+        unread = f"; columns not read: {', '.join(self.unread)}" if self.unread else ""
+        of = f" of {self.read}" if len(self.rows) < self.read else ""
+        return f"{len(self.rows)}{of} rows{reasons}{cut}{unread}"
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """The counts as plain values."""
+        counts = {"rows": len(self.rows), "rows_read": self.read, "left_out": self.left_out}
+        return {**counts, "cut": self.cut, "columns_not_read": self.unread}
+
+
+def judged(
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Rows,
+    columns: Columns,
+    supervise: Literal["all", "answer"] = "answer",
+    max_length: int = sys.maxsize,
+) -> Judged:
+    """Encode rows, and count those that have no supervised token within ``max_length``.
+
+    Raises:
+        ConfigError: a row lacks a column, or has one that conditions the answer and is not read; names the
+            row and what it has.
+    """
+    eos = tokenizer.eos_token_id is not None
+    encoder = Encoder(tokenizer, max_length, supervise, "truncate", None, eos)
+    whole = Encoder(tokenizer, sys.maxsize, supervise, "truncate", None, eos)
+    named = ({WHERE: f"row {number}", **row} for number, row in enumerate(rows, 1))
+    documents = [read_document(row, columns, "\n", tokenizer) for row in named]
+    kept = [(number, piece) for number, pieces in enumerate(encoder(documents)) for piece in pieces]
+    lost = [documents[number] for number in sorted({*range(len(documents))} - {number for number, _ in kept})]
+    long = sum(bool(pieces) for pieces in whole(lost))
+    reasons = {"whose prompt fills the maximal length": long, "with nothing to judge": len(lost) - long}
+    return Judged(
+        [piece for _, piece in kept],
+        [number for number, _ in kept],
+        len(documents),
+        {reason: count for reason, count in reasons.items() if count},
+        sum(bool(piece.lost) for _, piece in kept),
+        sorted({name for document in documents for name in document.unread}),
+    )
 
 
 def encode(
@@ -34,16 +108,8 @@ def encode(
     supervise: Literal["all", "answer"] = "answer",
     max_length: int = sys.maxsize,
 ) -> list[TokenRow]:
-    """Tokens and labels of every row that has a supervised token within ``max_length``.
-
-    Raises:
-        ConfigError: a row lacks a column; names the row and what it has.
-    """
-    eos = tokenizer.eos_token_id is not None
-    encoder = Encoder(tokenizer, max_length, supervise, "truncate", None, eos)
-    named = ({WHERE: f"row {number}", **row} for number, row in enumerate(rows, 1))
-    documents = [read_document(row, columns, "\n", tokenizer) for row in named]
-    return [piece for pieces in encoder(documents) for piece in pieces]
+    """Tokens and labels of every row that has a supervised token within ``max_length``; as :func:`judged`."""
+    return judged(tokenizer, rows, columns, supervise, max_length).rows
 
 
 def prompt(row: TokenRow) -> list[int]:

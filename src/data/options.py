@@ -6,7 +6,9 @@ import argparse
 import math
 from typing import Any, get_args
 
-from src.data.sources import Format, Source
+from src.data.columns import Columns
+from src.data.formats import Format
+from src.data.sources import Source
 from src.data.stream import LANES
 from src.errors import ConfigError, did_you_mean
 
@@ -46,9 +48,10 @@ def _source(part: dict[str, Any] | Source, key: str) -> Source:
             )
     if "path" not in part:
         raise ConfigError(f"{key}: a part of the mixture names no path: {part}.")
-    source = Source(**part)
+    # What is trained on is the split of that name; what is judged on must be named where there are several.
+    source = Source(**{"split": "train", **part} if key == "data.train" else part)
     for name in ("path", "split", "name"):
-        if not isinstance(value := getattr(source, name), str) and (name != "name" or value is not None):
+        if not isinstance(value := getattr(source, name), str) and (name == "path" or value is not None):
             raise ConfigError(f"{key}: '{name}' of a part of the mixture is {value!r}; expected text.")
     if not source.path.strip():
         raise ConfigError(f"{key}: a path is empty; name a file, a pattern, a directory or a Hub id.")
@@ -121,3 +124,33 @@ def check(held_out: float, validation: Sources | None, num_workers: int) -> None
         faults.append(f"data.num_workers is {num_workers}; accepted: {workers}")
     if faults:
         raise ConfigError(". ".join(faults) + ".")
+
+
+COLUMN_OPTIONS = ("text", "prompt", "answer", "messages", "input", "system", "ignore", "split")
+"""Names of the options of :func:`add_columns`."""
+
+
+def add_columns(parser: argparse.ArgumentParser) -> None:
+    """Add the options of a command that say what to read of its rows."""
+    add = parser.add_argument
+    add("--prompt", metavar="COLUMN", help="column of the prompt (default: well-known names)")
+    add("--answer", metavar="COLUMN", help="column of the answer, together with --prompt")
+    add("--text", metavar="COLUMN", help="column of plain text, instead of prompt and answer")
+    add("--messages", metavar="COLUMN", help="column of chats, instead of prompt and answer")
+    add("--input", metavar="COLUMN", help="column of what the prompt is about")
+    add("--system", metavar="COLUMN", help="column of a system prompt")
+    add(
+        "--ignore",
+        nargs="+",
+        default=(),
+        metavar="COLUMN",
+        help="columns to leave out that condition answers",
+    )
+    add("--split", help="split of a Hub or saved dataset that has several")
+
+
+def read_columns(args: argparse.Namespace) -> Columns:
+    """The columns that those options name."""
+    return Columns(
+        args.text, args.prompt, args.answer, args.messages, args.input, args.system, ignore=tuple(args.ignore)
+    )

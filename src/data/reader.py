@@ -12,7 +12,8 @@ from transformers import PreTrainedTokenizerBase
 
 from src.data.columns import Columns
 from src.data.documents import Document, read_document
-from src.data.sources import UNREADABLE, WHERE, Row, Source, open_source, reason
+from src.data.formats import UNREADABLE, WHERE, Row, reason
+from src.data.sources import Source, open_source
 from src.errors import ConfigError
 
 State = dict[str, Any]
@@ -130,7 +131,8 @@ class _Part:
         return row
 
     def _where(self) -> str:
-        return f"{self.source.path} (split '{self.source.split}'), share {self.share + 1}/{self.shares},"
+        split = f" (split '{self.source.split}')" if self.source.split else ""
+        return f"{self.source.path}{split}, share {self.share + 1}/{self.shares},"
 
     def state(self) -> State:
         position = self.data.state_dict() or self.position  # None until the first row is asked for

@@ -2,64 +2,34 @@
 
 Every source becomes a ``datasets.IterableDataset`` of rows, whose position can be saved and
 restored. Files are read row by row, local or remote, compressed or not, and never stored whole;
-their rows carry ``WHERE``, so that every later complaint can name the file and the row.
+their rows (:mod:`src.data.formats`) carry ``WHERE``, so that every later complaint can name the file and
+the row.
 """
 
 from __future__ import annotations
 
-import io
-import json
-import lzma
+import os
 import re
-import zlib
-from collections.abc import Callable, Iterator
+import stat
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
 
-import aiohttp
 import fsspec
-import pyarrow as pa
-import pyarrow.parquet
-from datasets import Dataset, DatasetDict, IterableDataset, load_dataset, load_from_disk
+from datasets import (
+    Dataset,
+    DatasetDict,
+    IterableDataset,
+    IterableDatasetDict,
+    load_dataset,
+    load_from_disk,
+)  # fmt: skip
 from datasets.distributed import split_dataset_by_node
-from datasets.exceptions import DatasetsError
 
-from src.data.compression import SUFFIXES, register
-from src.errors import ConfigError, did_you_mean
+from src.data.formats import SUFFIXED, UNREADABLE, WHERE, Format, Row, read_files, reason, suffix
+from src.errors import ConfigError
 
-Row = dict[str, Any]
-Format = Literal["jsonl", "parquet", "lines", "text"]
-
-WHERE = "__where__"
-"""Key under which a row says where it comes from."""
-
-MAX_DOCUMENT = 8 << 20
-"""Bytes of the longest line and characters of the longest document: beyond it a newline is
-missing."""
-
-_SUFFIXES: dict[str, Format] = {
-    ".jsonl": "jsonl",
-    ".ndjson": "jsonl",
-    ".json": "jsonl",
-    ".parquet": "parquet",
-    ".txt": "lines",
-}
-UNREADABLE = (
-    OSError,
-    EOFError,
-    RecursionError,
-    ValueError,
-    aiohttp.ClientError,
-    ImportError,
-    zlib.error,
-    lzma.LZMAError,
-    pa.ArrowException,
-    DatasetsError,
-)
-"""What libraries raise over damaged or unreachable data."""
 _SPLIT = re.compile("(?<![a-z])(train|test|val|dev|eval)(?:ing|id|idation|uation)?(?![a-z])")
-register()  # zstd and LZ4
 
 
 @dataclass(frozen=True)
@@ -72,7 +42,7 @@ class Source:
         weight: share of the documents drawn from this part. Give one to every part or to none:
             without weights an epoch holds every document once; with weights a part that runs out
             starts again, and the epoch ends when each part has been read to its end.
-        split: split of a Hub or saved dataset.
+        split: split of a Hub or saved dataset; None is the only one that it has.
         name: configuration of a Hub dataset.
         format: format of the files where the suffix does not tell; ``lines`` (the meaning of
             ``.txt``) makes a document of each line, ``text`` of each file.
@@ -80,7 +50,7 @@ class Source:
 
     path: str
     weight: float | None = None
-    split: str = "train"
+    split: str | None = None
     name: str | None = None
     format: Format | None = None
 
@@ -93,9 +63,9 @@ def open_source(source: Source, share: int, shares: int) -> IterableDataset:
     Raises:
         ConfigError: there is no such file or dataset.
     """
-    files = _files(source)
+    files = find_files(source)
     if files is None and Path(source.path).is_dir():
-        _saved(source.path, source.split)  # complains now rather than at the first row
+        open_saved(source.path, source.split)  # complains now rather than at the first row
         saved = {"path": source.path, "split": source.split, "share": share, "shares": shares}
         return IterableDataset.from_generator(read_saved, gen_kwargs=saved)
     if files is None:
@@ -106,44 +76,13 @@ def open_source(source: Source, share: int, shares: int) -> IterableDataset:
     return IterableDataset.from_generator(read_files, gen_kwargs={**keys, "format": source.format})
 
 
-def read_files(
-    files: list[tuple[int, str]], share: int, shares: int, format: Format | None = None
-) -> Iterator[Row]:
-    """Yield every ``shares``-th row of numbered files, each with its ``WHERE``.
-
-    Raises:
-        ConfigError: a file is empty or damaged, or a row is not what its format promises; names
-            both.
-    """
-    for number, file in files:
-        rows, parse = _READERS[format or _format(file)]
-        last = 0
-        try:
-            for nth, (last, raw) in enumerate(rows(file), start=1):  # rows count, blank lines do not
-                if (number + nth) % shares == share:
-                    row = parse(raw)
-                    if not isinstance(row, dict):
-                        raise ConfigError(f"{file} row {last} is {_kind(row)}, not an object.")
-                    yield {**row, WHERE: f"{file} row {last}"}
-        except ConfigError:
-            raise
-        except UnicodeDecodeError as e:
-            raise ConfigError(f"{file} row {last} is not UTF-8: {e.reason}, byte {e.start}.") from e
-        except json.JSONDecodeError as e:
-            raise ConfigError(f"{file} row {last} is not JSON: {e.msg}, column {e.colno}.") from e
-        except UNREADABLE as e:
-            raise ConfigError(f"{file} cannot be read after row {last}: {reason(e)}") from e
-        if last == 0:
-            raise ConfigError(f"{file} is empty; a corpus holds at least one document.")
-
-
-def read_saved(path: str, split: str, share: int, shares: int) -> Iterator[Row]:
+def read_saved(path: str, split: str | None, share: int, shares: int) -> Iterator[Row]:
     """Yield every ``shares``-th row of a saved dataset, each with its ``WHERE``.
 
     Raises:
         ConfigError: it is empty, or a row cannot be read; names both.
     """
-    data = _saved(path, split)
+    data = open_saved(path, split)
     if not len(data):
         raise ConfigError(f"{path} is empty; a corpus holds at least one document.")
     for number in range(share, len(data), shares):
@@ -154,111 +93,58 @@ def read_saved(path: str, split: str, share: int, shares: int) -> Iterator[Row]:
         yield {**row, WHERE: f"{path} row {number + 1}"}
 
 
-def reason(error: Exception) -> str:
-    """The first line of an error's message, or its kind."""
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), repr(error))
+def find_files(source: Source) -> list[str] | None:
+    """The files of a source in order; None if it is a saved dataset or on the Hub.
 
-
-def _lines(file: str) -> Iterator[tuple[int, bytes]]:
-    """Numbered lines that are not blank."""
-    # Remote files of fsspec read no line of limited length; a buffered reader of them does.
-    with fsspec.open(file, "rb", compression="infer") as opened, io.BufferedReader(opened) as stream:
-        number = 0
-        while line := stream.readline(MAX_DOCUMENT + 1):
-            number += 1
-            if len(line) > MAX_DOCUMENT:
-                raise ConfigError(
-                    f"{file} row {number} is one line of more than {MAX_DOCUMENT >> 20} MiB. A "
-                    "row is one document: split it, or write one JSON object to a line if this "
-                    "is an array."
-                )
-            if line := line.strip():
-                yield number, line
-
-
-def _whole(file: str) -> Iterator[tuple[int, bytes]]:
-    with fsspec.open(file, "rb", compression="infer") as stream:
-        text = stream.read(MAX_DOCUMENT + 1)
-    if len(text) > MAX_DOCUMENT:
+    Raises:
+        ConfigError: there is none, or it is not to be opened.
+    """
+    try:
+        files, wanted = _found(source.path)
+    except (OSError, ValueError, ImportError) as e:
+        raise ConfigError(f"data: cannot open '{source.path}': {reason(e)}") from e
+    if files is None:
+        return None
+    if not files:
+        raise ConfigError(f"data: '{source.path}' {wanted}.")
+    if source.split not in (None, "train"):
         raise ConfigError(
-            f"{file} row 1 is a document of more than {MAX_DOCUMENT >> 20} MiB. Split the file, or set "
-            "'format' of the source to 'lines' if each line is one document."
+            f"data: split '{source.split}' is asked of '{source.path}', but files have no splits. Name the "
+            f"file, or those of the split with a glob."
         )
-    if text:
-        yield 1, text
+    for file in files:
+        if "://" not in file and not stat.S_ISREG(os.stat(file).st_mode):
+            raise ConfigError(
+                f"data: '{file}' is no regular file but a pipe or a device, which is read only once. "
+                f"Write its rows to a file first."
+            )
+    return files
 
 
-def _parquet(file: str) -> Iterator[tuple[int, Row]]:
-    with fsspec.open(file, "rb") as stream:
-        number = 0
-        for batch in pa.parquet.ParquetFile(stream).iter_batches(1024):
-            for row in batch.to_pylist():
-                number += 1
-                yield number, row
-
-
-def _text(line: bytes) -> Row:
-    return {"text": line.decode("utf-8-sig")}
-
-
-def _same(row: Row) -> Row:
-    return row
-
-
-_READERS: dict[Format, tuple[Callable[[str], Iterator[tuple[int, Any]]], Callable[[Any], Any]]] = {
-    "jsonl": (_lines, json.loads),
-    "lines": (_lines, _text),
-    "text": (_whole, _text),
-    "parquet": (_parquet, _same),
-}
-
-
-def _suffix(file: str) -> str:
-    path = Path(file)
-    return path.with_suffix("").suffix if path.suffix in SUFFIXES else path.suffix
-
-
-def _format(file: str) -> Format:
-    suffix = _suffix(file)
-    if suffix not in _SUFFIXES:
-        known = ", ".join([*_SUFFIXES, *(f".jsonl{c}" for c in SUFFIXES)])
-        raise ConfigError(
-            f"{file}: the suffix '{suffix}' does not say what the file holds; known: {known}. "
-            f"Set 'format' of the source.{did_you_mean(suffix, _SUFFIXES)}"
-        )
-    return _SUFFIXES[suffix]
-
-
-def _files(source: Source) -> list[str] | None:
-    """The files of a source in order; None if it is a saved dataset or on the Hub."""
-    path, folder = source.path, Path(source.path)
+def _found(path: str) -> tuple[list[str] | None, str]:
+    """What is at a path, and what is missing if that is nothing."""
+    folder = Path(path)
     several = any(sign in path for sign in "*?[") and not folder.is_file()
     if folder.is_dir():
         if (folder / "state.json").exists() or (folder / "dataset_dict.json").exists():
-            return None
-        files = _inside(folder)
-        wanted = f"holds no file with a suffix of {', '.join(_SUFFIXES)} and is no saved dataset"
-    elif "://" in path or several or folder.is_file() or _suffix(path) in _SUFFIXES:
-        try:
-            system, inner = fsspec.core.url_to_fs(path)
-            names = sorted(system.glob(inner)) if several else [inner] * system.exists(inner)
-            files = [system.unstrip_protocol(n) if "://" in path else n for n in names]
-        except (OSError, ValueError, ImportError) as e:
-            raise ConfigError(f"data: cannot open '{path}': {reason(e)}") from e
-        wanted = "matches no file" + ("" if "://" in path else f" (looked from {Path.cwd()})")
-    else:
-        return None
-    if not files:
-        raise ConfigError(f"data: '{path}' {wanted}.")
-    return files
+            return None, ""
+        return _inside(
+            folder
+        ), f"holds no file with a suffix of {', '.join(SUFFIXED)} and is no saved dataset"
+    if "://" in path or several or folder.exists() or suffix(path) in SUFFIXED:
+        system, inner = fsspec.core.url_to_fs(path)
+        names = sorted(system.glob(inner)) if several else [inner] * system.exists(inner)
+        files = [system.unstrip_protocol(name) if "://" in path else name for name in names]
+        return files, "matches no file" + ("" if "://" in path else f" (looked from {Path.cwd()})")
+    return None, ""
 
 
 def _inside(folder: Path) -> list[str]:
     """The files of a folder, without hidden ones (of editors and tools), and of one split only."""
     files, splits = list[str](), set[str]()
-    for file in sorted(folder.rglob("*")):
+    for file in sorted(_walk(folder)):
         name = file.relative_to(folder)
-        if _suffix(file.name) in _SUFFIXES and not any(part.startswith(".") for part in name.parts):
+        if suffix(file.name) in SUFFIXED and not any(part.startswith(".") for part in name.parts):
             files.append(str(file))
             splits.update(_SPLIT.findall(str(name).lower())[:1])
     if len(splits) > 1:
@@ -269,7 +155,22 @@ def _inside(folder: Path) -> list[str]:
     return files
 
 
-def _saved(path: str, split: str) -> Dataset:
+def _walk(folder: Path) -> Iterator[Path]:
+    """All that is no folder, at any depth; one that cannot be read is an error, not empty."""
+
+    def fail(error: OSError) -> None:
+        raise error
+
+    for root, _, names in os.walk(folder, onerror=fail):
+        yield from (Path(root) / name for name in names)
+
+
+def open_saved(path: str, split: str | None) -> Dataset:
+    """Open a split of what ``Dataset.save_to_disk`` wrote.
+
+    Raises:
+        ConfigError: it cannot be opened, or has no such split, or several and none is named.
+    """
     try:
         saved: Dataset | DatasetDict = load_from_disk(path)
     except IndexError as e:  # what datasets makes of one without a row
@@ -278,22 +179,30 @@ def _saved(path: str, split: str) -> Dataset:
         raise ConfigError(f"data: the saved dataset '{path}' cannot be opened: {reason(e)}") from e
     if isinstance(saved, Dataset):
         return saved
-    if split not in saved:
-        raise ConfigError(f"data: '{path}' has no split '{split}', only {', '.join(saved)}.")
-    return saved[split]
+    return saved[_choose(path, split, list(saved))]
 
 
 def _hub(source: Source) -> IterableDataset:
     try:
-        return load_dataset(source.path, source.name, split=source.split, streaming=True)
+        data: IterableDataset | IterableDatasetDict = load_dataset(
+            source.path, source.name, split=source.split, streaming=True
+        )
     except (*UNREADABLE, KeyError, RuntimeError) as e:
+        asked = f" (split '{source.split}')" if source.split else ""
         raise ConfigError(
-            f"data: '{source.path}' (split '{source.split}') is no file here and cannot be opened "
-            f"as a dataset: {reason(e)}"
+            f"data: '{source.path}'{asked} is no file here and cannot be opened as a dataset: {reason(e)}"
         ) from e
+    if isinstance(data, IterableDatasetDict):
+        return data[_choose(source.path, None, list(data))]
+    return data
 
 
-def _kind(value: Any) -> str:
-    return {"NoneType": "null", "str": "text", "list": "a list", "dict": "an object"}.get(
-        type(value).__name__, f"of type {type(value).__name__}"
-    )
+def _choose(path: str, split: str | None, splits: list[str]) -> str:
+    """The split that is asked for, or the only one."""
+    if split is None and len(splits) != 1:
+        raise ConfigError(
+            f"data: '{path}' has the splits {', '.join(splits)}. Name one: 'split' of the source, or --split."
+        )
+    if split is not None and split not in splits:
+        raise ConfigError(f"data: '{path}' has no split '{split}', only {', '.join(splits)}.")
+    return split or splits[0]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from src.data.sources import MAX_DOCUMENT
+from src.data.formats import MAX_DOCUMENT
 from src.errors import ConfigError
 
 _HALF = re.compile("[\ud800-\udfff]")

@@ -25,6 +25,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from src.models.vocabulary import within
+
 if TYPE_CHECKING:
     from src.models.head import OutputHead
 
@@ -55,6 +57,25 @@ class TopK:
         """The signal with fewer tokens: the mass of the others joins the rest."""
         others = torch.cat([self.log_probs[..., k:], self.log_rest[..., None]], -1)
         return TopK(self.ids[..., :k], self.log_probs[..., :k], self.entropy, others.logsumexp(-1))
+
+    def within(self, vocabulary: int) -> TopK:
+        """The signal in a smaller vocabulary: the tokens that it has share the mass of the others.
+
+        Where others are among the k, all positions keep as many tokens as that with the fewest left, and the
+        rest joins ``log_rest``. Mass of others that is not stored stays in ``log_rest``.
+        """
+        beyond = self.ids >= vocabulary
+        lost = int(beyond.sum(-1).amax()) if beyond.numel() else 0
+        if lost == 0:
+            return self
+        p_log_p = (self.log_probs.exp() * self.log_probs).masked_fill(~beyond, 0.0).sum(-1)
+        order = beyond.to(torch.uint8).argsort(dim=-1, stable=True)  # likeliest first, those beyond last
+        inside = self.log_probs.masked_fill(beyond, -math.inf).gather(-1, order)
+        total = torch.cat([inside, self.log_rest[..., None]], -1).logsumexp(-1)
+        entropy = ((self.entropy + p_log_p) * (-total).exp() + total).clamp_min(0.0)
+        log_probs = (inside - total[..., None]).clamp_min(FLOOR)
+        whole = TopK(self.ids.gather(-1, order), log_probs, entropy, (self.log_rest - total).clamp_min(FLOOR))
+        return whole.cut(self.ids.shape[-1] - lost)
 
     def tempered(self, temperature: float, vocabulary: int) -> tuple[Tensor, Tensor]:
         """Log-probabilities ``[..., K]`` and log-mass outside ``[...]`` at a temperature; they sum to 1."""
@@ -114,7 +135,9 @@ def _topk(x: Tensor, k: int, e: Tensor) -> TopK:
 
 
 @torch.no_grad()
-def live_signal(head: OutputHead, hidden_NH: Tensor, k: int | None, chunk: int = 256) -> Signal:
+def live_signal(
+    head: OutputHead, hidden_NH: Tensor, k: int | None, chunk: int = 256, vocabulary: int | None = None
+) -> Signal:
     """What a teacher says at ``hidden_NH``; with a k, ``[N, V]`` is never held at once.
 
     Args:
@@ -122,13 +145,19 @@ def live_signal(head: OutputHead, hidden_NH: Tensor, k: int | None, chunk: int =
         hidden_NH: its hidden states ``[N, H]``.
         k: tokens to keep; None keeps the whole distribution.
         chunk: positions projected at a time.
+        vocabulary: that of the student (:func:`src.models.vocabulary.within`); None is the teacher's own.
     """
+
+    def project(h_nH: Tensor) -> Tensor:
+        logits = head.logits(h_nH)
+        return logits if vocabulary is None else within(logits, vocabulary)
+
     pieces = hidden_NH.split(chunk) or (hidden_NH,)
     if k is None:
-        return Dense(torch.cat([dense_signal(head.logits(h)).log_probs for h in pieces]))
+        return Dense(torch.cat([dense_signal(project(h)).log_probs for h in pieces]))
     tops, buffer = list[TopK](), hidden_NH.new_empty(0, dtype=torch.float32)
     for h in pieces:
-        logits = head.logits(h).float()
+        logits = project(h).float()
         buffer = buffer if len(buffer) >= len(h) > 0 else torch.empty_like(logits)
         tops.append(_topk(logits, k, buffer[: len(h)]))
     fields = ("ids", "log_probs", "entropy", "log_rest")

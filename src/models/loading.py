@@ -17,7 +17,6 @@ from typing import Any, Literal, cast
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -250,18 +249,3 @@ class Loading:
     def load(self, name: str) -> PreTrainedModel:
         """Load a model of that name so."""
         return load_model(name, self.revision, self.dtype, self.quantize, self.attention)
-
-
-def check_vocabulary(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
-    """Refuse a tokenizer that can give tokens the model has no embedding for.
-
-    Raises:
-        ConfigError: names both sizes.
-    """
-    highest = max(tokenizer.get_vocab().values())
-    rows = cast(Tensor, model.get_input_embeddings().weight).shape[0]
-    if highest >= rows:
-        raise ConfigError(
-            f"data.tokenizer: its tokens go up to {highest}, but the vocabulary of this "
-            f"'{model.config.model_type}' has {rows}. Leave data.tokenizer out to use the model's own."
-        )

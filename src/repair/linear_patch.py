@@ -24,7 +24,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from src.data.batches import Batch, supervised
 from src.data.columns import Columns
-from src.data.judging import batches, encode, read_rows
+from src.data.judging import batches, judged, read_rows
 from src.errors import ConfigError, did_you_mean
 from src.losses.distill import Distillation
 from src.losses.signals import live_signal
@@ -49,6 +49,7 @@ class LinearPatch:
             Hadamard rotation (``rotate``) or without (``diag``).
         rows: calibration rows, at most.
         columns: columns of these rows; None looks for well-known names.
+        split: split of a Hub or saved dataset; None is the only one that it has.
         max_length: tokens of a row, at most.
         batch_size: rows at once.
         ridge: pull towards the present weights, relative to the power of each feature.
@@ -64,6 +65,7 @@ class LinearPatch:
         goal: Goal = "parent",
         rows: Count = 256,
         columns: Columns | None = None,
+        split: str | None = None,
         max_length: Count = 1024,
         batch_size: Count = 8,
         ridge: NonNegative = 0.1,
@@ -80,6 +82,7 @@ class LinearPatch:
                 "'rotate' or 'diag'."
             )
         self.data, self.goal, self.rows, self.columns = data, goal, rows, columns or Columns()
+        self.split = split
         self.max_length, self.batch_size, self.ridge = max_length, batch_size, ridge
         self.distill_steps, self.lr = distill_steps, lr
         self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -136,12 +139,13 @@ class LinearPatch:
         Raises:
             ConfigError: there are none.
         """
+        read = read_rows(self.data, self.rows, self.split)
         length = min(self.max_length, limit or self.max_length)
-        encoded = encode(tokenizer, read_rows(self.data, self.rows), self.columns, "all", length)
-        if not encoded:
+        found = judged(tokenizer, read, self.columns, "all", length)
+        if not found.rows:
             raise ConfigError(f"patch.data: '{self.data}' gives no row of two tokens or more.")
-        self.used = f"{len(encoded)} rows ({sum(len(row.ids) for row in encoded):,} tokens)"
-        return list(batches(encoded, self.batch_size, tokenizer.pad_token_id or 0))
+        self.used = f"{found} ({sum(len(row.ids) for row in found.rows):,} tokens)"
+        return list(batches(found.rows, self.batch_size, tokenizer.pad_token_id or 0))
 
     def patches(
         self,

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from src.command import Parser
-from src.data.columns import Columns
+from src.data.options import add_columns, read_columns
 from src.export.card import public_name
 from src.export.verb import add_options, export, show
 from src.mask import Mask
@@ -31,7 +31,8 @@ def main(argv: list[str]) -> None:
         data=args.calibration,
         goal=args.goal,
         rows=args.rows,
-        columns=Columns(args.text, args.prompt, args.answer),
+        columns=read_columns(args),
+        split=args.split,
         max_length=args.max_length,
         batch_size=args.batch_size,
         ridge=args.ridge,
@@ -56,9 +57,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         help="fit the stream after a cut to the parent's (default), or to LinearPatch's h P, rotated or not",
     )
     add("--rows", type=positive, default=256, metavar="N", help="rows, at most (default: 256)")
-    add("--prompt", metavar="COLUMN", help="column of the prompt (default: well-known names)")
-    add("--answer", metavar="COLUMN", help="column of the answer, together with --prompt")
-    add("--text", metavar="COLUMN", help="column of plain text, instead of prompt and answer")
+    add_columns(parser)
     add("--max-length", type=positive, default=1024, metavar="T", help="tokens of a row (default: 1024)")
     add("--batch-size", type=positive, default=8, metavar="B", help="rows at once (default: 8)")
     add("--ridge", type=from_zero, default=0.1, metavar="X", help="pull to the old weights (default: 0.1)")

@@ -11,7 +11,8 @@ from transformers import PreTrainedTokenizerBase
 
 from src.data.batches import Batch
 from src.models.head import OutputHead
-from src.models.loading import Dtype, Loading, Quantization, check_vocabulary
+from src.models.loading import Dtype, Loading, Quantization
+from src.models.vocabulary import check_vocabulary
 from src.training.strategies import kind
 
 
@@ -84,7 +85,7 @@ class Stage(LightningModule):
     def check(self) -> None:
         """Compare the output head with the model's own, and the data's tokens with its vocabulary."""
         self.head.check()
-        check_vocabulary(self.data.tokenizer, self.head.model)
+        check_vocabulary(self.data.tokenizer, self.head.model, self.name, self.revision)
 
     def on_validation_start(self) -> None:
         """Get ready too when validation is all that runs."""

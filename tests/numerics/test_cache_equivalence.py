@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from lightning import LightningModule
@@ -15,7 +17,7 @@ from src.losses.signals import Signal, TopK, live_signal
 from src.models.gated import freeze
 from src.models.head import OutputHead
 from src.teachers import LiveTeacher
-from tests.cached import Workspace, small, workspace
+from tests.cached import Workspace, small, tokenizer, workspace
 
 torch.set_num_threads(1)
 Batch = dict[str, torch.Tensor]
@@ -167,6 +169,7 @@ def test_no_loss_and_no_gradient_when_the_student_is_the_teacher(ws: Workspace) 
 def test_a_checkpoint_of_a_recovery_can_hold_no_teacher(ws: Workspace) -> None:
     module = LightningModule()
     module.distillation, module.teacher = Distillation(), LiveTeacher(ws.model)
+    module.head, module.data = SimpleNamespace(vocabulary=len(tokenizer())), ws.corpus()
     module.teacher.setup(module)
     assert not module.state_dict()
     assert not list(module.parameters())

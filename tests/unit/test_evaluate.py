@@ -203,7 +203,7 @@ def test_plain_text_is_judged_without_a_task(saved: Path) -> None:
 def test_faults_are_named(saved: Path, tokenizer, arguments: str, message: str) -> None:
     (saved / "empty.jsonl").write_text("\n")
     (saved / "broken.jsonl").write_text('{"question": \n')
-    tiny_model("llama", vocab_size=200).save_pretrained(saved / "other")
+    tiny_model("llama", vocab_size=20).save_pretrained(saved / "other")
     tokenizer.save_pretrained(saved / "other")
     with pytest.raises(ConfigError, match=message):
         main(["--model", f"{saved}/student", *arguments.format(saved).split()])

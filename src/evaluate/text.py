@@ -1,0 +1,97 @@
+"""How far a model is from its teacher on held-out text: KL, agreement, loss.
+
+Shapes: B rows, T tokens, N judged positions (those that predict a supervised token), V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+from src.errors import ConfigError
+from src.losses.signals import FLOOR
+from src.models.vocabulary import within
+
+ROW_SUMS = ("loss", "teacher_loss", "kl", "agreement", "tokens")
+"""Columns of :func:`row_sums`."""
+
+
+def held_out(
+    student: PreTrainedModel,
+    teacher: PreTrainedModel | None,
+    batches: Iterable[dict[str, Tensor]],
+    chunk: int = 1024,
+) -> dict[str, float]:
+    """Divergence, agreement and loss, as means over the supervised tokens of all batches.
+
+    The models' own logits are judged, over the student's whole vocabulary, in float32.
+
+    Args:
+        student: the model to judge.
+        teacher: what it should behave like; None leaves loss and perplexity alone.
+        batches: ``input_ids, attention_mask, labels`` (not shifted), each ``[B, T]``.
+        chunk: tokens whose float32 logits are held at once.
+
+    Returns:
+        ``loss`` (nats), ``perplexity``, ``tokens``; beside a teacher also ``kl`` (nats, teacher to
+        student), ``agreement`` and ``teacher_loss``.
+
+    Raises:
+        ConfigError: nothing is supervised.
+    """
+    sums = row_sums(student, teacher, batches, chunk).sum(0)
+    tokens = int(sums[-1])
+    if tokens == 0:
+        raise ConfigError("--data: no row has a supervised token. Check --answer and --max-length.")
+    loss, teacher_loss, kl, agreement = (sums[:-1] / tokens).tolist()
+    figures = {"loss": loss, "perplexity": math.exp(loss), "tokens": tokens}
+    if teacher is None:
+        return figures
+    return figures | {"kl": kl, "agreement": agreement, "teacher_loss": teacher_loss}
+
+
+@torch.inference_mode()
+def row_sums(
+    student: PreTrainedModel,
+    teacher: PreTrainedModel | None,
+    batches: Iterable[dict[str, Tensor]],
+    chunk: int = 1024,
+) -> Tensor:
+    """What :func:`held_out` is the mean of, row by row: ``[rows, 5]`` float64, columns :data:`ROW_SUMS`."""
+    rows = [torch.zeros(0, len(ROW_SUMS), dtype=torch.float64)]
+    for batch in batches:
+        batch = {key: value.to(student.device) for key, value in batch.items()}
+        labels_BT = batch.pop("labels")[:, 1:]
+        judged_BT = labels_BT != -100
+        labels_N = labels_BT[judged_BT]
+        own_NV = _logits(student, batch)[judged_BT]
+        other_NV = own_NV if teacher is None else _logits(teacher, batch)[judged_BT]
+        parts = zip(*(x.split(chunk) for x in (own_NV, other_NV, labels_N)), strict=True)
+        compared_NC = torch.cat([_compare(*part) for part in parts])
+        row_N = judged_BT.nonzero()[:, 0]
+        sums_BC = compared_NC.new_zeros(len(labels_BT), len(ROW_SUMS)).index_add_(0, row_N, compared_NC)
+        rows.append(sums_BC.cpu())
+    return torch.cat(rows)
+
+
+def _logits(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
+    """Logits ``[B, T - 1, V]`` of all positions that have a next token."""
+    return model(**batch, use_cache=False).logits[:, :-1]
+
+
+def _compare(own_NV: Tensor, other_NV: Tensor, labels_N: Tensor) -> Tensor:
+    """Columns ``[N, 5]``: own loss, the other's loss, KL(other || own), equal first choices, one.
+
+    The other's distribution is that over the tokens that the own model has.
+    """
+    own_NV, other_NV = own_NV.float().log_softmax(-1), other_NV.float()
+    losses = [F.nll_loss(x, labels_N, reduction="none") for x in (own_NV, other_NV.log_softmax(-1))]
+    other_NV = within(other_NV, own_NV.shape[-1]).log_softmax(-1).clamp_min(FLOOR)
+    kl_N = F.kl_div(own_NV.clamp_min(FLOOR), other_NV, log_target=True, reduction="none").sum(-1)
+    agree_N = own_NV.argmax(-1) == other_NV.argmax(-1)
+    return torch.stack([*losses, kl_N, agree_N, torch.ones_like(kl_N)], -1).double()

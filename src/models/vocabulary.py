@@ -1,0 +1,85 @@
+"""Whether models mean the same by a token's id, and the logits of one in the vocabulary of another.
+
+A teacher of the student's family often has the same tokenizer and a head of another width, because rows that
+pad it to a convenient size differ with the size of the model. The student's width is what counts: ids that it
+lacks are left out of the teacher's distribution, and ids that the teacher lacks have no mass in it.
+
+Shapes: V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import cast
+
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from src.errors import ConfigError
+from src.models.loading import load_tokenizer
+
+_PROBE = "Äpfel, 3 of 1,234.5 BIRDS don't\tsing;  naïve 漢字 и 🙂\n\n    def f(x_1): return {x: '</a>'}\r\n"
+"""Text at which tokenizers part that divide words, digits, blanks, capitals or scripts in another way."""
+
+_FILES = ("tokenizer*", "vocab.*", "*.model", "*.tiktoken")
+
+
+def within(logits: Tensor, vocabulary: int) -> Tensor:
+    """Logits ``[..., V]`` as ``[..., vocabulary]``: ids beyond are left out, missing ones are impossible."""
+    missing = vocabulary - logits.shape[-1]
+    return F.pad(logits, (0, missing), value=-math.inf) if missing > 0 else logits[..., :vocabulary]
+
+
+def check_vocabulary(
+    tokenizer: PreTrainedTokenizerBase,
+    model: PreTrainedModel,
+    name: str,
+    revision: str | None = None,
+    key: str = "data.tokenizer",
+) -> None:
+    """Refuse a model that lacks tokens of a tokenizer, or means others by their ids.
+
+    Args:
+        tokenizer: gives the ids that the model is fed.
+        model: the model.
+        name: its Hub id or directory, where its own tokenizer is looked for.
+        revision: its Hub revision.
+        key: the setting to blame.
+
+    Raises:
+        ConfigError: names what differs.
+    """
+    highest = max(tokenizer.get_vocab().values())
+    rows = cast(Tensor, model.get_input_embeddings().weight).shape[0]
+    mend = "Leave data.tokenizer out to use the model's own, or choose a teacher with the same tokenizer."
+    if highest >= rows:
+        raise ConfigError(
+            f"{key}: tokens go up to {highest}, but the vocabulary of '{name}' has {rows}. {mend}"
+        )
+    if tokenizer.name_or_path == name:
+        return
+    if Path(name).is_dir() and not any(any(Path(name).glob(file)) for file in _FILES):
+        rank_zero_warn(f"{key}: '{name}' has no tokenizer; its ids are taken to mean what the data's do.")
+        return
+    if difference := _difference(tokenizer, load_tokenizer(name, revision)):
+        data = f"the data, '{tokenizer.name_or_path}'"
+        raise ConfigError(f"{key}: '{name}' has another tokenizer than {data}: {difference}. {mend}")
+
+
+def _difference(ours: PreTrainedTokenizerBase, theirs: PreTrainedTokenizerBase) -> str | None:
+    """How another tokenizer reads what ours writes; it may have more tokens, at ids that ours never gives."""
+    known = theirs.get_vocab()
+    padding = None if ours.pad_token == ours.eos_token else ours.pad_token  # never looked at
+    other = [
+        (token, at) for token, at in ours.get_vocab().items() if known.get(token) != at and token != padding
+    ]
+    if other:
+        token, at = min(other, key=lambda pair: pair[1])
+        there = f"is id {known[token]}" if token in known else "is none"
+        more = f" (and {len(other) - 1} more)" if len(other) > 1 else ""
+        return f"token '{token}' of id {at} {there} there{more}"
+    pieces = [t(_PROBE, add_special_tokens=False).input_ids for t in (ours, theirs)]
+    return None if pieces[0] == pieces[1] else "the tokens are the same, but it divides text in another way"
