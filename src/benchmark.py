@@ -24,6 +24,7 @@ from src.command import Parser, load, parameters, provenance, show
 from src.errors import ConfigError
 from src.evaluate.generate import step
 from src.files import write_json
+from src.models.attention import FORWARD, attention_flops
 from src.models.layers import num_layers, text_config
 from src.ranges import positive
 
@@ -56,26 +57,16 @@ def _now(device: torch.device) -> float:
 
 def flops(model: PreTrainedModel, ids_BT: Tensor, new_tokens: int) -> tuple[int, int]:
     """Floating-point operations of the matrix products and the attention in the calls of :func:`race`."""
-    with FlopCounterMode(display=False, custom_mapping=_FUSED) as prefill:
+    with FlopCounterMode(display=False, custom_mapping=dict.fromkeys(FORWARD, _fused)) as prefill:
         token_B1, cache = step(model, ids_BT)
-    with FlopCounterMode(display=False, custom_mapping=_FUSED) as decode:
+    with FlopCounterMode(display=False, custom_mapping=dict.fromkeys(FORWARD, _fused)) as decode:
         for _ in range(new_tokens):
             token_B1, cache = step(model, token_B1, cache=cache)
     return prefill.get_total_flops(), decode.get_total_flops()
 
 
-def _attention_flops(query: torch.Size, key: torch.Size, *_: Any, **__: Any) -> int:
-    batch, heads, queries, width = query
-    return 4 * batch * heads * queries * key[2] * width
-
-
-# torch does not count the fused attention of CPUs, and older versions refuse grouped queries on GPUs.
-_FUSED = {
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
-    torch.ops.aten._scaled_dot_product_flash_attention: _attention_flops,
-    torch.ops.aten._scaled_dot_product_efficient_attention: _attention_flops,
-    torch.ops.aten._scaled_dot_product_cudnn_attention: _attention_flops,
-}
+def _fused(query: torch.Size, key: torch.Size, value: torch.Size, *_: Any, **__: Any) -> int:
+    return attention_flops(query, key, value)
 
 
 @torch.inference_mode()

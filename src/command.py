@@ -6,11 +6,12 @@ import argparse
 import re
 import shlex
 from collections.abc import Iterator, Sequence
-from typing import Any, NoReturn, cast, get_args
+from typing import Any, NoReturn, get_args
 
 import torch
 from rich.console import Console
 from rich.table import Table
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
@@ -65,7 +66,8 @@ def on_device(model: PreTrainedModel, device: str) -> PreTrainedModel:
         ConfigError: there is no such device, or it has not the memory.
     """
     try:
-        return cast(Any, model).to(device)
+        nn.Module.to(model, device)
+        return model
     except (RuntimeError, AssertionError) as e:
         raise ConfigError(f"--device: cannot use '{device}': {first_line(e)}") from e
 

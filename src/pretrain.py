@@ -56,7 +56,7 @@ class Pretrain(LightningModule):
         self.model = AutoModelForCausalLM.from_config(config)
 
     def training_step(self, batch: dict[str, torch.Tensor], _: int) -> torch.Tensor:
-        loss = self.model(**batch, use_cache=False).loss
+        loss: torch.Tensor = self.model(**batch, use_cache=False).loss
         self.tokens += real_tokens(batch)
         self.log("train/loss", loss, prog_bar=True)
         self.log("train/tokens", float(self.tokens))

@@ -74,7 +74,8 @@ def read_corpus(config: Path, changes: list[str]) -> Corpus:
         section = parser.parse_args(changes, namespace=parser.parse_object({"data": data}))
     except argparse.ArgumentError as e:
         raise ConfigError(f"--config: the data of '{config}': {e}") from e
-    return parser.instantiate_classes(section).data
+    corpus: Corpus = parser.instantiate_classes(section).data
+    return corpus
 
 
 def _parent(model: str | None, mask: str | None) -> str | None:

@@ -13,12 +13,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache, wraps
 from inspect import signature
-from typing import Annotated, Any, Concatenate, ParamSpec, TypeVar, get_args, get_type_hints
+from typing import Annotated, Any, TypeVar, cast, get_args, get_type_hints
 
 from src.errors import ConfigError
 
-P = ParamSpec("P")
-S = TypeVar("S")
+Init = TypeVar("Init", bound=Callable[..., None])
 
 
 @dataclass(frozen=True)
@@ -94,17 +93,17 @@ NonNegative = Annotated[float, from_zero]
 Finite = Annotated[float, Range(float)]
 
 
-def checked(init: Callable[Concatenate[S, P], None]) -> Callable[Concatenate[S, P], None]:
+def checked(init: Init) -> Init:
     """Let a constructor refuse numbers outside the ranges of its annotations, all of them at once."""
     names = list(signature(init).parameters)
 
     @wraps(init)
-    def guarded(self: S, *args: P.args, **kwargs: P.kwargs) -> None:
+    def guarded(self: Any, *args: Any, **kwargs: Any) -> None:
         given = dict(zip(names[1:], args, strict=False)) | kwargs
         refuse(faults(given, _ranges(init)))
         init(self, *args, **kwargs)
 
-    return guarded
+    return cast(Init, guarded)
 
 
 @cache

@@ -24,14 +24,14 @@ from scripts.tiny_configs import tiny_config
 from src.data.batches import supervised
 from src.errors import ConfigError
 from src.export import verb as export
-from src.export.observe import TOLERANCE, Observation, _cache, observe, probe_tokens
+from src.export.observe import Observation, _cache, observe, probe_tokens
 from src.export.proof import observe_gated
 from src.losses.distill import Distillation
 from src.losses.signals import live_signal
 from src.mask import Mask
 from src.models.cut import cut
 from src.models.gated import GatedLayers, freeze
-from src.models.head import OutputHead
+from src.models.head import TOLERANCE, OutputHead
 
 FAMILIES = ("gemma2", "gpt2", "mixtral", "phi3")
 """Tiny models beside the real shapes: soft-capped, learned positions, experts, fused projections."""

@@ -11,7 +11,7 @@ from scripts.scale.converge import fight
 from src.data.arithmetic import problems
 from src.data.documents import Columns
 from src.data.judging import batches, encode
-from src.evaluate.verb import held_out
+from src.evaluate.text import held_out
 from src.models.loading import Quantization, load_model, load_tokenizer
 
 FORMS: tuple[Quantization | None, ...] = (None, "int8", "nf4")

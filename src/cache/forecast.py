@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable
 from itertools import islice
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, Protocol, cast
 
 import torch
 from lightning import Trainer
@@ -13,14 +13,25 @@ from lightning import Trainer
 from src.cache.manifest import Manifest
 from src.cache.shards import Rows, documents, encode
 
-if TYPE_CHECKING:
-    from src.cache.teacher import CacheTeacher
-
 TRIAL = 3
 """Batches that are run to measure speed and size."""
 
 
-def projection(trainer: Trainer, teacher: CacheTeacher, manifest: Manifest, count_seconds: float) -> str:
+class Runner(Protocol):
+    """What a forecast asks of the module that runs the teacher."""
+
+    skip: int
+    """Batches that need no signal."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where it runs."""
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        """Bring a batch there."""
+
+
+def forecast(trainer: Trainer, teacher: Runner, manifest: Manifest, count_seconds: float) -> str:
     """Size and time of a cache: a few batches are timed, and the corpus is counted as far as time allows.
 
     Args:
@@ -51,7 +62,7 @@ def projection(trainer: Trainer, teacher: CacheTeacher, manifest: Manifest, coun
     )
 
 
-def _trial(trainer: Trainer, teacher: CacheTeacher, batches: Iterable[Any]) -> tuple[Rows | None, float]:
+def _trial(trainer: Trainer, teacher: Runner, batches: Iterable[Any]) -> tuple[Rows | None, float]:
     """Rows of a few batches, and the seconds they took; the first is run once before, as a warm-up."""
     rows, seconds = list[Rows](), 0.0
     for batch in batches:

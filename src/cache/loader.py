@@ -162,4 +162,5 @@ def collate(rows: Rows, chosen: Array, pad_id: int) -> Batch:
 def _ranges(starts: Array, sizes: Array) -> Array:
     """``[start, start + size)`` of each pair, end to end."""
     ends = np.cumsum(sizes)
-    return np.arange(ends[-1]) + np.repeat(starts - (ends - sizes), sizes)
+    ranges: Array = np.arange(ends[-1]) + np.repeat(starts - (ends - sizes), sizes)
+    return ranges

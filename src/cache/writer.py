@@ -14,22 +14,36 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, Protocol, cast
 
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
+from transformers import PreTrainedModel
 
 from src.cache.fingerprint import tokenizer_fingerprint
-from src.cache.forecast import projection
+from src.cache.forecast import Runner, forecast
 from src.cache.manifest import Manifest, Shard
 from src.cache.shards import Precision, Rows, encode
 from src.data.loader import REPEATED
 from src.errors import ConfigError
 from src.files import unwritten, whole
+from src.models.head import OutputHead
+from src.models.loading import Loading
 from src.training.lock import lock
 
-if TYPE_CHECKING:
-    from src.cache.teacher import CacheTeacher
+
+class Teacher(Runner, Protocol):
+    """What a cache says of its teacher, and how a second run skips what the first has written."""
+
+    name: str
+    loading: Loading
+    model: PreTrainedModel
+    fingerprint: str
+    head: OutputHead
+    k: int
+
+    def resume(self, batches: int) -> None:
+        """Skip the first ``batches``; called on every rank."""
 
 
 class CacheWriter(BasePredictionWriter):
@@ -39,7 +53,7 @@ class CacheWriter(BasePredictionWriter):
         out: directory of the cache.
         precision: of the log-probabilities: ``float32``, ``float16`` or ``compact`` (one byte).
         shard_positions: supervised positions after which a shard is closed.
-        count_seconds: time spent on counting the corpus before it starts, for the projection.
+        count_seconds: time spent on counting the corpus before it starts, for the forecast.
     """
 
     def __init__(
@@ -58,7 +72,7 @@ class CacheWriter(BasePredictionWriter):
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find what is already there, and print what the rest will cost."""
         trainer.predict_loop.return_predictions = False  # they are on disk; memory stays flat
-        teacher = cast("CacheTeacher", pl_module)
+        teacher = cast(Teacher, pl_module)  # Lightning hands over its own type
         wanted = describe(trainer, teacher, self.precision)
         self.manifest = Manifest.load(self.out, wanted.part) or wanted
         if self.manifest.compute is None:  # written before it was noted
@@ -81,7 +95,7 @@ class CacheWriter(BasePredictionWriter):
         self._batches = 0
         self._pool = self._held.enter_context(ThreadPoolExecutor(1))
         self._written = list[Future[None]]()
-        trainer.print(projection(trainer, teacher, self.manifest, self.count_seconds))
+        trainer.print(forecast(trainer, teacher, self.manifest, self.count_seconds))
 
     def write_on_batch_end(
         self,
@@ -191,7 +205,7 @@ class CacheWriter(BasePredictionWriter):
         return Path(self.out) / f"part-{self.manifest.part}" / file
 
 
-def describe(trainer: Trainer, teacher: CacheTeacher, precision: Precision) -> Manifest:
+def describe(trainer: Trainer, teacher: Teacher, precision: Precision) -> Manifest:
     """The manifest of what is about to be written, still without shards."""
     return Manifest(
         teacher=teacher.name,

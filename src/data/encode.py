@@ -14,7 +14,8 @@ from typing import Literal
 
 from transformers import BatchEncoding, PreTrainedTokenizerBase
 
-from src.data.documents import Document, Span
+from src.data.chat import Span
+from src.data.documents import Document
 from src.errors import ConfigError
 
 IGNORE = -100

@@ -142,6 +142,7 @@ def ask(
     judge = harness("evaluator").simple_evaluate
     try:
         with contextlib.redirect_stdout(sys.stderr):
-            return judge(model=lm, tasks=tasks, task_manager=manager, **options)
+            found: dict[str, Any] = judge(model=lm, tasks=tasks, task_manager=manager, **options)
+            return found
     except ValueError as e:
         raise ConfigError(f"--tasks: the lm-evaluation-harness refuses: {_first_line(e)}.") from e

@@ -81,7 +81,8 @@ def row_sums(
 
 def _logits(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
     """Logits ``[B, T - 1, V]`` of all positions that have a next token."""
-    return model(**batch, use_cache=False).logits[:, :-1]
+    logits_BTV: Tensor = model(**batch, use_cache=False).logits
+    return logits_BTV[:, :-1]
 
 
 def _compare(own_NV: Tensor, other_NV: Tensor, labels_N: Tensor) -> Tensor:

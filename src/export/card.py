@@ -74,23 +74,15 @@ def model_card(
         "pipeline_tag": "text-generation",
         "tags": ["depth-pruning", "layer-pruning", *(["distillation"] if recovery else [])],
     }
-    before, after = weights
-    patch = patch or (recovery or {}).get("patch")
     facts = {
         "Parent": f"`{public_name(mask.model)}`"
         + (f" at revision `{mask.revision}`" if mask.revision else ""),
         "Layers": f"{len(mask.keep)} of {mask.num_layers}; removed {list(mask.removed)}",
         "Kept layers": str(list(mask.keep)),
-        "Weights": f"{after:,} of {before:,} ({after / before:.1%})",
+        "Weights": f"{weights[1]:,} of {weights[0]:,} ({weights[1] / weights[0]:.1%})",
         "Chosen by": f"{mask.method}" + (f", seed {mask.seed}" if mask.seed is not None else ""),
         "Search": f"{mask.tokens_seen:,} tokens" + "".join(f", {k} {v:.4g}" for k, v in mask.metrics.items()),
-        "Patch": patch,
-        "Recovery": (
-            f"distilled from the parent on {recovery['tokens']:,} tokens ({recovery['scope']})"
-            + (f"; not reached by the adapters: {frozen}" if (frozen := recovery.get("frozen")) else "")
-            if recovery
-            else "none: the kept layers hold the parent's weights" + (", but for the patch" if patch else "")
-        ),
+        **_training(recovery, patch),
         "Data": data or "not stated",
         "Left out": f"{lost_heads} multi-token-prediction layers (speculative decoding)"
         if lost_heads
@@ -141,6 +133,19 @@ A fresh process loaded this directory with stock `AutoModelForCausalLM` and foun
 |---|---|
 {checks}
 """
+
+
+def _training(recovery: dict[str, Any] | None, patch: str | None) -> dict[str, str | None]:
+    """What changed the weights since the cut."""
+    if recovery is None:
+        kept = "none: the kept layers hold the parent's weights" + (", but for the patch" if patch else "")
+        return {"Patch": patch, "Recovery": kept}
+    frozen = recovery.get("frozen")
+    return {
+        "Patch": patch or recovery.get("patch"),
+        "Recovery": f"distilled from the parent on {recovery['tokens']:,} tokens ({recovery['scope']})"
+        + (f"; not reached by the adapters: {frozen}" if frozen else ""),
+    }
 
 
 def scores_table(evaluation: dict[str, Any], directory: Path) -> str:

@@ -20,11 +20,10 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 
+from src.models.head import TOLERANCE
 from src.models.layers import text_config
 
 GENERATED, PADDING = 6, 3
-TOLERANCE = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 1e-1}
-"""Largest difference, as a share of the largest logit, between two ways of computing the same logits."""
 
 Observation = dict[str, Tensor]
 

@@ -154,4 +154,4 @@ def predicted_weights(parent: PreTrainedModel, student: PreTrainedModel, mask: M
     left = {name: t for name, t in parent.state_dict().items() if not name.startswith(gone)}
     cut_shapes = {name: t.shape for name, t in student.state_dict().items() if not name.startswith(path)}
     shrunk = sum(t.numel() - cut_shapes[n].numel() for n, t in left.items() if n in cut_shapes)
-    return unique_weights(left) - shrunk
+    return unique_weights(left) - int(shrunk)

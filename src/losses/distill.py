@@ -145,7 +145,8 @@ def chunked(
     Returns:
         The loss (scalar) and the parts ``[P, N]``.
     """
-    return _Chunked.apply(chunk, size, sums, torch.is_grad_enabled(), hidden_NH, *parameters)
+    run: Callable[..., tuple[Tensor, Tensor]] = _Chunked.apply
+    return run(chunk, size, sums, torch.is_grad_enabled(), hidden_NH, *parameters)
 
 
 class _Chunked(torch.autograd.Function):

@@ -46,9 +46,11 @@ def kl(logits_nV: Tensor, signal: Signal, rule: Rule = "bucket", temperature: fl
         log_p = signal.log_probs
         if temperature != 1:
             log_p = (log_p / temperature).log_softmax(-1).clamp_min_(FLOOR)
-        return _DenseKL.apply(logits_nV, log_p)
+        dense: Callable[..., Tensor] = _DenseKL.apply
+        return dense(logits_nV, log_p)
     log_p, log_r = signal.tempered(temperature, logits_nV.shape[-1])
-    log_q, log_s = _Picked.apply(logits_nV, signal.ids)
+    picked: Callable[..., tuple[Tensor, Tensor]] = _Picked.apply
+    log_q, log_s = picked(logits_nV, signal.ids)
     return RULES[rule](log_p, log_r, log_q, log_s)
 
 

@@ -210,9 +210,12 @@ def _weightless(config: PretrainedConfig, family: type[PreTrainedModel] | None =
     config = copy.deepcopy(config)
     try:
         with torch.device("meta"), no_init_weights():
+            made: PreTrainedModel
             if family is not None:
-                return family._from_config(config)
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+                made = family._from_config(config)
+            else:
+                made = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+            return made
     except Exception as e:  # classes are foreign, and may raise anything
         raise ConfigError(
             f"model: AutoModelForCausalLM cannot build a '{config.model_type}' from its own config, so an "
@@ -261,5 +264,6 @@ def _along_depth(tensor: Tensor, shape: torch.Size, length: int, mask: Mask) -> 
             )
         axis = axes[0]
         blocks = tensor.unflatten(axis, (length, -1))
-        return blocks.index_select(axis, torch.tensor(keep, device=tensor.device)).flatten(axis, axis + 1)
+        kept: Tensor = blocks.index_select(axis, torch.tensor(keep, device=tensor.device))
+        return kept.flatten(axis, axis + 1)
     return tensor.detach().clone()

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from src.models.layers import decoder_layers
+from src.models.layers import decoder_layers, first, with_first
 
 Observer = Callable[[int, Tensor, Tensor], None]
 """Called as ``observer(layer, h_in_BTH, h_out_BTH)`` after each layer."""
@@ -99,9 +99,9 @@ class GatedLayers:
             else:
                 out = forward(*args, **kwargs)
             self._observe(index, h_in, out)
-            h_out = _hidden(out)
+            h_out = first(out)
             mixed = torch.lerp(h_in, h_out, gates[index].to(h_out.dtype))
-            return mixed if isinstance(out, Tensor) else type(out)((mixed, *out[1:]))
+            return with_first(out, mixed)
 
         return gated
 
@@ -113,11 +113,7 @@ class GatedLayers:
 
     def _observe(self, index: int, h_in: Tensor, out: Any) -> None:
         if self._observer is not None:
-            self._observer(index, h_in, _hidden(out))
-
-
-def _hidden(out: Any) -> Tensor:
-    return out if isinstance(out, Tensor) else out[0]
+            self._observer(index, h_in, first(out))
 
 
 def freeze(model: PreTrainedModel) -> PreTrainedModel:

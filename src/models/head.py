@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from operator import attrgetter
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,9 @@ from src.models.summing import summing
 
 TARGETS = ("labels", "row_id", "teacher_", "repeated")
 """Keys of a batch (or their beginnings) that are no input of a model."""
+
+TOLERANCE = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 1e-1}
+"""Largest difference, as a share of the largest logit, between two ways of computing the same logits."""
 
 
 class OutputHead:
@@ -49,7 +52,9 @@ class OutputHead:
     def hidden(self, batch: Mapping[str, Any]) -> Tensor:
         """Hidden states ``[B, T, H]`` after the final norm."""
         inputs = {key: value for key, value in batch.items() if not key.startswith(TARGETS)}
-        return within(self.model, lambda: self.decoder(**inputs, use_cache=False).last_hidden_state)
+        return within(
+            self.model, lambda: cast(Tensor, self.decoder(**inputs, use_cache=False).last_hidden_state)
+        )
 
     def logits(self, hidden: Tensor, into: tuple[Tensor, ...] = ()) -> Tensor:
         """Logits ``[..., V]`` of hidden states ``[..., H]``, post-processed as the family does.

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from torch import nn
+from typing import Any
+
+from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from src.errors import ConfigError
@@ -76,3 +78,14 @@ def decoder(model: PreTrainedModel) -> nn.Module:
     if found is model:  # Llama-4 names a prefix that it does not have: take the layers' owner
         found = model.get_submodule(decoder_layers(model)[0].rpartition(".")[0])
     return found
+
+
+def first(out: Any) -> Tensor:
+    """The hidden states in what a module gives, alone or at the head of a tuple."""
+    hidden: Tensor = out if isinstance(out, Tensor) else out[0]
+    return hidden
+
+
+def with_first(out: Any, hidden: Tensor) -> Any:
+    """What a module gives, with other hidden states."""
+    return hidden if isinstance(out, Tensor) else type(out)((hidden, *out[1:]))

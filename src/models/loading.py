@@ -67,7 +67,9 @@ def _read_config(name: str, revision: str | None) -> PretrainedConfig:
                 f"model: '{name}' needs code of its own ('auto_map' in its config.json), and no code of a "
                 f"model's author is run here. Give a model of a family that transformers itself knows."
             )
-        config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
+        config: PretrainedConfig = AutoConfig.from_pretrained(
+            name, revision=revision, trust_remote_code=False
+        )
     except ConfigError:
         raise
     except Exception as e:  # a config is foreign, and its class may raise anything
@@ -113,7 +115,9 @@ def load_model(
     kind = _torch_dtype(name, config, dtype)
     keys: dict[str, Any] = {"dtype": kind, "attn_implementation": attention}
     if weightless.get():
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=False, **keys).eval()
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=False, **keys)
+        model.eval()
+        return model
     if quantize is not None:
         keys["quantization_config"] = BitsAndBytesConfig(
             load_in_8bit=quantize == "int8",

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from src.models.layers import decoder_layers
+from src.models.layers import decoder_layers, first
 
 
 @contextmanager
@@ -26,7 +26,7 @@ def streams(model: PreTrainedModel, layers: Iterable[int]) -> Iterator[dict[int,
         for index in set(layers):
 
             def keep(_module: nn.Module, _args: Any, out: Any, index: int = index) -> None:
-                collected[index] = out if isinstance(out, Tensor) else out[0]
+                collected[index] = first(out)
 
             hooks.callback(modules[index].register_forward_hook(keep).remove)
         yield collected

@@ -8,6 +8,7 @@ Shapes: n tokens of a chunk, H hidden, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -26,7 +27,8 @@ def summing(projection: nn.Module, x_nH: Tensor, into: tuple[Tensor, ...]) -> Te
         x_nH: hidden states.
         into: a float32 buffer for the weight, and one for the bias if there is one.
     """
-    return _Linear.apply(x_nH, projection.weight, projection.bias, into)
+    linear: Callable[..., Tensor] = _Linear.apply
+    return linear(x_nH, projection.weight, projection.bias, into)
 
 
 class _Linear(torch.autograd.Function):

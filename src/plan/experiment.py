@@ -12,7 +12,7 @@ from typing import Any, cast
 import torch
 from jsonargparse import Namespace
 from lightning import LightningModule, Trainer
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from src.data.options import token_count
 from src.errors import ConfigError
@@ -79,7 +79,7 @@ class Experiment:
     @property
     def stage(self) -> str:
         """``search``, ``recover`` or ``cache``; else the name of the class."""
-        name = self.config.model.class_path.split(".")[-1]
+        name: str = self.config.model.class_path.split(".")[-1]
         return {"MaskSearch": "search", "Recovery": "recover", "CacheTeacher": "cache"}.get(name, name)
 
     @property
@@ -149,7 +149,8 @@ class Experiment:
             return None
         config = cut_config(load_config(self.name, self.model.get("revision")), self.mask)
         with torch.device("meta"):
-            return sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+        return sum(p.numel() for p in model.parameters())
 
     def tokens(self, ranks: int, given: int | None) -> tuple[int, int]:
         """Tokens of the run, at most, and its steps.

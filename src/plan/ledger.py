@@ -8,13 +8,12 @@ live), and no family of models needs formulas of its own. What a kernel uses ins
 
 from __future__ import annotations
 
-import math
 import weakref
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 from unittest import mock
 
 import torch
@@ -24,6 +23,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry
 from torch.utils.weak import WeakIdKeyDictionary
+
+from src.models.attention import CPU, CPU_BACKWARD, attention_flops
 
 PARTS = ("teacher", "student", "gradients", "optimiser", "activations", "loss chunk")
 
@@ -45,7 +46,7 @@ class Ledger(TorchDispatchMode):
     """
 
     def __init__(self, vocabulary: int) -> None:
-        super().__init__()
+        TorchDispatchMode.__init__(self)
         self.vocabulary = vocabulary
         self.live: Counter[str] = Counter()
         self.peak: Counter[str] = Counter()
@@ -104,9 +105,7 @@ class Ledger(TorchDispatchMode):
 
 
 def _attention(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> int:
-    """Two products, scores and their sum over values, each of the whole square."""
-    *batch, queries, width = query.shape
-    return 2 * math.prod(batch) * queries * key.shape[-2] * (width + value.shape[-1])
+    return attention_flops(query.shape, key.shape, value.shape)
 
 
 def _attention_back(_: Tensor, query: Tensor, key: Tensor, value: Tensor, *rest: Any, **__: Any) -> int:
@@ -127,8 +126,8 @@ def _grouped_shape(a: Tensor, b: Tensor, offs: Tensor, *_: Any, **__: Any) -> Te
 GROUPED = torch.ops.aten._grouped_mm
 # torch counts the fused attention of GPUs and the plain products; these it does not know.
 FLOPS = {
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_back,
+    CPU: _attention,
+    CPU_BACKWARD: _attention_back,
     GROUPED: _grouped,
 }
 
@@ -140,11 +139,12 @@ def fused_attention(ledger: Ledger) -> Iterator[None]:
     CPUs write the scores out where keys and values differ in width (multi-head latent attention). The
     function is replaced, because a torch function mode would be off while a backward pass recomputes layers.
     """
+    fused: Callable[..., Tensor] = _Fused.apply
 
     def attention(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, **_: Any) -> Tensor:
         if attn_mask is not None and attn_mask.dtype == torch.bool:
             attn_mask = q.new_empty(attn_mask.shape)  # kernels add it as numbers, a copy for each call
-        return cast(Tensor, _Fused.apply(ledger, attn_mask, q, k, v))
+        return fused(ledger, attn_mask, q, k, v)
 
     with mock.patch.object(F, "scaled_dot_product_attention", attention):
         yield

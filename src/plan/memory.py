@@ -7,7 +7,7 @@ Sharded parts are divided by the ranks. What is gathered for the current layer a
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 from src.errors import ConfigError
 from src.models.loading import Quantization
@@ -82,7 +82,7 @@ def _moment(peak: dict[str, int], trace: Trace, at: Setting, gathered: bool) -> 
     part = {key: peak.get(key, 0) for key in ("teacher", "student", "gradients", "optimiser")}
     loose = {key: peak.get(key, 0) for key in ("activations", "loss chunk")}
     copy = at.mode if at.mode in ("int8", "nf4") else None
-    part["teacher"] = trace.teacher.held(cast(Quantization | None, copy)) if at.beside else 0
+    part["teacher"] = trace.teacher.held(copy) if at.beside else 0
     if at.quantize is not None:
         part["student"] = trace.student.held(at.quantize)
     if gathered and (at.quantize is not None or (at.beside and copy)):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,11 +19,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedModel
 
 from src.cache.teacher import CacheTeacher
+from src.data.batches import Batch
 from src.errors import ConfigError, first_line
 from src.models.head import OutputHead
 from src.models.loading import weightless
 from src.plan.ledger import Ledger, fused_attention
-from src.plan.steps import STEPS, Batch, PlannedTeacher
+from src.plan.steps import STEPS, PlannedTeacher
 from src.plan.weights import Weights, tensors
 from src.search import MaskSearch
 
@@ -84,17 +86,12 @@ def trace(module: LightningModule, batch: Batch, gpu: bool) -> Trace:
     if teacher is not None:
         teacher.ledger = ledger
 
-    def without_data(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        # A single row is never padded, so that it needs no mask.
-        drop = "attention_mask" if kwargs["input_ids"].shape[0] == 1 else ""
-        inputs = {k: fake.from_tensor(v) if isinstance(v, Tensor) else v for k, v in kwargs.items()}
-        return args, {k: v for k, v in inputs.items() if k != drop}
-
     heads = [stage.head, *([teacher.head] if teacher and teacher.head else [])]
     try:
         with ExitStack() as stack:
             for head in heads:
-                hook = head.decoder.register_forward_pre_hook(without_data, with_kwargs=True)
+                without = partial(_without_data, fake)
+                hook = head.decoder.register_forward_pre_hook(without, with_kwargs=True)
                 stack.callback(hook.remove)
             stack.enter_context(ledger)
             if gpu:
@@ -137,6 +134,16 @@ def _build(stage: Any) -> tuple[PlannedTeacher | None, PreTrainedModel]:
     finally:
         weightless.reset(token)
     return teacher, parent
+
+
+def _without_data(
+    fake: FakeTensorMode, _: nn.Module, args: Any, kwargs: dict[str, Any]
+) -> tuple[Any, dict[str, Any]]:
+    """Replace the inputs of a decoder by tensors without data; as a hook before its forward pass."""
+    # A single row is never padded, so that it needs no mask.
+    drop = "attention_mask" if kwargs["input_ids"].shape[0] == 1 else ""
+    inputs = {k: fake.from_tensor(v) if isinstance(v, Tensor) else v for k, v in kwargs.items()}
+    return args, {k: v for k, v in inputs.items() if k != drop}
 
 
 def _arm(model: nn.Module, fake: FakeTensorMode) -> None:

@@ -3,21 +3,59 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, Protocol, cast
 
 import torch
+from lightning import Trainer
 from torch import Tensor, nn
 
-from src.data.batches import Supervised, real, real_tokens
+from src.data.batches import Batch, Supervised, real, real_tokens
 from src.errors import ConfigError
 from src.losses.distill import Distillation
 from src.losses.signals import Signal
-
-if TYPE_CHECKING:
-    from src.search import MaskSearch
+from src.models.gated import GatedLayers, Observer
+from src.training.stage import Data
 
 LABELS = Distillation(alpha=0.0, weight="none")
 """The plain language-model loss."""
+
+
+class Measured(Protocol):
+    """What a probe asks of the module whose model it measures."""
+
+    tokens: int
+    calibration_batches: int
+    num_layers: int
+    gates: GatedLayers
+
+    @property
+    def data(self) -> Data:
+        """The data module."""
+
+    @property
+    def trainer(self) -> Trainer:
+        """Its trainer, attached."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        """Bring a batch there."""
+
+    def hidden(self, batch: Batch, gates_L: Tensor | None, observer: Observer | None = None) -> Tensor:
+        """Run the model."""
+
+    def spent(self, batch: Batch, layers: int) -> None:
+        """Count a pass."""
+
+    def teacher_signal(self, rows: Supervised) -> Signal:
+        """What the teacher says of a batch."""
+
+    def divergence(
+        self, rows: Supervised, signal: Signal, gates_L: Tensor | None, by: Distillation | None = None
+    ) -> Tensor:
+        """Loss of the model under gates."""
 
 
 class CalibrationProbe:
@@ -30,7 +68,7 @@ class CalibrationProbe:
         search: the search whose model is measured; its trainer must be attached.
     """
 
-    def __init__(self, search: MaskSearch) -> None:
+    def __init__(self, search: Measured) -> None:
         self.search = search
         self.rows: list[tuple[Supervised, Signal]] = []
         for number, batch in enumerate(search.data.val_dataloader()):

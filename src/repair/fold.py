@@ -34,8 +34,8 @@ from transformers.pytorch_utils import Conv1D
 
 from src.data.batches import Batch
 from src.errors import ConfigError
-from src.export.observe import TOLERANCE
-from src.models.layers import decoder_layers
+from src.models.head import TOLERANCE
+from src.models.layers import decoder_layers, first
 from src.repair.stream import run
 
 
@@ -93,7 +93,7 @@ def stream_writer(model: PreTrainedModel, index: int, batch: Batch) -> Writer:
         for handle in hooks:
             handle.remove()
     args, kwargs, out = calls.pop("")
-    out_BTH = _hidden(out)
+    out_BTH = first(out)
     noise_BTH = torch.randn(out_BTH.shape, generator=torch.Generator().manual_seed(0)).to(out_BTH)
     noise_BTH *= out_BTH.std()
     for name in reversed(
@@ -101,7 +101,7 @@ def stream_writer(model: PreTrainedModel, index: int, batch: Batch) -> Writer:
     ):
         shaped = noise_BTH.view(calls[name][2].shape)
         hook = linears[name].register_forward_hook(lambda _m, _a, y, shaped=shaped: y + shaped)
-        moved_BTH = (_hidden(layer(*args, **kwargs)) - out_BTH).float()
+        moved_BTH = (first(layer(*args, **kwargs)) - out_BTH).float()
         hook.remove()
         noise = noise_BTH.float()
         scale = float((moved_BTH * noise).sum() / noise.square().sum())
@@ -143,7 +143,10 @@ class Regression:
         """The coefficients ``[F, H]``; ``ridge`` is relative to each feature's power."""
         power_F = self.gram_FF.diagonal()
         floor = 1e-12 * power_F.mean()  # a feature that never fires gets no weight, and no division by zero
-        return torch.linalg.solve(self.gram_FF + torch.diag(ridge * power_F + floor), self.cross_FH)
+        coefficients: Tensor = torch.linalg.solve(
+            self.gram_FF + torch.diag(ridge * power_F + floor), self.cross_FH
+        )
+        return coefficients
 
     def error(self, coefficients_FH: Tensor) -> float:
         """Weighted mean square of what these coefficients leave."""
@@ -192,7 +195,7 @@ def fold(
     regression = Regression(constant=writer.linear.bias is not None)
     seen: dict[str, Tensor] = {}
     hooks = [
-        layers[index].register_forward_hook(lambda _m, _a, out: seen.update(h=_hidden(out))),
+        layers[index].register_forward_hook(lambda _m, _a, out: seen.update(h=first(out))),
         writer.linear.register_forward_pre_hook(lambda _m, args: seen.update(a=args[0])),
     ]
     try:
@@ -209,7 +212,3 @@ def fold(
     writer.add(delta_FH)
     nothing = torch.zeros_like(delta_FH)
     return Repair(f"{path}.{index}.{writer.name}", regression.error(nothing), regression.error(delta_FH))
-
-
-def _hidden(out: Any) -> Tensor:
-    return out[0] if isinstance(out, tuple) else out

@@ -176,7 +176,7 @@ class LinearPatch:
 
                 def target(batch: Batch, h_BTH: Tensor, number: int = number) -> Tensor:
                     if patches:
-                        return patches[number](h_BTH)
+                        return cast(Tensor, patches[number](h_BTH))
                     run(parent, batch)
                     return seen[places[number].end]
 

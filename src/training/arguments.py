@@ -6,8 +6,8 @@ import errno
 import re
 from typing import Any, NoReturn
 
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from src.errors import ConfigError, did_you_mean
 from src.mask import Mask

@@ -19,9 +19,10 @@ import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.fabric.utilities.types import _PATH
 from torch import Tensor
-from torch.distributed.checkpoint import FileSystemReader, load
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load
 
 from src.errors import ConfigError
 from src.training import watchdog
@@ -94,7 +95,8 @@ def _deepspeed(path: str) -> dict[str, Tensor]:
             f"checkpoint: '{path}' was written by DeepSpeed, which is not installed: pip install -e "
             f"'.[deepspeed]'."
         ) from e
-    return get_fp32_state_dict_from_zero_checkpoint(path, tag="checkpoint")
+    state: dict[str, Tensor] = get_fp32_state_dict_from_zero_checkpoint(path, tag="checkpoint")
+    return state
 
 
 @contextmanager

@@ -37,7 +37,7 @@ def interpolate(progress: float, start: float, end: float, shape: Literal["linea
     progress = min(1.0, max(0.0, progress))
     if shape == "linear":
         return start + (end - start) * progress
-    return start * (end / start) ** progress
+    return start * math.pow(end / start, progress)
 
 
 def total_steps(trainer: Trainer) -> float:

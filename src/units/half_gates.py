@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from src.models.layers import decoder_layers
-from src.units.halves import find_halves, first, with_first
+from src.models.layers import decoder_layers, first, with_first
+from src.units.halves import find_halves
 
 Forward = Callable[..., Any]
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from src.errors import ConfigError
-from src.models.layers import decoder_layers
+from src.models.layers import decoder_layers, first, with_first
 
 TRIED = 8
 """Tokens of the pass that finds the writers."""
@@ -174,13 +174,3 @@ class _Trial:
                     stack.callback(after.remove)
             self.layer(self.h, *self.rest, **self.kwargs)
         return {path: spans[path] for path, _ in self.layer.named_modules() if path in spans}
-
-
-def first(out: Any) -> Tensor:
-    """The hidden states in what a module gives, alone or at the head of a tuple."""
-    return out if isinstance(out, Tensor) else out[0]
-
-
-def with_first(out: Any, hidden: Tensor) -> Any:
-    """What a module gives, with other hidden states."""
-    return hidden if isinstance(out, Tensor) else type(out)((hidden, *out[1:]))

@@ -32,7 +32,7 @@ class Recovering:
 
     def __init__(self, distillation: Distillation) -> None:
         self.distillation, self.head = distillation, SimpleNamespace(vocabulary=len(tokenizer()))
-        self.trainer = SimpleNamespace(datamodule=None)
+        self.data: object = None
 
 
 @pytest.fixture(scope="module")
@@ -202,7 +202,7 @@ def test_a_coarse_cache_cannot_be_tempered(ws: Workspace) -> None:
     """The mass outside at another temperature would be off by half a nat."""
     module: Any = Recovering(Distillation(k=10, temperature=2.0))
     for precision, refused in (("float16", False), ("compact", True)):
-        module.trainer.datamodule = CachedCorpus(ws.model, ws.write(precision, precision=precision))
+        module.data = CachedCorpus(ws.model, ws.write(precision, precision=precision))
         if refused:
             with pytest.raises(ConfigError, match=r"precision: .* is compact"):
                 CachedTeacher().setup(module)

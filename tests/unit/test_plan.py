@@ -99,7 +99,8 @@ def test_a_layer_of_a_search_keeps_what_its_architecture_says(plan: Make) -> Non
     norms = 2 + HEADS + KV  # the inverse roots
     attention = (HEADS + KV) * D + (2 * HEADS + 2 * KV) * D + HEADS  # before norms; q, k, v, out; logsumexp
     gate = 4 + 4  # and its gradient
-    kept = 4 * tokens * (residual + norms + attention + 3 * MLP) + gate
+    before = 4 * 11  # what the first draw leaves: gates with their graph to the logits, and their gradient
+    kept = 4 * tokens * (residual + norms + attention + 3 * MLP) + gate + before
     more = {key: five.trace().peak.get(key, 0) - four.trace().peak.get(key, 0) for key in five.trace().peak}
     assert {key: size for key, size in more.items() if size} == {"student": 4 * LAYER, "activations": kept}
 

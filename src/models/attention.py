@@ -1,0 +1,23 @@
+"""The operations that PyTorch runs scaled dot-product attention as, and what they compute."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+
+FORWARD = (
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu,
+    torch.ops.aten._scaled_dot_product_flash_attention,
+    torch.ops.aten._scaled_dot_product_efficient_attention,
+    torch.ops.aten._scaled_dot_product_cudnn_attention,
+)
+"""The fused kernels; torch counts those of GPUs, not of CPUs, and in some versions no grouped queries."""
+CPU, CPU_BACKWARD = FORWARD[0], torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+
+def attention_flops(query: Sequence[int], key: Sequence[int], value: Sequence[int]) -> int:
+    """Floating-point operations on tensors of these shapes: two products, each of the whole square."""
+    *batch, queries, width = query
+    return 2 * math.prod(batch) * queries * key[-2] * (width + value[-1])
