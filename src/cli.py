@@ -12,6 +12,7 @@ import warnings
 from typing import Any
 
 from src.errors import ConfigError, did_you_mean
+from src.settings_file import check_settings_files
 from src.training import stopping
 
 TOOLS = {
@@ -57,6 +58,7 @@ def run(argv: list[str]) -> Any:
     if not argv or argv[0] in ("-h", "--help"):
         print(_help())
         return None
+    check_settings_files(argv[1:])
     if argv[0] in TOOLS:
         return importlib.import_module(TOOLS[argv[0]][0]).main(argv[1:])
     if argv[0] not in VERBS:

@@ -13,7 +13,6 @@ from itertools import groupby, islice
 from pathlib import Path
 
 import jsonargparse
-import yaml
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -24,6 +23,7 @@ from src.data.encode import IGNORE
 from src.errors import ConfigError
 from src.mask import Mask
 from src.ranges import positive
+from src.settings_file import read_settings
 
 Marks = tuple[str, str]
 
@@ -59,14 +59,14 @@ def read_corpus(config: Path, changes: list[str]) -> Corpus:
         ConfigError: the file cannot be read, or its data section is no corpus.
     """
     try:
-        experiment = yaml.safe_load(config.read_text()) or {}
+        experiment = read_settings(str(config))
         data, model = experiment["data"], experiment.get("model", {}).get("init_args", {})
         own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
         for key in ("model", "mask"):
             own.add_argument(f"--model.init_args.{key}", dest=key, default=model.get(key))
         named, changes = own.parse_known_args(changes)
         data.setdefault("init_args", {}).setdefault("tokenizer", _parent(named.model, named.mask))
-    except (OSError, yaml.YAMLError, KeyError, AttributeError, TypeError) as e:
+    except (FileNotFoundError, KeyError, AttributeError, TypeError) as e:
         raise ConfigError(f"--config: '{config}' gives no data section ({type(e).__name__}: {e}).") from e
     parser = jsonargparse.ArgumentParser(exit_on_error=False)
     parser.add_subclass_arguments(Corpus, "data")
