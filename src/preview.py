@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from itertools import groupby, islice
 from pathlib import Path
 
@@ -18,8 +18,8 @@ from transformers import PreTrainedTokenizerBase
 
 from src.command import Parser
 from src.data import Corpus
-from src.data.batches import Batch
 from src.data.encode import IGNORE
+from src.data.loader import Loader
 from src.errors import ConfigError
 from src.mask import Mask
 from src.ranges import positive
@@ -45,11 +45,13 @@ def main(argv: list[str]) -> None:
     args, changes = parser.parse_known_args(argv)
     corpus = read_corpus(args.config, changes)
     marks = GREEN if sys.stdout.isatty() else BRACES
-    batches = corpus.loader(args.split, shuffle=args.split == "train")
-    for number, (ids, labels) in enumerate(islice(documents(batches), args.rows), start=1):
+    loader = corpus.loader(args.split, shuffle=args.split == "train")
+    for number, (ids, labels) in enumerate(islice(documents(loader), args.rows), start=1):
         supervised = sum(label != IGNORE for label in labels)
         print(f"--- row {number}: {len(ids)} tokens, {supervised} supervised")
         print(marked(corpus.tokenizer, ids, labels, marks))
+    for fate in sorted(loader.statistics.fates()):
+        print(f"--- {fate}")
 
 
 def read_corpus(config: Path, changes: list[str]) -> Corpus:
@@ -83,9 +85,10 @@ def _parent(model: str | None, mask: str | None) -> str | None:
     return Mask.load(mask).model if model is None and mask and Path(mask).is_file() else model
 
 
-def documents(batches: Iterable[Batch]) -> Iterator[tuple[list[int], list[int]]]:
+def documents(loader: Loader) -> Iterator[tuple[list[int], list[int]]]:
     """The token ids and labels of each document, without padding and out of its packed row."""
-    for batch in batches:
+    for batch in loader:
+        loader.handed()
         for row in range(len(batch["input_ids"])):
             ids, labels = batch["input_ids"][row], batch["labels"][row]
             for begin, end in _bounds({key: value[row] for key, value in batch.items()}):
