@@ -130,8 +130,9 @@ scale: $(VENV)/.installed  ## growth with depth, width, tokens and ranks; quanti
 gpu-checks: $(VENV)/.installed  ## what only a GPU can show -> results/gpu.json, docs/gpu.md; skips without one
 	bash scripts/gpu_checks.sh
 
-results: $(VENV)/.installed  ## fill the tables of README, data and export pages from results/*.json
+results: $(VENV)/.installed  ## fill the tables and draw the figures of README and docs from results/*.json
 	$(PY) -m scripts.readme_results
+	$(PY) -m scripts.cache_results
 
 lint: $(VENV)/.installed  ## ruff
 	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import StrMethodFormatter
 
 from scripts.lab.pages import fill, table
 from scripts.lab.results import JSON, read
 from src.files import write_text
-from src.report.figures import AMBER, SLATE, TEAL, svg
+from src.report.figures import AMBER, SLATE, TEAL, styled, svg
 
 PAGE, PICTURE = Path("docs/teacher_cache.md"), Path("docs/figures/teacher_cache.svg")
 MB = 1e6
+SHADES = {"chunked": TEAL, "whole": AMBER, "cached": TEAL, "live": SLATE, "live int8": AMBER}
 PARTS = {
     "teacher_ids": "ids",
     "teacher_log_probs": "log-probs",
@@ -22,35 +26,48 @@ PARTS = {
 }
 
 
+@styled
 def picture(cache: JSON, loss: JSON) -> Figure:
     """Bytes by column, memory of the loss, and the recovery step against the cached one."""
-    figure = Figure(figsize=(9, 2.8), layout="constrained")
+    figure = Figure(figsize=(9.2, 3.3), layout="constrained")
     left, middle, right = figure.subplots(1, 3)
-    bars = [(d, p) for d in ("wide", "demo") if d in cache["bytes"] for p in ("float16", "compact")]
-    labels, bottoms = [f"{cache['bytes'][d]['vocabulary']:,}\n{p}" for d, p in bars], [0.0] * len(bars)
-    for shade, (column, name) in enumerate(PARTS.items()):
-        sizes = [cache["bytes"][d][p]["columns"][column] for d, p in bars]
-        left.bar(labels, sizes, bottom=bottoms, color=(TEAL, SLATE, AMBER, "#9ad", "#ccc")[shade], label=name)
+    stored = [(d, p) for d in ("wide", "demo") if d in cache["bytes"] for p in ("float16", "compact")]
+    labels, bottoms = [f"{cache['bytes'][d]['vocabulary']:,}\n{p}" for d, p in stored], [0.0] * len(stored)
+    for shade, (column, name) in zip((TEAL, SLATE, AMBER, "#93c5fd", "#cbd5e1"), PARTS.items(), strict=True):
+        sizes = [cache["bytes"][d][p]["columns"][column] for d, p in stored]
+        left.bar(labels, sizes, 0.7, bottom=bottoms, color=shade, label=name)
         bottoms = [a + b for a, b in zip(bottoms, sizes, strict=True)]
-    left.set_title("bytes for each position")
-    left.legend(frameon=False, fontsize=7)
-    names = [f"{row['vocabulary']:,}" for row in loss["rows"]]
-    for form, colour, shift in (("whole", AMBER, -0.2), ("chunked", TEAL, 0.2)):
-        heights = [row[form]["peak_bytes"] / MB for row in loss["rows"]]
-        middle.bar([i + shift for i in range(len(names))], heights, 0.4, color=colour, label=form)
-    middle.set_xticks(range(len(names)), names)
+    left.tick_params(axis="x", labelsize=8)
+    peaks = {form: [row[form]["peak_bytes"] / MB for row in loss["rows"]] for form in ("whole", "chunked")}
+    bars(middle, [row["vocabulary"] for row in loss["rows"]], peaks)
     middle.set_yscale("log")
-    middle.set_title(f"peak memory of the loss, MB ({loss['tokens']:,} tokens)")
-    middle.legend(frameon=False)
+    middle.yaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
     rows = [row for row in cache["recover"]["cases"] if row["projection"] == "chunked"]
-    vocabularies = sorted({row["vocabulary"] for row in rows})
-    for source, colour, shift in (("cached", TEAL, -0.25), ("live", SLATE, 0), ("live int8", AMBER, 0.25)):
-        heights = [row["times_the_cached_step"] for row in rows if row["teacher"] == source]
-        right.bar([i + shift for i in range(len(vocabularies))], heights, 0.25, color=colour, label=source)
-    right.set_xticks(range(len(vocabularies)), [f"{v:,}" for v in vocabularies])
-    right.set_title("recovery step / cached step")
-    right.legend(frameon=False)
+    steps = {
+        source: [row["times_the_cached_step"] for row in rows if row["teacher"] == source]
+        for source in ("cached", "live", "live int8")
+    }
+    bars(right, sorted({row["vocabulary"] for row in rows}), steps)
+    titles = (
+        "bytes for each position",
+        f"peak of the loss, MB, {loss['tokens']:,} tokens",
+        "step / cached step",
+    )
+    for axis, title, columns in zip((left, middle, right), titles, (3, 2, 3), strict=True):
+        axis.set_title(title)
+        axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=columns, fontsize=8,
+                    handlelength=1, columnspacing=1)  # fmt: skip
     return figure
+
+
+def bars(axis: Axes, vocabularies: Sequence[int], heights: dict[str, list[float]]) -> None:
+    """Bars side by side for each vocabulary."""
+    width = 0.8 / len(heights)
+    for place, (name, values) in enumerate(heights.items()):
+        shift = (place - (len(heights) - 1) / 2) * width
+        places = [i + shift for i in range(len(values))]
+        axis.bar(places, values, width, label=name, color=SHADES[name])
+    axis.set_xticks(range(len(vocabularies)), [f"{v:,}" for v in vocabularies])
 
 
 def tables(cache: JSON, loss: JSON) -> list[str]:

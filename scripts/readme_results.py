@@ -13,10 +13,12 @@ from textwrap import shorten
 from matplotlib.figure import Figure
 
 from scripts.arena import cells
+from scripts.arena.figures import draw
+from scripts.arena.table import page
 from scripts.lab.pages import fill, made, table
 from scripts.lab.results import JSON, read
 from src.files import write_text
-from src.report.figures import AMBER, INK, SLATE, TEAL, layer_strip, svg, tokens_text
+from src.report.figures import AMBER, INK, SLATE, TEAL, layer_strip, styled, svg, tokens_text
 
 
 def spent(demo: JSON, run: JSON) -> float:
@@ -25,6 +27,7 @@ def spent(demo: JSON, run: JSON) -> float:
     return tokens / demo["teacher"]["training_tokens"]
 
 
+@styled
 def curve(demo: JSON) -> Figure:
     """Recovered exact match against the share of the teacher's training tokens that was spent."""
     figure = Figure(figsize=(7.2, 3.2), layout="constrained")
@@ -36,18 +39,25 @@ def curve(demo: JSON) -> Figure:
             for run in runs
             if run["seed"] == seed
         )
-        style = {"alpha": 0.9, "label": "recovered"} if len(points) > 1 else {"alpha": 0.5}
-        axes.plot(*zip(*points, strict=True), "o-", color=TEAL, **style)
-    teacher, cut = 100 * demo["teacher"]["exact_match"], 100 * runs[0]["cut"]["exact_match"]
-    axes.axhline(teacher, color=SLATE, linestyle="--", label="teacher, 16 layers")
-    axes.axhline(cut, color=AMBER, linestyle=":", label="12 layers, not recovered")
+        axes.plot(*zip(*points, strict=True), "o-", color=TEAL, alpha=0.9 if len(points) > 1 else 0.5)
+    lines = {
+        "teacher, 16 layers": (demo["teacher"], SLATE),
+        "12 layers, not recovered": (runs[0]["cut"], AMBER),
+    }
+    for name, (judged, shade) in lines.items():
+        axes.axhline(100 * judged["exact_match"], color=shade, linestyle="--", linewidth=1.2)
+        axes.annotate(
+            name, (0.5, 100 * judged["exact_match"]), (0, 4), textcoords="offset points", color=shade
+        )
+    axes.annotate("12 layers, recovered", (2.2, 93), color=TEAL)
     axes.set_xscale("log")
     titles = {row["title"]: float(row["title"].split()[0]) for row in demo["rows"]}
     axes.set_xticks(list(titles.values()), list(titles))
     axes.minorticks_off()
     axes.set_xlabel("tokens of search + recovery, of the teacher's own training tokens", color=INK)
     axes.set_ylabel("exact match, %")
-    axes.legend(loc="lower right", frameon=False)
+    axes.margins(y=0.1)
+    axes.grid(visible=True, axis="y")
     return figure
 
 
@@ -61,6 +71,9 @@ def main() -> None:
         fill(Path("docs/data.md"), data_lines(pipeline))
     if matrix := read("export_matrix"):
         fill(Path("docs/export.md"), matrix_lines(matrix), "matrix")
+    for name in ("fair_fight", "ablations", "linear_patch"):
+        if isinstance((results := read(name)).get("rows"), list):
+            page(Path(f"docs/{name}.md"), results, draw(results, Path("docs/figures")))
 
 
 def mask_lines(masks: JSON) -> list[str]:

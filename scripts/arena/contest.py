@@ -1,111 +1,171 @@
-"""Figures of methods that compete: what they keep, what recovery makes of them, which layers they remove."""
+"""Figures of methods that compete: what they keep, what recovery makes of them, which layers they remove.
+
+A colour is a kind of method; the reference is teal. The methods stand in the same order everywhere, by kind.
+"""
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Sequence
+from itertools import groupby
 from typing import Any
 
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
-from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+from matplotlib.lines import Line2D
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, StrMethodFormatter
+from matplotlib.transforms import Bbox
 
 from scripts.arena.cells import JSON
-from src.report.figures import AMBER, PALE, SLATE, TEAL, styled
+from src.report.figures import AMBER, INK, PALE, SLATE, TEAL, styled
 
-MARKS = "osD^vP*Xh<>pd8H"
-
-
-def look(rows: Sequence[JSON]) -> dict[str, dict[str, Any]]:
-    """Colour and marker of every method: the reference stands out, the others share cooler colours."""
-    names = list(dict.fromkeys(row["variant"] for row in rows))
-    shades = ("#7c3aed", "#be123c", "#0369a1", "#4d7c0f", SLATE, AMBER)
-    out = {n: {"color": shades[i % 6], "marker": MARKS[i % len(MARKS)]} for i, n in enumerate(names)}
-    ours = {rows[0]["reference"]: {"color": TEAL, "marker": "o", "zorder": 5, "linewidth": 2.5}}
-    return out | {name: style for name, style in ours.items() if name in out}
+KINDS = {"learned": "#7c3aed", "searched": AMBER, "scored": "#0369a1", "fixed": SLATE, "": INK}
+"""Colour of each ``kind``: learned by gradients, searched mask by mask, scored layer by layer, fixed."""
 
 
-def value(row: JSON, stage: str, metric: str) -> float:
-    """A figure of a row; exact match in percent."""
-    found: float = row[stage][metric]["value"]
-    return 100 * found if metric == "exact_match" else found
+def colour(row: JSON) -> str:
+    """Colour of a method."""
+    return TEAL if row["variant"] == row["reference"] else KINDS[row["kind"]]
+
+
+def methods(rows: Sequence[JSON]) -> list[JSON]:
+    """One row of each method, the reference first, then by kind in the order of the plan."""
+    found = {row["variant"]: row for row in rows}
+    order = {kind: place for place, kind in enumerate(KINDS)}
+    return sorted(found.values(), key=lambda row: (row["variant"] != row["reference"], order[row["kind"]]))
+
+
+def panels(rows: Sequence[JSON], height: float, **keys: Any) -> tuple[Figure, list[tuple[Axes, list[JSON]]]]:
+    """A figure with a panel for each ratio and a legend of the kinds below; each panel with its rows."""
+    ratios = sorted({row["ratio"] for row in rows})
+    figure = Figure(figsize=(9.2, height), layout="constrained")
+    axes = figure.subplots(1, len(ratios), squeeze=False, **keys)[0]
+    shown = {row["kind"]: KINDS[row["kind"]] for row in methods(rows)[1:] if row["kind"]}
+    marks = {
+        methods(rows)[0]["title"]: TEAL,
+        **dict(sorted(shown.items(), key=lambda k: list(KINDS).index(k[0]))),
+    }
+    handles = [
+        Line2D([], [], color=shade, marker="o", linestyle="", label=name) for name, shade in marks.items()
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), fontsize=9)
+    each = [[row for row in rows if row["ratio"] == ratio] for ratio in ratios]
+    for axis, own in zip(axes, each, strict=True):
+        axis.set_title(f"{len(own[0]['runs'][0]['removed'])} layers removed")
+    return figure, list(zip(axes, each, strict=True))
+
+
+def name_lines(axis: Axes, names: Sequence[JSON]) -> None:
+    """A line for each method, named in its colour."""
+    axis.set_yticks(range(len(names)), [row["title"] for row in names])
+    axis.set_ylim(len(names) - 0.4, -0.6)
+    for label, row in zip(axis.get_yticklabels(), names, strict=True):
+        label.set_color(colour(row))
 
 
 @styled
-def retention(results: JSON) -> Figure:
-    """Exact match kept, of the teacher's, against layers removed, before and after recovery."""
-    rows, teacher = results["rows"], results["teacher"]["exact_match"]
-    figure = Figure(figsize=(9.2, 4.6), layout="constrained")
-    styles = look(rows)
-    for axis, stage, title in zip(
-        figure.subplots(1, 2, sharey=True), ("cut", "recovered"), ("Cut", "Cut and recovered"), strict=True
-    ):
-        for name, style in styles.items():
-            own = [row for row in rows if row["variant"] == name]
-            points = sorted(
-                (len(r["runs"][0]["removed"]), value(r, stage, "exact_match") / teacher) for r in own
+def retention(rows: Sequence[JSON]) -> Figure:
+    """Exact match of every method, cut (hollow) and recovered (filled), each with its interval."""
+    names = methods(rows)
+    figure, each = panels(rows, 0.26 * len(names) + 1.3, sharey=True)
+    for axis, own in each:
+        found = {row["variant"]: row for row in own}
+        for line, row in ((i, found[r["variant"]]) for i, r in enumerate(names) if r["variant"] in found):
+            shade = colour(row)
+            cut, healed = (row[stage]["exact_match"] for stage in ("cut", "recovered"))
+            axis.plot(
+                [100 * cut["value"], 100 * healed["value"]], [line] * 2, color=PALE, linewidth=1.2, zorder=1
             )
-            axis.plot(*zip(*points, strict=True), label=own[0]["title"], alpha=0.85, markersize=5, **style)
-        axis.set_title(f"{title}: % of the teacher's exact match")
-        axis.set_xlabel(f"layers removed, of {results['teacher']['layers']}")
-        axis.set_xticks(sorted({len(row["runs"][0]["removed"]) for row in rows}))
-        axis.grid(visible=True, axis="y")
-    handles, labels = axis.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside right upper", fontsize=8)
+            for match, fill in ((cut, "white"), (healed, shade)):
+                axis.plot([100 * match["low"], 100 * match["high"]], [line] * 2, color=shade, linewidth=1.4)
+                axis.plot(100 * match["value"], line, "o", color=shade, markerfacecolor=fill, markersize=5.5)
+        axis.set(xlim=(-4, 104), xticks=range(0, 101, 25), xlabel="exact match, %")
+        axis.grid(visible=True, axis="x")
+    name_lines(each[0][0], names)
+    figure.suptitle(
+        "hollow: cut; filled: cut and recovered; bars: 95 % intervals", fontsize=9, x=0.01, ha="left"
+    )
     return figure
 
 
 @styled
 def before_and_after(rows: Sequence[JSON]) -> Figure:
-    """Does the mask's own divergence tell what recovery makes of it? One panel a ratio, one mark a run."""
-    ratios, styles = sorted({row["ratio"] for row in rows}), look(rows)
-    figure = Figure(figsize=(9.2, 4.2), layout="constrained")
-    for axis, ratio in zip(figure.subplots(1, len(ratios), squeeze=False)[0], ratios, strict=True):
-        for row in (row for row in rows if row["ratio"] == ratio):
-            style = {**styles[row["variant"]], "linestyle": ""}
-            points = [(run["cut"]["kl"], 100 * run["recovered"]["exact_match"]) for run in row["runs"]]
-            axis.plot(*zip(*points, strict=True), label=row["title"], alpha=0.85, markersize=6, **style)
+    """Does the mask's own divergence tell what recovery makes of it? Means over the seeds of each method."""
+    figure, each = panels(rows, 4.2)
+    marked = []
+    for axis, own in each:
+        points: dict[tuple[float, float], list[JSON]] = {}
+        for row in (found for name in methods(rows) for found in own if found["variant"] == name["variant"]):
+            kl = statistics.mean(run["cut"]["kl"] for run in row["runs"])
+            match = statistics.mean(run["recovered"]["exact_match"] for run in row["runs"])
+            points.setdefault((round(kl, 5), round(100 * match, 2)), []).append(row)
+        for (kl, match), same in points.items():
+            axis.plot(kl, match, "o", color=colour(same[0]), markersize=6)
         log_nats(axis)
-        axis.set_title(f"{len(row['runs'][0]['removed'])} layers removed")
-        axis.set(xlabel="KL of the cut, nats", ylabel="exact match after recovery, %")
+        axis.margins(x=0.12, y=0.12)
+        axis.set(
+            xlabel="KL of the cut, nats", ylabel="exact match after recovery, %" if axis is each[0][0] else ""
+        )
         axis.grid(visible=True, axis="both")
-    handles = {n: h for a in figure.axes for h, n in zip(*a.get_legend_handles_labels(), strict=True)}
-    figure.legend(handles.values(), handles, loc="outside right upper", fontsize=8)
+        marked.append((axis, points))
+    FigureCanvasAgg(figure).draw()  # settles the layout, so that labels can be measured
+    for axis, points in marked:
+        label(axis, points)
     return figure
+
+
+PLACES = (((7, -3), "left"), ((-7, -3), "right"), ((-4, 7), "left"), ((4, 7), "right"),
+          ((-4, -14), "left"), ((4, -14), "right"))  # fmt: skip
+"""Where a name may stand beside its point, in points, and which side of it is aligned."""
+
+
+def label(axis: Axes, points: dict[tuple[float, float], list[JSON]]) -> None:
+    """Name every point that has room for it; methods that share a point are counted."""
+    taken = [Bbox.from_bounds(*axis.transData.transform(point) - 4, 8, 8) for point in points]
+    frame = axis.get_window_extent()
+    for point, (first, *others) in points.items():
+        more = f" and {len(others)} other{'s' * (len(others) > 1)}" if others else ""
+        name = first["title"].partition(" (")[0] + more
+        for offset, side in PLACES:
+            style: Any = {"ha": side, "fontsize": 7, "color": colour(first)}
+            note = axis.annotate(name, point, offset, textcoords="offset points", **style)
+            box = note.get_window_extent().padded(1)
+            if box.x1 < frame.x1 and box.x0 > frame.x0 and not any(box.overlaps(other) for other in taken):
+                taken.append(box)
+                break
+            note.remove()
 
 
 @styled
 def layers(rows: Sequence[JSON], depth: int) -> Figure:
     """Which layers each method removes; the share of its searches that remove a layer is its shade."""
-    ratios, names = sorted({row["ratio"] for row in rows}), list(look(rows))
-    figure = Figure(figsize=(3.2 * len(ratios) + 1.6, 0.27 * len(names) + 1), layout="constrained")
-    for axis, ratio in zip(figure.subplots(1, len(ratios), squeeze=False)[0], ratios, strict=True):
-        found = {row["variant"]: row for row in rows if row["ratio"] == ratio}
-        for line, name in enumerate(names):
-            masks = (
-                {run["search_seed"]: run["removed"] for run in found[name]["runs"]} if name in found else {}
-            )
-            for layer in range(depth):
-                share = sum(layer in gone for gone in masks.values()) / max(1, len(masks))
-                box = Rectangle((layer - 0.45, line - 0.42), 0.9, 0.84, facecolor=PALE if masks else "white")
-                axis.add_patch(box)
-                axis.add_patch(Rectangle(box.get_xy(), 0.9, 0.84, facecolor=AMBER, alpha=share))
-        titles = {row["variant"]: row["title"] for row in rows}
-        axis.set_yticks(
-            range(len(names)), [titles[n] for n in names] if axis is figure.axes[0] else [""] * len(names)
-        )
-        axis.set(
-            xlim=(-0.6, depth - 0.4), ylim=(len(names) - 0.4, -0.6), xticks=range(0, depth, 3), xlabel="layer"
-        )
-        axis.set_title(f"{100 * ratio:g} % removed")
-        for side in axis.spines.values():
-            side.set_visible(False)
+    names = methods(rows)
+    figure, each = panels(rows, 0.26 * len(names) + 1.2, sharey=True)
+    for axis, own in each:
+        found = {row["variant"]: row for row in own}
+        for line, row in ((i, found[r["variant"]]) for i, r in enumerate(names) if r["variant"] in found):
+            masks = {run["search_seed"]: run["removed"] for run in row["runs"]}
+            shares = [sum(layer in gone for gone in masks.values()) / len(masks) for layer in range(depth)]
+            axis.hlines(line, -0.5, depth - 0.5, color=PALE, linewidth=14)
+            for share, run in groupby(range(depth), key=shares.__getitem__):
+                first, *others = run
+                end = first + len(others) + 0.5
+                axis.hlines(line, first - 0.5, end, color=colour(row), alpha=share, linewidth=14)
+        axis.vlines([i + 0.5 for i in range(depth)], -0.5, len(names) - 0.5, color="white", linewidth=1)
+        axis.set(xlim=(-0.6, depth - 0.4), xticks=range(0, depth, 3), xlabel="layer")
+        axis.spines[:].set_visible(False)
+    name_lines(each[0][0], names)
     return figure
 
 
 def log_nats(axis: Axes) -> None:
-    """A logarithmic axis of divergences with plain labels."""
-    axis.set_xscale("log")
-    axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    """An axis of divergences with plain labels, few enough to stand apart; logarithmic if they spread."""
+    low, high = axis.get_xlim() if axis.get_xscale() == "log" else axis.dataLim.intervalx
+    if high < 4 * low:
+        axis.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
+    else:
+        axis.set_xscale("log")
+        axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 30 * low else (1, 3)))
+        axis.xaxis.set_minor_locator(NullLocator())
     axis.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-    axis.xaxis.set_minor_formatter(NullFormatter())

@@ -19,7 +19,7 @@ def draw(results: JSON, into: Path) -> list[Path]:
     made = {}
     if any("recovered" in row for row in rows) and len({row["group"] for row in rows}) == 1:
         made = {
-            "retention": retention(results),
+            "retention": retention(rows),
             "recovery": before_and_after(rows),
             "layers": layers(rows, results["teacher"]["layers"]),
         }
@@ -54,6 +54,6 @@ def divergences(rows: Sequence[JSON]) -> Figure:
         axis.set_yticks(range(len(own)), [row["title"] for row in own])
         axis.set_ylim(len(own) - 0.4, -0.6)
         recovered = "recovered" if any("recovered" in row for row in own) else "not recovered"
-        axis.set_title(f"{group}: KL from the teacher, nats ({recovered})")
+        axis.set_title(f"{group.replace('_', ' ')}: KL from the teacher, nats ({recovered})")
         axis.grid(visible=True, axis="x")
     return figure

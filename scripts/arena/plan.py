@@ -44,6 +44,7 @@ class Run:
         recover: how the cut model is recovered, or None.
         removed: layers that go, instead of a search.
         repair: keys of ``LinearPatch`` for a repair of the cuts, or None.
+        kind: kind of the method, which its colour shows.
     """
 
     group: str
@@ -56,6 +57,7 @@ class Run:
     recover: Stage | None
     removed: tuple[int, ...] | None = None
     repair: Mapping[str, Any] | None = None
+    kind: str = ""
 
     def __str__(self) -> str:
         return f"{self.variant} {100 * self.ratio:g} % seed {self.seed}"

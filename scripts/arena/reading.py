@@ -29,6 +29,7 @@ class Variant:
 
     Attributes:
         title: name in tables.
+        kind: ``learned``, ``searched``, ``scored`` or ``fixed``: the colour in figures.
         overlays: config files on top of the search's.
         search: dotted keys of the search, above the overlays.
         by_ratio: the same for one share of the layers alone.
@@ -41,6 +42,7 @@ class Variant:
     """
 
     title: str = ""
+    kind: str = ""
     overlays: tuple[str, ...] = ()
     search: Mapping[str, Any] | None = None
     by_ratio: Mapping[float, Mapping[str, Any]] | None = None
@@ -80,7 +82,7 @@ def read(path: str | Path) -> Plan:
                 for seed in seeds:
                     first = seeds[0] if told.search_once else seed
                     about = (group, name, told.title or name, ratio, seed, first, here, heal)
-                    runs.append(Run(*about, told.removed, told.repair))
+                    runs.append(Run(*about, told.removed, told.repair, told.kind))
     return Plan(raw["name"], raw["teacher"], raw["data"], cache, references, tuple(runs))
 
 

@@ -66,7 +66,20 @@ def published(plan: Plan, known: JSON) -> list[JSON]:
     """Rows of the published file that were measured on the same teacher and problems."""
     if (known.get("data"), known.get("teacher", {}).get("path")) != (dict(plan.data), plan.teacher):
         return []
-    return [{**{key: known[key] for key in ORIGIN}, **row} for row in known["rows"]]
+    origin_then, now = (
+        {key: known[key] for key in ORIGIN},
+        {(run.group, run.variant): run for run in plan.runs},
+    )
+    return [
+        {
+            **origin_then,
+            **row,
+            "title": now[row["group"], row["variant"]].title,
+            "kind": now[row["group"], row["variant"]].kind,
+        }
+        for row in known["rows"]
+        if (row["group"], row["variant"]) in now
+    ]
 
 
 def only(plan: Plan, names: Sequence[str]) -> tuple[Plan, set[Name]]:

@@ -42,6 +42,7 @@ _STYLE: Any = {
     "ytick.major.size": 0,
     "legend.frameon": False,
     "svg.hashsalt": "e3pruner",
+    "svg.fonttype": "none",
 }
 
 
