@@ -122,7 +122,7 @@ PLACES = (((7, -3), "left"), ((-7, -3), "right"), ((-4, 7), "left"), ((4, 7), "r
 
 def label(axis: Axes, points: dict[tuple[float, float], list[JSON]]) -> None:
     """Name every point that has room for it; methods that share a point are counted."""
-    taken = [Bbox.from_bounds(*axis.transData.transform(point) - 4, 8, 8) for point in points]
+    taken = [Bbox([at - 4, at + 4]) for at in axis.transData.transform(list(points))]
     frame = axis.get_window_extent()
     for point, (first, *others) in points.items():
         more = f" and {len(others)} other{'s' * (len(others) > 1)}" if others else ""

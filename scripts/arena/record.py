@@ -64,7 +64,7 @@ def place(row: JSON) -> tuple[str, str, float]:
 
 def published(plan: Plan, known: JSON) -> list[JSON]:
     """Rows of the published file that were measured on the same teacher and problems."""
-    if (known.get("data"), known.get("teacher", {}).get("path")) != (dict(plan.data), plan.teacher):
+    if known.get("data") != dict(plan.data) or known["teacher"]["path"] != plan.teacher:
         return []
     origin_then, now = (
         {key: known[key] for key in ORIGIN},

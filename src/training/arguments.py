@@ -56,10 +56,16 @@ class PruneCLI(LightningCLI):
             data.tokenizer = model.get("model") or (Mask.load(model.mask).model if "mask" in model else None)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Build the trainer; Lightning's own words where it knows no such strategy, or lacks a GPU for it."""
+        """Build the trainer; Lightning's own words where it knows no such strategy, or lacks a GPU for it.
+
+        The callbacks that every run has come last and later: beside ``enable_checkpointing: false`` Lightning
+        takes none that is a ``Checkpoint``, as the one that heeds signals must be.
+        """
+        always = self.trainer_defaults.pop("callbacks", [])
         try:
             trainer = super().instantiate_trainer(**kwargs)
             assert isinstance(trainer, Trainer)
+            getattr(trainer, "callbacks").extend(always)  # noqa: B009 (mypy)
             return trainer
         except ConfigError:
             raise

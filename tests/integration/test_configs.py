@@ -103,3 +103,15 @@ def test_packed_documents_train(
     run(["fit", "--config", config, *given, "--data.init_args.packing=documents"])
     (record,) = (tmp_path / "logs").rglob("record.json")
     assert json.loads(record.read_text())["tokens"] > 0
+
+
+def test_a_run_without_checkpoints_trains_and_heeds_signals(
+    tmp_path: Path, teacher_dir: str, corpus_file: str, mask_file: str
+) -> None:
+    path = Path("configs/recover/entropy_kd.yaml")
+    given = arguments(path, tmp_path, teacher_dir, corpus_file, mask_file)
+    (tmp_path / "bare.yaml").write_text("trainer: {enable_checkpointing: false, callbacks: []}\n")
+    cli = run(["fit", "--config", str(path), "--config", str(tmp_path / "bare.yaml"), *given])
+    assert type(cli.trainer.callbacks[-1]).__name__ == "StopOnSignal"
+    assert cli.trainer.global_step > 0
+    assert not list(tmp_path.rglob("*.ckpt"))
