@@ -111,7 +111,7 @@ def section_write(args: argparse.Namespace) -> JSON:
             corpus = _demo(Path(folder), 640 if name == "demo" else 24, 32 if name == "demo" else 8)
             for repeat in range(args.repeats + 1):
                 teacher = CacheTeacher(TEACHER, f"{folder}/{repeat}", count_seconds=0)
-                teacher.model, teacher.head, teacher.fingerprint = model, OutputHead(model), "benchmark"
+                teacher.model, teacher.head, teacher.weights = model, OutputHead(model), None
                 span = Span()
                 Trainer(**BARE, callbacks=[span]).predict(teacher, datamodule=corpus)
                 began = time.process_time()

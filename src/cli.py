@@ -64,7 +64,7 @@ def run(argv: list[str]) -> Any:
     if argv[0] not in VERBS:
         raise ConfigError(f"unknown verb '{argv[0]}'.{did_you_mean(argv[0], [*VERBS, *TOOLS])}\n{_help()}")
     from src.callbacks import StopOnSignal
-    from src.training.arguments import PruneCLI, ShortErrors
+    from src.training.arguments import PruneCLI, SaveConfig, ShortErrors
     from src.training.trainer import Trainer
 
     return PruneCLI(
@@ -72,6 +72,7 @@ def run(argv: list[str]) -> Any:
         parser_class=ShortErrors,
         trainer_class=Trainer,
         trainer_defaults={"callbacks": [StopOnSignal()]},
+        save_config_callback=SaveConfig,
         auto_configure_optimizers=False,
         subclass_mode_model=True,
         subclass_mode_data=True,

@@ -36,6 +36,7 @@ FIELDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "revision": OPTIONAL_TEXT,
     "seed": ("a whole number or null", lambda v: v is None or type(v) is int),
     "git_sha": OPTIONAL_TEXT,
+    "fingerprint": OPTIONAL_TEXT,
     "tokens_seen": ("a whole number", lambda v: type(v) is int),
     "metrics": (
         "figures by name",
@@ -61,6 +62,7 @@ class Mask:
         tokens_seen: corpus tokens the search consumed.
         metrics: figures of the search, such as the held-out KL.
         unit: what is kept: ``layer`` or ``half``.
+        fingerprint: of the parent's weights (:func:`src.models.fingerprint.weights_fingerprint`), or None.
     """
 
     model: str
@@ -73,6 +75,7 @@ class Mask:
     tokens_seen: int = 0
     metrics: dict[str, float] = field(default_factory=dict)
     unit: Unit = "layer"
+    fingerprint: str | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "keep", tuple(self.keep))

@@ -14,7 +14,6 @@ from typing import Any, Literal, cast
 import torch
 from lightning import Trainer
 from lightning.pytorch.cli import OptimizerCallable
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -34,7 +33,7 @@ from src.models.streams import streams
 from src.ranges import Count, Share, checked
 from src.repair.linear_patch import LinearPatch
 from src.teachers import LiveTeacher, TeacherSource
-from src.training import checkpoints
+from src.training import checkpoints, identity
 from src.training.ranks import MicroBatches, WholeBatch
 from src.training.schedules import Decay, with_warmup
 from src.training.stage import Stage
@@ -84,10 +83,10 @@ class Recovery(Stage):
         found = Mask.load(mask)
         super().__init__(model or found.model, quantize=None, **kwargs)
         self.mask = found
-        self.loading = replace(self.loading, revision=self.revision or found.revision)
+        self.parent_key = identity.MODEL if model else identity.MASK
+        theirs = found.revision if self.name == found.model else None
+        self.loading = replace(self.loading, revision=self.revision or theirs)
         self.mask.check(num_layers(load_config(self.name, self.revision)), self.name)
-        if self.name != self.mask.model:
-            rank_zero_warn(f"model: '{self.name}' is recovered with a mask made for '{self.mask.model}'.")
         self.teacher = teacher or LiveTeacher()
         self.objective = Objective(distillation, terms)
         self.distillation = self.objective.distillation
@@ -106,7 +105,8 @@ class Recovery(Stage):
     def configure_model(self) -> None:
         if hasattr(self, "model"):
             return
-        parent = self.loading.load(self.name)
+        parent = self.load()
+        identity.check_parent(self.mask, self.name, self.weights, self.parent_key)
         student = cut(parent, self.mask)
         if self.patch is not None:
             self.patch(student, parent, self.mask, load_tokenizer(self.name, self.revision))
@@ -183,13 +183,20 @@ class Recovery(Stage):
 
     # ------------------------------------------------------------------ records
 
+    @property
+    def teacher_weights(self) -> str | None:
+        """Fingerprint of the teacher: of a model of its own, or the parent."""
+        return self.teacher.weights or self.weights
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
         checkpoint["recovery"] = {
             "tokens": self.tokens, "scope": self.scope, "rank": self.lora_rank, "keep": list(self.mask.keep),
             "patch": str(self.patch) if self.patch and self.patch.repairs else None, "frozen": self.frozen,
         }  # fmt: skip
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
         same_layers(checkpoint["recovery"], self.mask)
         self.tokens = checkpoint["recovery"]["tokens"]
 

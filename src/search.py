@@ -130,7 +130,7 @@ class MaskSearch(Stage):
         """Load the frozen model and gate it; a tuple keeps it out of the module tree and checkpoints."""
         if hasattr(self, "_frozen"):
             return
-        network = freeze(self.loading.load(self.name))
+        network = freeze(self.load())
         self._frozen = (network,)
         self.gates = GatedLayers(network, self.checkpoint_activations)
         self.head = OutputHead(network)
@@ -233,6 +233,11 @@ class MaskSearch(Stage):
 
     # ------------------------------------------------------------------ records
 
+    @property
+    def teacher_weights(self) -> str | None:
+        """Fingerprint of the teacher: of a model of its own, or this one."""
+        return (self.teacher and self.teacher.weights) or self.weights
+
     def mask(self, keep: Iterable[int], metrics: dict[str, float]) -> Mask:
         """The mask file for a set of kept layers."""
         return Mask(
@@ -245,12 +250,15 @@ class MaskSearch(Stage):
             git_sha=git_sha(),
             tokens_seen=self.tokens,
             metrics=metrics,
+            fingerprint=self.weights,
         )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
         checkpoint["budget"] = {"tokens": self.tokens, "forward_tokens": self.forward_tokens}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
         self.tokens, self.forward_tokens = checkpoint["budget"].values()
 
 

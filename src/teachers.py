@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -19,11 +20,12 @@ from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedModel
 
 from src.cache.corpus import CachedCorpus
-from src.cache.origin import Origin
+from src.cache.origin import check_origin
 from src.data.batches import Batch
 from src.errors import ConfigError
 from src.losses.distill import Distillation
 from src.losses.signals import Signal, TopK, live_signal
+from src.models.fingerprint import weights_fingerprint
 from src.models.gated import freeze
 from src.models.head import OutputHead
 from src.models.loading import Dtype, Loading, Quantization
@@ -44,6 +46,10 @@ class Learner(Protocol):
     @property
     def revision(self) -> str | None:
         """Its Hub revision."""
+
+    @property
+    def weights(self) -> str | None:
+        """Fingerprint of its weights."""
 
     @property
     def distillation(self) -> Distillation:
@@ -68,6 +74,10 @@ class Learner(Protocol):
 
 class TeacherSource(Protocol):
     """What a training module asks of a teacher."""
+
+    @property
+    def weights(self) -> str | None:
+        """Fingerprint of a model of its own; None if it is the parent, or a cache."""
 
     def refuse(self, trainer: Trainer, data: object) -> None:
         """Refuse, before anything is loaded, a trainer or data that this source cannot work with."""
@@ -119,6 +129,11 @@ class LiveTeacher:
         self.k: int | None = None
         self.loading = Loading(revision, dtype, quantize, attention)
         self._model: tuple[PreTrainedModel, ...] = ()
+
+    @cached_property
+    def weights(self) -> str | None:
+        """Fingerprint of a model other than the parent."""
+        return weights_fingerprint(self.name, self.loading.revision) if self.name else None
 
     def refuse(self, trainer: Trainer, data: object) -> None:
         """Refuse to be sharded where the strategy, or the bytes of the weights, cannot be.
@@ -196,18 +211,17 @@ class CachedTeacher:
     """
 
     k: int | None = None
+    weights: str | None = None
 
     def __init__(self, any_teacher: bool = False) -> None:
         self.any_teacher = any_teacher
-        self._origin: Origin | None = None
 
     def refuse(self, trainer: Trainer, data: object) -> None:
         """Refuse data that are no cache."""
         self.corpus(data)
 
     def adopt(self, parent: PreTrainedModel) -> None:
-        """Keep what tells the parent's weights apart; its memory is freed."""
-        self._origin = None if self.any_teacher else Origin.of(parent)
+        """Need no parent; its memory is freed."""
 
     def setup(self, learner: Learner) -> None:
         """Check the cache against the student's vocabulary and parent, and the loss's k.
@@ -220,9 +234,8 @@ class CachedTeacher:
         tempered = distillation.temperature != 1 and distillation.rule == "bucket"
         self.vocabulary = learner.head.vocabulary
         corpus.fits(self.vocabulary, self.k, tempered)
-        if self._origin is not None:
-            for cache in corpus.caches:
-                self._origin.check(cache, learner.name, learner.revision)
+        for cache in [] if self.any_teacher else corpus.caches:
+            check_origin(cache, learner.weights, learner.name, learner.revision)
 
     @staticmethod
     def corpus(data: object) -> CachedCorpus:

@@ -6,10 +6,10 @@ from typing import Any
 
 from lightning import LightningDataModule
 
-from src.cache.fingerprint import tokenizer_fingerprint
 from src.cache.loader import CachedLoader
 from src.cache.reader import Cache
 from src.errors import ConfigError
+from src.models.fingerprint import tokenizer_fingerprint
 from src.models.loading import load_tokenizer
 from src.ranges import Count, Seed, checked
 

@@ -1,42 +1,19 @@
-"""What tells models, tokenizers and corpora apart.
+"""What tells the documents of caches apart.
 
-Documents are hashed one by one and chained by a polynomial, so that the fingerprint of a corpus is the same
+They are hashed one by one and chained by a polynomial, so that the fingerprint of a corpus is the same
 wherever its shards end: ``f(ab) = f(a) BASE^len(b) + f(b)`` modulo a prime.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterable, Iterator
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 PRIME = 2**255 - 19
 BASE = int.from_bytes(hashlib.sha256(b"document").digest(), "big") % PRIME
-
-
-def weights_fingerprint(model: PreTrainedModel) -> str:
-    """Fingerprint of the weights: name, type, shape and 64 evenly spaced values of every tensor.
-
-    Enough to tell trained models apart, and cheap enough for any size.
-    """
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        flat = tensor.detach().reshape(-1)
-        last = max(0, flat.numel() - 1)
-        at = torch.tensor([i * last // 63 for i in range(64)], device=flat.device)  # exact: floats run over
-        sample = flat[at].cpu().double().numpy().tobytes() if flat.numel() else b""
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode() + sample)
-    return digest.hexdigest()[:16]
-
-
-def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Fingerprint of the mapping from text pieces to ids."""
-    return hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()[:16]
 
 
 def documents(tokens: NDArray[np.int32], supervised: NDArray[np.bool_], lengths: NDArray[np.int64]) -> str:

@@ -57,12 +57,13 @@ class Shard:
 class Manifest:
     """One part of a cache.
 
-    The fields above ``part``, and ``compute``, must agree in all parts, and when writing resumes.
+    The fields above ``part``, ``compute`` and ``day`` must agree in all parts, and when writing resumes.
 
     Attributes:
         teacher: id of the teacher.
         revision: its Hub revision, or None.
-        weights: fingerprint of its weights.
+        weights: fingerprint of its weights (:func:`src.models.fingerprint.weights_fingerprint`); None if
+            unknown.
         quantize: its quantisation, or None.
         tokenizer: fingerprint of the tokenizer.
         vocabulary: number of logits.
@@ -74,11 +75,12 @@ class Manifest:
         shards: the files, in order.
         dtype: type of the weights that are not quantised; None in caches that did not note it.
         compute: the trainer's precision; None in caches that did not note it.
+        day: what chat templates took for today; None in caches that did not note it.
     """
 
     teacher: str
     revision: str | None
-    weights: str
+    weights: str | None
     quantize: str | None
     tokenizer: str
     vocabulary: int
@@ -91,11 +93,13 @@ class Manifest:
     version: int = VERSION
     dtype: str | None = None
     compute: str | None = None
+    day: str | None = None
 
     @property
     def identity(self) -> dict[str, Any]:
         """The fields that must not change while a cache is written."""
-        return {f.name: getattr(self, f.name) for f in fields(self)[:9]} | {"compute": self.compute}
+        names = [*(f.name for f in fields(self)[:9]), "compute", "day"]
+        return {name: getattr(self, name) for name in names}
 
     @cached_property
     def corpus(self) -> str:

@@ -9,7 +9,6 @@ import torch
 from lightning import Callback, Trainer
 from torch import Tensor
 
-from src.cache.fingerprint import weights_fingerprint
 from src.cache.shards import Precision, Rows, rows_of
 from src.cache.writer import CacheWriter
 from src.data.batches import supervised
@@ -80,8 +79,7 @@ class CacheTeacher(Stage):
     def configure_model(self) -> None:
         if hasattr(self, "model"):
             return
-        self.model = freeze(self.loading.load(self.name))
-        self.fingerprint = weights_fingerprint(self.model)
+        self.model = freeze(self.load())
         self.head = OutputHead(self.model)
         if self.engine:
             self.check()

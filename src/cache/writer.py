@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from datetime import date
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -20,13 +21,13 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
 from transformers import PreTrainedModel
 
-from src.cache.fingerprint import tokenizer_fingerprint
 from src.cache.forecast import Runner, forecast
 from src.cache.manifest import Manifest, Shard
 from src.cache.shards import Precision, Rows, encode
 from src.data.loader import REPEATED
 from src.errors import ConfigError
 from src.files import unwritten, whole
+from src.models.fingerprint import differ, tokenizer_fingerprint
 from src.models.head import OutputHead
 from src.models.loading import Loading
 from src.training.lock import lock
@@ -38,7 +39,7 @@ class Teacher(Runner, Protocol):
     name: str
     loading: Loading
     model: PreTrainedModel
-    fingerprint: str
+    weights: str | None
     head: OutputHead
     k: int
 
@@ -69,14 +70,22 @@ class CacheWriter(BasePredictionWriter):
         self._held = ExitStack()
         """The directory's lock and the writing thread."""
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Go on with the day that chats were rendered on, unless another was named."""
+        super().setup(trainer, pl_module, stage)
+        corpus = getattr(trainer, "datamodule")  # noqa: B009 (mypy)
+        parts = (Manifest.load(self.out, part) for part in range(trainer.world_size))
+        day = next((part.day for part in parts if part is not None and part.day is not None), None)
+        if day is not None and corpus.named_day is None:
+            corpus.rendering.day = date.fromisoformat(day)
+
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find what is already there, and print what the rest will cost."""
         trainer.predict_loop.return_predictions = False  # they are on disk; memory stays flat
         teacher = cast(Teacher, pl_module)  # Lightning hands over its own type
         wanted = describe(trainer, teacher, self.precision)
         self.manifest = Manifest.load(self.out, wanted.part) or wanted
-        if self.manifest.compute is None:  # written before it was noted
-            wanted = replace(wanted, compute=None)
+        wanted = _as_noted(wanted, self.manifest)
         if self.manifest.identity != wanted.identity:
             changed = "; ".join(
                 f"{key} was {was} and is now {wanted.identity[key]}"
@@ -149,7 +158,7 @@ class CacheWriter(BasePredictionWriter):
         if rows is None or rows.corpus != shard.corpus:
             raise ConfigError(
                 f"cache: corpus: the batches of {shard.file} in '{self.out}' are other tokens now, or in "
-                f"another order. Set the data back, or choose another directory."
+                f"another order. Set the data (and the chat template) back, or choose another directory."
             )
 
     def _close(self) -> None:
@@ -210,7 +219,7 @@ def describe(trainer: Trainer, teacher: Teacher, precision: Precision) -> Manife
     return Manifest(
         teacher=teacher.name,
         revision=teacher.loading.revision or getattr(teacher.model.config, "_commit_hash", None),
-        weights=teacher.fingerprint,
+        weights=teacher.weights,
         quantize=teacher.loading.quantize,
         tokenizer=tokenizer_fingerprint(getattr(trainer, "datamodule").tokenizer),  # noqa: B009 (mypy)
         vocabulary=teacher.head.vocabulary,
@@ -220,4 +229,16 @@ def describe(trainer: Trainer, teacher: Teacher, precision: Precision) -> Manife
         part=trainer.global_rank,
         dtype=teacher.loading.dtype,
         compute=str(trainer.precision),
+        day=getattr(trainer, "datamodule").rendering.day.isoformat(),  # noqa: B009 (mypy)
+    )
+
+
+def _as_noted(wanted: Manifest, found: Manifest) -> Manifest:
+    """What is wanted, but for what an older cache did not note, or noted in a way that is not compared."""
+    compared = differ(found.weights, wanted.weights) is not None
+    return replace(
+        wanted,
+        compute=found.compute and wanted.compute,
+        day=found.day and wanted.day,
+        weights=wanted.weights if compared else found.weights,
     )

@@ -13,9 +13,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from jinja2 import TemplateError
-from transformers import PreTrainedTokenizerBase
 
 from src.data.formats import reason
+from src.data.rendering import Rendering
 from src.data.text import checked
 from src.errors import ConfigError
 
@@ -105,15 +105,19 @@ def render(
     tools: list[Any] | None,
     own: Sequence[bool],
     where: str,
-    tokenizer: PreTrainedTokenizerBase,
+    rendering: Rendering,
+    raw: str,
 ) -> tuple[str, list[Span] | None]:
     """The text of a chat, and the characters that the assistant wrote in the turns that are its ``own``.
+
+    Whatever chance a template asks for follows from ``raw``, what the row says.
 
     The spans are None if the template hides which they are.
 
     Raises:
         ConfigError: the template refuses the chat, or passes over something that it says.
     """
+    tokenizer = rendering.tokenizer
     if not tokenizer.chat_template:
         raise ConfigError(
             f"{where} is a chat, but the tokenizer '{tokenizer.name_or_path}' has no chat "
@@ -122,7 +126,7 @@ def render(
 
     def apply(turns: list[Turn], tools: list[Any] | None = tools) -> str:
         try:
-            return str(tokenizer.apply_chat_template(turns, tools=tools, tokenize=False))
+            return rendering(turns, raw, tools=tools)
         except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as e:
             raise ConfigError(f"{where}: the chat template refuses this chat: {reason(e)}") from e
 

@@ -8,10 +8,13 @@ elsewhere; it is not shifted.
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from copy import copy
 from dataclasses import asdict, replace
-from pathlib import Path
-from typing import Annotated, Any, Literal
+from datetime import date
+from functools import cached_property
+from typing import Annotated, Any, Literal, cast
 
 import torch.distributed as dist
 from lightning import LightningDataModule, Trainer
@@ -23,17 +26,21 @@ from src.data import options
 from src.data.batches import Batch, Batching, Packed, Padded
 from src.data.boundaries import check_boundaries
 from src.data.columns import WELL_KNOWN, Columns
+from src.data.content import alike, described
 from src.data.encode import Encoder, TooLong
 from src.data.loader import Loader, across_ranks, alone
 from src.data.options import Sources
 from src.data.reader import Corpora, State
 from src.data.redistribute import redistribute
+from src.data.rendering import Rendering, parse_day
 from src.data.statistics import Statistics
 from src.data.stream import Recipe
 from src.errors import ConfigError
+from src.models.fingerprint import tokenizer_fingerprint
 from src.models.loading import load_tokenizer
 from src.models.positions import position_limit, too_long
 from src.ranges import MOST, Count, Range, Seed, checked
+from src.training.identity import Change, changes, settle
 
 
 class Corpus(LightningDataModule):
@@ -65,7 +72,11 @@ class Corpus(LightningDataModule):
         num_workers: worker processes of each rank: 0 (read in this process), 1, 2 or 4; changes no
             batch.
         seed: seed of the order.
+        today: what a chat template takes for today, such as 2026-01-31; by default the day the run began.
     """
+
+    accepted: Sequence[str] = ()
+    """Keys whose change on resume is meant."""
 
     @checked
     def __init__(
@@ -87,6 +98,7 @@ class Corpus(LightningDataModule):
         shuffle_buffer: Count = 8192,
         num_workers: int = 0,
         seed: Seed = 0,
+        today: str | None = None,
     ) -> None:
         super().__init__()
         options.check(held_out, validation, num_workers)
@@ -102,9 +114,9 @@ class Corpus(LightningDataModule):
         self.batching: Batching = kind(batch_size, max_length, 0 if pad is None else pad)  # never looked at
         self.max_tokens = options.token_count(max_tokens)
         self.shuffle_buffer, self.num_workers, self.seed = shuffle_buffer, num_workers, seed
-        self.order = {
-            "tokenizer": len(self.tokenizer),
-            "train": [{**asdict(source), "path": Path(source.path).name} for source in self.train],
+        self.named_day = parse_day(today)
+        self.rendering = Rendering(self.tokenizer, self.named_day)
+        self._order = {
             "columns": asdict(self.columns), "held_out": held_out, "separator": separator,
             "supervise": supervise, "packing": packing, "batch_size": batch_size,
             "max_length": max_length, "too_long": too_long, "bos": bos, "eos": eos,
@@ -113,7 +125,9 @@ class Corpus(LightningDataModule):
         self.setup("")
 
     def setup(self, stage: str) -> None:
-        """Forget the positions of an earlier run."""
+        """Forget the positions of an earlier run; all ranks take the day of the first for today."""
+        if self.trainer is not None:
+            self.rendering.day = self.trainer.strategy.broadcast(self.rendering.day)
         self._loader: Loader | None = None
         self._resume: list[State] | None = None
         self._told: set[str] = set()
@@ -127,7 +141,7 @@ class Corpus(LightningDataModule):
             sources = [replace(source, weight=None) for source in sources]
         if not sources:
             raise ConfigError(f"data.{split} is not set; name a file, a Hub id or a list of sources.")
-        corpora = Corpora(sources, self.columns, self.separator, self.tokenizer, self.held_out, apart)
+        corpora = Corpora(sources, self.columns, self.separator, self.rendering, self.held_out, apart)
         recipe = Recipe(corpora, self._encoder(), self.batching, self.shuffle_buffer, shuffle, self.seed)
         return Loader(recipe, **options)
 
@@ -167,6 +181,8 @@ class Corpus(LightningDataModule):
             keys["position"] = self._loader.position
         elif self._resume is not None:
             keys["position"] = self._resume[keys["rank"]]
+        if self.trainer is not None:
+            assert self.order, "what the run reads is noted as it begins"
         self._loader = self.loader("train", shuffle=True, **keys)
         if self.trainer is not None and self._loader.position["finished"]:
             self.trainer.should_stop = True
@@ -225,6 +241,15 @@ class Corpus(LightningDataModule):
             rank_zero_warn(f"data: {fate}.")
             self._told.add(fate)
 
+    @cached_property
+    def order(self) -> dict[str, Any]:
+        """What decides the documents and their order: settings, and the contents of tokenizer and corpora."""
+        noted = {
+            "tokenizer": tokenizer_fingerprint(self.tokenizer), "train": described(self.train),
+            "validation": described(self.validation), **self._order,
+        }  # fmt: skip
+        return cast(dict[str, Any], json.loads(json.dumps(noted)))  # plain values, as a checkpoint holds
+
     def state_dict(self) -> dict[str, Any]:
         """The positions of all ranks, and what their meaning depends on; called on every rank."""
         if self._loader is None:
@@ -233,7 +258,7 @@ class Corpus(LightningDataModule):
         if self._loader.world > 1:
             positions = [None] * self._loader.world
             dist.all_gather_object(positions, self._loader.position)
-        return {"order": self.order, "positions": positions}
+        return {"order": self.order, "rendering": self.rendering.record, "positions": positions}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from saved positions, in a fit, on any number of ranks; validation has no position.
@@ -243,20 +268,38 @@ class Corpus(LightningDataModule):
         """
         if self.trainer is not None and self.trainer.state.fn != TrainerFn.FITTING:
             return
-        changed = [
-            f"data.init_args.{key} was {state_dict['order'].get(key)} and is now {value}"
-            for key, value in self.order.items()
-            if state_dict["order"].get(key) != value
-        ]
-        if changed:
-            raise ConfigError(
-                "data: the checkpoint's place in the corpus has no meaning now: "
-                f"{'; '.join(changed)}. Set them back, or start anew without the checkpoint."
-            )
+        settle(self._changes(state_dict["order"]), self.accepted, "other rows, or of another order")
+        self._render_as(state_dict.get("rendering"))
         self._resume = redistribute(state_dict["positions"], self._ranks()["world"])
+
+    def _changes(self, was: dict[str, Any]) -> list[Change]:
+        now = dict(self.order)
+        if isinstance(was["tokenizer"], int):  # as checkpoints had it that knew no contents
+            rank_zero_warn("data: the checkpoint does not say what its corpora held; it is not checked.")
+            now["tokenizer"] = len(self.tokenizer)
+        same = [key for key in ("train", "validation") if alike(was.get(key, now[key]), now[key])]
+        return changes(was, {key: value for key, value in now.items() if key not in same}, "data.init_args")
+
+    def _render_as(self, was: dict[str, Any] | None) -> None:
+        """Go on with the day of the checkpoint unless one was named; tell what renders differently."""
+        if was is None:
+            return
+        if self.named_day is None:
+            self.rendering.day = date.fromisoformat(was["day"])
+        for change in changes(was, self.rendering.record):
+            rank_zero_warn(f"data: {_RENDERED[change.key]} was {change.was} in the checkpoint and is now "
+                           f"{change.now}; {_PLACE}.")  # fmt: skip
 
     def _ranks(self) -> dict[str, Any]:
         trainer = self.trainer
         rank, world = (trainer.global_rank, trainer.world_size) if trainer else (0, 1)
         agree = across_ranks() if world > 1 and dist.is_initialized() else alone
         return {"rank": rank, "world": world, "workers": self.num_workers, "agree": agree}
+
+
+_PLACE = "rows of the block under way may be repeated or left out, and those after it read differently"
+_RENDERED = {
+    "day": "data.init_args.today",
+    "template": "the chat template (its fingerprint)",
+    "rules": "the way the tokenizer divides text (its fingerprint)",
+}

@@ -7,14 +7,14 @@ and answer that are lists of messages are a chat of which the answer is supervis
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from typing import Any
-
-from transformers import PreTrainedTokenizerBase
 
 from src.data.chat import Span, read_tools, read_turns, render
 from src.data.columns import Columns, filled
 from src.data.formats import MAX_DOCUMENT, WHERE, Row
+from src.data.rendering import Rendering
 from src.data.text import checked
 from src.errors import ConfigError
 
@@ -29,6 +29,7 @@ class Document:
         text: what the model reads.
         spans: the supervised characters; None if the chat template hides which they are.
         where: file and row.
+        raw: what the row says, before any template, day or separator; its identity.
         chat: the text was rendered by a template, which sets special tokens itself.
         unread: columns of the row that are not read.
     """
@@ -36,11 +37,12 @@ class Document:
     text: str
     spans: list[Span] | None
     where: str
+    raw: str
     chat: bool = False
     unread: tuple[str, ...] = ()
 
 
-def read_document(row: Row, columns: Columns, separator: str, tokenizer: PreTrainedTokenizerBase) -> Document:
+def read_document(row: Row, columns: Columns, separator: str, rendering: Rendering) -> Document:
     """Make a document of a row.
 
     Raises:
@@ -51,8 +53,7 @@ def read_document(row: Row, columns: Columns, separator: str, tokenizer: PreTrai
     if columns.messages is not None or (
         columns.prompt and any(isinstance(row[c], list) for c in columns.names)
     ):
-        text, spans = _chat(row, columns, where, tokenizer)
-        return Document(text, spans, where, True, unread)
+        return _chat(row, columns, where, rendering, unread)
     if _given(row, columns.tools) is not None:
         raise ConfigError(
             f"{where}: column '{columns.tools}' holds tools, which only a chat can call. Use 'messages', or "
@@ -62,13 +63,11 @@ def read_document(row: Row, columns: Columns, separator: str, tokenizer: PreTrai
     names = [c for c in order if c and (c in columns.names or _given(row, c) is not None)]
     parts = [checked(row[name], f"{where}: column '{name}'") for name in names]
     text = separator.join(parts)
-    return Document(text, [(len(text) - len(parts[-1]), len(text))], where, False, unread)
+    return Document(text, [(len(text) - len(parts[-1]), len(text))], where, "\n".join(parts), False, unread)
 
 
-def _chat(
-    row: Row, columns: Columns, where: str, tokenizer: PreTrainedTokenizerBase
-) -> tuple[str, list[Span] | None]:
-    """The rendered chat and its spans; of prompt and answer, only the answer's turns are supervised."""
+def _chat(row: Row, columns: Columns, where: str, rendering: Rendering, unread: tuple[str, ...]) -> Document:
+    """The rendered chat; of prompt and answer, only the answer's turns are supervised."""
     parts = [(row[name], role) for name, role in zip(columns.names, ("user", "assistant"), strict=False)]
     if columns.messages is None:  # a text beside a list of messages is one message
         parts = [([{"role": r, "content": p}] if isinstance(p, str) else p, r) for p, r in parts]
@@ -85,8 +84,11 @@ def _chat(
         if first is None:
             message = {"role": "system", "content": system}
             turns, own = [*read_turns([message], where), *turns], [False, *own]
-    tools = _given(row, columns.tools)
-    return render(turns, None if tools is None else read_tools(tools, where), own, where, tokenizer)
+    given = _given(row, columns.tools)
+    tools = None if given is None else read_tools(given, where)
+    raw = json.dumps([turns, tools], sort_keys=True, default=str)
+    text, spans = render(turns, tools, own, where, rendering, raw)
+    return Document(text, spans, where, raw, True, unread)
 
 
 def _given(row: Row, name: str | None) -> Any:

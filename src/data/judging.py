@@ -15,6 +15,7 @@ from src.data.columns import Columns
 from src.data.documents import read_document
 from src.data.encode import IGNORE, Encoder, TokenRow
 from src.data.formats import WHERE
+from src.data.rendering import Rendering
 from src.data.sources import Source, open_source
 
 Rows = Sequence[dict[str, Any]]
@@ -86,7 +87,8 @@ def judged(
     encoder = Encoder(tokenizer, max_length, supervise, "truncate", None, eos)
     whole = Encoder(tokenizer, sys.maxsize, supervise, "truncate", None, eos)
     named = ({WHERE: f"row {number}", **row} for number, row in enumerate(rows, 1))
-    documents = [read_document(row, columns, "\n", tokenizer) for row in named]
+    rendering = Rendering(tokenizer)  # of one day, past midnight too
+    documents = [read_document(row, columns, "\n", rendering) for row in named]
     kept = [(number, piece) for number, pieces in enumerate(encoder(documents)) for piece in pieces]
     lost = [documents[number] for number in sorted({*range(len(documents))} - {number for number, _ in kept})]
     long = sum(bool(pieces) for pieces in whole(lost))

@@ -8,11 +8,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
-
 from src.data.columns import Columns
 from src.data.documents import Document, read_document
 from src.data.formats import UNREADABLE, WHERE, Row, reason
+from src.data.rendering import Rendering
 from src.data.sources import Source, open_source
 from src.errors import ConfigError
 
@@ -28,21 +27,22 @@ class Corpora:
         sources: the parts of the mixture.
         columns: where the rows keep what is wanted.
         separator: what stands between prompt and answer.
-        tokenizer: owner of the chat template.
-        held_out: share of the documents that is set apart, in [0, 1), by a hash of their text.
+        rendering: how chats become text.
+        held_out: share of the documents that is set apart, in [0, 1), by a hash of what
+            their rows say before any template.
         apart: whether to read the documents set apart, or the others.
     """
 
     sources: list[Source]
     columns: Columns
     separator: str
-    tokenizer: PreTrainedTokenizerBase
+    rendering: Rendering
     held_out: float = 0.0
     apart: bool = False
 
     def wants(self, document: Document) -> bool:
         """Whether the document is on the side of the held-out split that is read here."""
-        return (zlib.crc32(document.text.encode()) < self.held_out * 2**32) == self.apart
+        return (zlib.crc32(document.raw.encode()) < self.held_out * 2**32) == self.apart
 
 
 class Reader(Iterator[Document]):
@@ -70,7 +70,7 @@ class Reader(Iterator[Document]):
             if row is None:
                 continue
             document = read_document(
-                row, self.corpora.columns, self.corpora.separator, self.corpora.tokenizer
+                row, self.corpora.columns, self.corpora.separator, self.corpora.rendering
             )
             if self.corpora.wants(document):
                 return document

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import errno
 import re
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
+import lightning
+import yaml
+from lightning import LightningModule
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
 from src.errors import ConfigError, did_you_mean
 from src.mask import Mask
 from src.training import watchdog
+from src.training.identity import settings_of
 from src.training.lock import lock
 from src.training.settings import check_settings
 from src.training.stage import Stage
@@ -37,8 +41,24 @@ class ShortErrors(LightningArgumentParser):
         raise ConfigError(message + hint) from ex
 
 
+class SaveConfig(SaveConfigCallback):
+    """Writes ``config.yaml`` when a fit begins: a resume that is refused leaves that of the run as it was."""
+
+    def setup(self, trainer: lightning.Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage != "fit":
+            super().setup(trainer, pl_module, stage)
+
+    def on_fit_start(self, trainer: lightning.Trainer, pl_module: LightningModule) -> None:
+        super().setup(trainer, pl_module, "fit")
+
+
 class PruneCLI(LightningCLI):
     """LightningCLI with the model's name shared with the data."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add what has no place in trainer, model or data."""
+        keys = "keys, with commas between, whose change on resume is meant: --accept model.init_args.draws"
+        parser.add_argument("--accept", type=str, default="", help=keys)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse, and judge all settings before the first of them is used."""
@@ -75,6 +95,7 @@ class PruneCLI(LightningCLI):
     def instantiate_classes(self) -> None:
         """Build trainer, model and data; refuse what they cannot do together before processes start."""
         super().instantiate_classes()
+        self._note_settings()
         if isinstance(self.model, Stage):
             self.model.refuse(self.trainer, self.datamodule)
         check_checkpoint(self.trainer, self.config[self.subcommand or "fit"].get("ckpt_path"))
@@ -88,6 +109,14 @@ class PruneCLI(LightningCLI):
             return
         with lock(directory, "trainer.logger.init_args.version"):
             super()._run_subcommand(subcommand)
+
+    def _note_settings(self) -> None:
+        """Give model and data what checkpoints note of a run, and what may differ from a checkpoint's."""
+        config = self.config[self.subcommand] if self.subcommand else self.config
+        plain = yaml.safe_load(self._parser(self.subcommand).dump(config, skip_none=False))
+        model, data = cast(Any, self.model), cast(Any, self.datamodule)
+        model.settings = settings_of(plain)
+        model.accepted = data.accepted = [key for key in config.accept.split(",") if key]
 
     def _parse_ckpt_path(self) -> None:
         """Leave YAML and command line in charge on resume; Lightning would let the checkpoint win."""

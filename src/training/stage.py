@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Protocol, cast
+from collections.abc import Iterable, Sequence
+from typing import Any, Protocol, cast
 
 from lightning import LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from src.data.batches import Batch
+from src.models.fingerprint import weights_fingerprint
 from src.models.head import OutputHead
 from src.models.loading import Dtype, Loading, Quantization
 from src.models.vocabulary import check_vocabulary
+from src.training import identity
 from src.training.strategies import kind
 
 
@@ -40,6 +42,8 @@ class Stage(LightningModule):
     """
 
     head: OutputHead
+    parent_key = identity.MODEL
+    """Key that names the model."""
 
     def __init__(
         self,
@@ -54,11 +58,23 @@ class Stage(LightningModule):
         self.name, self.loading = model, Loading(revision, dtype, quantize, attention)
         self.checkpoint_activations = checkpoint_activations
         self.tokens = 0
+        self.weights: str | None = None
+        """Fingerprint of the model's weights, once they are loaded."""
+        self.settings: dict[str, Any] = {}
+        """The experiment as the command line gives it, which checkpoints note."""
+        self.accepted: Sequence[str] = ()
+        """Keys whose change on resume is meant."""
 
     @property
     def revision(self) -> str | None:
         """Hub revision that is asked for."""
         return self.loading.revision
+
+    def load(self) -> PreTrainedModel:
+        """Load the model, and note what tells its weights apart."""
+        model = self.loading.load(self.name)
+        self.weights = weights_fingerprint(self.name, self.revision)
+        return model
 
     def refuse(self, trainer: Trainer, data: object) -> None:
         """Refuse what cannot work with this trainer and these data, before anything is loaded.
@@ -86,6 +102,23 @@ class Stage(LightningModule):
         """Compare the output head with the model's own, and the data's tokens with its vocabulary."""
         self.head.check()
         check_vocabulary(self.data.tokenizer, self.head.model, self.name, self.revision)
+
+    @property
+    def teacher_weights(self) -> str | None:
+        """Fingerprint of the weights whose signal is learned."""
+        return self.weights
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Note what the run is."""
+        checkpoint["identity"] = identity.note(self)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse the checkpoint of another run.
+
+        Raises:
+            ConfigError: names what differs, by key.
+        """
+        identity.check(checkpoint.get("identity"), self, self.trainer.state.fn == TrainerFn.FITTING)
 
     def on_validation_start(self) -> None:
         """Get ready too when validation is all that runs."""

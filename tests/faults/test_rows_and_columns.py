@@ -17,6 +17,7 @@ from src.data.arithmetic import build_tokenizer, problems
 from src.data.documents import read_document
 from src.data.encode import IGNORE, Encoder
 from src.data.judging import judged
+from src.data.rendering import Rendering
 from src.data.sources import WHERE
 from src.errors import ConfigError
 from tests.data_tools import CHATML, LLAMA3, MISTRAL, byte_tokenizer, corpus, write_rows
@@ -40,7 +41,8 @@ def encoded(
 ) -> tuple[str, list[str]]:
     """The text of a row, and what of it is supervised."""
     keys = {"max_length": 999, "supervise": "answer", "too_long": "truncate", "bos": None, "eos": True}
-    document = read_document({WHERE: "a.jsonl row 1", **row}, columns or Columns(), "\n", tokenizer)
+    rendering = Rendering(tokenizer)
+    document = read_document({WHERE: "a.jsonl row 1", **row}, columns or Columns(), "\n", rendering)
     ((found,),) = Encoder(tokenizer, **{**keys, **options})([document])
     runs: list[list[int]] = [[]]
     for token, label in zip(found.ids, found.labels, strict=True):

@@ -205,9 +205,9 @@ def test_a_coarse_cache_cannot_be_tempered(ws: Workspace) -> None:
         module.data = CachedCorpus(ws.model, ws.write(precision, precision=precision))
         if refused:
             with pytest.raises(ConfigError, match=r"precision: .* is compact"):
-                CachedTeacher().setup(module)
+                CachedTeacher(any_teacher=True).setup(module)
             module.distillation = Distillation(k=10, temperature=2.0, rule="renormalise")
-        CachedTeacher().setup(module)
+        CachedTeacher(any_teacher=True).setup(module)
 
 
 def test_a_shard_that_is_gone_is_missed_before_training(ws: Workspace, cache: str, tmp_path: Path) -> None:

@@ -7,15 +7,17 @@ import shutil
 import warnings
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from lightning import Trainer
 
-from src.cache import Cache, CachedCorpus, Manifest
-from src.cache.origin import Origin
+from src.cache import Cache, CachedCorpus, CacheTeacher, Manifest
+from src.cache.origin import check_origin
 from src.errors import ConfigError
 from src.mask import Mask
+from src.models.fingerprint import weights_fingerprint
 from src.models.loading import load_model
 from src.recover import Recovery
 from src.teachers import CachedTeacher
@@ -81,27 +83,39 @@ def test_the_cache_of_validation_is_compared_too(
     ws: Workspace, cache: str, tuned: str, tmp_path: Path
 ) -> None:
     other = Workspace(ws.root, ws.family)
-    theirs = noted(cache, tmp_path / "theirs", weights=Origin.of(load_model(tuned)).weights, teacher=tuned)
+    theirs = noted(cache, tmp_path / "theirs", weights=weights_fingerprint(tuned), teacher=tuned)
     with pytest.raises(ConfigError, match="theirs"):
         recover(other.model, cache, tmp_path, CachedTeacher(), theirs)
 
 
-@pytest.mark.parametrize(
-    "form",
-    [{"quantize": "int8"}, {"dtype": "bfloat16"}, {"dtype": None}],
-    ids=["quantised", "another type", "before types were noted"],
-)
+@pytest.mark.parametrize("weights", ["0123456789abcdef", None], ids=["of another kind", "unknown"])
 def test_where_weights_cannot_be_compared_names_are_and_another_one_is_warned_of(
-    ws: Workspace, cache: str, tuned: str, tmp_path: Path, form: dict[str, str | None]
+    ws: Workspace, cache: str, tuned: str, tmp_path: Path, weights: str | None
 ) -> None:
-    there = Cache(noted(cache, tmp_path / "cache", weights="0123456789abcdef", **form))
+    there = Cache(noted(cache, tmp_path / "cache", weights=weights))
     with pytest.warns(UserWarning, match="cache: teacher"):
-        Origin.of(load_model(tuned)).check(there, tuned, None)
+        check_origin(there, weights_fingerprint(tuned), tuned, None)
+    there = Cache(noted(cache, tmp_path / "revision", weights=weights, revision="v1"))
     with pytest.warns(UserWarning, match="revision v2"):
-        Origin.of(load_model(ws.model)).check(there, ws.model, "v2")
+        check_origin(there, weights_fingerprint(ws.model), ws.model, "v2")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        Origin.of(load_model(ws.model)).check(there, ws.model, None)
+        check_origin(there, weights_fingerprint(ws.model), ws.model, "v1")
+
+
+@pytest.mark.parametrize("form", [{"quantize": "int8"}, {"dtype": "bfloat16"}])
+def test_a_cache_of_the_parent_in_another_form_is_known_to_be_of_it(
+    ws: Workspace, tuned: str, tmp_path: Path, form: dict[str, Any]
+) -> None:
+    """What is compared is what is stored, however it was loaded."""
+    module = CacheTeacher(ws.model, str(tmp_path / "cache"), count_seconds=0, **form)
+    Trainer(**BARE).predict(module, datamodule=ws.corpus())
+    there = Cache(str(tmp_path / "cache"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        check_origin(there, weights_fingerprint(ws.model), "elsewhere", None)
+    with pytest.raises(ConfigError, match="cache: teacher"):
+        check_origin(there, weights_fingerprint(tuned), ws.model, None)
 
 
 def test_a_cache_notes_the_type_and_one_that_did_not_is_still_read(cache: str, tmp_path: Path) -> None:

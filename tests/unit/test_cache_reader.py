@@ -265,7 +265,7 @@ def test_cached_teacher_wants_a_cached_corpus_and_gives_its_signal(ws: Workspace
     module.distillation = Distillation(k=4)
     module.head = type("Head", (), {"vocabulary": 87})()
     module.trainer = type("T", (), {"datamodule": None, "callback_metrics": {}})()
-    teacher = CachedTeacher()
+    teacher = CachedTeacher(any_teacher=True)
     with pytest.raises(ConfigError, match="CachedCorpus"):
         teacher.setup(module)
     module.trainer.datamodule = CachedCorpus(tokenizer=ws.model, train=cache)

@@ -12,6 +12,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from src.data import Columns
 from src.data.documents import read_document
 from src.data.encode import IGNORE, Encoder, TokenRow
+from src.data.rendering import Rendering
 from src.data.sources import WHERE
 from src.errors import ConfigError
 from tests.data_tools import (
@@ -38,7 +39,8 @@ def encode(
     row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, columns: Columns | None = None, **options: Any
 ) -> TokenRow:
     keys = {"max_length": 999, "supervise": "answer", "too_long": "truncate", "bos": None, "eos": True}
-    document = read_document({WHERE: "a.jsonl row 1", **row}, columns or Columns(), "\n", tokenizer)
+    row, rendering = {WHERE: "a.jsonl row 1", **row}, Rendering(tokenizer)
+    document = read_document(row, columns or Columns(), "\n", rendering)
     ((found,),) = Encoder(tokenizer, **{**keys, **options})([document])
     return found
 

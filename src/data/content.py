@@ -1,0 +1,77 @@
+"""What tells corpora apart: what they hold, not where they lie or what they are called."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import fsspec
+from datasets import load_dataset_builder
+
+from src.data.formats import UNREADABLE, reason
+from src.data.sources import Source, find_files, open_saved
+from src.errors import ConfigError
+
+_BLOCKS, _BLOCK = 16, 1 << 14
+
+
+def described(sources: list[Source]) -> list[dict[str, Any]]:
+    """The parts of a mixture as plain values, each with the fingerprint of its content.
+
+    Raises:
+        ConfigError: there is no such file or dataset.
+    """
+    return [
+        {**asdict(source), "path": Path(source.path).name, "content": fingerprint(source)}
+        for source in sources
+    ]
+
+
+def alike(was: list[dict[str, Any]], now: list[dict[str, Any]]) -> bool:
+    """Whether two mixtures are the same; their names are compared where a content is not known."""
+    if len(was) != len(now):
+        return False
+    for a, b in zip(was, now, strict=True):
+        open_ = "path" if a.get("content") and b.get("content") else "content"
+        if {**a, open_: None} != {**b, open_: None}:
+            return False
+    return True
+
+
+def fingerprint(source: Source) -> str | None:
+    """Fingerprint of what a source holds; None where it cannot be known.
+
+    Of each local file the size and 16 blocks of 16 KiB are read, evenly spaced (all of a file up to 256 KiB),
+    so that a change of a larger one between them is not seen if it keeps the size. Of a remote file size and
+    first block are read. A dataset of the Hub is known by its commit. Names do not count, their order does.
+
+    Raises:
+        ConfigError: there is no such file or dataset, or it cannot be read.
+    """
+    files = find_files(source)
+    try:
+        if files is None and not Path(source.path).is_dir():
+            return load_dataset_builder(source.path, source.name).hash
+        if files is None:
+            files = [part["filename"] for part in open_saved(source.path, source.split).cache_files]
+        digest = hashlib.sha256()
+        for file in files:
+            _sample(file, digest)
+    except (*UNREADABLE, KeyError, RuntimeError) as e:
+        raise ConfigError(f"data: '{source.path}' cannot be read: {reason(e)}") from e
+    return digest.hexdigest()[:24]
+
+
+def _sample(file: str, digest: Any) -> None:
+    system, path = fsspec.core.url_to_fs(file)
+    size = system.size(path)
+    digest.update(f"{size} ".encode())
+    if not size:
+        return
+    last = 0 if "://" in file else max(0, size - _BLOCK)
+    with system.open(path, "rb") as stream:
+        for start in sorted({last * i // (_BLOCKS - 1) for i in range(_BLOCKS)}):
+            stream.seek(start)
+            digest.update(stream.read(_BLOCK))

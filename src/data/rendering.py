@@ -1,0 +1,90 @@
+"""Chats as text: a tokenizer's template, which reads a fixed day and draws fixed lots.
+
+A template may ask for today's date (``strftime_now``) and for chance (the filter ``random``, ``lipsum``).
+Were these the clock's and the process's own, the rows of a run would change overnight, and those of a
+resumed run from the ones that it had seen. Here a rendering is a function of the chat, the template and
+the day alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from datetime import date
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+from transformers.utils.chat_template_utils import _compile_jinja_template
+
+from src.errors import ConfigError
+
+Turn = dict[str, Any]
+
+
+class Rendering:
+    """Renders chats as a tokenizer's template says, on one day.
+
+    Args:
+        tokenizer: owner of the template.
+        day: what the template takes for today, at midnight; None is the day of the call.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, day: date | None = None) -> None:
+        self.tokenizer, self.day = tokenizer, day or date.today()
+
+    def __call__(self, turns: list[Turn], seed: str, **inputs: Any) -> str:
+        """The text of a chat.
+
+        Args:
+            turns: its messages.
+            seed: what chance follows, where the template asks for it.
+            inputs: what else the template is given, such as ``tools``.
+        """
+        template = self.tokenizer.get_chat_template(tools=inputs.get("tools"))
+        # The library reads the clock at each call. Its own name in the compiled template is all it offers.
+        _compile_jinja_template(template).globals["strftime_now"] = self.day.strftime
+        with _chance(seed) if re.search("random|lipsum", template) else nullcontext():
+            return str(self.tokenizer.apply_chat_template(turns, tokenize=False, **inputs))
+
+    @property
+    def record(self) -> dict[str, str | None]:
+        """What a text depends on beside its row: the day; fingerprints of the template and the tokenizer."""
+        core = getattr(self.tokenizer, "backend_tokenizer", None)
+        rules = json.loads(core.to_str()) if core is not None else {}
+        lasting = {key: rule for key, rule in rules.items() if key not in ("truncation", "padding")}
+        return {
+            "day": self.day.isoformat(),
+            "template": _digest(getattr(self.tokenizer, "chat_template", None)),
+            "rules": _digest(lasting),
+        }
+
+
+def parse_day(text: str | None) -> date | None:
+    """The day that a user names.
+
+    Raises:
+        ConfigError: there is no such day.
+    """
+    try:
+        return date.fromisoformat(text) if text is not None else None
+    except (ValueError, TypeError) as e:
+        raise ConfigError(f"data.today: {text!r} given; accepted: a day such as 2026-01-31.") from e
+
+
+@contextmanager
+def _chance(seed: str) -> Iterator[None]:
+    """Python's own generator, which templates draw from, seeded; afterwards as it was."""
+    state = random.getstate()
+    random.seed(seed)
+    try:
+        yield
+    finally:
+        random.setstate(state)
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]

@@ -1,0 +1,112 @@
+"""What tells models and tokenizers apart: what they hold, not where they lie or what they are called."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from huggingface_hub import try_to_load_from_cache
+from transformers import PreTrainedTokenizerBase
+
+from src.models.loading import weightless
+
+SCHEME = "w1-"
+"""Fingerprints that begin alike can be compared."""
+_PLACES, _BYTES = 4, 256
+_FORMS = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+"""Where weights lie, in the order of preference of transformers; an index names several files."""
+
+
+def weights_fingerprint(name: str, revision: str | None = None) -> str | None:
+    """Fingerprint of a model's stored weights; None if they are in no form that is known here.
+
+    Read are the name, type and shape of every tensor and 4 x 256 bytes of its values, evenly spaced: little
+    at any size. It is the same for a copy, for other shards, and however the model is loaded (type,
+    quantisation). It is another one if a tensor was trained, converted or renamed. What changes between the
+    places that are read, such as one row of an embedding, is not seen.
+
+    Args:
+        name: Hub id, downloaded before, or directory.
+        revision: Hub revision.
+    """
+    if weightless.get():
+        return None
+    files = _weight_files(name, revision)
+    try:
+        tensors = sorted(tensor for file in files for tensor in _READERS[file.suffix](file))
+    except (OSError, ValueError, KeyError, RuntimeError):
+        return None
+    return f"{SCHEME}{hashlib.sha256(b''.join(tensors)).hexdigest()[:24]}" if tensors else None
+
+
+def differ(one: str | None, other: str | None) -> bool | None:
+    """Whether two fingerprints are of different weights; None if that cannot be told."""
+    if one is None or other is None or not (one.startswith(SCHEME) and other.startswith(SCHEME)):
+        return None
+    return one != other
+
+
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Fingerprint of the mapping from text pieces to ids."""
+    return hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()[:16]
+
+
+def _weight_files(name: str, revision: str | None) -> list[Path]:
+    for form in _FORMS:
+        if (found := _find(name, form, revision)) is None:
+            continue
+        if not form.endswith(".json"):
+            return [found]
+        shards = sorted(set(json.loads(found.read_text())["weight_map"].values()))
+        return [file for shard in shards if (file := _find(name, shard, revision)) is not None]
+    return []
+
+
+def _find(name: str, file: str, revision: str | None) -> Path | None:
+    if Path(name).is_dir():
+        return path if (path := Path(name, file)).is_file() else None
+    found = try_to_load_from_cache(name, file, revision=revision)
+    return Path(found) if isinstance(found, str) else None
+
+
+def _places(size: int) -> list[int]:
+    """Where to read: the whole of what is small."""
+    if size <= _PLACES * _BYTES:
+        return [*range(0, size, _BYTES)]
+    return [(size - _BYTES) * i // (_PLACES - 1) for i in range(_PLACES)]
+
+
+def _safetensors(file: Path) -> Iterator[bytes]:
+    """Name, type, shape and sampled bytes of each tensor; the format is 8 bytes of length, JSON, values."""
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        if length > file.stat().st_size:
+            raise ValueError(f"'{file}' is no safetensors file")
+        header = json.loads(stream.read(length))
+        header.pop("__metadata__", None)
+        for name, about in sorted(header.items()):
+            start, end = about["data_offsets"]
+            values = b""
+            for place in _places(end - start):
+                stream.seek(8 + length + start + place)
+                values += stream.read(min(_BYTES, end - start - place))
+            yield f"{name} {about['dtype']} {about['shape']} ".encode() + values
+
+
+def _pickled(file: Path) -> Iterator[bytes]:
+    state: dict[str, torch.Tensor] = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+    for name, tensor in sorted(state.items()):
+        flat = tensor.contiguous().reshape(-1).view(torch.uint8)
+        values = b"".join(flat[place : place + _BYTES].numpy().tobytes() for place in _places(len(flat)))
+        yield f"{name} {tensor.dtype} {list(tensor.shape)} ".encode() + values
+
+
+_READERS = {".safetensors": _safetensors, ".bin": _pickled}

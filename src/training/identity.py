@@ -1,0 +1,183 @@
+"""Whether a run that is resumed is the run that was saved.
+
+A checkpoint notes what its run is: the parent's and the teacher's weights, known by their fingerprints, and
+the settings. A resume compares them by key. What defines the run is refused when it changed, unless the user
+means it and names the key in ``--accept``; what may change (:data:`TOLD`) is told; where things lie, how they
+are logged and what they run on does not matter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from lightning.pytorch.utilities import rank_zero_warn
+
+from src.errors import ConfigError
+from src.mask import Mask
+from src.models.fingerprint import differ
+
+MODEL, MASK, _TEACHER = (f"model.init_args.{key}" for key in ("model", "mask", "teacher"))
+CONTENT = [
+    MODEL,
+    MASK,
+    "model.init_args.revision",
+    f"{_TEACHER}.init_args.model",
+    f"{_TEACHER}.init_args.revision",
+]
+"""Names of what is compared by its content."""
+TOLD = [
+    *(f"model.init_args.{key}" for key in ("optimizer", "warmup", "final_lr", "decay", "dtype", "quantize",
+                                    "attention", "teacher", "checkpoint_activations")),
+    *(f"trainer.{key}" for key in ("max_steps", "max_epochs", "max_time", "precision", "gradient_clip_val",
+                                   "gradient_clip_algorithm", "limit_train_batches", "limit_val_batches")),
+    "callbacks",
+]  # fmt: skip
+"""Settings that may change in the middle of a run."""
+_DEFINING = ("trainer.accumulate_grad_batches",)
+_SCHEDULES = ("src.callbacks.TemperatureAnnealing", "src.callbacks.PruningCurriculum")
+
+
+@dataclass(frozen=True)
+class Change:
+    """A key whose value is not the recorded one."""
+
+    key: str
+    was: Any
+    now: Any
+
+    def __str__(self) -> str:
+        return f"{self.key} was {self.was} and is now {self.now}"
+
+    def among(self, keys: Sequence[str]) -> bool:
+        """Whether one of ``keys`` is this key, or a part of the tree that holds it."""
+        return any(f"{self.key}.".startswith(f"{key}.") for key in keys)
+
+
+class Resumable(Protocol):
+    """What is asked of a module that is resumed."""
+
+    name: str
+    parent_key: str
+    weights: str | None
+    settings: dict[str, Any]
+    accepted: Sequence[str]
+
+    @property
+    def teacher_weights(self) -> str | None:
+        """Fingerprint of the teacher."""
+
+
+def changes(was: Any, now: Any, key: str = "") -> list[Change]:
+    """The leaves that differ between two trees of dicts.
+
+    A key that only one of them has is no change: the other was written before there was such a key.
+    """
+    if isinstance(was, dict) and isinstance(now, dict):
+        common = [name for name in now if name in was]
+        return [c for name in common for c in changes(was[name], now[name], f"{key}.{name}".strip("."))]
+    return [] if was == now else [Change(key, was, now)]
+
+
+def settle(found: Sequence[Change], accepted: Sequence[str], fault: str) -> None:
+    """Refuse changes of what defines a run, but for those that are accepted, which are told.
+
+    Args:
+        found: the changes.
+        accepted: keys whose change the user means.
+        fault: what is wrong with the checkpoint, as a clause.
+
+    Raises:
+        ConfigError: names each key, what it was and what it is.
+    """
+    refused = [change for change in found if not change.among(accepted)]
+    if refused:
+        raise ConfigError(
+            f"ckpt_path: the checkpoint is of {fault}: {'; '.join(map(str, refused))}. Set them back, start "
+            f"anew without the checkpoint, or go on all the same with "
+            f"--accept {','.join(change.key for change in refused)}."
+        )
+    for change in found:
+        rank_zero_warn(f"ckpt_path: {change}; accepted, although the checkpoint is of {fault}.")
+
+
+def settings_of(config: dict[str, Any]) -> dict[str, Any]:
+    """The part of an experiment's config, as plain values, that a resume compares."""
+    trainer = config["trainer"]
+    keys = [key.partition(".")[2] for key in (*TOLD, *_DEFINING) if key.startswith("trainer.")]
+    schedules = {c["class_path"]: c.get("init_args") for c in trainer.get("callbacks") or []
+                 if c["class_path"] in _SCHEDULES}  # fmt: skip
+    return {
+        "seed_everything": config.get("seed_everything"),
+        "model": config["model"],
+        "data": {"class_path": config["data"]["class_path"]},
+        "trainer": {key: trainer.get(key) for key in keys},
+        "callbacks": schedules,
+    }
+
+
+def check_parent(mask: Mask, name: str, weights: str | None, key: str) -> None:
+    """Compare the parent of a recovery with the one that its mask was made for.
+
+    A child of that model, such as a fine-tuned one, can be meant: it is named by a key of its own, and told.
+
+    Args:
+        mask: which notes the weights it was made for, or only a name.
+        name: of the parent.
+        weights: its fingerprint.
+        key: the key that names it.
+
+    Raises:
+        ConfigError: the mask's own parent has other weights now.
+    """
+    other, noted = differ(mask.fingerprint, weights), mask.fingerprint
+    if other and key == MASK:
+        raise ConfigError(
+            f"{key}: it was made for weights {noted} of '{name}', which now holds {weights}. If these are "
+            f"meant, name them: --{MODEL} {name}."
+        )
+    if other or (other is None and name != mask.model):
+        made = noted or "of which it notes no weights"
+        rank_zero_warn(
+            f"model: '{name}' ({weights}) is recovered with a mask made for '{mask.model}' ({made})."
+        )
+
+
+def note(module: Resumable) -> dict[str, Any]:
+    """What a run is, for its checkpoints: plain values."""
+    return {
+        "parent": module.name,
+        "weights": module.weights,
+        "teacher": module.teacher_weights,
+        "settings": module.settings,
+    }
+
+
+def check(noted: dict[str, Any] | None, module: Resumable, resumes: bool) -> None:
+    """Compare a run with what its checkpoint noted.
+
+    Args:
+        noted: what :func:`note` gave; None in checkpoints from before.
+        module: the run.
+        resumes: whether it goes on, so that settings matter too.
+
+    Raises:
+        ConfigError: the parent or the teacher has other weights, or a setting that defines the run changed.
+    """
+    if noted is None:
+        rank_zero_warn("ckpt_path: the checkpoint notes no model and no settings; they are not checked.")
+        return
+    found = []
+    if differ(noted["weights"], module.weights):
+        was = f"'{noted['parent']}' ({noted['weights']})"
+        found.append(Change(module.parent_key, was, f"'{module.name}' ({module.weights})"))
+    elif resumes and differ(noted["teacher"], module.teacher_weights):
+        found.append(Change(_TEACHER, noted["teacher"], module.teacher_weights))
+    settings = changes(noted["settings"], module.settings) if resumes else []
+    told = [change for change in settings if change.among(TOLD)]
+    found += [change for change in settings if not change.among([*TOLD, *CONTENT])]
+    settle(found, module.accepted, "another run")
+    for change in told:
+        if not change.among(CONTENT):
+            rank_zero_warn(f"ckpt_path: {change}; the run goes on with the new value.")
