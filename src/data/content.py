@@ -53,7 +53,8 @@ def fingerprint(source: Source) -> str | None:
     files = find_files(source)
     try:
         if files is None and not Path(source.path).is_dir():
-            return load_dataset_builder(source.path, source.name).hash
+            commit: str | None = load_dataset_builder(source.path, source.name).hash
+            return commit
         if files is None:
             files = [part["filename"] for part in open_saved(source.path, source.split).cache_files]
         digest = hashlib.sha256()

@@ -12,7 +12,6 @@ import json
 from collections.abc import Sequence
 from copy import copy
 from dataclasses import asdict, replace
-from datetime import date
 from functools import cached_property
 from typing import Annotated, Any, Literal, cast
 
@@ -269,7 +268,8 @@ class Corpus(LightningDataModule):
         if self.trainer is not None and self.trainer.state.fn != TrainerFn.FITTING:
             return
         settle(self._changes(state_dict["order"]), self.accepted, "other rows, or of another order")
-        self._render_as(state_dict.get("rendering"))
+        if "rendering" in state_dict:
+            self.rendering.resume(state_dict["rendering"], self.named_day)
         self._resume = redistribute(state_dict["positions"], self._ranks()["world"])
 
     def _changes(self, was: dict[str, Any]) -> list[Change]:
@@ -280,26 +280,8 @@ class Corpus(LightningDataModule):
         same = [key for key in ("train", "validation") if alike(was.get(key, now[key]), now[key])]
         return changes(was, {key: value for key, value in now.items() if key not in same}, "data.init_args")
 
-    def _render_as(self, was: dict[str, Any] | None) -> None:
-        """Go on with the day of the checkpoint unless one was named; tell what renders differently."""
-        if was is None:
-            return
-        if self.named_day is None:
-            self.rendering.day = date.fromisoformat(was["day"])
-        for change in changes(was, self.rendering.record):
-            rank_zero_warn(f"data: {_RENDERED[change.key]} was {change.was} in the checkpoint and is now "
-                           f"{change.now}; {_PLACE}.")  # fmt: skip
-
     def _ranks(self) -> dict[str, Any]:
         trainer = self.trainer
         rank, world = (trainer.global_rank, trainer.world_size) if trainer else (0, 1)
         agree = across_ranks() if world > 1 and dist.is_initialized() else alone
         return {"rank": rank, "world": world, "workers": self.num_workers, "agree": agree}
-
-
-_PLACE = "rows of the block under way may be repeated or left out, and those after it read differently"
-_RENDERED = {
-    "day": "data.init_args.today",
-    "template": "the chat template (its fingerprint)",
-    "rules": "the way the tokenizer divides text (its fingerprint)",
-}

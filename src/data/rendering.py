@@ -17,12 +17,19 @@ from contextlib import contextmanager, nullcontext
 from datetime import date
 from typing import Any
 
+from lightning.pytorch.utilities import rank_zero_warn
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import _compile_jinja_template
 
 from src.errors import ConfigError
+from src.training.identity import changes
 
 Turn = dict[str, Any]
+_WORDS = {
+    "day": "data.init_args.today",
+    "template": "the chat template (its fingerprint)",
+    "rules": "the way the tokenizer divides text (its fingerprint)",
+}
 
 
 class Rendering:
@@ -61,6 +68,15 @@ class Rendering:
             "template": _digest(getattr(self.tokenizer, "chat_template", None)),
             "rules": _digest(lasting),
         }
+
+    def resume(self, was: dict[str, Any], named: date | None) -> None:
+        """Go on with the day of a record unless one was named; tell what renders differently now."""
+        self.day = named or date.fromisoformat(was["day"])
+        for change in changes(was, self.record):
+            rank_zero_warn(
+                f"data: {_WORDS[change.key]} was {change.was} in the checkpoint and is now {change.now}; "
+                "rows of the block under way may be repeated or left out, those after it read differently."
+            )
 
 
 def parse_day(text: str | None) -> date | None:

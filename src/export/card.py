@@ -51,6 +51,7 @@ def model_card(
     data: str | None = None,
     lost_heads: int = 0,
     patch: str | None = None,
+    made_for: str | None = None,
 ) -> str:
     """Write the card.
 
@@ -64,6 +65,7 @@ def model_card(
         data: what the search and the recovery were trained on.
         lost_heads: multi-token-prediction layers of the parent that are not part of this model.
         patch: what was fitted before any recovery; None if nothing, or if the recovery says it.
+        made_for: the model that the mask was made for, if not this parent.
     """
     carried = {key: parent_card[key] for key in CARRIED if key in parent_card}
     head = {
@@ -81,6 +83,7 @@ def model_card(
         "Kept layers": str(list(mask.keep)),
         "Weights": f"{weights[1]:,} of {weights[0]:,} ({weights[1] / weights[0]:.1%})",
         "Chosen by": f"{mask.method}" + (f", seed {mask.seed}" if mask.seed is not None else ""),
+        "Mask made for": f"`{public_name(made_for)}`" if made_for and made_for != mask.model else "",
         "Search": f"{mask.tokens_seen:,} tokens" + "".join(f", {k} {v:.4g}" for k, v in mask.metrics.items()),
         **_training(recovery, patch),
         "Data": data or "not stated",

@@ -28,6 +28,7 @@ from src.export.card import front_matter, model_card, public_name
 from src.export.companions import copy_companions, parent_files, parent_tokenizer, stored_heads
 from src.export.fresh import unique_weights
 from src.export.observe import GENERATED, Finding
+from src.export.parent import true_parent
 from src.export.proof import predicted_weights, prove, stored_as_parent
 from src.files import whole
 from src.mask import Mask
@@ -54,15 +55,18 @@ def export(mask: Mask, args: argparse.Namespace, patch: LinearPatch | None = Non
     """
     out, name = Path(args.out).resolve(), args.model or mask.model
     _check_out(out, args.force, name)
-    config = load_config(name, mask.revision)
+    revision = mask.revision if name == mask.model else None
+    config = load_config(name, revision)
     mask.check(num_layers(config), name)
-    files = parent_files(name, mask.revision)
-    tokenizer = parent_tokenizer(name, mask.revision, files)
-    parent = on_device(load_model(name, mask.revision, dtype=args.dtype or "auto"), args.device)
+    files = parent_files(name, revision)
+    tokenizer = parent_tokenizer(name, revision, files)
+    parent = on_device(load_model(name, revision, dtype=args.dtype or "auto"), args.device)
+    record = checkpoints.record(args.checkpoint) if args.checkpoint else None
+    made_for, mask = mask.model, true_parent(mask, name, record, args.any_parent)
     _check_probe(parent, args.gate_tokens)
     student = load_student(parent, mask, args.checkpoint) if args.checkpoint else cut(parent, mask)
     student, rounding = stored_as_parent(student, parent, mask, args.gate_tokens)
-    repairs = patch and patch(student, parent, mask, load_tokenizer(name, mask.revision))
+    repairs = patch and patch(student, parent, mask, load_tokenizer(name, revision))
     origin = {"parent": public_name(mask.model), "revision": mask.revision, "keep": list(mask.keep)}
     student.config.depth_pruning = origin
     weights = unique_weights(parent.state_dict()), predicted_weights(parent, student, mask)
@@ -93,7 +97,8 @@ def export(mask: Mask, args: argparse.Namespace, patch: LinearPatch | None = Non
             weights,
             findings,
             front_matter(files / "README.md"),
-            recovery=checkpoints.record(args.checkpoint)["recovery"] if args.checkpoint else None,
+            recovery=record and record["recovery"],
+            made_for=made_for,
             license_name=args.license,
             data=args.data if repairs or patch is None else None,  # a patch that found no cut used no rows
             lost_heads=max(extra_layers(config), stored_heads(files, num_layers(config))),
@@ -176,6 +181,7 @@ def add_options(parser: Parser) -> None:
     add("--mask", required=True, metavar="FILE", help="mask.json of a search")
     add("--out", required=True, metavar="DIR", help="directory to create")
     add("--model", metavar="NAME", help="parent, if not under the name the mask gives")
+    add("--any-parent", action="store_true", help="cut a --model that the mask was not made for")
     add("--dtype", choices=DTYPES, help="type of the stored weights (default: the parent's)")
     add("--force", action="store_true", help="replace --out if it is a model")
     add("--license", metavar="ID", help="licence for the card (default: the parent's)")

@@ -376,6 +376,6 @@ def test_a_stream_of_tools_and_parts_is_read_as_the_rows_say(tmp_path: Path, wor
 
 
 def _labels(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    document = read_document({WHERE: "row", **row}, Columns(), "\n", tokenizer)
+    document = read_document({WHERE: "row", **row}, Columns(), "\n", Rendering(tokenizer))
     ((found,),) = Encoder(tokenizer, 999, "answer", "truncate", None, True)([document])
     return [label for label in found.labels if label != IGNORE]
