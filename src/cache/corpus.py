@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from lightning import LightningDataModule
+from lightning.pytorch.trainer.states import TrainerFn
 
 from src.cache.loader import CachedLoader
 from src.cache.reader import Cache
@@ -12,6 +14,7 @@ from src.errors import ConfigError
 from src.models.fingerprint import tokenizer_fingerprint
 from src.models.loading import load_tokenizer
 from src.ranges import Count, Seed, checked
+from src.training.identity import changes, settle
 
 
 class CachedCorpus(LightningDataModule):
@@ -25,6 +28,9 @@ class CachedCorpus(LightningDataModule):
         batch_size: documents of a batch.
         seed: seed of the order.
     """
+
+    accepted: Sequence[str] = ()
+    """Keys whose change on resume is meant."""
 
     @checked
     def __init__(
@@ -97,6 +103,24 @@ class CachedCorpus(LightningDataModule):
     def test_dataloader(self) -> CachedLoader | list[Any]:
         """As :meth:`val_dataloader`."""
         return self.val_dataloader()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Whose signal is learned, and on what it is validated; the loader notes its place itself."""
+        validation = self.val_cache and {
+            "corpus": self.val_cache.corpus,
+            "teacher": self.val_cache.about.weights,
+        }
+        return {"train": {"teacher": self.train_cache.about.weights}, "validation": validation}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Refuse to go on from another teacher's signal, or with another validation.
+
+        Raises:
+            ConfigError: names the keys.
+        """
+        if self.trainer is None or self.trainer.state.fn == TrainerFn.FITTING:
+            found = changes(state_dict, self.state_dict(), "data.init_args")
+            settle(found, self.accepted, "another cache")
 
     def _loader(self, cache: Cache, shuffle: bool) -> CachedLoader:
         rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)

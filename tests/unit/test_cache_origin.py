@@ -118,6 +118,28 @@ def test_a_cache_of_the_parent_in_another_form_is_known_to_be_of_it(
         check_origin(there, weights_fingerprint(tuned), ws.model, None)
 
 
+def test_a_resume_from_a_cache_of_another_teacher_or_validation_is_refused(
+    ws: Workspace, cache: str, tuned: str, tmp_path: Path
+) -> None:
+    theirs = noted(cache, tmp_path / "theirs", weights=weights_fingerprint(tuned))
+    copied = noted(cache, tmp_path / "copied")
+    answers = ws.write("answers", supervise="answer")
+    saved = CachedCorpus(tokenizer=ws.model, train=cache, validation=cache).state_dict()
+    CachedCorpus(tokenizer=ws.model, train=copied, validation=copied).load_state_dict(saved)
+    for train, validation, key in [
+        (theirs, cache, r"train\.teacher"),
+        (cache, theirs, r"validation\.teacher"),
+        (cache, answers, r"validation\.corpus"),
+        (cache, None, "validation"),
+    ]:
+        other = CachedCorpus(tokenizer=ws.model, train=train, validation=validation)
+        with pytest.raises(ConfigError, match=rf"data\.init_args\.{key} was .* and is now"):
+            other.load_state_dict(saved)
+        other.accepted = ["data.init_args.train", "data.init_args.validation"]
+        with pytest.warns(UserWarning, match="accepted"):
+            other.load_state_dict(saved)
+
+
 def test_a_cache_notes_the_type_and_one_that_did_not_is_still_read(cache: str, tmp_path: Path) -> None:
     manifest = Manifest.load(cache)
     assert manifest is not None
