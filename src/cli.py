@@ -12,8 +12,8 @@ import warnings
 from typing import Any
 
 from src.errors import ConfigError, did_you_mean
-from src.settings_file import check_settings_files
 from src.training import stopping
+from src.training.settings_file import check_settings_files
 
 TOOLS = {
     "plan": (

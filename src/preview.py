@@ -23,7 +23,7 @@ from src.data.loader import Loader
 from src.errors import ConfigError
 from src.mask import Mask
 from src.ranges import positive
-from src.settings_file import read_settings
+from src.training.settings_file import read_settings
 
 Marks = tuple[str, str]
 

@@ -96,7 +96,7 @@ def test_a_pipe_or_a_device_is_refused_and_not_waited_for(tmp_path: Path, form: 
         "glob of a fifo": Source(str(tmp_path / "*.jsonl")),
         "device": Source("/dev/zero"),
         "device of a format": Source("/dev/zero", format="text"),
-        "link": Source(str(tmp_path / "zero.txt")),
+        "link to a device": Source(str(tmp_path / "zero.txt")),
     }
     with pytest.raises(ConfigError, match=r"'.+' is no regular file but a pipe or a device.*Write its rows"):
         open_source(source[form], 0, 1)
