@@ -63,7 +63,7 @@ def tiny_model(family: str) -> PreTrainedModel:
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         try:
-            loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder)
+            loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False)
         except ValueError as e:
             raise ConfigError(
                 f"model: AutoModelForCausalLM builds a '{family}' and does not load what it saves, so no "

@@ -156,10 +156,13 @@ class Corpus(LightningDataModule):
             return self.encoder
         if self.encoder.too_long == "error":
             raise too_long(f"data.max_length is {asked}", model.config.model_type, limit)
-        rank_zero_warn(
-            f"data: the position table of this '{model.config.model_type}' ends at {limit}: longer "
-            f"documents are cut there, not at data.max_length={asked} (too_long={self.encoder.too_long})."
+        told = (
+            f"the position table of this '{model.config.model_type}' ends at {limit}: longer documents are "
+            f"cut there, not at data.max_length={asked} (too_long={self.encoder.too_long})"
         )
+        if told not in self._told:
+            rank_zero_warn(f"data: {told}.")
+            self._told.add(told)
         shorter = copy(self.encoder)
         shorter.max_length = limit
         return shorter

@@ -95,11 +95,12 @@ def check_counts(section: dict[str, Any], name: str) -> None:
         if isinstance(value, dict):
             check_counts(value, name)
             continue
-        slip = isinstance(value, str | float | bool) or (isinstance(value, int) and value > MOST_LAYERS)
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        slip = not 0 <= value <= MOST_LAYERS if whole else isinstance(value, str | float | bool)
         if key in LAYER_COUNTS and slip:
             raise ConfigError(
-                f"model: {key} is {value!r} in the config.json of '{name}'; accepted: a whole number up to "
-                f"{MOST_LAYERS}. Set it to the number of layers that the weights hold."
+                f"model: {key} is {value!r} in the config.json of '{name}'; accepted: a whole number up "
+                f"to {MOST_LAYERS}. Set it to the number of layers that the weights hold."
             )
 
 

@@ -58,7 +58,8 @@ def load_config(name: str, revision: str | None = None) -> PretrainedConfig:
     return config
 
 
-def _read_config(name: str, revision: str | None) -> PretrainedConfig:
+def _config(name: str, revision: str | None) -> PretrainedConfig:
+    """What transformers reads from a config, whatever it is of."""
     try:
         raw, _ = PretrainedConfig.get_config_dict(name, revision=revision)
         claims.check_counts(raw, name)
@@ -70,6 +71,7 @@ def _read_config(name: str, revision: str | None) -> PretrainedConfig:
         config: PretrainedConfig = AutoConfig.from_pretrained(
             name, revision=revision, trust_remote_code=False
         )
+        return config
     except ConfigError:
         raise
     except Exception as e:  # a config is foreign, and its class may raise anything
@@ -78,7 +80,16 @@ def _read_config(name: str, revision: str | None) -> PretrainedConfig:
             f"model: cannot read a config from '{name}'{here}. Give a Hub id such as "
             f"'Qwen/Qwen3-0.6B', or a directory with a config.json. Cause: {claims.cause(e)}"
         ) from e
+
+
+def _read_config(name: str, revision: str | None) -> PretrainedConfig:
+    """The config of a decoder, without what points to code of its author."""
+    config = _config(name, revision)
     architectures = config.architectures or []
+    if not isinstance(architectures, list) or not all(isinstance(a, str) for a in architectures):
+        raise ConfigError(
+            f"model: architectures is {architectures!r} in '{name}'; accepted: a list of names."
+        )
     decoder = any(a.endswith(_CAUSAL) for a in architectures) or not architectures
     if getattr(config, "is_encoder_decoder", False) or not decoder:
         kind = "an encoder-decoder" if getattr(config, "is_encoder_decoder", False) else "an encoder"
@@ -189,6 +200,7 @@ def _fetch(name: str, revision: str | None, config: PretrainedConfig, **keys: An
                 **keys,
             )
     except Exception as e:  # files, quantisers and classes are foreign, and may raise anything
+        claims.stored(name)  # a file that cannot be read is named
         said = claims.blamed(config.to_dict(), str(e))
         raise ConfigError(f"model: cannot load '{name}': {said}{claims.cause(e)}") from e
     model, info = loaded
@@ -233,8 +245,14 @@ def load_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenize
         ConfigError: there is no tokenizer under that name.
     """
     try:
+        if (Path(name) / "config.json").is_file():  # which a tokenizer reads too
+            claims.check_counts(PretrainedConfig.get_config_dict(name)[0], name)
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
+    except ConfigError:
+        raise
     except Exception as e:  # a broken file raises bare exceptions
+        if (Path(name) / "config.json").is_file():
+            _config(name, revision)  # a fault of its own has its own message
         raise ConfigError(f"tokenizer: cannot read one from '{name}': {claims.cause(e)}") from e
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token

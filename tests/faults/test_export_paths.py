@@ -5,6 +5,7 @@ Equal weights are equal, however they came: frozen or trained, adapted and merge
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from src.export import proof
 from src.export.fresh import verify
 from src.export.observe import compare, observe, probe_tokens
 from src.mask import Mask
+from src.models.adapters import adapted, out_of_reach
+from src.models.layers import decoder_layers
 from src.recover import Recovery
 from src.repair.linear_patch import LinearPatch
 from tests.tiny import tiny_model
@@ -85,7 +88,7 @@ def exported(out: Path) -> str:
 @pytest.mark.parametrize(
     ("parent", "scope", "repair"),
     [
-        (family, scope, repair)
+        pytest.param(family, scope, repair, marks=pytest.mark.slow if family == "qwen3" else ())
         for family in FAMILIES
         for scope in SCOPES
         for repair in REPAIRS
@@ -107,7 +110,11 @@ def test_a_recovery_of_every_scope_and_repair_is_exported(
     main(
         ["export", "--mask", str(tmp_path / "mask.json"), "--checkpoint", str(checkpoint), "--out", str(out)]
     )
-    assert f"({scope})" in exported(out)
+    card = exported(out)
+    assert f"({scope})" in card
+    assert ("not reached by the adapters: mlp.experts.down_proj, mlp.experts.gate_up_proj" in card) == (
+        scope == "lora" and Path(parent).name.startswith("mixtral")
+    )
 
 
 @pytest.mark.parametrize("repair", [name for name in REPAIRS if name != "none"])
@@ -220,3 +227,25 @@ def test_another_weight_is_observed_different() -> None:
         next(other.parameters())[3:, 0] += 1e-5
     ids_BT = probe_tokens(one.config)
     assert not all(f.passed for f in compare(observe(one, ids_BT), observe(other, ids_BT), "float32", True))
+
+
+@pytest.mark.parametrize(
+    ("family", "left"),
+    [("llama", ""), ("qwen3", ""), ("mixtral", "mlp.experts.gate_up_proj"),
+     ("gpt_oss", "mlp.experts.down_proj"), ("qwen3_moe", "mlp.experts.gate_up_proj")],
+)  # fmt: skip
+def test_adapters_say_which_weights_they_do_not_reach(family: str, left: str) -> None:
+    model = tiny_model(family)
+    _, layers = decoder_layers(model)
+    matrices = {name: p.numel() for name, p in layers.named_parameters() if p.ndim > 1}
+    linear = {f"{name}.weight" for name, module in layers.named_modules() if type(module) is nn.Linear}
+    share = sum(size for name, size in matrices.items() if name not in linear) / sum(matrices.values())
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        adapters = adapted(model, 2)
+    told = out_of_reach(adapters)
+    assert (left in told) == bool(told) == bool(left)
+    assert not told or told.endswith(f"({share:.0%} of the weights of the layers)")
+    assert any("do not reach" in str(w.message) for w in caught) == bool(left)
+    trained = {name for name, p in adapters.named_parameters() if p.requires_grad}
+    assert not any(name in each for name in told.split(" (")[0].split(", ") if name for each in trained)
