@@ -52,7 +52,7 @@ class Recovery(Stage):
         distillation: loss on that signal, the first term; its k and rule are validation's too.
         terms: further terms of the loss, each with a weight; see :class:`src.losses.Objective`.
         scope: what trains: ``full``, the blocks next to each cut (``cut_adjacent``), or ``lora`` adapters on
-            all linear layers (needs the extra ``lora``), merged on export; routed experts are out of reach.
+            all linear layers (needs the extra ``lora``), merged on export; what they miss is named.
         lora_rank: rank of the adapters.
         patch: repair of the cut model before it trains; None starts from the parent's weights.
         optimizer: optimiser of the weights that train.

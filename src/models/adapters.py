@@ -34,7 +34,8 @@ def adapted(student: PreTrainedModel, rank: int) -> PreTrainedModel:
 def out_of_reach(model: PreTrainedModel) -> str:
     """The matrices within the layers of an adapted model that have no adapter; empty if all have one.
 
-    Routed experts are one tensor for all of them, not linear layers, and hold most weights of such a model.
+    Routed experts are one tensor for all of them, no linear layer, and hold most weights of such a model;
+    peft adapts those of some families (Mixtral) and not of others (GPT-OSS).
     """
     sizes = {"reached": 0, "left": 0}
     names = set()
