@@ -83,7 +83,7 @@ def whole(path: str | Path, replace: bool = True) -> Iterator[Path]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    sweep(path)
+    sweep(path.parent, glob.escape(path.name))
     partial = beside(path, "partial")
     try:
         yield partial
@@ -119,14 +119,19 @@ def settle(partial: Path, path: Path, replace: bool = True) -> None:
             discard(old) if path.exists() else old.rename(path)
 
 
-def sweep(path: Path) -> None:
-    """Remove what killed writers of ``path`` left beside it; put back what one of them had moved aside."""
-    for left in path.parent.glob(f".{glob.escape(path.name)}.*.*"):
-        _, writer, suffix = left.name.rsplit(".", 2)
+def sweep(folder: Path, name: str = "*") -> None:
+    """Remove what killed writers left in a folder, and put back what one of them had moved aside.
+
+    Args:
+        folder: where.
+        name: whose temporary names; by default everything's, where no other machine can be writing.
+    """
+    for left in folder.glob(f".{name}.*.*"):
+        target, writer, suffix = left.name[1:].rsplit(".", 2)
         if suffix not in ("partial", "old") or not writer.isdigit() or _runs(int(writer)):
             continue
-        if suffix == "old" and not path.exists():
-            left.rename(path)
+        if suffix == "old" and not (folder / target).exists():
+            left.rename(folder / target)
         else:
             discard(left)
 

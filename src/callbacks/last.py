@@ -21,6 +21,12 @@ class LastCheckpoint(ModelCheckpoint):
         if trainer.global_step == trainer.max_steps or trainer.should_stop:
             self.save(trainer)
 
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save the end of the last epoch, before what comes after training costs anything."""
+        super().on_train_epoch_end(trainer, pl_module)
+        if trainer.fit_loop.epoch_progress.current.processed == trainer.max_epochs:
+            self.save(trainer)
+
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save what no step could know to be the last."""
         if not trainer.interrupted:

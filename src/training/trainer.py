@@ -14,6 +14,7 @@ from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch.distributed.checkpoint.api import CheckpointException
 
+from src.callbacks.last import LastCheckpoint
 from src.errors import ConfigError
 from src.files import beside, discard, settle, sweep, unwritten
 from src.training.checkpoints import SafeCheckpointIO
@@ -53,6 +54,9 @@ class Trainer(lightning.Trainer):
         """
         result = super()._run_stage()
         if self.state.fn == TrainerFn.FITTING and self.fit_loop.restarting:  # so it had nothing to do
+            for saver in self.checkpoint_callbacks:
+                if isinstance(saver, LastCheckpoint):
+                    saver.save(self)  # where this run keeps its own
             self.fit_loop.on_run_end()
         return result
 
@@ -63,7 +67,7 @@ def _whole(path: Path, strategy: Strategy) -> Iterator[Path]:
     try:
         if strategy.is_global_zero:
             path.parent.mkdir(parents=True, exist_ok=True)
-            sweep(path)
+            sweep(path.parent)  # which one run alone writes to
         stage = Path(strategy.broadcast(str(beside(path, "partial"))))
         try:
             yield stage
