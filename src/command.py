@@ -72,7 +72,7 @@ def on_device(model: PreTrainedModel, device: str) -> PreTrainedModel:
         raise ConfigError(f"--device: cannot use '{device}': {first_line(e)}") from e
 
 
-def family(
+def each_model(
     args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase
 ) -> Iterator[tuple[dict[str, Any], PreTrainedModel]]:
     """Load ``--teacher``, if there is one, then each ``--model``; with its path, parameters and layers.

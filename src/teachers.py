@@ -256,7 +256,7 @@ class CachedTeacher:
         signal = TopK(*(batch[f"teacher_{key}"] for key in ("ids", "log_probs", "entropy", "log_rest")))
         assert len(signal.ids) == len(index_N), "one row of the cache for each supervised position"
         signal = signal.within(self.vocabulary)
-        return signal if self.k is None or self.k >= signal.ids.shape[-1] else signal.cut(self.k)
+        return signal if self.k is None or self.k >= signal.ids.shape[-1] else signal.truncate(self.k)
 
     def states(self, layers: Sequence[int]) -> AbstractContextManager[dict[int, Tensor]]:
         """Nothing: a cache holds what the parent says, not its inner layers.

@@ -235,7 +235,7 @@ class Corpus(LightningDataModule):
     def _report(self, trainer: Trainer, loader: Loader) -> None:
         """Log the counts as often as the trainer logs; name the first document not used whole."""
         counts, step = loader.statistics, trainer.global_step
-        if step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+        if step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]  # set, not declared
             numbers = {**counts.numbers(), "wait": loader.wait()}
             for logger in trainer.loggers:
                 logger.log_metrics({f"data/{key}": n for key, n in numbers.items()}, step=step)

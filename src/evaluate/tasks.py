@@ -14,7 +14,7 @@ from typing import Any
 
 from rich.table import Table
 
-from src.command import family, provenance, show
+from src.command import each_model, provenance, show
 from src.evaluate.flips import flips
 from src.evaluate.harness import ask, harness, load_tasks
 from src.files import write_json
@@ -32,7 +32,7 @@ def main(args: argparse.Namespace, argv: list[str]) -> None:
     tasks = load_tasks(names, args.include_path, args.data_dir)
     tokenizer = load_tokenizer(args.teacher or args.model[0])
     results, found = list[dict[str, Any]](), dict[str, Any]()
-    for result, model in family(args, tokenizer):
+    for result, model in each_model(args, tokenizer):
         found = ask(model, tokenizer, tasks, args.num_fewshot, args.limit, args.batch_size)
         results.append(result | {"tasks": scores(found)})
     if args.teacher:

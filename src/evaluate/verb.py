@@ -19,7 +19,7 @@ from typing import Any
 from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from src.command import Parser, family, provenance, show
+from src.command import Parser, each_model, provenance, show
 from src.data.arithmetic import final_answer
 from src.data.columns import Columns
 from src.data.formats import WHERE
@@ -114,7 +114,7 @@ def main(argv: list[str]) -> None:
     rows = [read[number] for number in found.numbers]
     task = not args.no_exact_match and _reference(rows[0], columns) is not None
     teacher, results = None, list[dict[str, Any]]()
-    for result, model in family(args, tokenizer):
+    for result, model in each_model(args, tokenizer):
         text = batches(found.rows, args.batch_size, tokenizer.pad_token_id or 0)
         result |= held_out(model, teacher, text)
         if task:

@@ -53,7 +53,7 @@ class TopK:
         """The signal of some positions of the first dimension."""
         return TopK(*(x[index] for x in (self.ids, self.log_probs, self.entropy, self.log_rest)))
 
-    def cut(self, k: int) -> TopK:
+    def truncate(self, k: int) -> TopK:
         """The signal with fewer tokens: the mass of the others joins the rest."""
         others = torch.cat([self.log_probs[..., k:], self.log_rest[..., None]], -1)
         return TopK(self.ids[..., :k], self.log_probs[..., :k], self.entropy, others.logsumexp(-1))
@@ -75,7 +75,7 @@ class TopK:
         entropy = ((self.entropy + p_log_p) * (-total).exp() + total).clamp_min(0.0)
         log_probs = (inside - total[..., None]).clamp_min(FLOOR)
         whole = TopK(self.ids.gather(-1, order), log_probs, entropy, (self.log_rest - total).clamp_min(FLOOR))
-        return whole.cut(self.ids.shape[-1] - lost)
+        return whole.truncate(self.ids.shape[-1] - lost)
 
     def tempered(self, temperature: float, vocabulary: int) -> tuple[Tensor, Tensor]:
         """Log-probabilities ``[..., K]`` and log-mass outside ``[...]`` at a temperature; they sum to 1."""

@@ -21,8 +21,9 @@ from src.models.cut import constraints, cut_config
 from src.models.layers import num_layers
 from src.models.loading import load_config
 from src.plan.shapes import Rows
-from src.search import count_to_remove
+from src.search import MaskSearch, count_to_remove
 from src.training.arguments import PruneCLI, ShortErrors
+from src.training.stage import Stage
 
 
 class _ParseOnly(PruneCLI):
@@ -187,11 +188,11 @@ class Experiment:
                 model.init_args.mask = str(Path(folder) / "mask.json")
                 self.mask.save(model.init_args.mask)
             module: LightningModule = self._cli.fit.instantiate(Namespace(model=model)).model
-        if hasattr(module, "checkpoint_activations"):
-            setattr(module, "checkpoint_activations", checkpoint)  # noqa: B010 (mypy)
+        if isinstance(module, Stage):
+            module.checkpoint_activations = checkpoint
         until = (self.callbacks.get("PruningCurriculum") or {}).get("until", 0)
-        if until and hasattr(module, "policy"):
-            cast(Any, module).policy.remove = 1  # the curriculum's first steps keep nearly all layers
+        if until and isinstance(module, MaskSearch):
+            module.policy.remove = 1  # the curriculum's first steps keep nearly all layers
         for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
             logging.getLogger(name).setLevel(logging.ERROR)
         used = cast(Any, precision or self.trainer.precision)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import yaml
 
@@ -16,6 +16,7 @@ from src.plan.experiment import Experiment
 from src.plan.memory import Mode, Setting, memory, strategy_name
 from src.plan.trace import Trace, trace
 from src.plan.work import CacheSize, cache_size, calibration
+from src.search import MaskSearch
 
 OVERLAYS = Path(__file__).parents[2] / "configs" / "strategy"
 PLAIN: dict[str, Mode] = {"search": "shared", "recover": "copy", "cache": "copy"}
@@ -153,7 +154,8 @@ class Planner:
         """Forward passes of a search beside its steps; zero where it cannot be followed."""
         if self.experiment.stage != "search":
             return 0.0
-        module: Any = self.experiment.module()
+        module = self.experiment.module()
+        assert isinstance(module, MaskSearch)
         return calibration(module.policy, module.calibration_batches) or 0.0
 
     @property

@@ -113,8 +113,8 @@ def _recover(recovery: Recovery, batch: Batch, ledger: Ledger, gpu: bool) -> int
     with ledger.step():
         optimizer.step()
     ledger.flops = flops
-    teacher: Any = recovery.teacher
-    return int(teacher.flops)
+    assert isinstance(recovery.teacher, PlannedTeacher)
+    return recovery.teacher.flops
 
 
 def _cache(cache: CacheTeacher, batch: Batch, ledger: Ledger, gpu: bool) -> int:
