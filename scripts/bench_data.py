@@ -74,7 +74,7 @@ class Timed(Recovery):
 def recovery(teacher: str, train: str, workers: int, steps: int, folder: Path) -> Figures:
     """Steps of the demo's recovery: tokens a second of one core, and the share spent waiting."""
     seed_everything(0, verbose=False)
-    Mask.by_hand(teacher, 16, set(range(16)) - {5, 7, 9, 11}).save(folder / "mask.json")
+    Mask.by_hand(teacher, 16, sorted(set(range(16)) - {5, 7, 9, 11})).save(folder / "mask.json")
     corpus = Corpus(teacher, train, num_workers=workers)
     module = Timed(mask=str(folder / "mask.json"))
     module.marks = []
@@ -94,12 +94,10 @@ def recovery(teacher: str, train: str, workers: int, steps: int, folder: Path) -
 def main() -> None:
     """Measure and write."""
     args = options(
-        __doc__,
-        shared=(os.environ.get("E3_SHARED", "/nonexistent"), "folder of real corpora"),
-        tokens=(20_000_000, "of each corpus at most"),
-        steps=(20, "of the recovery"),
+        __doc__, shared=(os.environ.get("E3_SHARED", "/nonexistent"), "folder of real corpora"),
+        tokens=(20_000_000, "of each corpus at most"), steps=(20, "of the recovery"),
         out=(Path("results/data_pipeline.json"), "results"),
-    )
+    )  # fmt: skip
     torch.set_num_threads(1)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     with tempfile.TemporaryDirectory() as name:

@@ -91,14 +91,10 @@ def child(*given: Any) -> Figures:
 
 def main() -> None:
     args = options(
-        __doc__,
-        tokens=(4096, "positions"),
-        hidden=(1024, "size of the hidden states"),
-        chunk=(256, "positions projected at once"),
-        vocabularies=([1_000, 32_000, 151_936], "classes"),
-        device=("cpu", "where it runs"),
-        out=(Path("results/loss.json"), "results"),
-    )
+        __doc__, tokens=(4096, "positions"), hidden=(1024, "size of the hidden states"),
+        chunk=(256, "positions projected at once"), vocabularies=([1_000, 32_000, 151_936], "classes"),
+        device=("cpu", "where it runs"), out=(Path("results/loss.json"), "results"),
+    )  # fmt: skip
     rows, sizes = [], (args.tokens, args.hidden, args.chunk, args.device)
     for vocabulary in args.vocabularies:
         found = {form: isolated(child, form, vocabulary, *sizes) for form in ("whole", "chunked")}

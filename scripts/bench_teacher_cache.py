@@ -219,16 +219,11 @@ SECTIONS = {"bytes": section_bytes, "write": section_write, "recover": section_r
 
 def main() -> None:
     args = options(
-        __doc__,
-        parts=SECTIONS,
-        text=("", "gzipped JSONL with a 'text' column, for the wide vocabulary"),
-        vocabularies=([1_000, 32_000, 151_936], "classes"),
-        repeats=(5, "of each timing"),
-        rows=(8, "of a batch"),
-        length=(128, "tokens of a row"),
-        hidden=(256, "size of the hidden states"),
+        __doc__, parts=SECTIONS, text=("", "gzipped JSONL with a 'text' column, for the wide vocabulary"),
+        vocabularies=([1_000, 32_000, 151_936], "classes"), repeats=(5, "of each timing"),
+        rows=(8, "of a batch"), length=(128, "tokens of a row"), hidden=(256, "size of the hidden states"),
         out=(Path("results/teacher_cache.json"), "results"),
-    )
+    )  # fmt: skip
     torch.set_num_threads(1)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     for name in args.parts:

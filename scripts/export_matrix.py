@@ -178,11 +178,10 @@ def judge(family: str) -> Row:
 
 def main() -> None:
     args = options(
-        (__doc__ or "").splitlines()[0],
-        families=([""], "model types; all by default"),
+        (__doc__ or "").splitlines()[0], families=([""], "model types; all by default"),
         out=(Path("results/export_matrix.json"), "results"),
         fresh=(False, "judge again what the results already hold"),
-    )
+    )  # fmt: skip
     head = {**origin(), "transformers": transformers.__version__}  # before a file changes
     get_context("forkserver").set_forkserver_preload(["src.export.proof", "scripts.tiny_configs"])
     families = list(filter(None, args.families)) or list(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)

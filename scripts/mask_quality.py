@@ -91,15 +91,11 @@ def text(layers: tuple[int, ...]) -> str:
 def main() -> None:
     """Scan, search, look up."""
     args = options(
-        __doc__,
-        remove=(4, "layers"),
-        rows=(32, "problems every mask is measured on"),
-        final_rows=(384, "other problems for the best masks"),
-        finalists=(60, "masks measured on those"),
-        seeds=([0, 1, 2], "of the searches"),
-        work=(Path("logs/mask_quality"), "searches and measurements"),
+        __doc__, remove=(4, "layers"), rows=(32, "problems every mask is measured on"),
+        final_rows=(384, "other problems for the best masks"), finalists=(60, "masks measured on those"),
+        seeds=([0, 1, 2], "of the searches"), work=(Path("logs/mask_quality"), "searches and measurements"),
         out=(Path("results/mask_quality.json"), "results"),
-    )
+    )  # fmt: skip
     learned: dict[int, Mask] = {}
     for seed in args.seeds:
         run = args.work / f"seed{seed}"

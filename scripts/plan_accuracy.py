@@ -105,9 +105,8 @@ def prepare(work: Path) -> None:
         AutoModelForCausalLM.from_config(config).save_pretrained(work / name)
         build_tokenizer().save_pretrained(work / name)
         layers = shape["num_hidden_layers"]
-        gone = range(layers // 2, layers // 2 + layers // 4)
-        keep = tuple(i for i in range(layers) if i not in gone)
-        Mask(str(work / name), layers, keep, "test").save(work / f"{name}.json")
+        kept = sorted(set(range(layers)) - set(range(layers // 2, layers // 2 + layers // 4)))
+        Mask.by_hand(str(work / name), layers, kept).save(work / f"{name}.json")
     numbers = random.Random(0)
     with (work / "text.jsonl").open("w") as file:
         for _ in range(DOCUMENTS):
@@ -132,16 +131,11 @@ def arguments(case: Case, work: Path, model: str) -> list[str]:
         "cached": {"mask": f"{path}.json"},
         "cache": {"model": path, "out": work / "cache" / model, "count_seconds": 0},
     }
-    if case.stage in ("cache", "cached"):
-        keys |= {
-            "data.init_args.train": work / ("cache" if case.stage == "cached" else "") / _corpus(case, model)
-        }
     if case.stage == "cached":
+        keys["data.init_args.train"] = work / "cache" / model
         del keys["data.init_args.max_length"]
-    if case.stage == "search":
-        keys["data.init_args.validation"] = work / "text.jsonl"
-    elif case.stage == "recover":
-        keys["data.init_args.validation"] = "null"
+    elif case.stage != "cache":
+        keys["data.init_args.validation"] = work / "text.jsonl" if case.stage == "search" else "null"
     keys |= {f"model.init_args.{key}": value for key, value in stages[case.stage].items()}
     argv = [part for config in CONFIGS[case.stage] for part in ("--config", config)]
     argv += [f"--{key}={value}" for key, value in keys.items()]
@@ -150,10 +144,6 @@ def arguments(case: Case, work: Path, model: str) -> list[str]:
         *(f"--model.init_args.{key}" for key in case.model_keys),
         *(f"--{key}" for key in case.keys),
     ]
-
-
-def _corpus(case: Case, model: str) -> str:
-    return model if case.stage == "cached" else "text.jsonl"
 
 
 def measure(case: Case, work: Path) -> dict[str, float]:

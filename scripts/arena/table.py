@@ -6,18 +6,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from scripts.arena.cells import (
-    JSON,
-    Cell,
-    cost,
-    difference,
-    lost_gained,
-    mean,
-    method,
-    nats,
-    percent,
-    removed,
-)
+from scripts.arena import cells
+from scripts.arena.cells import JSON, Cell
 from scripts.arena.defaults import defaults
 from scripts.lab.pages import fill
 from scripts.lab.pages import table as markdown
@@ -27,38 +17,38 @@ Columns = Mapping[str, Cell]
 
 SEEDS: dict[str, Cell] = {"seeds": lambda row: str(len(row["runs"]))}
 AGAINST: dict[str, Cell] = {
-    "exact match - reference, points": difference("exact_match", 100, 1),
-    "KL - reference": difference("kl", 1, 4),
+    "exact match - reference, points": cells.difference("exact_match", 100, 1),
+    "KL - reference": cells.difference("kl", 1, 4),
 }
 MASKS: dict[str, Cell] = {
-    "removed": removed,
-    "cut: exact match": percent("cut"),
-    "lost / gained": lost_gained("cut"),
-    "KL": nats("cut"),
-    "agreement": mean("cut", lambda judged: 100 * judged["agreement"], "{:.1f} %"),
-    "plain KL": nats("learned"),
+    "removed": cells.removed,
+    "cut: exact match": cells.percent("cut"),
+    "lost / gained": cells.lost_gained("cut"),
+    "KL": cells.nats("cut"),
+    "agreement": cells.mean("cut", lambda judged: 100 * judged["agreement"], "{:.1f} %"),
+    "plain KL": cells.nats("learned"),
 }
 FORWARD: dict[str, Cell] = {
-    "search, forward tokens": cost("search", lambda s: s["metrics"]["forward_tokens"], tokens_text)
+    "search, forward tokens": cells.cost("search", lambda s: s["metrics"]["forward_tokens"], tokens_text)
 }
-PLAIN: dict[str, Cell] = {"plain KL - reference": difference("learned", 1, 4)}
-CUT: Sequence[Columns] = ({"variant": method} | SEEDS | MASKS | PLAIN | AGAINST | FORWARD,)
+PLAIN: dict[str, Cell] = {"plain KL - reference": cells.difference("learned", 1, 4)}
+CUT: Sequence[Columns] = ({"variant": cells.method} | SEEDS | MASKS | PLAIN | AGAINST | FORWARD,)
 RECOVERED: Sequence[Columns] = (
-    {"recovered": method} | SEEDS | {
-        "exact match": percent("recovered"),
-        "of teacher": mean("recovered", lambda judged: 100 * (judged["ratio"] or 0), "{:.1f} %"),
-        "lost / gained": lost_gained("recovered"),
-        "KL": nats("recovered"),
-        "agreement": mean("recovered", lambda judged: 100 * judged["agreement"], "{:.1f} %"),
+    {"recovered": cells.method} | SEEDS | {
+        "exact match": cells.percent("recovered"),
+        "of teacher": cells.mean("recovered", lambda judged: 100 * (judged["ratio"] or 0), "{:.1f} %"),
+        "lost / gained": cells.lost_gained("recovered"),
+        "KL": cells.nats("recovered"),
+        "agreement": cells.mean("recovered", lambda judged: 100 * judged["agreement"], "{:.1f} %"),
     } | AGAINST,
-    {"not recovered": method} | MASKS,
-    {"cost": method} | FORWARD | {
-        "search, corpus tokens": cost("search", lambda s: s["tokens"], tokens_text),
-        "search, CPU s": cost("search", lambda s: s["cpu_seconds"], "{:.0f}".format),
-        "search, peak MiB": cost("search", lambda s: s["peak_mib"], "{:.0f}".format),
-        "recovery, tokens": cost("recovery", lambda s: s["tokens"], tokens_text),
-        "recovery and judging, CPU s": cost("recovery", lambda s: s["cpu_seconds"], "{:.0f}".format),
-        "peak MiB": cost("recovery", lambda s: s["peak_mib"], "{:.0f}".format),
+    {"not recovered": cells.method} | MASKS,
+    {"cost": cells.method} | FORWARD | {
+        "search, corpus tokens": cells.cost("search", lambda s: s["tokens"], tokens_text),
+        "search, CPU s": cells.cost("search", lambda s: s["cpu_seconds"], "{:.0f}".format),
+        "search, peak MiB": cells.cost("search", lambda s: s["peak_mib"], "{:.0f}".format),
+        "recovery, tokens": cells.cost("recovery", lambda s: s["tokens"], tokens_text),
+        "recovery and judging, CPU s": cells.cost("recovery", lambda s: s["cpu_seconds"], "{:.0f}".format),
+        "peak MiB": cells.cost("recovery", lambda s: s["peak_mib"], "{:.0f}".format),
     },
 )  # fmt: skip
 

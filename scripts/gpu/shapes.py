@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,6 +10,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.initialization import no_init_weights
 
+from scripts.lab.jobs import isolated
 from src.data.arithmetic import build_tokenizer, problems
 from src.files import write_text
 from src.mask import Mask
@@ -60,14 +59,13 @@ def directory(shape: str, work: Path, device: str, tiny: bool) -> Path:
     """
     path = work / "models" / shape
     if not (path / "tokenizer.json").is_file():  # written last
-        words = [shape, str(path), device, "tiny" if tiny else "real"]
-        subprocess.run([sys.executable, "-m", "scripts.gpu.shapes", *words], check=True)
+        isolated(make, shape, path, device, tiny)
     return path
 
 
-def make(shape: str, path: str, device: str, kind: str) -> None:
+def make(shape: str, path: Path, device: str, tiny: bool) -> None:
     """Write the checkpoint of :func:`directory`."""
-    random_model(shape, device, torch.bfloat16, kind == "tiny").save_pretrained(path)
+    random_model(shape, device, torch.bfloat16, tiny).save_pretrained(path)
     build_tokenizer().save_pretrained(path)
 
 
@@ -88,11 +86,7 @@ def middle_mask(model: Path, work: Path) -> Path:
     layers = cast(int, json.loads((model / "config.json").read_text())["num_hidden_layers"])
     remove = layers // 4
     first = layers - remove - max(1, layers // 8)
-    keep = tuple(i for i in range(layers) if not first <= i < first + remove)
     path = work / f"mask-{model.name}.json"
-    Mask(model=str(model), num_layers=layers, keep=keep, method="given").save(path)
+    kept = sorted(set(range(layers)) - set(range(first, first + remove)))
+    Mask.by_hand(str(model), layers, kept).save(path)
     return path
-
-
-if __name__ == "__main__":
-    make(*sys.argv[1:])

@@ -1,9 +1,9 @@
 """Does this tree compute what an older commit computed, to the last bit?
 
-``python -m scripts.lab.same_numbers COMMIT [--quick]`` checks the commit out beside this tree, runs the same
-command lines in both (data, search, recovery in full, by adapters and from a cache, exports, evaluation) and
-compares what they wrote. Only command lines and files are compared, so modules may move. Each tree reads its
-own configs; a field that only one of two JSON files has is named, not compared. Exit status 1: a difference.
+``python -m scripts.lab.same_numbers COMMIT [--quick]`` checks out the commit and what is here now, runs the
+same command lines in both (data, search, recovery in full, by adapters and from a cache, exports, evaluation)
+and compares what they wrote. Only command lines and files are compared, so modules may move. Each tree reads
+its own configs; a field that one of two JSON files lacks is named, not compared. Exit status 1: a difference.
 """
 
 from __future__ import annotations
@@ -93,15 +93,21 @@ def run(tree: Path, out: Path, given: dict[str, Any]) -> None:
             )
 
 
+def git(*words: str) -> str:
+    """What git says."""
+    return subprocess.run(
+        ["git", "-C", str(ROOT), *words], check=True, capture_output=True, text=True
+    ).stdout.strip()
+
+
 @contextmanager
-def checked_out(commit: str, tree: Path) -> Iterator[None]:
+def checked_out(commit: str, tree: Path) -> Iterator[Path]:
     """A temporary worktree of a commit."""
-    git = ["git", "-C", str(ROOT), "worktree"]
-    subprocess.run([*git, "add", "--quiet", "--detach", str(tree), commit], check=True)
+    git("worktree", "add", "--detach", str(tree), commit)
     try:
-        yield
+        yield tree
     finally:
-        subprocess.run([*git, "remove", "--force", str(tree)], check=True)
+        git("worktree", "remove", "--force", str(tree))
 
 
 def leaves(value: Any, name: str = "") -> dict[str, Any]:
@@ -159,14 +165,15 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a few steps instead of the demo's own settings")
     args = parser.parse_args()
     given = SETTINGS["quick" if args.quick else "demo"]
+    now = git("stash", "create") or "HEAD"  # what is not committed counts, but for files git does not know
     found = []
     with tempfile.TemporaryDirectory(prefix="same_numbers.") as temporary:
-        place = Path(temporary)
-        with checked_out(args.commit, place / "tree"):
-            for name, tree in ("old", place / "tree"), ("new", ROOT):
-                (place / name).mkdir()
-                run(tree, place / name, given)
-                found.append(written(place / name))
+        for name, commit in ("old", args.commit), ("new", now):
+            out = Path(temporary, name)
+            out.mkdir()
+            with checked_out(commit, Path(temporary, f"{name}.tree")) as tree:
+                run(tree, out, given)
+            found.append(written(out))
     table, wrong = compare(*found)
     Console(width=130).print(table)
     raise SystemExit(bool(wrong))

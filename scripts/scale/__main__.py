@@ -28,12 +28,10 @@ PARTS: dict[str, Callable[[Path], dict[str, Any]]] = {
 
 def main() -> None:
     args = options(
-        __doc__,
-        parts=PARTS,
-        work=(Path("logs/scale"), "models and runs"),
+        __doc__, parts=PARTS, work=(Path("logs/scale"), "models and runs"),
         out=(Path("results/strategies.json"), "results"),
         page=(Path("docs/scale.md"), "whose tables are filled"),
-    )
+    )  # fmt: skip
     torch.set_num_threads(1)
     os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     args.work.mkdir(parents=True, exist_ok=True)
