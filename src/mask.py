@@ -111,9 +111,42 @@ class Mask:
         return len(self.attention)
 
     @property
+    def kept(self) -> tuple[int, ...] | dict[str, tuple[int, ...]]:
+        """The kept layers as the file lists them, for halves those of each kind."""
+        return {kind: getattr(self, kind) for kind in HALVES} if self.unit == "half" else self.keep
+
+    @property
+    def listed(self) -> str:
+        """What is kept, in words; of halves, which attention meets which feed-forward."""
+        if self.unit == "layer":
+            return str(list(self.keep))
+        pairs = zip(self.attention, self.feed_forward, strict=True)
+        words = [str(a) if a == f else f"{a} with feed-forward of {f}" for a, f in pairs]
+        return f"[{', '.join(words)}]"
+
+    @property
+    def missing(self) -> str:
+        """What is removed, in words."""
+        if self.unit == "layer":
+            return str(list(self.removed))
+        gone = [sorted({*range(self.num_layers)} - {*kept}) for kept in (self.attention, self.feed_forward)]
+        return f"attention of {gone[0]} and feed-forward of {gone[1]}"
+
+    @property
     def recombines(self) -> bool:
         """Whether some new layer has the attention of one layer and the feed-forward of another."""
         return self.attention != self.feed_forward
+
+    @property
+    def reads(self) -> tuple[int, ...]:
+        """For each layer of the cut model, the layer of the parent that reads behind it, at last the norm."""
+        return (*self.attention[1:], self.num_layers)
+
+    @property
+    def gaps(self) -> tuple[int, ...]:
+        """Layers of the cut model behind which whole or half layers are missing, before another kept one."""
+        behind = enumerate(zip(self.feed_forward[:-1], self.reads[:-1], strict=True))
+        return tuple(position for position, (written, read) in behind if read != written + 1)
 
     @property
     def removed(self) -> tuple[int, ...]:
@@ -135,8 +168,7 @@ class Mask:
 
     def save(self, path: str | Path) -> None:
         """Write the mask as JSON; the file appears whole or not at all."""
-        keep = {kind: getattr(self, kind) for kind in HALVES} if self.unit == "half" else self.keep
-        write_json(path, {**asdict(self), "keep": keep})
+        write_json(path, {**asdict(self), "keep": self.kept})
 
     @classmethod
     def load(cls, path: str | Path) -> Mask:
@@ -173,17 +205,10 @@ class Mask:
         return cls(**raw)
 
     def __str__(self) -> str:
-        if self.unit == "layer":
-            strip = "".join("#" if i in set(self.keep) else "." for i in range(self.num_layers))
-            return f"[{strip}] keeps {len(self.keep)} of {self.num_layers}, removes {list(self.removed)}"
-        halves = [set(self.attention), set(self.feed_forward)]
         marks = {(True, True): "#", (True, False): "a", (False, True): "f", (False, False): "."}
-        strip = "".join(marks[i in halves[0], i in halves[1]] for i in range(self.num_layers))
-        gone = [sorted(set(range(self.num_layers)) - kept) for kept in halves]
-        return (
-            f"[{strip}] keeps {self.depth} of {self.num_layers}, removes attention of {gone[0]} and "
-            f"feed-forward of {gone[1]}"
-        )
+        pairs = [(i in self.attention, i in self.feed_forward) for i in range(self.num_layers)]
+        strip = "".join(marks[pair] for pair in pairs)
+        return f"[{strip}] keeps {self.depth} of {self.num_layers}, removes {self.missing}"
 
 
 def git_sha() -> str | None:

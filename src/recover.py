@@ -192,6 +192,7 @@ class Recovery(Stage):
         super().on_save_checkpoint(checkpoint)
         checkpoint["recovery"] = {
             "tokens": self.tokens, "scope": self.scope, "rank": self.lora_rank, "keep": list(self.mask.keep),
+            "unit": self.mask.unit,
             "patch": str(self.patch) if self.patch and self.patch.repairs else None, "frozen": self.frozen,
         }  # fmt: skip
 
@@ -207,21 +208,26 @@ def same_layers(recovery: dict[str, Any], mask: Mask) -> None:
     Raises:
         ConfigError: names both sets of layers.
     """
-    if tuple(recovery["keep"]) != mask.keep:
+    if (tuple(recovery["keep"]), recovery.get("unit", "layer")) != (mask.keep, mask.unit):
         raise ConfigError(
-            f"checkpoint: it does not fit the mask: it was trained with layers {list(recovery['keep'])}, "
+            f"checkpoint: it does not fit the mask: it was trained with {recovery.get('unit', 'layer')}s "
+            f"{list(recovery['keep'])}, "
             f"the mask keeps {list(mask.keep)}. Give the mask it was trained with."
         )
 
 
 def cut_adjacent(mask: Mask) -> set[int]:
-    """Positions, in the cut model, of the blocks on both sides of each cut (CLP, arXiv 2510.23652)."""
-    gaps = [i for i, (a, b) in enumerate(zip(mask.keep, mask.keep[1:], strict=False)) if b != a + 1]
-    near = {i for gap in gaps for i in (gap, gap + 1)}
-    if mask.keep[0] != 0:
+    """Positions, in the cut model, of the blocks on both sides of each cut (CLP, arXiv 2510.23652).
+
+    A recombined block has a cut inside, between its halves.
+    """
+    near = {i for gap in mask.gaps for i in (gap, gap + 1)}
+    pairs = enumerate(zip(mask.attention, mask.feed_forward, strict=True))
+    near |= {i for i, (attention, feed_forward) in pairs if attention != feed_forward}
+    if mask.attention[0] != 0:
         near.add(0)
-    if mask.keep[-1] != mask.num_layers - 1:
-        near.add(len(mask.keep) - 1)
+    if mask.feed_forward[-1] != mask.num_layers - 1:
+        near.add(mask.depth - 1)
     return near
 
 

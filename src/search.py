@@ -23,9 +23,9 @@ from src.data.batches import Batch, Supervised, real_tokens
 from src.errors import ConfigError
 from src.losses.distill import Distillation
 from src.losses.signals import Signal, live_signal
-from src.mask import Mask, git_sha
+from src.mask import Mask, Unit, git_sha
 from src.models.cut import constraints
-from src.models.gated import GatedLayers, Observer, freeze
+from src.models.gated import Observer, freeze
 from src.models.head import OutputHead
 from src.models.layers import num_layers
 from src.models.loading import load_config
@@ -36,6 +36,7 @@ from src.teachers import TeacherSource
 from src.training.ranks import WholeBatch, total, world
 from src.training.stage import Stage
 from src.training.strategies import check_quantised, kind
+from src.units.kinds import KINDS
 
 
 @dataclass(frozen=True)
@@ -43,14 +44,14 @@ class Draw:
     """A mask that was drawn, and what came of it.
 
     Attributes:
-        gates_L: as the policy sampled it, with its graph.
+        gates_U: as the policy sampled it, with its graph.
         loss: the divergence under it, detached.
-        grad_L: gradient of the loss with respect to the gates, if the policy wants it.
+        grad_U: gradient of the loss with respect to the gates, if the policy wants it.
     """
 
-    gates_L: Tensor
+    gates_U: Tensor
     loss: Tensor
-    grad_L: Tensor | None
+    grad_U: Tensor | None
 
 
 class MaskSearch(Stage):
@@ -61,6 +62,8 @@ class MaskSearch(Stage):
         policy: how masks are drawn and learned.
         remove: layers to remove; give this or ``ratio``.
         ratio: share of the layers to remove, in (0, 1), rounded to the nearest count.
+        unit: what is removed: whole layers (``layer``), or attentions and feed-forwards apart (``half``), as
+            many of both; the halves that stay pair up into ordinary layers again.
         teacher: another source of the teacher's signal; None is the student with open gates.
         distillation: divergence between the teacher's signal and the student.
         draws: masks drawn for each batch; they share the teacher's forward pass.
@@ -76,6 +79,7 @@ class MaskSearch(Stage):
         policy: MaskPolicy,
         remove: int | None = None,
         ratio: Annotated[float, inside_unit] | None = None,
+        unit: Unit = "layer",
         teacher: TeacherSource | None = None,
         distillation: Distillation | None = None,
         draws: Annotated[int, Range(int, 1, 1000)] = 4,
@@ -84,7 +88,7 @@ class MaskSearch(Stage):
         **kwargs: Any,
     ) -> None:
         super().__init__(model, **kwargs)
-        self.policy, self.teacher, self.draws = policy, teacher, draws
+        self.unit, self.policy, self.teacher, self.draws = unit, policy, teacher, draws
         self.distillation = distillation or Distillation(weight="none")
         self.optimizer, self.calibration_batches = optimizer, calibration_batches
         config = load_config(model, self.revision)
@@ -94,7 +98,7 @@ class MaskSearch(Stage):
         count = count_to_remove(self.num_layers, remove, ratio)
         limits = constraints(config)
         try:
-            policy.setup(self.num_layers, count, limits.pinned(self.num_layers, count))
+            policy.setup(self.num_layers, count, limits.pinned(self.num_layers, count), unit)
         except ConfigError as e:
             raise ConfigError(f"{e} {limits.reason}".strip()) from e
         self.forward_tokens = 0.0
@@ -132,7 +136,7 @@ class MaskSearch(Stage):
             return
         network = freeze(self.load())
         self._frozen = (network,)
-        self.gates = GatedLayers(network, self.checkpoint_activations)
+        self.gates = KINDS[self.unit].gate(network, self.checkpoint_activations)
         self.head = OutputHead(network)
         if self.device_mesh is not None:
             shard(network, self.device_mesh["data_parallel"])
@@ -148,15 +152,15 @@ class MaskSearch(Stage):
 
     # ------------------------------------------------------------------ measuring
 
-    def hidden(self, batch: Batch, gates_L: Tensor | None, observer: Observer | None = None) -> Tensor:
+    def hidden(self, batch: Batch, gates_U: Tensor | None, observer: Observer | None = None) -> Tensor:
         """Final hidden states ``[B, T, H]`` of the model under gates (None is open)."""
         before = self.gates.evaluated
-        with self.gates.use(gates_L, observer):
+        with self.gates.use(gates_U, observer):
             hidden_BTH = self.head.hidden(batch)
         self.spent(batch, self.gates.evaluated - before)
         return hidden_BTH
 
-    def spent(self, batch: Batch, layers: int) -> None:
+    def spent(self, batch: Batch, layers: float) -> None:
         """Count a pass of a batch through some layers."""
         self.forward_tokens += real_tokens(batch) * self.trainer.world_size * layers / self.num_layers
 
@@ -172,7 +176,7 @@ class MaskSearch(Stage):
         self,
         rows: Supervised,
         signal: Signal,
-        gates_L: Tensor | None,
+        gates_U: Tensor | None,
         by: Distillation | None = None,
         whole: WholeBatch | None = None,
     ) -> Tensor:
@@ -181,11 +185,11 @@ class MaskSearch(Stage):
         Args:
             rows: a batch and its supervised positions.
             signal: what the teacher says there.
-            gates_L: gates, or None for all open.
+            gates_U: gates, or None for all open.
             by: the loss, if not the search's own.
             whole: the batch of all ranks that this one is a part of; None: it is on its own.
         """
-        hidden_NH = self.hidden(rows.batch, gates_L).flatten(0, 1)[rows.index_N]
+        hidden_NH = self.hidden(rows.batch, gates_U).flatten(0, 1)[rows.index_N]
         return (by or self.distillation)(self.head, hidden_NH, rows.labels_N, signal, whole)["loss"]
 
     # ------------------------------------------------------------------ learning
@@ -199,14 +203,14 @@ class MaskSearch(Stage):
             number: of the draw, within the step.
             whole: the batch of all ranks.
         """
-        gates_L = self.policy.sample(self.trainer.global_step, number)
-        leaf_L, grad_L = gates_L.detach().requires_grad_(self.policy.needs_gradient), None
+        gates_U = self.policy.sample(self.trainer.global_step, number)
+        leaf_U, grad_U = gates_U.detach().requires_grad_(self.policy.needs_gradient), None
         with torch.set_grad_enabled(self.policy.needs_gradient):
-            loss = self.divergence(rows, signal, leaf_L, whole=whole)
+            loss = self.divergence(rows, signal, leaf_U, whole=whole)
         if self.policy.needs_gradient:
-            grad_L = torch.autograd.grad(loss, leaf_L)[0]
+            grad_U = torch.autograd.grad(loss, leaf_U)[0]
             self.spent(rows.batch, self.num_layers)
-        return Draw(gates_L, loss.detach(), grad_L)
+        return Draw(gates_U, loss.detach(), grad_U)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         rows = Supervised.of(batch)
@@ -215,15 +219,15 @@ class MaskSearch(Stage):
         first = batch_idx % self.trainer.accumulate_grad_batches * self.draws
         drawn = [self.draw(rows, signal, first + number, whole) for number in range(self.draws)]
         self.tokens += whole.tokens
-        losses_D, grads_DL = over_ranks(drawn)
+        losses_D, grads_DU = over_ranks(drawn)
         self.log("train/kl", losses_D.mean(), prog_bar=True)
-        return self.policy.surrogate(torch.stack([each.gates_L for each in drawn]), losses_D, grads_DL)
+        return self.policy.surrogate(torch.stack([each.gates_U for each in drawn]), losses_D, grads_DU)
 
     def validation_step(self, batch: Batch, _: int) -> None:
         rows = Supervised.of(batch)
         whole = WholeBatch(len(rows), real_tokens(batch), self.device)
-        gates_L = self.policy.gates(self.policy.harden())
-        loss = self.divergence(rows, self.teacher_signal(rows), gates_L, whole=whole)
+        gates_U = self.policy.gates(self.policy.harden())
+        loss = self.divergence(rows, self.teacher_signal(rows), gates_U, whole=whole)
         self.log("val/kl", loss, prog_bar=True, batch_size=whole.positions, sync_dist=True)
 
     test_step = validation_step
@@ -239,7 +243,7 @@ class MaskSearch(Stage):
         return (self.teacher and self.teacher.weights) or self.weights
 
     def mask(self, keep: Iterable[int], metrics: dict[str, float]) -> Mask:
-        """The mask file for a set of kept layers."""
+        """The mask file for a set of kept units."""
         return Mask(
             model=self.name,
             revision=self.revision or self.commit,
@@ -251,6 +255,7 @@ class MaskSearch(Stage):
             tokens_seen=self.tokens,
             metrics=metrics,
             fingerprint=self.weights,
+            unit=self.unit,
         )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -263,13 +268,13 @@ class MaskSearch(Stage):
 
 
 def over_ranks(drawn: Sequence[Draw]) -> tuple[Tensor, Tensor | None]:
-    """Losses ``[D]`` of some draws and their gradients ``[D, L]`` (None if there are none), over all ranks.
+    """Losses ``[D]`` of some draws and their gradients ``[D, U]`` (None if there are none), over all ranks.
 
     They are means over the ranks: every policy learns from the same bits on every rank, so that all make the
     same update.
     """
     losses_D = torch.stack([each.loss for each in drawn])
-    grads = [each.grad_L for each in drawn if each.grad_L is not None]
+    grads = [each.grad_U for each in drawn if each.grad_U is not None]
     if world() == 1:
         return losses_D, torch.stack(grads) if grads else None
     columns = [losses_D[:, None], *([torch.stack(grads)] if grads else [])]

@@ -79,8 +79,8 @@ def model_card(
     facts = {
         "Parent": f"`{public_name(mask.model)}`"
         + (f" at revision `{mask.revision}`" if mask.revision else ""),
-        "Layers": f"{len(mask.keep)} of {mask.num_layers}; removed {list(mask.removed)}",
-        "Kept layers": str(list(mask.keep)),
+        "Layers": f"{mask.depth} of {mask.num_layers}; removed {mask.missing}",
+        "Kept layers": mask.listed,
         "Weights": f"{weights[1]:,} of {weights[0]:,} ({weights[1] / weights[0]:.1%})",
         "Chosen by": f"{mask.method}" + (f", seed {mask.seed}" if mask.seed is not None else ""),
         "Mask made for": f"`{public_name(made_for)}`" if made_for and made_for != mask.model else "",
@@ -96,7 +96,7 @@ def model_card(
     return CARD.format(
         head=yaml.safe_dump(head, sort_keys=False).strip(),
         name=Path(mask.model).name,
-        depth=len(mask.keep),
+        depth=mask.depth,
         facts="\n".join(f"| {key} | {value} |" for key, value in facts.items() if value),
         scores=NO_SCORES,
         checks="\n".join(f"| {f.check} | {f.detail} |" for f in findings),

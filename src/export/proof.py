@@ -21,9 +21,9 @@ from src.export.fresh import PROBE_TEXT, Reference, unique_weights
 from src.export.observe import Finding, Observation, compare, observe, probe_tokens
 from src.mask import Mask
 from src.models.claims import is_tied
-from src.models.cut import attention_implementation, cut
-from src.models.gated import GatedLayers
+from src.models.cut import attention_implementation, cut, renamed, sources
 from src.models.layers import decoder_layers
+from src.units.kinds import KINDS
 
 
 def prove(
@@ -65,7 +65,7 @@ def prove(
         expected=expected,
         ids_BT=ids_BT,
         weights=weights,
-        layers=len(mask.keep),
+        layers=mask.depth,
         tied=is_tied(student),
         text_ids=tokenizer(PROBE_TEXT).input_ids if tokenizer else None,
         chat_template=tokenizer.chat_template if tokenizer else None,
@@ -109,12 +109,12 @@ def stored_as_parent(
 
 
 def observe_gated(parent: PreTrainedModel, mask: Mask, ids_BT: Tensor) -> Observation:
-    """Observe the parent with hard gates: the layers of a mask open, the others closed."""
-    gates = GatedLayers(parent)
-    gates_L = torch.zeros(len(gates), device=parent.device)
-    gates_L[list(mask.keep)] = 1.0
+    """Observe the parent with hard gates: the units of a mask open, the others closed."""
+    gates = KINDS[mask.unit].gate(parent)
+    gates_U = torch.zeros(len(gates), device=parent.device)
+    gates_U[list(mask.keep)] = 1.0
     try:
-        with gates.use(gates_L):
+        with gates.use(gates_U):
             return observe(parent, ids_BT)
     finally:
         gates.remove()
@@ -145,13 +145,12 @@ def in_fresh_process(directory: Path, reference: Reference) -> list[Finding]:
 
 
 def predicted_weights(parent: PreTrainedModel, student: PreTrainedModel, mask: Mask) -> int:
-    """Numbers the export must hold: the parent's without the removed layers, shared ones counted once.
+    """Numbers the export must hold: the parent's without the removed units, shared ones counted once.
 
     Tensors outside the layers that grow with the depth (per-layer embeddings) shrink with it.
     """
     path, _ = decoder_layers(parent)
-    gone = tuple(f"{path}.{i}." for i in mask.removed)
-    left = {name: t for name, t in parent.state_dict().items() if not name.startswith(gone)}
+    left = renamed(parent.state_dict(), path, sources(parent, mask))
     cut_shapes = {name: t.shape for name, t in student.state_dict().items() if not name.startswith(path)}
     shrunk = sum(t.numel() - cut_shapes[n].numel() for n, t in left.items() if n in cut_shapes)
     return unique_weights(left) - int(shrunk)

@@ -67,7 +67,7 @@ def export(mask: Mask, args: argparse.Namespace, patch: LinearPatch | None = Non
     student = load_student(parent, mask, args.checkpoint) if args.checkpoint else cut(parent, mask)
     student, rounding = stored_as_parent(student, parent, mask, args.gate_tokens)
     repairs = patch and patch(student, parent, mask, load_tokenizer(name, revision))
-    origin = {"parent": public_name(mask.model), "revision": mask.revision, "keep": list(mask.keep)}
+    origin = {"parent": public_name(mask.model), "revision": mask.revision, "keep": mask.kept}
     student.config.depth_pruning = origin
     weights = unique_weights(parent.state_dict()), predicted_weights(parent, student, mask)
     with staged(out, args.force) as stage:

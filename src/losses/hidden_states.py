@@ -1,6 +1,6 @@
 """Hidden-state distillation: each kept layer learns to give the stream that its successor was trained on.
 
-Behind kept layer j of the student stands layer ``keep[j + 1]`` of the parent, which used to read the stream
+Behind kept layer j of the student stands layer ``reads[j]`` of the parent, which used to read the stream
 behind the removed layers. So that stream, after the gap, is the target of layer j; that of the last layer is
 what the parent's final norm reads.
 
@@ -41,18 +41,18 @@ class HiddenStates(Term):
         self.layers = layers
 
     def pairs(self, mask: Mask) -> tuple[Pair, ...]:
-        reads = [*mask.keep[1:], mask.num_layers]  # who reads after each kept layer: at last, the final norm
-        every = {layer: (j, reads[j] - 1) for j, layer in enumerate(mask.keep)}
+        kept = mask.feed_forward  # what leaves a layer is written by its feed-forward
+        every = {layer: (j, mask.reads[j] - 1) for j, layer in enumerate(kept)}
         if self.layers == "all":
-            chosen = list(mask.keep)
+            chosen = list(kept)
         elif self.layers == "cuts":
             chosen = [layer for layer, (_, target) in every.items() if target != layer]
         else:
             chosen = [layer + mask.num_layers * (layer < 0) for layer in self.layers]
-        if not chosen or not set(chosen) <= set(mask.keep):
+        if not chosen or not set(chosen) <= set(kept):
             raise ConfigError(
                 f"terms: HiddenStates.layers: {self.layers} given, which are not layers that the mask keeps. "
-                f"Accepted: all, cuts (layers before a gap), or some of {list(mask.keep)}."
+                f"Accepted: all, cuts (layers before a gap), or some of {list(kept)}."
             )
         return tuple(every[layer] for layer in sorted(set(chosen)))
 

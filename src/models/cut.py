@@ -130,17 +130,17 @@ def cut(model: PreTrainedModel, mask: Mask) -> PreTrainedModel:
         raise ConfigError("model: quantised weights cannot be cut; load the parent without quantisation.")
     path, layers = decoder_layers(model)
     config = cut_config(model.config, mask)
-    sources = Sources(mask.attention, mask.feed_forward, find_halves(model) if mask.recombines else ())
+    origins = sources(model, mask)
     with no_init_weights():
         new = type(model)._from_config(config, dtype=model.dtype)
     # Some layers change when they run (BigBird's attention), so a fresh parent is compared with a fresh cut.
     fresh, cut_layers = _weightless(model.config, type(model)).get_submodule(path), new.get_submodule(path)
-    if misfits := structural_changes(cast(Any, fresh), cast(Any, cut_layers), sources):
+    if misfits := structural_changes(cast(Any, fresh), cast(Any, cut_layers), origins):
         limit = constraints(model.config).reason
         raise ConfigError(f"keep: {next(iter(misfits.values()))} {limit}")
     shapes = {name: tensor.shape for name, tensor in new.state_dict().items()}
     state = {}
-    for name, tensor in _renamed(model.state_dict(), path, sources).items():
+    for name, tensor in renamed(model.state_dict(), path, origins).items():
         state[name] = _along_depth(tensor, shapes.get(name, tensor.shape), len(layers), mask)
     try:
         new.load_state_dict(state, assign=True)
@@ -239,7 +239,16 @@ def _text_path(config: PretrainedConfig) -> tuple[str, ...]:
     return ()
 
 
-def _renamed(state: dict[str, Tensor], path: str, sources: Sources) -> dict[str, Tensor]:
+def sources(model: PreTrainedModel, mask: Mask) -> Sources:
+    """Where each layer of the cut comes from.
+
+    Raises:
+        ConfigError: the mask recombines halves, and the layers do not consist of two.
+    """
+    return Sources(mask.attention, mask.feed_forward, find_halves(model) if mask.recombines else ())
+
+
+def renamed(state: dict[str, Tensor], path: str, sources: Sources) -> dict[str, Tensor]:
     """Weights of the kept units under their new numbers, and all weights outside the layers."""
     out = {}
     for name, tensor in state.items():

@@ -1,23 +1,29 @@
-"""The contract of a mask policy: an ask-tell optimiser over which layers to remove.
+"""The contract of a mask policy: an ask-tell optimiser over which units to remove.
 
 The search asks with :meth:`MaskPolicy.sample`, runs the model under the mask, and tells the losses (and,
 for a policy that wants them, their gradients with respect to the gates) to :meth:`MaskPolicy.surrogate`,
 whose value is differentiated with respect to the policy's own parameters. So pathwise, score-function,
 greedy, random and training-free methods are the same command, and the search knows none of them by name.
 
-Shapes: D draws, L layers.
+A policy knows units (layers, or halves of layers) by their numbers alone. The *space* says which sets of them
+are legal (:mod:`src.units.spaces`).
+
+Shapes: D draws, U units (L layers where a method takes whole layers only).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from src.errors import ConfigError
+from src.mask import Unit
 from src.ranges import Count, Seed, checked
+from src.units.kinds import KINDS
+from src.units.spaces import Space
 
 
 class Probe(Protocol):
@@ -53,7 +59,7 @@ class Probe(Protocol):
 
 
 class MaskPolicy(nn.Module):
-    """Base class: holds the counts and constraints, one logit for each layer, and uniform defaults.
+    """Base class: holds the counts and constraints, one logit for each unit, and uniform defaults.
 
     A subclass overrides what it needs; :meth:`sample` it must.
 
@@ -64,6 +70,9 @@ class MaskPolicy(nn.Module):
             answer of the method.
         polish: whether single swaps of a removed and a kept layer are tried on held-out rows.
     """
+
+    works_on: ClassVar[tuple[Unit, ...]] = ("layer",)
+    """Units for which the method makes sense."""
 
     needs_gradient = True
     """Whether :meth:`surrogate` wants the losses' gradients with respect to the gates."""
@@ -88,37 +97,56 @@ class MaskPolicy(nn.Module):
         self.always_keep, self.seed = tuple(always_keep), seed
         self.candidates, self.polish = candidates, polish
 
-    def setup(self, num_layers: int, remove: int, pinned: Iterable[int] = ()) -> None:
+    def setup(self, num_layers: int, remove: int, pinned: Iterable[int] = (), unit: Unit = "layer") -> None:
         """Learn the sizes and create the parameters. Called once, before anything else.
 
         Args:
             num_layers: layers of the model.
-            remove: layers to remove in the end.
+            remove: layers to remove in the end; of halves as many as so many layers have.
             pinned: layers that this model cannot lose and still be exported.
+            unit: what is removed.
 
         Raises:
-            ConfigError: the count and the constraints cannot both be met.
+            ConfigError: the count and the constraints cannot both be met, or the method is for other units.
         """
+        if unit not in self.works_on:
+            raise ConfigError(
+                f"model.unit: '{unit}' with {type(self).__name__}, which chooses whole layers. Set it to "
+                f"{self.works_on[0]}, or choose another policy, such as src.policies.GumbelTopK."
+            )
         wrong = [i for i in self.always_keep if not -num_layers <= i < num_layers]
         if wrong:
             raise ConfigError(
                 f"policy.always_keep: {wrong} outside 0..{num_layers - 1} (model of {num_layers} layers)."
             )
         kept = {i % num_layers for i in self.always_keep} | set(pinned)
-        self.free = [i for i in range(num_layers) if i not in kept]
-        if not 0 < remove < num_layers or remove > len(self.free):
+        most = min(num_layers - 1, num_layers - len(kept))
+        if not 0 < remove <= most:
             raise ConfigError(
                 f"remove: {remove} layers asked, but the model has {num_layers} layers, of which "
-                f"{len(self.free)} may be removed. Accepted: 1 to {min(num_layers - 1, len(self.free))}."
+                f"{num_layers - len(kept)} may be removed. Accepted: 1 to {most}."
             )
         self.num_layers, self.target, self.remove = num_layers, remove, remove
-        self.logits = nn.Parameter(torch.zeros(num_layers))
+        self.kind, self.pinned = KINDS[unit], frozenset(kept)
+        self.space = self.spare(remove)
+        self.units = self.space.units
+        self.free = [u for u in range(self.units) if u not in self.space.pinned]
+        self.logits = nn.Parameter(torch.zeros(self.units))
+
+    def spare(self, remove: int) -> Space:
+        """The space of the masks without so many layers, or as many halves as these have."""
+        return self.kind.space(self.num_layers, self.num_layers - remove, self.pinned)
+
+    @property
+    def closed(self) -> int:
+        """Units that a mask removes now."""
+        return self.kind.each * self.remove
 
     def initialise(self, probe: Probe) -> None:
         """Prepare from calibration rows, before the first step of a new search."""
 
     def sample(self, step: int, draw: int) -> Tensor:
-        """Ask for a mask: gates ``[L]``, exactly 0 or 1, exactly ``self.remove`` zeros.
+        """Ask for a mask: gates ``[U]``, exactly 0 or 1, exactly ``self.closed`` zeros.
 
         A method whose gates are relaxed by definition may return values in [0, 1] instead.
         A pure function of the parameters, (seed, step, draw) and the schedules, hence equal on all ranks.
@@ -133,7 +161,7 @@ class MaskPolicy(nn.Module):
         ``gates_DL``. A method without gradients records the losses and returns ``self.nothing()``.
 
         Args:
-            gates_DL: the draws as sampled, with their graph.
+            gates_DL: the draws as sampled ``[D, U]``, with their graph.
             losses_D: loss of each draw, detached.
             grads_DL: gradient of each loss with respect to its gates, detached.
         """
@@ -145,21 +173,18 @@ class MaskPolicy(nn.Module):
         return self.logits.sum() * 0.0
 
     def harden(self) -> tuple[int, ...]:
-        """The kept layers, exactly ``num_layers - target`` of them: here those of the highest logits."""
-        values = self.logits.detach().tolist()
-        ranked = sorted(self.free, key=values.__getitem__)
-        gone = set(ranked[: self.target])
-        return tuple(i for i in range(self.num_layers) if i not in gone)
+        """The kept units, a set of the space: here that of the highest logits."""
+        return tuple(self.space.argmax(self.logits.detach()).nonzero().flatten().tolist())
 
     def keep_probabilities(self) -> Tensor:
-        """Belief ``[L]`` that each layer is kept, for pictures and the entropy of the mask."""
-        keep = torch.zeros(self.num_layers)
+        """Belief ``[U]`` that each unit is kept, for pictures and the entropy of the mask."""
+        keep = torch.zeros(self.units)
         keep[list(self.harden())] = 1.0
         return keep
 
     def gates(self, keep: Iterable[int]) -> Tensor:
-        """The gates ``[L]`` of a set of kept layers."""
-        gates = torch.zeros(self.num_layers, device=self.logits.device)
+        """The gates ``[U]`` of a set of kept units."""
+        gates = torch.zeros(self.units, device=self.logits.device)
         gates[list(keep)] = 1.0
         return gates
 

@@ -13,8 +13,9 @@ from typing import Annotated, Any, Literal
 import torch
 from torch import Tensor
 
+from src.mask import Unit
 from src.policies.base import MaskPolicy, Probe
-from src.policies.scores import layer_kl
+from src.policies.scores import unit_kl
 from src.ranges import Range, checked
 
 EPS = 1e-7
@@ -34,6 +35,7 @@ class BypassBP(MaskPolicy):
         kwargs: ``always_keep``, ``seed``, ``candidates``, ``polish`` of the base class.
     """
 
+    works_on = ("layer", "half")
     needs_gradient = False
     baseline: Tensor
 
@@ -48,32 +50,32 @@ class BypassBP(MaskPolicy):
         super().__init__(**kwargs)
         self.init, self.window, self.exact_score = init, window, exact_score
 
-    def setup(self, num_layers: int, remove: int, pinned: Iterable[int] = ()) -> None:
-        super().setup(num_layers, remove, pinned)
+    def setup(self, num_layers: int, remove: int, pinned: Iterable[int] = (), unit: Unit = "layer") -> None:
+        super().setup(num_layers, remove, pinned, unit)
         self.register_buffer("baseline", torch.tensor(float("nan")))  # no loss seen yet
         with torch.no_grad():
             self.logits.fill_(1.0)
             self.logits[self.free] = self._budget() / len(self.free)
 
     def _budget(self) -> int:
-        """Free layers to keep."""
-        return len(self.free) - self.remove
+        """Free units to keep."""
+        return len(self.free) - self.closed
 
     def initialise(self, probe: Probe) -> None:
         if self.init == "uniform":
             return
         # Importance is heavy-tailed, as in the learned mask's own start: take logarithms.
-        score = torch.log(layer_kl(probe, self.num_layers)[self.free].clamp_min(0) + 1e-8)
+        score = torch.log(unit_kl(probe, self.units)[self.free].clamp_min(0) + 1e-8)
         z = (score - score.mean()) / score.std(correction=0).clamp_min(1e-8)
         with torch.no_grad():
             self.logits[self.free] = shifted(torch.sigmoid(z), self._budget()).to(self.logits)
 
     def sample(self, step: int, draw: int) -> Tensor:
-        """Independent coin flips: gates ``[L]`` of 0 and 1, on average ``self.remove`` zeros."""
+        """Independent coin flips: gates ``[U]`` of 0 and 1, on average ``self.closed`` zeros."""
         with torch.no_grad():  # the projection of the step before; doing it again changes nothing
             self.logits[self.free] = project(self.logits[self.free], self._budget())
         keep = self.logits.detach()[self.free].cpu()
-        gates = torch.ones(self.num_layers, device=self.logits.device)
+        gates = torch.ones(self.units, device=self.logits.device)
         gates[self.free] = (torch.rand(len(keep), generator=self.generator(step, draw)) < keep).to(gates)
         return gates
 
@@ -92,7 +94,7 @@ class BypassBP(MaskPolicy):
         return (self.logits * estimate)[self.free].sum()
 
     def keep_probabilities(self) -> Tensor:
-        keep = torch.ones(self.num_layers)
+        keep = torch.ones(self.units)
         keep[self.free] = project(self.logits.detach()[self.free], self._budget()).cpu()
         return keep
 

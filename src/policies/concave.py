@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from src.errors import ConfigError
+from src.mask import Unit
 from src.policies.base import MaskPolicy, Probe
 from src.ranges import Count, Positive, checked
 
@@ -45,8 +46,8 @@ class ConcaveGate(MaskPolicy):
         super().__init__(**kwargs)
         self.segments, self.start, self.temperature = segments, start, temperature
 
-    def setup(self, num_layers: int, remove: int, pinned: Iterable[int] = ()) -> None:
-        super().setup(num_layers, remove, pinned)
+    def setup(self, num_layers: int, remove: int, pinned: Iterable[int] = (), unit: Unit = "layer") -> None:
+        super().setup(num_layers, remove, pinned, unit)
         if not 1 <= self.segments <= remove:
             raise ConfigError(
                 f"policy.segments: {self.segments} asked for {remove} layers. Accepted: 1 to {remove}."

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -12,6 +10,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from src.errors import ConfigError
+from src.mask import Unit
 from src.policies.base import Probe
 from src.policies.one_shot import OneShot
 from src.policies.random_search import best_of
@@ -31,19 +30,20 @@ class Exhaustive(OneShot):
         super().__init__(**kwargs)
         self.limit = limit
 
-    def setup(self, num_layers: int, remove: int, pinned: Iterable[int] = ()) -> None:
-        super().setup(num_layers, remove, pinned)
-        self.count = math.comb(len(self.free), remove)
-        if self.count > self.limit:
+    works_on = ("layer", "half")
+
+    def setup(self, num_layers: int, remove: int, pinned: Iterable[int] = (), unit: Unit = "layer") -> None:
+        super().setup(num_layers, remove, pinned, unit)
+        if (count := self.space.size()) > self.limit:
             raise ConfigError(
-                f"policy.limit: {remove} of {len(self.free)} layers are {self.count:,} masks, above the "
+                f"policy.limit: {self.closed} of {len(self.free)} {unit}s are {count:,} masks, above the "
                 f"limit of {self.limit:,}. Remove fewer layers, name more in policy.always_keep, raise the "
                 f"limit, or choose another policy, such as src.policies.RandomSearch."
             )
 
     def score(self, probe: Probe) -> Tensor:
-        """The best mask's gates ``[L]``."""
-        gone = itertools.combinations(self.free, self.target)
-        masks = (tuple(i for i in range(self.num_layers) if i not in set(out)) for out in gone)
-        shown = tqdm(masks, "all masks", self.count, disable=getattr(rank_zero_only, "rank", 0) != 0)
+        """The best mask's gates ``[U]``."""
+        shown = tqdm(
+            self.space, "all masks", self.space.size(), disable=getattr(rank_zero_only, "rank", 0) != 0
+        )
         return self.gates(best_of(shown, lambda keep: probe.divergence(self.gates(keep))))

@@ -3,7 +3,8 @@
 One logit for each layer says how much it is worth keeping. A draw perturbs the logits with Gumbel noise and
 removes exactly n layers, the top-n on the prune side (a Plackett-Luce draw without replacement, arXiv
 1903.06059). The backward pass goes through a relaxation whose temperature a callback anneals; the
-temperature never changes which layers are drawn.
+temperature never changes which layers are drawn. Of halves (ours) a draw is the best legal set of the
+perturbed logits.
 
 Prune-side logits are the default: a softmax over keep logits spends its unit mass on the surest keepers,
 and the decision boundary gets almost no gradient.
@@ -19,10 +20,10 @@ from torch import Tensor
 
 from src.policies import relaxations as R
 from src.policies.base import MaskPolicy, Probe
-from src.policies.scores import block_influence, layer_kl
+from src.policies.scores import block_influence, unit_kl
 from src.ranges import Count, NonNegative, Positive, Seed, checked
 
-_SCORES = {"kl": layer_kl, "block_influence": block_influence}
+_SCORES = {"kl": unit_kl, "block_influence": block_influence}
 _FORMS = {
     "softmax": R.softmax_form,
     "successive": R.successive_form,
@@ -50,6 +51,8 @@ class GumbelTopK(MaskPolicy):
         polish: try single swaps of a removed and a kept layer on held-out rows.
     """
 
+    works_on = ("layer", "half")
+
     @checked
     def __init__(
         self,
@@ -72,37 +75,37 @@ class GumbelTopK(MaskPolicy):
             return
         if self.init == "random":
             # A stream of its own: draw 0 of step 0 would give the noise of the first mask.
-            score = torch.randn(self.num_layers, generator=self.generator(-1, 0))
+            score = torch.randn(self.units, generator=self.generator(-1, 0))
         else:
             # Importance is heavy-tailed (one layer can be a thousand times the median): take logarithms.
-            score = torch.log(_SCORES[self.init](probe, self.num_layers).clamp_min(0) + 1e-8)
+            score = torch.log(_SCORES[self.init](probe, self.units).clamp_min(0) + 1e-8)
         free = score[self.free]
         spread = (free - free.mean()) / free.std(correction=0).clamp_min(1e-8)
         with torch.no_grad():
             self.logits[self.free] = (self.init_scale * spread).to(self.logits)
 
     def _scores(self) -> tuple[Tensor, int]:
-        """Scores of the free layers for being selected, and how many to select."""
+        """Scores of the free units for being selected, and how many to select."""
         theta = self.logits[self.free].cpu()
-        return (-theta, self.remove) if self.side == "prune" else (theta, len(self.free) - self.remove)
+        return (-theta, self.closed) if self.side == "prune" else (theta, len(self.free) - self.closed)
 
     def sample(self, step: int, draw: int) -> Tensor:
-        theta, q = self._scores()
-        generator = self.generator(step, draw)
+        space, generator = self.spare(self.remove), self.generator(step, draw)
         if self.form == "simple":
-            hard, soft = R.exact_draw(theta, q, generator), R.marginals(theta, q)
-        else:
-            z = theta + R.gumbel(len(theta), generator)
-            hard, soft = R.hard_topk(z, q), _FORMS[self.form](z, q, self.temperature)
-        selected = R.straight_through(hard, soft).to(self.logits.device)
-        gates = torch.ones(self.num_layers, device=self.logits.device)
+            theta = self.logits.cpu()
+            kept, chance = space.draw(theta, generator), space.marginals(theta)
+            return R.straight_through(kept, chance).to(self.logits.device)
+        theta, q = self._scores()
+        z = theta + R.gumbel(len(theta), generator)
+        worth = torch.zeros(self.units)
+        worth[self.free] = -z.detach() if self.side == "prune" else z.detach()
+        kept = space.argmax(worth)[self.free]
+        hard = 1 - kept if self.side == "prune" else kept
+        selected = R.straight_through(hard, _FORMS[self.form](z, q, self.temperature)).to(self.logits.device)
+        gates = torch.ones(self.units, device=self.logits.device)
         gates[self.free] = 1 - selected if self.side == "prune" else selected
         return gates
 
     def keep_probabilities(self) -> Tensor:
-        """Exact marginals of the subset law (for Gumbel draws an approximation, within a few percent)."""
-        theta, q = self._scores()
-        mu = R.marginals(theta.detach(), q).detach()
-        keep = torch.ones(self.num_layers)
-        keep[self.free] = 1 - mu if self.side == "prune" else mu
-        return keep
+        """Exact marginals of the space's law (for Gumbel draws an approximation, within a few percent)."""
+        return self.spare(self.remove).marginals(self.logits.detach().cpu()).clamp(0, 1)

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from src.mask import Unit
 from src.policies.base import MaskPolicy
 from src.ranges import Finite, checked
 
@@ -34,38 +35,40 @@ class HardConcrete(MaskPolicy):
         kwargs: ``always_keep``, ``seed``, ``candidates``, ``polish`` of the base class.
     """
 
+    works_on = ("layer", "half")
+
     @checked
     def __init__(self, log_alpha: Finite = 2.0, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.log_alpha = log_alpha
 
-    def setup(self, num_layers: int, remove: int, pinned: Iterable[int] = ()) -> None:
-        super().setup(num_layers, remove, pinned)
+    def setup(self, num_layers: int, remove: int, pinned: Iterable[int] = (), unit: Unit = "layer") -> None:
+        super().setup(num_layers, remove, pinned, unit)
         with torch.no_grad():
             self.logits[self.free] = self.log_alpha
         self.multipliers = nn.Parameter(torch.zeros(2))
 
     def sample(self, step: int, draw: int) -> Tensor:
-        """Relaxed gates ``[L]`` in [0, 1]; the layers that may not go are open."""
+        """Relaxed gates ``[U]`` in [0, 1]; the units that may not go are open."""
         u = torch.rand(len(self.free), generator=self.generator(step, draw)).clamp(1e-6, 1 - 1e-6)
         noise = (torch.log(u) - torch.log1p(-u)).to(self.logits)
         concrete = torch.sigmoid((noise + self.logits[self.free]) / TEMPERATURE)
-        gates = torch.ones(self.num_layers, device=self.logits.device)
+        gates = torch.ones(self.units, device=self.logits.device)
         gates[self.free] = (concrete * (HIGH - LOW) + LOW).clamp(0, 1)
         return gates
 
     def open_probabilities(self) -> Tensor:
-        """Probability that each free layer's gate is not zero (arXiv 1712.01312)."""
+        """Probability that each free unit's gate is not zero (arXiv 1712.01312)."""
         return torch.sigmoid(self.logits[self.free] - TEMPERATURE * math.log(-LOW / HIGH))
 
     def surrogate(self, gates_DL: Tensor, losses_D: Tensor, grads_DL: Tensor | None) -> Tensor:
-        excess = self.open_probabilities().sum() - (len(self.free) - self.remove)
+        excess = self.open_probabilities().sum() - (len(self.free) - self.closed)
         # Value of the multipliers, negated gradient: the optimiser's descent is their ascent.
         rising = 2 * self.multipliers.detach() - self.multipliers
         pathwise = super().surrogate(gates_DL, losses_D, grads_DL)
         return pathwise + rising[0] * excess + rising[1] * excess**2
 
     def keep_probabilities(self) -> Tensor:
-        keep = torch.ones(self.num_layers)
+        keep = torch.ones(self.units)
         keep[self.free] = self.open_probabilities().detach().cpu()
         return keep

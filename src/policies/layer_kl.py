@@ -6,11 +6,13 @@ from torch import Tensor
 
 from src.policies.base import Probe
 from src.policies.one_shot import OneShot
-from src.policies.scores import layer_kl
+from src.policies.scores import unit_kl
 
 
 class LayerKL(OneShot):
-    """Score: KL from the teacher when the layer alone is bypassed, on the rows that start Gumbel-TopK."""
+    """Score: KL from the teacher when the unit alone is removed, on the rows that start Gumbel-TopK."""
+
+    works_on = ("layer", "half")
 
     def score(self, probe: Probe) -> Tensor:
-        return layer_kl(probe, self.num_layers)
+        return unit_kl(probe, self.units)

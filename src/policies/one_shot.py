@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from src.errors import ConfigError
+from src.mask import Unit
 from src.policies.base import MaskPolicy, Probe
 
 BROKEN = 1e30
@@ -34,7 +35,7 @@ class OneShot(MaskPolicy):
     needs_gradient = False
 
     def score(self, probe: Probe) -> Tensor:
-        """Scores ``[L]``; the higher, the more a layer matters."""
+        """Scores ``[U]``; the higher, the more a unit matters."""
         raise NotImplementedError
 
     def initialise(self, probe: Probe) -> None:
@@ -42,9 +43,8 @@ class OneShot(MaskPolicy):
             self.logits.copy_(self.score(probe).nan_to_num(nan=BROKEN, posinf=BROKEN))
 
     def sample(self, step: int, draw: int) -> Tensor:
-        """The same mask at every draw: gates ``[L]`` without the ``self.remove`` lowest free layers."""
-        gone = sorted(self.free, key=self.logits.detach().tolist().__getitem__)[: self.remove]
-        return self.gates(set(range(self.num_layers)) - set(gone))
+        """The same mask at every draw: gates ``[U]`` of the set of the highest scores."""
+        return self.spare(self.remove).argmax(self.logits.detach())
 
     def surrogate(self, gates_DL: Tensor, losses_D: Tensor, grads_DL: Tensor | None) -> Tensor:
         return self.nothing()
@@ -56,13 +56,13 @@ class Contiguous(OneShot):
     Only runs of which every layer may be removed compete. A subclass measures the change.
     """
 
-    def setup(self, num_layers: int, remove: int, pinned: Iterable[int] = ()) -> None:
+    def setup(self, num_layers: int, remove: int, pinned: Iterable[int] = (), unit: Unit = "layer") -> None:
         """As the base class.
 
         Raises:
             ConfigError: no run of this length is free of layers that must stay.
         """
-        super().setup(num_layers, remove, pinned)
+        super().setup(num_layers, remove, pinned, unit)
         windows = range(num_layers - remove + 1)
         self.starts = [i for i in windows if set(range(i, i + remove)) <= set(self.free)]
         if not self.starts:

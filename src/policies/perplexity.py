@@ -10,13 +10,15 @@ from src.policies.one_shot import OneShot
 
 
 class OneShotPerplexity(OneShot):
-    """Score: cross-entropy with that one layer bypassed (the logarithm of the paper's perplexity).
+    """Score: cross-entropy with that one unit removed (the logarithm of the paper's perplexity).
 
-    A forward pass for each layer that may be removed.
+    A forward pass for each unit that may be removed. The paper scores layers; halves are ours.
     """
 
+    works_on = ("layer", "half")
+
     def score(self, probe: Probe) -> Tensor:
-        scores = torch.zeros(self.num_layers)
-        for layer in self.free:
-            scores[layer] = probe.cross_entropy(self.gates(set(range(self.num_layers)) - {layer}))
+        scores = torch.zeros(self.units)
+        for unit in self.free:
+            scores[unit] = probe.cross_entropy(self.gates(set(range(self.units)) - {unit}))
         return scores

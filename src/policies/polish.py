@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from src.policies.base import MaskPolicy, Probe
+from src.units.spaces import Space
 
 Keep = tuple[int, ...]
 Measure = Callable[[Keep, bool], float]
@@ -19,7 +20,7 @@ def settle(policy: MaskPolicy, probe: Probe, recent: Sequence[Keep]) -> tuple[Ke
         recent: the last distinct masks that the policy hardened to, which compete with its last one.
 
     Returns:
-        The kept layers, and the figures of a mask file: divergences of what was chosen, of what was learned,
+        The kept units, and the figures of a mask file: divergences of what was chosen, of what was learned,
         of the best candidate, and of the mask while it is soft.
     """
 
@@ -27,10 +28,10 @@ def settle(policy: MaskPolicy, probe: Probe, recent: Sequence[Keep]) -> tuple[Ke
         return probe.divergence(policy.gates(keep), quick)
 
     learned = policy.harden()
-    assert len(learned) == policy.num_layers - policy.target, "a policy must harden to the exact count"
+    assert policy.space.legal(learned), "a policy must harden to a set of its space"
     soft = probe.divergence(policy.keep_probabilities().to(policy.logits))
     best = min([*reversed(recent), learned], key=measure)
-    chosen = polish(best, policy.free, measure, policy.logits.tolist()) if policy.polish else best
+    chosen = polish(best, policy.space, measure, policy.logits.tolist()) if policy.polish else best
     return chosen, {
         "kl": measure(chosen),
         "kl_learned": measure(learned),
@@ -41,9 +42,9 @@ def settle(policy: MaskPolicy, probe: Probe, recent: Sequence[Keep]) -> tuple[Ke
 
 
 def polish(
-    keep: Keep, free: list[int], measure: Measure, worth: Sequence[float], swaps: int = 64, finalists: int = 8
+    keep: Keep, space: Space, measure: Measure, worth: Sequence[float], swaps: int = 64, finalists: int = 8
 ) -> Keep:
-    """Swap one removed for one kept layer while that lowers ``measure``; steepest swap first.
+    """Go to a neighbouring mask, by one swap, while that lowers ``measure``; steepest swap first.
 
     A deep model has more swaps than are worth a look (768 where 16 of 64 layers go), so those race that the
     search itself finds likeliest. Divergence is heavy-tailed over rows, so a few rows cannot tell good masks
@@ -51,18 +52,19 @@ def polish(
     on all of them.
 
     Args:
-        keep: kept layers to start from.
-        free: layers that may be removed.
+        keep: kept units to start from.
+        space: says what the neighbours of a mask are.
         measure: what to lower, ``(keep, quick) -> value``.
-        worth: of keeping each layer, such as the policy's logits.
+        worth: of keeping each unit, such as the policy's logits.
         swaps: swaps that race in each round, those that gain most worth first.
         finalists: swaps measured on all rows in each round.
     """
+
+    def loss_of_worth(swap: Keep) -> float:
+        return sum(worth[out] for out in {*keep} - {*swap}) - sum(worth[back] for back in {*swap} - {*keep})
+
     while True:
-        removed = [i for i in free if i not in keep]
-        pairs = [(back, out) for back in removed for out in keep if out in free]
-        pairs.sort(key=lambda pair: worth[pair[1]] - worth[pair[0]])
-        racing = [tuple(sorted({*keep, back} - {out})) for back, out in pairs[:swaps]]
+        racing = sorted(space.neighbours(keep), key=loss_of_worth)[:swaps]
         race = sorted(racing, key=lambda swap: measure(swap, True))[:finalists]
         best = min(race, key=lambda swap: measure(swap, False), default=keep)
         if measure(best, False) >= measure(keep, False):

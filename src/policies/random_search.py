@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from src.policies.base import Probe
@@ -27,22 +26,19 @@ class RandomSearch(OneShot):
         kwargs: ``always_keep``, ``seed``, ``candidates``, ``polish`` of the base class.
     """
 
+    works_on = ("layer", "half")
+
     @checked
     def __init__(self, masks: Count = 1, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.masks = masks
 
     def drawn(self) -> list[Keep]:
-        """The masks, as kept layers: uniform over all of the exact count, with repetition."""
-        drawn = []
-        for number in range(self.masks):
-            order = torch.randperm(len(self.free), generator=self.generator(0, number)).tolist()
-            gone = {self.free[i] for i in order[: self.target]}
-            drawn.append(tuple(i for i in range(self.num_layers) if i not in gone))
-        return drawn
+        """The masks, as kept units: uniform over all of the space, with repetition."""
+        return [self.space.uniform(self.generator(0, number)) for number in range(self.masks)]
 
     def score(self, probe: Probe) -> Tensor:
-        """The best mask's gates ``[L]``."""
+        """The best mask's gates ``[U]``."""
         masks = self.drawn()
         if len(masks) == 1:
             return self.gates(masks[0])

@@ -1,4 +1,4 @@
-"""Training-free importance scores ``[L]``; the higher, the more a layer matters."""
+"""Training-free importance scores; the higher, the more a unit matters."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from torch import Tensor
 from src.policies.base import Probe
 
 
-def layer_kl(probe: Probe, num_layers: int) -> Tensor:
-    """KL from the teacher when one layer alone is bypassed (nats per token); L forward passes."""
-    scores = torch.zeros(num_layers)
-    for layer in range(num_layers):
-        gates = torch.ones(num_layers)
-        gates[layer] = 0.0
-        scores[layer] = probe.divergence(gates, quick=True)
+def unit_kl(probe: Probe, units: int) -> Tensor:
+    """KL ``[U]`` from the teacher when one unit alone is removed (nats per token); U forward passes."""
+    scores = torch.zeros(units)
+    for unit in range(units):
+        gates = torch.ones(units)
+        gates[unit] = 0.0
+        scores[unit] = probe.divergence(gates, quick=True)
     return scores
 
 
 def block_influence(probe: Probe, num_layers: int) -> Tensor:
-    """``1 - mean cos(h_l, h_{l+1})`` over the real calibration tokens (ShortGPT, arXiv 2403.03853)."""
+    """``1 - mean cos(h_l, h_{l+1})`` ``[L]`` over real calibration tokens (ShortGPT, arXiv 2403.03853)."""
     total, count = torch.zeros(num_layers), torch.zeros(num_layers)
     for h_JBTH, real_BT in probe.states():
         h_JNH = h_JBTH[:, real_BT].float()

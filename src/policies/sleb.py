@@ -16,11 +16,15 @@ from src.policies.random_search import best_of
 class SLEB(OneShot):
     """Greedy removal with re-evaluation: n rounds, each measuring every layer that is left.
 
+    Of halves (ours) a round removes two that lie side by side, so that those left still pair up.
+
     Args:
         measure: ``cross_entropy`` on the labels, as in the paper, or ``divergence`` from the teacher.
         always_keep: layers that may not be removed; the paper protects the first and the last.
         kwargs: ``seed``, ``candidates``, ``polish`` of the base class.
     """
+
+    works_on = ("layer", "half")
 
     def __init__(
         self,
@@ -32,13 +36,12 @@ class SLEB(OneShot):
         self.measure = measure
 
     def score(self, probe: Probe) -> Tensor:
-        """The round ``[L]`` in which each layer goes; the target for those that stay."""
+        """The round ``[U]`` in which each unit goes; the target for those that stay."""
         measure = probe.cross_entropy if self.measure == "cross_entropy" else probe.divergence
-        rounds = torch.full((self.num_layers,), float(self.target))
-        keep = tuple(range(self.num_layers))
+        rounds = torch.full((self.units,), float(self.target))
+        keep = tuple(range(self.units))
         for number in range(self.target):
-            shorter = [tuple(k for k in keep if k != out) for out in self.free if out in keep]
-            best = best_of(shorter, lambda kept: measure(self.gates(kept)))
+            best = best_of(self.spare(number).shorter(keep), lambda kept: measure(self.gates(kept)))
             rounds[list(set(keep) - set(best))] = float(number)
             keep = best
         return rounds

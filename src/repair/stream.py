@@ -17,7 +17,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any, Literal
 
 import torch
@@ -50,8 +49,7 @@ class Junction:
 
 def junctions(mask: Mask) -> list[Junction]:
     """One for each maximal run of removed layers that has a kept layer on both sides."""
-    pairs = enumerate(pairwise(mask.keep))
-    return [Junction(at, a + 1, b) for at, (a, b) in pairs if b != a + 1]
+    return [Junction(at, mask.feed_forward[at] + 1, mask.reads[at]) for at in mask.gaps]
 
 
 class Patch(nn.Module):

@@ -6,7 +6,7 @@ Colours mean the same everywhere: slate the teacher, amber the cut model, teal t
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar
 
@@ -15,6 +15,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch
+
+from src.mask import Mask
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -82,22 +84,51 @@ def _axes(columns: int, height: float, **keys: Any) -> tuple[Figure, list[Axes]]
     return figure, list(figure.subplots(1, columns, squeeze=False, **keys)[0])
 
 
-@styled
-def layer_strip(num_layers: int, removed: Sequence[int]) -> Figure:
-    """Which layers are kept and which are gone, from the embedding (left) to the head (right)."""
-    figure, (axis,) = _axes(1, 1.15)
-    for layer in range(num_layers):
+def mask_strip(mask: Mask) -> Figure:
+    """The picture of a mask: of layers one row, of halves a row of each kind and what pairs up."""
+    return layer_strip(mask.num_layers, mask.removed) if mask.unit == "layer" else half_strip(mask)
+
+
+def _row(axis: Axes, layers: int, removed: Collection[int], bottom: float = 0.0) -> None:
+    """One box for each layer, dashed where it is removed."""
+    for layer in range(layers):
         gone = layer in removed
         box = FancyBboxPatch(
-            (layer + 0.08, 0), 0.84, 1, boxstyle="round,pad=0,rounding_size=0.12", mutation_aspect=1.2,
+            (layer + 0.08, bottom), 0.84, 1, boxstyle="round,pad=0,rounding_size=0.12", mutation_aspect=1.2,
             facecolor="white" if gone else TEAL, edgecolor=AMBER if gone else TEAL,
             linestyle=(0, (3, 2)) if gone else "-", linewidth=1.3,
         )  # fmt: skip
         axis.add_patch(box)
-        if num_layers <= 48:
-            size = 10 if num_layers <= 32 else 7
-            axis.text(layer + 0.5, 0.47, str(layer), ha="center", va="center", fontsize=size,
+        if layers <= 48:
+            size = 10 if layers <= 32 else 7
+            axis.text(layer + 0.5, bottom + 0.47, str(layer), ha="center", va="center", fontsize=size,
                       color=AMBER if gone else "white", fontweight="bold")  # fmt: skip
+
+
+@styled
+def half_strip(mask: Mask) -> Figure:
+    """Which attentions and feed-forwards are kept, and which of them make a layer together."""
+    figure, (axis,) = _axes(1, 2.3)
+    for name, kept, bottom in (("attention", mask.attention, 1.9), ("feed-forward", mask.feed_forward, 0.0)):
+        _row(axis, mask.num_layers, {*range(mask.num_layers)} - {*kept}, bottom)
+        axis.text(-0.15, bottom + 0.47, name, ha="right", va="center", color=SLATE)
+    for above, below in zip(mask.attention, mask.feed_forward, strict=True):
+        width = 1.0 if above == below else 2.2
+        axis.plot([above + 0.5, below + 0.5], [1.88, 1.02], color=TEAL, linewidth=width)
+    axis.set(xlim=(-2.2, mask.num_layers), ylim=(-0.08, 2.98))
+    axis.set_title(
+        f"From the embedding (left) to the head: {mask.depth} of {mask.num_layers} attentions and "
+        f"feed-forwards are kept; a line joins those of one new layer"
+    )
+    axis.axis("off")
+    return figure
+
+
+@styled
+def layer_strip(num_layers: int, removed: Sequence[int]) -> Figure:
+    """Which layers are kept and which are gone, from the embedding (left) to the head (right)."""
+    figure, (axis,) = _axes(1, 1.15)
+    _row(axis, num_layers, removed)
     axis.set(xlim=(0, num_layers), ylim=(-0.08, 1.08))
     axis.set_title(
         f"Layers from the embedding (left) to the head: {num_layers - len(removed)} kept (filled), "

@@ -96,7 +96,7 @@ def _score(found: Record | None) -> str:
 def headline(report: Record) -> str:
     """The run in one sentence, about its last model."""
     student = report["models"][-1]
-    parts = [f"{len(report['removed_layers'])} of {report['num_layers']} layers removed"]
+    parts = [f"{report['num_layers'] - report['depth']} of {report['num_layers']} layers removed"]
     if "retention" in student:
         parts.append(f"{student['retention']:.1%} of the teacher's exact match kept")
     elif "kl" in student:

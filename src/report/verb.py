@@ -120,7 +120,8 @@ def gather(run: Run) -> Record:
         "tokens": tokens,
         "seconds": seconds,
         "teacher_training_tokens": run.training.get("tokens"),
-        "removed_layers": list(run.mask.removed),
+        "depth": run.mask.depth,
+        "removed_layers": list(run.mask.removed) if run.mask.unit == "layer" else run.mask.missing,
         "num_layers": run.mask.num_layers,
         "search_kl": run.mask.metrics.get("kl"),
         "decode_speedup": last["decode"]["speedup"] if "decode" in last else None,
@@ -169,8 +170,7 @@ def draw(run: Run, report: Record) -> list[Picture]:
     """All figures for which there are data."""
     models = report["models"]
     names = [model["name"] for model in models]
-    removed = figures.layer_strip(run.mask.num_layers, run.mask.removed)
-    drawn = [("layers", "Which layers the search removed.", removed)]
+    drawn = [("layers", f"What the search removed: {run.mask.missing}.", figures.mask_strip(run.mask))]
     if keys := [key for key in figures.QUALITIES if all(key in model for model in models)]:
         what = "What is kept, on the same held-out rows."
         drawn.append(("quality", what, figures.quality(names, models, keys)))

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from src.models.gated import Observer
 from src.models.layers import decoder_layers, first, with_first
 from src.units.halves import find_halves
 
@@ -48,11 +49,14 @@ class HalfGates:
         self.evaluated = 0.0
         self._gates: Tensor | None = None
         self._values: list[float] = []
+        self._observer: Observer | None = None
         self._caching = False
         self._restore = ExitStack()
         for index, (layer, halves) in enumerate(zip(self.layers, self.halves, strict=True)):
             note = layer.register_forward_pre_hook(self._note, with_kwargs=True)
+            see = layer.register_forward_hook(self._see(index), with_kwargs=True)
             self._restore.callback(note.remove)
+            self._restore.callback(see.remove)
             for path in dict.fromkeys((*halves.idle, *halves.writers)):
                 unit, module = 2 * index + halves.half[path], layer.get_submodule(path)
                 forward: Forward = module.forward
@@ -67,15 +71,19 @@ class HalfGates:
         return 2 * len(self.layers)
 
     @contextmanager
-    def use(self, gates_U: Tensor | None) -> Iterator[None]:
-        """Run the model under ``gates_U`` (``[U]``, values in [0, 1]; None leaves all open)."""
+    def use(self, gates_U: Tensor | None, observer: Observer | None = None) -> Iterator[None]:
+        """Run the model under ``gates_U`` (``[U]``, values in [0, 1]; None leaves all open).
+
+        An observer sees the stream before and after each layer.
+        """
         assert gates_U is None or gates_U.shape == (len(self),), "one gate for each half"
-        before = self._gates, self._values
-        self._gates, self._values = gates_U, [] if gates_U is None else gates_U.tolist()
+        before = self._gates, self._values, self._observer
+        self._gates, self._observer = gates_U, observer
+        self._values = [] if gates_U is None else gates_U.tolist()
         try:
             yield
         finally:
-            self._gates, self._values = before
+            self._gates, self._values, self._observer = before
 
     def remove(self) -> None:
         """Give the modules their own ``forward`` back."""
@@ -83,6 +91,13 @@ class HalfGates:
 
     def _note(self, _: Any, _args: Any, kwargs: dict[str, Any]) -> None:
         self._caching = kwargs.get("past_key_values") is not None
+
+    def _see(self, index: int) -> Callable[..., None]:
+        def see(_: Any, args: Any, kwargs: dict[str, Any], out: Any) -> None:
+            if self._observer is not None:
+                self._observer(index, args[0] if args else kwargs["hidden_states"], first(out))
+
+        return see
 
     def _closed(self, unit: int) -> bool:
         return self._gates is not None and self._values[unit] == 0.0

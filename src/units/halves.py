@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 
 from src.errors import ConfigError
 from src.models.layers import decoder_layers, first, with_first
+from src.models.structure import alike
 
 TRIED = 8
 """Tokens of the pass that finds the writers."""
@@ -72,16 +73,17 @@ def find_halves(model: PreTrainedModel) -> list[Halves]:
 
             stack.callback(layer.register_forward_pre_hook(record, with_kwargs=True).remove)
         model(input_ids=torch.arange(3, 3 + TRIED, device=model.device)[None], use_cache=False)
-    found = []
-    for index, layer in enumerate(layers):
+    found: dict[int, Halves] = {}
+    for kind in alike(layers):  # one trial serves all layers that differ in their weights alone
+        index = min(kind)
         try:
-            found.append(_Trial(layer, *calls[index]).halves())
+            found |= dict.fromkeys(kind, _Trial(layers[index], *calls[index]).halves())
         except Misfit as e:
             raise Misfit(
-                f"unit: layer {index} of this '{model.config.model_type}' ({type(layer).__name__}) {e}, so "
-                f"its halves cannot go alone. Use whole layers."
+                f"unit: layer {index} of this '{model.config.model_type}' ({type(layers[index]).__name__}) "
+                f"{e}, so its halves cannot go alone. Use whole layers (unit: layer)."
             ) from e
-    return found
+    return [found[index] for index in range(len(layers))]
 
 
 class _Trial:

@@ -30,8 +30,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-NEVER = -1e30
-"""Logarithm of zero. It is finite, because infinity has no second derivative."""
+NEVER = -1e200
+"""Logarithm of zero, below any score. Finite, because infinity has no second derivative."""
 
 Kept = tuple[int, ...]
 """Units that stay, rising."""
@@ -134,6 +134,11 @@ class Space:
             kept.append(coin[..., unit, None] < (into - table[unit + 1]).exp())
         return self._walk(kept).to(theta)
 
+    def uniform(self, generator: torch.Generator) -> Kept:
+        """A legal set, each equally likely."""
+        drawn = self.draw(torch.zeros(self.units), generator)
+        return tuple(drawn.nonzero().flatten().tolist())
+
     def _start(self, theta: Tensor) -> Tensor:
         start = theta.new_full((*theta.shape[:-1], self.keep + 1), NEVER)
         start[..., 0] = 0.0
@@ -169,10 +174,17 @@ class AnyOf(Space):
         return unit >= before
 
     def argmax(self, scores: Tensor) -> Tensor:
-        """The ``keep`` highest scores: sorted, which is the quick way in this space."""
+        """The ``keep`` highest scores: sorted, the quick way in this space; of equal ones the last stay."""
         forced = scores.detach().clone()
         forced[..., sorted(self.pinned)] = float("inf")
-        return torch.zeros_like(scores).scatter(-1, forced.topk(self.keep, -1).indices, 1.0)
+        order = forced.sort(dim=-1, stable=True).indices
+        return torch.ones_like(scores).scatter(-1, order[..., : self.units - self.keep], 0.0)
+
+    def uniform(self, generator: torch.Generator) -> Kept:
+        free = [u for u in range(self.units) if u not in self.pinned]
+        order = torch.randperm(len(free), generator=generator).tolist()
+        gone = {free[i] for i in order[: self.units - self.keep]}
+        return tuple(u for u in range(self.units) if u not in gone)
 
     def neighbours(self, kept: Kept) -> Iterator[Kept]:
         """Another unit in the place of one."""
@@ -193,15 +205,7 @@ class Alternating(Space):
     first and a feed-forward last, and the two kinds take turns: new layer k has the attention of layer
     ``i_k`` and the feed-forward of ``j_k``, with ``i_1 <= j_1 < i_2 <= j_2 < ...``. Whole layers are the sets
     with i = j.
-
-    Args:
-        layers: layers of the parent, L.
-        keep: layers of the cut; each set keeps twice as many halves.
-        pinned: halves that are in each set.
     """
-
-    def __init__(self, layers: int, keep: int, pinned: Iterable[int] = ()) -> None:
-        super().__init__(2 * layers, 2 * keep, pinned)
 
     def allowed(self, unit: Tensor, before: Tensor) -> Tensor:
         return (unit % 2 == before % 2) & (unit >= before)

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import itertools
 import math
+from typing import Any
 
 import pytest
 import torch
 
 from src.errors import ConfigError
-from src.policies import GumbelTopK
+from src.policies import BlockInfluence, ConcaveGate, GumbelTopK, Tail, Taylor
 from src.policies import relaxations as R
+from src.policies.one_shot import Contiguous
+from src.units.spaces import AnyOf
 
 FORMS = ("softmax", "successive", "simple", "sigmoid", "identity")
 
@@ -72,10 +75,33 @@ def test_removing_a_layer_that_helps_lowers_its_logit(form: str, side: str) -> N
     assert total.argmax() == harmful
 
 
+@pytest.mark.parametrize("form", ["softmax", "successive", "simple", "sigmoid", "identity"])
+@pytest.mark.parametrize("side", ["prune", "keep"])
+def test_draws_of_halves_are_legal_and_their_gradient_is_that_of_the_form(form: Any, side: Any) -> None:
+    """Halves that stay pair up at each draw; removing a half that does harm is what the gradient asks for."""
+    asked = GumbelTopK(form=form, side=side, always_keep=[0])
+    asked.setup(6, 2, unit="half")
+    for step in range(10):
+        gates = asked.sample(step, 0)
+        assert asked.space.legal(gates.detach().nonzero().flatten().tolist())
+        assert gates.detach()[:2].eq(1).all(), "both halves of a layer that must stay"
+    assert asked.space.legal(asked.harden())
+    assert float(asked.keep_probabilities().sum()) == pytest.approx(8, abs=1e-5)
+    (grad,) = torch.autograd.grad(asked.sample(3, 0)[5], asked.logits)
+    assert grad[5] > 0 or form in ("softmax", "successive", "sigmoid")
+    assert grad[:2].eq(0).all() or form == "simple"
+
+
+@pytest.mark.parametrize("policy", [Contiguous, Tail, Taylor, ConcaveGate, BlockInfluence])
+def test_a_method_of_whole_layers_refuses_halves_before_anything_is_loaded(policy: type) -> None:
+    with pytest.raises(ConfigError, match="model.unit: 'half'"):
+        policy().setup(6, 2, unit="half")
+
+
 def test_softmax_form_has_the_closed_form_gradient() -> None:
     z, g, tau = torch.randn(6).requires_grad_(), torch.randn(6), 0.7
     y = torch.softmax(z / tau, 0)
-    (grad,) = torch.autograd.grad(R.straight_through(R.hard_topk(z, 2), R.softmax_form(z, 2, tau)) @ g, z)
+    (grad,) = torch.autograd.grad(R.straight_through(AnyOf(6, 2).argmax(z), R.softmax_form(z, 2, tau)) @ g, z)
     torch.testing.assert_close(grad, y * (g - y @ g) / tau)
 
 
@@ -90,30 +116,6 @@ def test_sigmoid_form_has_the_closed_form_gradient() -> None:
 def test_successive_form_has_mass_q(tau: float) -> None:
     z = torch.randn(8, generator=torch.Generator().manual_seed(3))
     torch.testing.assert_close(R.successive_form(z, 3, tau).sum(), torch.tensor(3.0))
-
-
-@pytest.mark.parametrize(("size", "q"), [(4, 1), (6, 3), (7, 6), (8, 4)])
-def test_marginals_and_their_gradient_match_enumeration(size: int, q: int) -> None:
-    theta = torch.randn(size, dtype=torch.float64).requires_grad_()
-    subsets = list(itertools.combinations(range(size), q))
-    member = torch.zeros(len(subsets), size, dtype=torch.float64)
-    for row, subset in enumerate(subsets):
-        member[row, list(subset)] = 1.0
-    p = torch.softmax(member @ theta.detach(), 0)
-    expected = p @ member
-    covariance = member.T @ torch.diag(p) @ member - torch.outer(expected, expected)
-    mu = R.marginals(theta, q)
-    torch.testing.assert_close(mu, expected)
-    jacobian = torch.stack([torch.autograd.grad(m, theta, retain_graph=True)[0] for m in mu])
-    torch.testing.assert_close(jacobian, covariance)
-
-
-def test_exact_draws_follow_the_subset_law() -> None:
-    theta, q, count = torch.tensor([1.0, 0.0, -1.0, 0.5, 2.0]), 2, 4000
-    generator = torch.Generator().manual_seed(0)
-    rate = sum(R.exact_draw(theta, q, generator) for _ in range(count)) / count
-    # Five standard errors of a rate over 4,000 draws.
-    assert (rate - R.marginals(theta, q)).abs().max() < 5 * math.sqrt(0.25 / count)
 
 
 def test_a_random_start_is_standardised_and_follows_the_seed() -> None:

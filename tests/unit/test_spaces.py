@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from itertools import combinations, pairwise
 from math import comb
 
@@ -10,13 +11,18 @@ import torch
 
 from src.units.spaces import Alternating, AnyOf, Space
 
+
+def halves(layers: int, keep: int, pinned: Iterable[int] = ()) -> Alternating:
+    return Alternating(2 * layers, 2 * keep, pinned)
+
+
 SMALL: list[Space] = [
     *(AnyOf(units, keep) for units in range(1, 9) for keep in range(1, units + 1)),
-    *(Alternating(layers, keep) for layers in range(1, 9) for keep in range(1, layers + 1)),
+    *(halves(layers, keep) for layers in range(1, 9) for keep in range(1, layers + 1)),
     AnyOf(7, 4, pinned=[0, 6]),
     AnyOf(5, 3, pinned=[1, 2, 4]),
-    Alternating(5, 3, pinned=[0, 9]),
-    Alternating(6, 3, pinned=[4, 5, 7]),
+    halves(5, 3, pinned=[0, 9]),
+    halves(6, 3, pinned=[4, 5, 7]),
 ]
 SPACES = [space for space in SMALL if space.size() <= 5000]
 
@@ -61,8 +67,8 @@ def test_the_sets_are_those_of_the_definition(space: Space) -> None:
 
 def test_sizes_have_closed_forms() -> None:
     assert AnyOf(64, 48).size() == comb(64, 48)
-    assert Alternating(16, 12).size() == comb(16 + 12, 24) == 20_475
-    assert Alternating(30, 22).size() == comb(52, 44) == 752_538_150
+    assert halves(16, 12).size() == comb(16 + 12, 24) == 20_475
+    assert halves(30, 22).size() == comb(52, 44) == 752_538_150
 
 
 @every
@@ -93,9 +99,7 @@ def test_the_slope_of_the_marginals_is_the_covariance(space: Space) -> None:
     assert (slope - covariance @ direction).abs().max() < 1e-11
 
 
-@pytest.mark.parametrize(
-    "space", [AnyOf(5, 2), AnyOf(6, 3, [1]), Alternating(4, 2), Alternating(4, 2, [3])], ids=names
-)
+@pytest.mark.parametrize("space", [AnyOf(5, 2), AnyOf(6, 3, [1]), halves(4, 2), halves(4, 2, [3])], ids=names)
 def test_draws_follow_the_law(space: Space) -> None:
     """Chi-square of 20,000 draws at the 0.1 % level; groups are drawn alike and apart."""
     draws, theta = 20_000, theta_of(space, 0.7)
@@ -131,7 +135,7 @@ def test_neighbours_are_legal_and_mutual_and_reach_every_set(space: Space) -> No
 
 @pytest.mark.parametrize("layers", range(2, 8))
 def test_the_neighbours_of_whole_layers_hold_all_swaps_of_whole_layers(layers: int) -> None:
-    space = Alternating(layers, layers - 1)
+    space = halves(layers, layers - 1)
     whole = [tuple(u for u in range(2 * layers) if u // 2 != gone) for gone in range(layers)]
     for kept in whole:
         assert set(whole) - {kept} <= set(space.neighbours(kept))
@@ -140,16 +144,16 @@ def test_the_neighbours_of_whole_layers_hold_all_swaps_of_whole_layers(layers: i
 @pytest.mark.parametrize("layers", range(2, 8))
 def test_shorter_sets_are_all_legal_subsets(layers: int) -> None:
     for keep in range(2, layers + 1):
-        small = set(Alternating(layers, keep - 1))
-        for kept in Alternating(layers, keep):
-            assert set(Alternating(layers, keep).shorter(kept)) == {s for s in small if set(s) <= set(kept)}
+        small = set(halves(layers, keep - 1))
+        for kept in halves(layers, keep):
+            assert set(halves(layers, keep).shorter(kept)) == {s for s in small if set(s) <= set(kept)}
         assert set(AnyOf(layers, keep).shorter(tuple(range(keep)))) == set(
             combinations(range(keep), keep - 1)
         )
 
 
 def test_a_pinned_unit_stays_whatever_its_score() -> None:
-    for space in (AnyOf(8, 3, [7]), Alternating(8, 3, [14, 15])):
+    for space in (AnyOf(8, 3, [7]), halves(8, 3, [14, 15])):
         score = torch.full((space.units,), 5.0).index_fill(0, torch.tensor(sorted(space.pinned)), -50.0)
         assert space.argmax(score)[sorted(space.pinned)].eq(1).all()
         assert (space.marginals(score.double())[sorted(space.pinned)] - 1).abs().max() < 1e-12
@@ -158,7 +162,7 @@ def test_a_pinned_unit_stays_whatever_its_score() -> None:
 
 
 def test_large_scores_stay_finite() -> None:
-    space = Alternating(40, 30)
+    space = halves(40, 30)
     theta = torch.linspace(-900, 900, 80, dtype=torch.float64).requires_grad_()
     (slope,) = torch.autograd.grad(space.marginals(theta)[7], theta)
     assert space.marginals(theta).isfinite().all()

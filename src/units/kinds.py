@@ -1,0 +1,42 @@
+"""The kinds of unit a mask can be of, by name: how many there are, their space and their gates."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from transformers import PreTrainedModel
+
+from src.mask import Unit
+from src.models.gated import GatedLayers
+from src.units.half_gates import HalfGates
+from src.units.spaces import Alternating, AnyOf, Space
+
+Gates = GatedLayers | HalfGates
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of unit.
+
+    Attributes:
+        each: units of a layer.
+        spaces: which sets are legal.
+        gates: closes units of a model.
+    """
+
+    each: int
+    spaces: type[Space]
+    gates: type[Gates]
+
+    def space(self, layers: int, keep: int, pinned: Iterable[int] = ()) -> Space:
+        """The sets that keep as many units as ``keep`` layers have, with those of the ``pinned`` layers."""
+        units = [self.each * layer + part for layer in pinned for part in range(self.each)]
+        return self.spaces(self.each * layers, self.each * keep, units)
+
+    def gate(self, model: PreTrainedModel, checkpoint_activations: bool = False) -> Gates:
+        """Put gates on the units of a model, all open."""
+        return self.gates(model, checkpoint_activations)
+
+
+KINDS: dict[Unit, Kind] = {"layer": Kind(1, AnyOf, GatedLayers), "half": Kind(2, Alternating, HalfGates)}
