@@ -13,8 +13,9 @@ from src.data.batches import Batch, Supervised, real, real_tokens
 from src.errors import ConfigError
 from src.losses.distill import Distillation
 from src.losses.signals import Signal
-from src.models.gated import GatedLayers, Observer
+from src.models.gated import Observer
 from src.training.stage import Data
+from src.units.kinds import Gates
 
 LABELS = Distillation(alpha=0.0, weight="none")
 """The plain language-model loss."""
@@ -26,7 +27,7 @@ class Measured(Protocol):
     tokens: int
     calibration_batches: int
     num_layers: int
-    gates: GatedLayers
+    gates: Gates
 
     @property
     def data(self) -> Data:
@@ -43,17 +44,17 @@ class Measured(Protocol):
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         """Bring a batch there."""
 
-    def hidden(self, batch: Batch, gates_L: Tensor | None, observer: Observer | None = None) -> Tensor:
+    def hidden(self, batch: Batch, gates_U: Tensor | None, observer: Observer | None = None) -> Tensor:
         """Run the model."""
 
-    def spent(self, batch: Batch, layers: int) -> None:
+    def spent(self, batch: Batch, layers: float) -> None:
         """Count a pass."""
 
     def teacher_signal(self, rows: Supervised) -> Signal:
         """What the teacher says of a batch."""
 
     def divergence(
-        self, rows: Supervised, signal: Signal, gates_L: Tensor | None, by: Distillation | None = None
+        self, rows: Supervised, signal: Signal, gates_U: Tensor | None, by: Distillation | None = None
     ) -> Tensor:
         """Loss of the model under gates."""
 

@@ -94,7 +94,7 @@ def test_draws_of_halves_are_legal_and_their_gradient_is_that_of_the_form(form: 
 
 @pytest.mark.parametrize("policy", [Contiguous, Tail, Taylor, ConcaveGate, BlockInfluence])
 def test_a_method_of_whole_layers_refuses_halves_before_anything_is_loaded(policy: type) -> None:
-    with pytest.raises(ConfigError, match="model.unit: 'half'"):
+    with pytest.raises(ConfigError, match=r"model\.unit: 'half'"):
         policy().setup(6, 2, unit="half")
 
 
