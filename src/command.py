@@ -17,6 +17,7 @@ from transformers.utils import logging
 
 from src.errors import ConfigError, did_you_mean, first_line
 from src.mask import git_sha
+from src.models.finite import not_finite
 from src.models.layers import num_layers
 from src.models.loading import Dtype, load_model
 from src.models.vocabulary import check_vocabulary
@@ -48,7 +49,7 @@ def load(name: str, args: argparse.Namespace) -> PreTrainedModel:
     """Load a model as the options of :meth:`Parser.add_model_options` say.
 
     Raises:
-        ConfigError: it cannot be loaded, or the device does not exist.
+        ConfigError: it cannot be loaded, holds NaN, or the device does not exist.
     """
     logging.disable_progress_bar()
     if args.threads:
@@ -56,7 +57,12 @@ def load(name: str, args: argparse.Namespace) -> PreTrainedModel:
     device = args.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    return on_device(load_model(name, dtype=args.dtype), device)
+    model = load_model(name, dtype=args.dtype)
+    if (weight := not_finite(model)) is not None:
+        raise ConfigError(
+            f"'{name}': its weights '{weight}' hold NaN or infinities; what it says means nothing."
+        )
+    return on_device(model, device)
 
 
 def on_device(model: PreTrainedModel, device: str) -> PreTrainedModel:

@@ -6,7 +6,7 @@ import time
 from typing import Any
 
 import torch
-from lightning import LightningModule
+from lightning import Callback, LightningModule
 from lightning.pytorch.cli import OptimizerCallable
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -14,6 +14,7 @@ from src.data.batches import real_tokens
 from src.files import whole, write_json
 from src.models.loading import load_tokenizer
 from src.ranges import Share, checked
+from src.training.finite import FiniteOnly
 from src.training.schedules import with_warmup
 
 
@@ -54,6 +55,9 @@ class Pretrain(LightningModule):
         }
         config = AutoConfig.for_model(keys.pop("model_type"), **{**special, **keys})
         self.model = AutoModelForCausalLM.from_config(config)
+
+    def configure_callbacks(self) -> list[Callback]:
+        return [FiniteOnly()]
 
     def training_step(self, batch: dict[str, torch.Tensor], _: int) -> torch.Tensor:
         loss: torch.Tensor = self.model(**batch, use_cache=False).loss

@@ -100,7 +100,7 @@ def checked(init: Init) -> Init:
     @wraps(init)
     def guarded(self: Any, *args: Any, **kwargs: Any) -> None:
         given = dict(zip(names[1:], args, strict=False)) | kwargs
-        refuse(faults(given, _ranges(init)))
+        refuse(faults(given, ranges_of(cast(Any, type(self)))))
         init(self, *args, **kwargs)
 
     return cast(Init, guarded)

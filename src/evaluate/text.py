@@ -6,6 +6,7 @@ Shapes: B rows, T tokens, N judged positions (those that predict a supervised to
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterable
 
 import torch
@@ -19,6 +20,8 @@ from src.models.vocabulary import within
 
 ROW_SUMS = ("loss", "teacher_loss", "kl", "agreement", "tokens")
 """Columns of :func:`row_sums`."""
+LARGEST_LOSS = math.log(sys.float_info.max)
+"""Of which the perplexity is a number."""
 
 
 def held_out(
@@ -49,6 +52,11 @@ def held_out(
     if tokens == 0:
         raise ConfigError("--data: no row has a supervised token. Check --answer and --max-length.")
     loss, teacher_loss, kl, agreement = (sums[:-1] / tokens).tolist()
+    if not (loss < LARGEST_LOSS and math.isfinite(teacher_loss) and math.isfinite(kl)):
+        raise ConfigError(
+            f"--model: '{student.name_or_path}' has a loss of {loss} nats per token (its teacher "
+            f"{teacher_loss}), of which there is no perplexity. Its values overflow: try --dtype float32."
+        )
     figures = {"loss": loss, "perplexity": math.exp(loss), "tokens": tokens}
     if teacher is None:
         return figures

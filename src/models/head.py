@@ -102,6 +102,12 @@ class OutputHead:
         finally:
             for part in training:
                 part.training = True
+        if not theirs.isfinite().all():
+            kind = str(self.model.dtype).removeprefix("torch.")
+            raise ConfigError(
+                f"model: '{self.model.name_or_path}': its logits are not finite. Its weights are broken, or "
+                f"too large for {kind} (model.dtype)."
+            )
         error = float((ours - theirs).abs().max() / theirs.abs().max().clamp_min(1e-6))
         tolerance = 1e-4 if self.model.dtype == torch.float32 else 2e-2
         if not error <= tolerance:

@@ -14,7 +14,7 @@ Shapes: D draws, U units (L layers where a method takes whole layers only).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import ClassVar, Protocol
+from typing import ClassVar, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -141,6 +141,11 @@ class MaskPolicy(nn.Module):
     def closed(self) -> int:
         """Units that a mask removes now."""
         return self.kind.each * self.remove
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MaskPolicy:
+        """Follow the trainer to its device, not to half precision: steps of logits are smaller than its."""
+        apply = cast(Callable[..., "MaskPolicy"], super()._apply)
+        return apply(lambda tensor: fn(tensor).to(tensor.dtype), recurse)
 
     def initialise(self, probe: Probe) -> None:
         """Prepare from calibration rows, before the first step of a new search."""

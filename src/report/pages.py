@@ -35,9 +35,9 @@ class Page:
     origin: dict[str, Any]
 
 
-def printable(text: str) -> str:
-    """The text without what no page can hold: control characters and halves of pairs."""
-    return "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)
+def printable(text: str, also: str = "\n\t") -> str:
+    """The text without what no page can hold: control characters but ``also``, and halves of pairs."""
+    return "".join(c if c.isprintable() or c in also else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
 # ---------------------------------------------------------------------- the table and the sentence

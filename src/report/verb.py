@@ -132,7 +132,7 @@ def gather(run: Run) -> Record:
 
 def distinct(paths: Sequence[str]) -> list[str]:
     """A name for each model: the last parts of its path, as few as tell it from the other ones."""
-    parts = [Path(printable(path)).parts or ("model",) for path in paths]
+    parts = [Path(printable(path, "")).parts or ("model",) for path in paths]
 
     def name(at: int) -> str:
         others = [("teacher",), *parts[:at], *parts[at + 1 :]]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import importlib
 import re
 from typing import Any, NoReturn, cast
 
@@ -10,13 +11,15 @@ import lightning
 import yaml
 from lightning import LightningModule
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
-from src.errors import ConfigError, did_you_mean
+from src.errors import ConfigError, did_you_mean, first_line
 from src.mask import Mask
 from src.training import watchdog
 from src.training.identity import settings_of
 from src.training.lock import lock
+from src.training.parse_faults import in_short
 from src.training.settings import check_settings
 from src.training.stage import Stage
 from src.training.strategies import check_checkpoint, check_installed
@@ -38,7 +41,13 @@ class ShortErrors(LightningArgumentParser):
         hint = _suggestion(message, known)
         if not self.exit_on_error:
             super().error(message + hint, ex)
-        raise ConfigError(message + hint) from ex
+        raise ConfigError(in_short(message + hint)) from ex
+
+    def parse_args(self, args: Any = None, *more: Any, **keys: Any) -> Any:
+        """As jsonargparse does; on the way to a nested parser it writes a null as Python's None."""
+        if not self.exit_on_error and isinstance(args, list):
+            args = [arg.removesuffix("None") + "null" if str(arg).endswith("=None") else arg for arg in args]
+        return super().parse_args(args, *more, **keys)
 
 
 class SaveConfig(SaveConfigCallback):
@@ -63,7 +72,10 @@ class PruneCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse, and judge all settings before the first of them is used."""
         super().parse_arguments(parser, args)
-        check_settings(self.config[self.config.subcommand])
+        config = self.config[self.config.subcommand]
+        check_settings(config)
+        if config.trainer.enable_progress_bar is False:  # Lightning refuses the two together
+            config.trainer.callbacks = [c for c in config.trainer.callbacks or [] if not _shows_progress(c)]
 
     def before_instantiate_classes(self) -> None:
         """Let the data use the model's tokenizer unless it names its own."""
@@ -89,12 +101,17 @@ class PruneCLI(LightningCLI):
             return trainer
         except ConfigError:
             raise
-        except ValueError as e:
-            raise ConfigError(f"trainer: {e}") from e
+        except (ImportError, OverflowError, TypeError, ValueError) as e:
+            raise ConfigError(f"trainer: {first_line(e)}") from e
 
     def instantiate_classes(self) -> None:
         """Build trainer, model and data; refuse what they cannot do together before processes start."""
-        super().instantiate_classes()
+        try:
+            super().instantiate_classes()
+        except ConfigError:
+            raise
+        except (ImportError, OverflowError, TypeError, ValueError) as e:
+            raise _unbuilt(e) from e
         self._note_settings()
         if isinstance(self.model, Stage):
             self.model.refuse(self.trainer, self.datamodule)
@@ -120,6 +137,25 @@ class PruneCLI(LightningCLI):
 
     def _parse_ckpt_path(self) -> None:
         """Leave YAML and command line in charge on resume; Lightning would let the checkpoint win."""
+
+
+def _unbuilt(error: BaseException) -> ConfigError:
+    """Why a part of the experiment cannot be built: jsonargparse wraps what its constructor raises."""
+    chain = [error]
+    while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None and cause not in chain:
+        chain.append(cause)
+    faults = [link for link in chain if isinstance(link, ConfigError)]
+    if faults:
+        return ConfigError(str(faults[-1]))  # a new one: it is raised from the end of this very chain
+    missing = next((link for link in chain if isinstance(link, ImportError)), None)
+    if missing is not None:
+        return ConfigError(f"a part of this experiment is not installed: {first_line(missing)}")
+    return ConfigError(f"a part of this experiment cannot be built: {in_short(str(error))}")
+
+
+def _shows_progress(callback: Any) -> bool:
+    module, _, name = callback.class_path.rpartition(".")
+    return issubclass(getattr(importlib.import_module(module), name), ProgressBar)
 
 
 def user_fault(error: BaseException | None) -> ConfigError | None:

@@ -19,11 +19,20 @@ def check_settings_files(argv: Sequence[str]) -> None:
     """Check every file of settings that a command line names, for whatever key.
 
     Raises:
-        ConfigError: see :func:`read_settings`.
+        ConfigError: see :func:`read_settings`; or an overlay comes before the experiment that it changes.
     """
+    overlay = None
     for key, path in _named(argv):
-        if os.path.exists(path):  # what is missing is the parser's to tell, which looks elsewhere too
-            read_settings(path, key)
+        if not os.path.exists(path):  # what is missing is the parser's to tell, which looks elsewhere too
+            continue
+        model = read_settings(path, key).get("model")
+        if key == "--config" and not (isinstance(model, str) or "class_path" in (model or {})):
+            overlay = overlay or path
+        elif key == "--config" and overlay is not None:
+            raise ConfigError(
+                f"--config: the overlay '{overlay}' comes before the experiment '{path}', which undoes it. "
+                f"Give the experiment first: --config {path} --config {overlay}"
+            )
 
 
 def _named(argv: Sequence[str]) -> Iterator[tuple[str, str]]:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any, Protocol, cast
 
-from lightning import LightningModule, Trainer
+from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -15,6 +16,7 @@ from src.models.head import OutputHead
 from src.models.loading import Dtype, Loading, Quantization
 from src.models.vocabulary import check_vocabulary
 from src.training import identity
+from src.training.finite import FiniteOnly
 from src.training.strategies import kind
 
 
@@ -70,9 +72,9 @@ class Stage(LightningModule):
         """Hub revision that is asked for."""
         return self.loading.revision
 
-    def load(self) -> PreTrainedModel:
-        """Load the model, and note what tells its weights apart."""
-        model = self.loading.load(self.name)
+    def load(self, dtype: Dtype | None = None) -> PreTrainedModel:
+        """Load the model, in another type than its own if one is given; note what tells its weights apart."""
+        model = replace(self.loading, dtype=dtype or self.loading.dtype).load(self.name)
         self.weights = weights_fingerprint(self.name, self.revision)
         return model
 
@@ -83,6 +85,9 @@ class Stage(LightningModule):
             ConfigError: names the key and the alternative.
         """
         raise NotImplementedError
+
+    def configure_callbacks(self) -> list[Callback]:
+        return [FiniteOnly()]
 
     def setup(self, stage: str) -> None:
         """Ask again, for who uses a Trainer directly: the command line asks before it starts processes."""

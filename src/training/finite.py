@@ -1,0 +1,52 @@
+"""A stage stops at the first number that is none, before it reaches a file."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning import Callback, LightningModule, Trainer
+from torch import Tensor
+
+from src.errors import ConfigError
+from src.models.finite import not_finite
+
+
+class FiniteOnly(Callback):
+    """Refuses a loss that is NaN or infinite, and a checkpoint or an end with such weights.
+
+    Every module of a stage asks for it, so no configuration can leave it out.
+    """
+
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        """Look at the loss of every batch.
+
+        Raises:
+            ConfigError: it is not finite; names the step and the last good checkpoint.
+        """
+        if not loss.isfinite():
+            raise self._fault(trainer, f"the loss is {float(loss)}")
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        """Look at the weights of the last step, which no later loss will judge."""
+        if trainer.global_step == trainer.max_steps or trainer.should_stop:
+            self._check_weights(trainer, pl_module)
+
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Look at the weights before they take the place of good ones."""
+        self._check_weights(trainer, pl_module)
+
+    def _check_weights(self, trainer: Trainer, module: LightningModule) -> None:
+        if (name := not_finite(module)) is not None:
+            raise self._fault(trainer, f"the weights '{name}' are not finite")
+
+    @staticmethod
+    def _fault(trainer: Trainer, what: str) -> ConfigError:
+        saved = trainer.checkpoint_callback
+        last = getattr(saved, "last_model_path", "") or getattr(saved, "best_model_path", "")
+        kept = f"The last good checkpoint is '{last}'" if last else "No checkpoint was written"
+        return ConfigError(
+            f"step {trainer.global_step}: {what}; the run stops. {kept}. Lower the learning rate "
+            f"(model.optimizer.lr), or look for rows and for a teacher that yield no number."
+        )

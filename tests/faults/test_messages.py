@@ -1,0 +1,104 @@
+"""A fault of an experiment's file or key is one line that names it, with status 2, before anything loads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from src.cli import main
+from src.training.parse_faults import in_short
+
+SEARCH, RECOVER = "configs/search/gumbel_topk.yaml", "configs/recover/entropy_kd.yaml"
+
+
+@pytest.fixture
+def told(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Any:
+    """Run a command line that is at fault; return its message of one line."""
+
+    def run(*argv: str) -> str:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            main(list(argv))
+        told = capsys.readouterr().err
+        error = told[told.index("error:") :].strip()
+        assert stop.value.code == 2, error
+        assert len(error.splitlines()) == 1, error
+        assert len(error) < 600, error
+        assert not any(word in error for word in ("Union subtypes", "NestedArg", "Parser key", "<class")), (
+            error
+        )
+        return error
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("--model.draws=many", "model.draws: 'many' given; accepted: a whole number"),
+        ("--model.policy.form=hard", "model.policy.form: 'hard' given; accepted: 'softmax', 'successive'"),
+        ("--model.policy.init_args.temperature=x", "model.policy.temperature: 'x' given; accepted: a number"),
+        ("--model.distillation.k=x", "model.distillation.k: 'x' given; accepted: a whole number or null"),
+        (
+            "--model.policy.tempratur=1",
+            "model.policy: there is no key 'tempratur'. Did you mean 'temperature'?",
+        ),
+        ("--model.policy=Nope", "model.policy: 'Nope' given; accepted: the class_path"),
+        (
+            "--trainer.precision=99",
+            "trainer.precision: '99' given; accepted: 64, 32, 16 or 'transformer-engine'",
+        ),
+        ("--trainer.logger=Nope", "trainer.logger: 'Nope' given"),
+        ("--model.optimizer.lr=x", "model.optimizer.lr: 'x' given; accepted: a number"),
+        ("--data.batch_size=[1]", "data.batch_size: '[1]' given; accepted: a whole number"),
+        ("--trainer.max_stesp=3", "Did you mean 'trainer.max_steps'?"),
+    ],
+)
+def test_the_one_line_that_matters(told: Any, option: str, message: str) -> None:
+    assert message in told("fit", "--config", SEARCH, "--model.model=x", "--data.train=y", option)
+
+
+def test_what_is_no_nested_report_stays() -> None:
+    assert in_short("unrecognized arguments: --x") == "unrecognized arguments: --x"
+    nested = (
+        'Parser key "a":\n  Problem with given class_path \'B\':\n    Parser key "c":\n'
+        "      Expected a <class 'int'>. Got value: x"
+    )
+    assert in_short(nested) == "a.c: 'x' given; accepted: a whole number."
+
+
+def test_an_overlay_follows_its_experiment(told: Any) -> None:
+    for overlay in ("configs/policy/sleb.yaml", "configs/strategy/ddp.yaml"):
+        message = told("fit", "--config", overlay, "--config", SEARCH)
+        assert f"Give the experiment first: --config {SEARCH} --config {overlay}" in message
+
+
+def test_a_logger_that_is_not_installed(
+    told: Any, tmp_path: Path, teacher_dir: str, corpus_file: str
+) -> None:
+    argv = ["fit", "--config", SEARCH, f"--model.model={teacher_dir}", f"--data.train={corpus_file}"]
+    for logger in ("CometLogger", "MLFlowLogger"):
+        assert "not installed" in told(*argv, f"--trainer.logger=lightning.pytorch.loggers.{logger}")
+
+
+def run(tmp_path: Path, teacher: str, corpus: str, *more: str) -> None:
+    main(["fit", "--config", SEARCH, f"--model.model={teacher}", f"--data.train={corpus}",
+          f"--data.validation={corpus}", "--data.batch_size=4", "--model.calibration_batches=1",
+          f"--trainer.logger.save_dir={tmp_path}", "--trainer.logger.version=v", "--trainer.max_steps=2",
+          "--trainer.accelerator=cpu", *more])  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--trainer.precision=bf16-true",),
+        ("--model.distillation.k=null",),
+        ("--model.distillation.init_args.k=null", "--trainer.enable_progress_bar=false"),
+    ],
+)
+def test_what_must_work(tmp_path: Path, teacher_dir: str, corpus_file: str, options: tuple[str, ...]) -> None:
+    run(tmp_path, teacher_dir, corpus_file, *options)
+    (mask,) = tmp_path.rglob("mask.json")
+    assert "keep" in mask.read_text()
