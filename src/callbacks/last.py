@@ -24,7 +24,8 @@ class LastCheckpoint(ModelCheckpoint):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save the end of the last epoch, before what comes after training costs anything."""
         super().on_train_epoch_end(trainer, pl_module)
-        if trainer.fit_loop.epoch_progress.current.processed == trainer.max_epochs:
+        done = trainer.fit_loop.epoch_progress.current
+        if done.processed == trainer.max_epochs:  # type: ignore[attr-defined]  # of the wider type it holds
             self.save(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
