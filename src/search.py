@@ -33,7 +33,7 @@ from src.models.sharding import shard
 from src.policies import MaskPolicy
 from src.ranges import Count, Range, checked, inside_unit
 from src.teachers import TeacherSource
-from src.training.half import TRUE_HALF, float32_by_default
+from src.training.half import float32_by_default, true_half
 from src.training.ranks import WholeBatch, total, world
 from src.training.stage import Stage
 from src.training.strategies import check_quantised, kind
@@ -135,8 +135,7 @@ class MaskSearch(Stage):
         """Load the frozen model and gate it; a tuple keeps it out of the module tree and checkpoints."""
         if hasattr(self, "_frozen"):
             return
-        half = TRUE_HALF.get(self.trainer.precision) if self._trainer is not None else None
-        network = freeze(self.load(half))
+        network = freeze(self.load(true_half(self)))
         self._frozen = (network,)
         self.gates = KINDS[self.unit].gate(network, self.checkpoint_activations)
         self.head = OutputHead(network)
@@ -214,17 +213,17 @@ class MaskSearch(Stage):
             self.spent(rows.batch, self.num_layers)
         return Draw(gates_U, loss.detach(), grad_U)
 
+    @float32_by_default()
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         rows = Supervised.of(batch)
         whole = WholeBatch(len(rows), real_tokens(batch), self.device)
+        signal = self.teacher_signal(rows)
         first = batch_idx % self.trainer.accumulate_grad_batches * self.draws
-        with float32_by_default():
-            signal = self.teacher_signal(rows)
-            drawn = [self.draw(rows, signal, first + number, whole) for number in range(self.draws)]
-            self.tokens += whole.tokens
-            losses_D, grads_DU = over_ranks(drawn)
-            self.log("train/kl", losses_D.mean(), prog_bar=True)
-            return self.policy.surrogate(torch.stack([each.gates_U for each in drawn]), losses_D, grads_DU)
+        drawn = [self.draw(rows, signal, first + number, whole) for number in range(self.draws)]
+        self.tokens += whole.tokens
+        losses_D, grads_DU = over_ranks(drawn)
+        self.log("train/kl", losses_D.mean(), prog_bar=True)
+        return self.policy.surrogate(torch.stack([each.gates_U for each in drawn]), losses_D, grads_DU)
 
     def validation_step(self, batch: Batch, _: int) -> None:
         rows = Supervised.of(batch)

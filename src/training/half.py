@@ -6,11 +6,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from lightning import LightningModule
 
 from src.models.loading import Dtype
 
-TRUE_HALF: dict[str, Dtype] = {"bf16-true": "bfloat16", "16-true": "float16"}
-"""A trainer's precision that is the type of the weights."""
+_TYPES: dict[str, Dtype] = {"bf16-true": "bfloat16", "16-true": "float16"}
+
+
+def true_half(module: LightningModule) -> Dtype | None:
+    """The type of the weights that the trainer's precision asks for, if it is one of true half precision."""
+    return None if module._trainer is None else _TYPES.get(module.trainer.precision)
 
 
 @contextmanager
