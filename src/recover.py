@@ -34,6 +34,7 @@ from src.ranges import Count, Share, checked
 from src.repair.linear_patch import LinearPatch
 from src.teachers import LiveTeacher, TeacherSource
 from src.training import checkpoints, identity
+from src.training.adapters import beside, check_saved, merged
 from src.training.ranks import MicroBatches, WholeBatch
 from src.training.schedules import Decay, with_warmup
 from src.training.stage import Stage
@@ -54,7 +55,8 @@ class Recovery(Stage):
         scope: what trains: ``full``, the blocks next to each cut (``cut_adjacent``), or ``lora`` adapters on
             all linear layers (needs the extra ``lora``), merged on export; what they miss is named.
         lora_rank: rank of the adapters.
-        patch: repair of the cut model before it trains; None starts from the parent's weights.
+        patch: repair of the cut model before it trains; ``adapters`` merges in those that the mask's search
+            trained and left beside the mask; None starts from the parent's weights.
         optimizer: optimiser of the weights that train.
         warmup: share of the run over which the learning rate rises.
         final_lr: share of the learning rate that is left at the end.
@@ -73,7 +75,7 @@ class Recovery(Stage):
         terms: list[Weighted] | None = None,
         scope: Scope = "full",
         lora_rank: Count = 16,
-        patch: LinearPatch | None = None,
+        patch: LinearPatch | Literal["adapters"] | None = None,
         optimizer: OptimizerCallable = torch.optim.AdamW,
         warmup: Share = 0.05,
         final_lr: Share = 0.1,
@@ -87,10 +89,12 @@ class Recovery(Stage):
         theirs = found.revision if self.name == found.model else None
         self.loading = replace(self.loading, revision=self.revision or theirs)
         self.mask.check(num_layers(load_config(self.name, self.revision)), self.name)
+        self.adapters = beside(mask) if patch == "adapters" else None
         self.teacher = teacher or LiveTeacher()
         self.objective = Objective(distillation, terms)
         self.distillation = self.objective.distillation
-        self.scope, self.lora_rank, self.patch = scope, lora_rank, patch
+        self.scope, self.lora_rank = scope, lora_rank
+        self.patch = None if isinstance(patch, str) else patch
         self.micro = MicroBatches()
         self.optimizer = optimizer
         self.warmup, self.final_lr, self.decay = warmup, final_lr, decay
@@ -100,6 +104,8 @@ class Recovery(Stage):
     def refuse(self, trainer: Trainer, data: object) -> None:
         check_device(trainer)
         self.teacher.refuse(trainer, data)
+        if self.adapters is not None:
+            check_saved(self.adapters, self.mask)
         self.teacher.states([theirs for _, theirs in self.objective.pairs(self.mask)])
 
     def configure_model(self) -> None:
@@ -108,6 +114,8 @@ class Recovery(Stage):
         parent = self.load()
         identity.check_parent(self.mask, self.name, self.weights, self.parent_key)
         student = cut(parent, self.mask)
+        if self.adapters is not None:
+            student = merged(student, self.mask, self.adapters)
         if self.patch is not None:
             self.patch(student, parent, self.mask, load_tokenizer(self.name, self.revision))
         self.model = scoped(student, self.mask, self.scope, self.lora_rank)
@@ -130,13 +138,7 @@ class Recovery(Stage):
     # ------------------------------------------------------------------ learning
 
     def step(self, rows: Supervised, whole: WholeBatch | None = None, pairs: Sequence[Pair] = ()) -> Step:
-        """What one batch, or this rank's part of one, shows to the terms.
-
-        Args:
-            rows: a batch and its supervised positions.
-            whole: the batch of all ranks.
-            pairs: layers of the student and of the parent whose streams are wanted.
-        """
+        """What some rows, this rank's of a ``whole`` batch, show to the terms; with the streams of ``pairs``."""
         batch, index_N = rows.batch, rows.index_N
         with self.teacher.states([theirs for _, theirs in pairs]) as parent:
             signal = self.teacher.signal(batch, index_N)

@@ -1,17 +1,18 @@
 """Mask search: learn which layers to remove, against the frozen original.
 
 Each step draws masks from the policy, runs the student under each, measures the divergence from the teacher
-and tells the policy. Weights never move. The gradient of a draw with respect to its gates is taken at once
-and its graph freed, so memory does not grow with the number of draws, and the graph Lightning sees (from
-the policy's logits to the surrogate) is the same small one under every strategy.
+and tells the policy. Weights do not move, unless adapters train beside them. The gradient of a draw with
+respect to its gates (and to the adapters) is taken at once and its graph freed, so memory does not grow
+with the number of draws, and the graph Lightning sees (from the policy's logits to the surrogate) is the
+same small one under every strategy.
 
-By default the teacher is the student itself with its gates open: one copy of the weights.
+By default the teacher is the student itself, its gates open and its adapters off: one copy of the weights.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Annotated, Any
 
 import torch
@@ -31,28 +32,16 @@ from src.models.layers import num_layers
 from src.models.loading import load_config
 from src.models.sharding import shard
 from src.policies import MaskPolicy
+from src.policies.base import count_to_remove
+from src.policies.draws import Draw, over_ranks
 from src.ranges import Count, Range, checked, inside_unit
 from src.teachers import TeacherSource
+from src.training.adapters import Adapters
 from src.training.half import float32_by_default, true_half
-from src.training.ranks import WholeBatch, total, world
+from src.training.ranks import WholeBatch
 from src.training.stage import Stage
 from src.training.strategies import check_quantised, kind
 from src.units.kinds import KINDS
-
-
-@dataclass(frozen=True)
-class Draw:
-    """A mask that was drawn, and what came of it.
-
-    Attributes:
-        gates_U: as the policy sampled it, with its graph.
-        loss: the divergence under it, detached.
-        grad_U: gradient of the loss with respect to the gates, if the policy wants it.
-    """
-
-    gates_U: Tensor
-    loss: Tensor
-    grad_U: Tensor | None
 
 
 class MaskSearch(Stage):
@@ -68,7 +57,8 @@ class MaskSearch(Stage):
         teacher: another source of the teacher's signal; None is the student with open gates.
         distillation: divergence between the teacher's signal and the student.
         draws: masks drawn for each batch; they share the teacher's forward pass.
-        optimizer: optimiser of the policy's logits.
+        optimizer: optimiser of the policy's logits, and of the adapters in a group of their own.
+        adapters: small additions to the weights that train while the mask is learned; None moves no weight.
         calibration_batches: validation batches that score layers and choose among the last masks.
         kwargs: how the one copy of the weights is loaded; see :class:`src.training.stage.Stage`.
     """
@@ -85,6 +75,7 @@ class MaskSearch(Stage):
         distillation: Distillation | None = None,
         draws: Annotated[int, Range(int, 1, 1000)] = 4,
         optimizer: OptimizerCallable = torch.optim.Adam,
+        adapters: Adapters | None = None,
         calibration_batches: Count = 16,
         **kwargs: Any,
     ) -> None:
@@ -92,6 +83,7 @@ class MaskSearch(Stage):
         self.unit, self.policy, self.teacher, self.draws = unit, policy, teacher, draws
         self.distillation = distillation or Distillation(weight="none")
         self.optimizer, self.calibration_batches = optimizer, calibration_batches
+        self.adapters = adapters
         config = load_config(model, self.revision)
         self.commit: str | None = getattr(config, "_commit_hash", None)
         """Revision of the Hub that was loaded, by which mask and card pin the parent."""
@@ -123,6 +115,11 @@ class MaskSearch(Stage):
                 f"model.quantize: {name} differentiates the weights, which '{quantize}' does not allow. Set "
                 f"it to null, or choose another policy."
             )
+        if self.policy.differentiates_weights and self.adapters is not None:
+            raise ConfigError(
+                f"model.adapters: {name} scores the frozen weights by their gradients. Set it to null, or "
+                f"choose another policy."
+            )
         if self.policy.differentiates_weights and strategy == "fsdp2":
             raise ConfigError(
                 f"trainer.strategy: {name} differentiates the weights, which FSDP2 holds in parts. Use "
@@ -130,6 +127,8 @@ class MaskSearch(Stage):
             )
         if self.teacher is not None:
             self.teacher.refuse(trainer, data)
+        if self.adapters is not None:
+            self.adapters.refuse(quantize)
 
     def configure_model(self) -> None:
         """Load the frozen model and gate it; a tuple keeps it out of the module tree and checkpoints."""
@@ -141,6 +140,8 @@ class MaskSearch(Stage):
         self.head = OutputHead(network)
         if self.device_mesh is not None:
             shard(network, self.device_mesh["data_parallel"])
+        if self.adapters is not None:
+            self.adapters.attach(network)  # after sharding: they are whole on every rank
 
     def on_fit_start(self) -> None:
         """Bring the frozen model to the device, which Lightning does not know of, and check its head."""
@@ -154,12 +155,21 @@ class MaskSearch(Stage):
     # ------------------------------------------------------------------ measuring
 
     def hidden(self, batch: Batch, gates_U: Tensor | None, observer: Observer | None = None) -> Tensor:
-        """Final hidden states ``[B, T, H]`` of the model under gates (None is open)."""
+        """The student's pass: final hidden states ``[B, T, H]`` under gates (None is open), adapters on."""
         before = self.gates.evaluated
         with self.gates.use(gates_U, observer):
             hidden_BTH = self.head.hidden(batch)
         self.spent(batch, self.gates.evaluated - before)
         return hidden_BTH
+
+    def teacher_hidden(self, batch: Batch, observer: Observer | None = None) -> Tensor:
+        """The teacher's pass: final hidden states ``[B, T, H]``, gates open and weights the parent's."""
+        with self.parents_weights():
+            return self.hidden(batch, None, observer)
+
+    def parents_weights(self) -> AbstractContextManager[None]:
+        """Switch the adapters off, if there are any: what runs is what an export gives."""
+        return nullcontext() if self.adapters is None else self.adapters.off()
 
     def spent(self, batch: Batch, layers: float) -> None:
         """Count a pass of a batch through some layers."""
@@ -170,7 +180,7 @@ class MaskSearch(Stage):
         """The teacher's signal at the supervised positions of a batch."""
         if self.teacher is not None:
             return self.teacher.signal(rows.batch, rows.index_N)
-        hidden_NH = self.hidden(rows.batch, None).flatten(0, 1)[rows.index_N]
+        hidden_NH = self.teacher_hidden(rows.batch).flatten(0, 1)[rows.index_N]
         return live_signal(self.head, hidden_NH, self.distillation.k)
 
     def divergence(
@@ -206,11 +216,16 @@ class MaskSearch(Stage):
         """
         gates_U = self.policy.sample(self.trainer.global_step, number)
         leaf_U, grad_U = gates_U.detach().requires_grad_(self.policy.needs_gradient), None
-        with torch.set_grad_enabled(self.policy.needs_gradient):
+        moving = [] if self.adapters is None else self.adapters.moving()
+        sought = [*([leaf_U] if self.policy.needs_gradient else []), *moving]
+        with torch.set_grad_enabled(bool(sought)):
             loss = self.divergence(rows, signal, leaf_U, whole=whole)
-        if self.policy.needs_gradient:
-            grad_U = torch.autograd.grad(loss, leaf_U)[0]
+        if sought:
+            found = list(torch.autograd.grad(loss, sought, allow_unused=bool(moving)))
             self.spent(rows.batch, self.num_layers)
+            grad_U = found.pop(0) if self.policy.needs_gradient else None
+            if self.adapters is not None:
+                self.adapters.take(found)
         return Draw(gates_U, loss.detach(), grad_U)
 
     @float32_by_default()
@@ -223,19 +238,24 @@ class MaskSearch(Stage):
         self.tokens += whole.tokens
         losses_D, grads_DU = over_ranks(drawn)
         self.log("train/kl", losses_D.mean(), prog_bar=True)
-        return self.policy.surrogate(torch.stack([each.gates_U for each in drawn]), losses_D, grads_DU)
+        told = self.policy.surrogate(torch.stack([each.gates_U for each in drawn]), losses_D, grads_DU)
+        return told if self.adapters is None else told + self.adapters.surrogate(self.draws)
 
     def validation_step(self, batch: Batch, _: int) -> None:
         rows = Supervised.of(batch)
         whole = WholeBatch(len(rows), real_tokens(batch), self.device)
         gates_U = self.policy.gates(self.policy.harden())
-        loss = self.divergence(rows, self.teacher_signal(rows), gates_U, whole=whole)
+        with self.parents_weights():
+            loss = self.divergence(rows, self.teacher_signal(rows), gates_U, whole=whole)
         self.log("val/kl", loss, prog_bar=True, batch_size=whole.positions, sync_dist=True)
 
     test_step = validation_step
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        return self.optimizer(self.policy.parameters())
+        if self.adapters is None:
+            return self.optimizer(self.policy.parameters())
+        groups = {"params": list(self.policy.parameters())}, self.adapters.group()
+        return self.optimizer(groups)
 
     # ------------------------------------------------------------------ records
 
@@ -267,34 +287,3 @@ class MaskSearch(Stage):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
         self.tokens, self.forward_tokens = checkpoint["budget"].values()
-
-
-def over_ranks(drawn: Sequence[Draw]) -> tuple[Tensor, Tensor | None]:
-    """Losses ``[D]`` of some draws and their gradients ``[D, U]`` (None if there are none), over all ranks.
-
-    They are means over the ranks: every policy learns from the same bits on every rank, so that all make the
-    same update.
-    """
-    losses_D = torch.stack([each.loss for each in drawn])
-    grads = [each.grad_U for each in drawn if each.grad_U is not None]
-    if world() == 1:
-        return losses_D, torch.stack(grads) if grads else None
-    columns = [losses_D[:, None], *([torch.stack(grads)] if grads else [])]
-    table = total(torch.cat(columns, 1)) / world()
-    return table[:, 0], table[:, 1:] if grads else None
-
-
-def count_to_remove(layers: int, remove: int | None, ratio: float | None) -> int:
-    """The number of layers to remove, from a count or from a ratio.
-
-    Raises:
-        ConfigError: both or neither are given, or the ratio is outside (0, 1).
-    """
-    if (remove is None) == (ratio is None):
-        raise ConfigError("give exactly one of model.remove (a count) and model.ratio (a share).")
-    if ratio is None:
-        assert remove is not None
-        return remove
-    if not 0 < ratio < 1:
-        raise ConfigError(f"model.ratio: {ratio} given; accepted: above 0 and below 1, such as 0.25.")
-    return max(1, round(layers * ratio))

@@ -10,6 +10,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from src.policies.polish import Keep, settle
 from src.policies.probe import CalibrationProbe
+from src.training.adapters import beside
 
 if TYPE_CHECKING:
     from src.search import MaskSearch
@@ -46,7 +47,10 @@ class HardenMask(Callback):
         if trainer.interrupted:
             return
         search = cast("MaskSearch", module)
-        chosen, figures = settle(search.policy, CalibrationProbe(search), self.recent)
+        probe = CalibrationProbe(search)
+        chosen, figures = settle(search.policy, probe, self.recent)
+        if search.adapters is not None:
+            figures["kl_adapted"] = probe.adapted(search.policy.gates(chosen))
         metrics = {**figures, "forward_tokens": search.forward_tokens}
         mask = search.mask(chosen, metrics)
         for key, value in metrics.items():
@@ -55,6 +59,8 @@ class HardenMask(Callback):
         path = Path(self.path or Path(trainer.log_dir or ".") / "mask.json")  # log_dir asks all ranks
         if trainer.is_global_zero:
             mask.save(path)
+            if search.adapters is not None:
+                search.adapters.save(beside(path), mask)
             rank_zero_info(f"{mask}; held-out KL {metrics['kl']:.4f}, written to {path}")
 
     def state_dict(self) -> dict[str, Any]:

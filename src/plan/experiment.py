@@ -21,7 +21,8 @@ from src.models.cut import constraints, cut_config
 from src.models.layers import num_layers
 from src.models.loading import load_config
 from src.plan.shapes import Rows
-from src.search import MaskSearch, count_to_remove
+from src.policies.base import count_to_remove
+from src.search import MaskSearch
 from src.training.arguments import PruneCLI, ShortErrors
 from src.training.stage import Stage
 

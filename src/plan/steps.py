@@ -79,6 +79,9 @@ class PlannedTeacher:
 def _search(search: MaskSearch, batch: Batch, ledger: Ledger, gpu: bool) -> int:
     """Two draws, of which the second still holds what is left of the first; the others cost the same."""
     rows = Supervised.of(batch)
+    moving = [] if search.adapters is None else search.adapters.moving()
+    moments = [torch.empty_like(p) for p in moving for _ in range(2)]  # of an optimiser like Adam
+    ledger.own(moments, "optimiser")
     with search.trainer.precision_plugin.forward_context():
         signal = search.teacher_signal(rows)
         teacher_flops = ledger.flops

@@ -15,6 +15,7 @@ from src.policies.sleb import SLEB
 from src.policies.streamline import Streamline
 from src.policies.tail import Tail
 from src.policies.taylor import Taylor
+from src.policies.tinyfusion import TinyFusion
 
 __all__ = [
     "AngularDistance",
@@ -33,4 +34,5 @@ __all__ = [
     "Streamline",
     "Tail",
     "Taylor",
+    "TinyFusion",
 ]

@@ -187,6 +187,10 @@ class MaskPolicy(nn.Module):
         keep[list(self.harden())] = 1.0
         return keep
 
+    def worth(self) -> list[float]:
+        """How much each layer is worth keeping, by which swaps are tried: here the logits."""
+        return self.logits.tolist()
+
     def gates(self, keep: Iterable[int]) -> Tensor:
         """The gates ``[U]`` of a set of kept units."""
         gates = torch.zeros(self.units, device=self.logits.device)
@@ -196,3 +200,19 @@ class MaskPolicy(nn.Module):
     def generator(self, step: int, draw: int) -> torch.Generator:
         """A generator that depends on (seed, step, draw) only."""
         return torch.Generator().manual_seed(((self.seed * 1_000_003 + step) * 10_007 + draw) % 2**63)
+
+
+def count_to_remove(layers: int, remove: int | None, ratio: float | None) -> int:
+    """The number of layers to remove, from a count or from a ratio.
+
+    Raises:
+        ConfigError: both or neither are given, or the ratio is outside (0, 1).
+    """
+    if (remove is None) == (ratio is None):
+        raise ConfigError("give exactly one of model.remove (a count) and model.ratio (a share).")
+    if ratio is None:
+        assert remove is not None
+        return remove
+    if not 0 < ratio < 1:
+        raise ConfigError(f"model.ratio: {ratio} given; accepted: above 0 and below 1, such as 0.25.")
+    return max(1, round(layers * ratio))

@@ -98,6 +98,10 @@ class ConcaveGate(MaskPolicy):
         """All layers but the highest of the hats: for one segment, the window at the nearest start."""
         return self._without(self._starts(self.target).detach())
 
+    def worth(self) -> list[float]:
+        """The keep probabilities: the logits are not one for each layer."""
+        return self.keep_probabilities().tolist()
+
     @torch.no_grad()
     def keep_probabilities(self) -> Tensor:
         return self.sample(0, 0).cpu()

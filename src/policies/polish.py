@@ -31,7 +31,7 @@ def settle(policy: MaskPolicy, probe: Probe, recent: Sequence[Keep]) -> tuple[Ke
     assert policy.space.legal(learned), "a policy must harden to a set of its space"
     soft = probe.divergence(policy.keep_probabilities().to(policy.logits))
     best = min([*reversed(recent), learned], key=measure)
-    chosen = polish(best, policy.space, measure, policy.logits.tolist()) if policy.polish else best
+    chosen = polish(best, policy.space, measure, policy.worth()) if policy.polish else best
     return chosen, {
         "kl": measure(chosen),
         "kl_learned": measure(learned),

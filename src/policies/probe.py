@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol, cast
 
 import torch
@@ -44,8 +45,11 @@ class Measured(Protocol):
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         """Bring a batch there."""
 
-    def hidden(self, batch: Batch, gates_U: Tensor | None, observer: Observer | None = None) -> Tensor:
-        """Run the model."""
+    def teacher_hidden(self, batch: Batch, observer: Observer | None = None) -> Tensor:
+        """Run the model as the teacher."""
+
+    def parents_weights(self) -> AbstractContextManager[None]:
+        """Switch off what moves the weights."""
 
     def spent(self, batch: Batch, layers: float) -> None:
         """Count a pass."""
@@ -88,20 +92,25 @@ class CalibrationProbe:
         self._known: dict[tuple[Any, ...], float] = {}
 
     def divergence(self, gates_L: Tensor, quick: bool = False) -> float:
-        """Mean divergence (nats per token) of the model under ``gates_L`` from the teacher."""
+        """Mean divergence (nats per token) of the model under ``gates_L`` from the teacher, as exported."""
         return self._measure(gates_L, quick, None)
+
+    def adapted(self, gates_L: Tensor) -> float:
+        """:meth:`divergence` of the model with what the search's adapters have learned."""
+        return self._measure(gates_L, False, None, adapted=True)
 
     def cross_entropy(self, gates_L: Tensor) -> float:
         """Mean cross-entropy (nats per supervised token) of the model under ``gates_L`` on the labels."""
         return self._measure(gates_L, False, LABELS)
 
     @torch.no_grad()
-    def _measure(self, gates_L: Tensor, quick: bool, by: Distillation | None) -> float:
-        key = (quick, by, tuple(gates_L.tolist()))
+    def _measure(self, gates_L: Tensor, quick: bool, by: Distillation | None, adapted: bool = False) -> float:
+        key = (quick, by, adapted, tuple(gates_L.tolist()))
         if key not in self._known:
             read = self.rows[: -(-len(self.rows) // 4)] if quick else self.rows
             gates_L, divergence = gates_L.to(self.search.device), self.search.divergence
-            losses = [divergence(rows, signal, gates_L, by) * len(rows) for rows, signal in read]
+            with nullcontext() if adapted else self.search.parents_weights():
+                losses = [divergence(rows, signal, gates_L, by) * len(rows) for rows, signal in read]
             count = losses[0].new_tensor(sum(len(rows) for rows, _ in read))
             self._known[key] = float(self.mean(torch.stack(losses).sum(), count))
         return self._known[key]
@@ -121,7 +130,7 @@ class CalibrationProbe:
             def observe(layer: int, h_in: Tensor, h_out: Tensor, seen: list[Tensor] = seen) -> None:
                 seen.extend([h_in] * (layer == 0) + [h_out])
 
-            self.search.hidden(rows.batch, None, observe)
+            self.search.teacher_hidden(rows.batch, observe)
             yield torch.stack(seen), real(rows.batch)
 
     def gradients(self, visit: Callable[[int, nn.Module], None]) -> None:

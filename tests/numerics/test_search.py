@@ -12,8 +12,9 @@ from src.data.arithmetic import build_tokenizer, problems
 from src.errors import ConfigError
 from src.losses.distill import Distillation
 from src.policies import GumbelTopK
+from src.policies.base import count_to_remove
 from src.policies.polish import polish
-from src.search import MaskSearch, count_to_remove
+from src.search import MaskSearch
 from src.teachers import LiveTeacher
 from src.units.spaces import AnyOf
 

@@ -1,0 +1,44 @@
+"""What came of the masks that a search drew.
+
+Shapes: D draws, U units.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from src.training.ranks import total, world
+
+
+@dataclass(frozen=True)
+class Draw:
+    """A mask that was drawn, and what came of it.
+
+    Attributes:
+        gates_U: as the policy sampled it, with its graph.
+        loss: the divergence under it, detached.
+        grad_U: gradient of the loss with respect to the gates, if the policy wants it.
+    """
+
+    gates_U: Tensor
+    loss: Tensor
+    grad_U: Tensor | None
+
+
+def over_ranks(drawn: Sequence[Draw]) -> tuple[Tensor, Tensor | None]:
+    """Losses ``[D]`` of some draws and their gradients ``[D, U]`` (None if there are none), over all ranks.
+
+    They are means over the ranks: every policy learns from the same bits on every rank, so that all make the
+    same update.
+    """
+    losses_D = torch.stack([each.loss for each in drawn])
+    grads = [each.grad_U for each in drawn if each.grad_U is not None]
+    if world() == 1:
+        return losses_D, torch.stack(grads) if grads else None
+    columns = [losses_D[:, None], *([torch.stack(grads)] if grads else [])]
+    table = total(torch.cat(columns, 1)) / world()
+    return table[:, 0], table[:, 1:] if grads else None

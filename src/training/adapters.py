@@ -1,0 +1,232 @@
+"""Small trained additions to the frozen weights, so that a search moves weights while it learns a mask.
+
+A mask that is learned on weights that can move is one that recovers well, not one that is good as it stands
+(TinyFusion, arXiv 2412.01199). peft adds the parameters to the linear maps of the layers. Switched off, they
+leave the parent's own weights, to the last bit: one copy of these still serves teacher and student.
+
+What was learned lies beside the mask in ``adapters.safetensors``, under the names of the cut model, and a
+recovery may start from it (``patch: adapters``).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from src.errors import ConfigError
+from src.mask import Mask
+from src.models.cut import renamed, sources
+from src.models.layers import decoder_layers
+from src.models.loading import weightless
+from src.ranges import Count, Positive, Seed, checked
+from src.training.ranks import total, world
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
+
+FILE = "adapters.safetensors"
+
+
+class Adapters(nn.Module):
+    """Parameters beside the frozen weights of a network, which it does not own.
+
+    Args:
+        lr: their learning rate, in an optimiser group of their own.
+        seed: of their start.
+    """
+
+    @checked
+    def __init__(self, lr: Positive = 1e-4, seed: Seed = 0) -> None:
+        super().__init__()
+        self.lr, self.seed = lr, seed
+        self._network: tuple[PreTrainedModel, ...] = ()
+        self._sums: list[Tensor] = []
+
+    def config(self) -> PeftConfig:
+        """What peft adds to which maps."""
+        raise NotImplementedError
+
+    def refuse(self, quantize: str | None) -> None:
+        """Refuse weights that they cannot stand beside, before anything is loaded.
+
+        Raises:
+            ConfigError: peft is not installed.
+        """
+        if find_spec("peft") is None:
+            raise ConfigError("model.adapters: they need peft: pip install -e '.[lora]'. Or set it to null.")
+
+    def attach(self, network: PreTrainedModel) -> None:
+        """Add the parameters to a network; they change nothing until they are trained.
+
+        Raises:
+            ConfigError: peft cannot adapt this family.
+        """
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed)
+            try:
+                network.add_adapter(self.config())
+            except (ValueError, AttributeError) as e:
+                raise ConfigError(
+                    f"model.adapters: peft cannot adapt a '{network.config.model_type}': "
+                    f"{str(e).splitlines()[0][:160]} Set model.adapters to null."
+                ) from e
+        self._network = (network,)
+        self.weights = nn.ParameterDict({n.replace(".", "/"): p for n, p in self.named_weights()})
+
+    def named_weights(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """The parameters under the names that the network gives them."""
+        (network,) = self._network
+        return ((name, p) for name, p in network.named_parameters() if p.requires_grad)
+
+    def moving(self) -> list[nn.Parameter]:
+        """The parameters, as the network holds them."""
+        return [p for _, p in self.named_weights()]
+
+    def group(self) -> dict[str, Any]:
+        """Their group in an optimiser."""
+        return {"params": self.moving(), "lr": self.lr}
+
+    @contextmanager
+    def off(self) -> Iterator[None]:
+        """Run the network without them."""
+        (network,) = self._network
+        network.disable_adapters()
+        try:
+            yield
+        finally:
+            network.enable_adapters()
+
+    # ------------------------------------------------------------------ learning
+
+    def take(self, gradients: Sequence[Tensor | None]) -> None:
+        """Add the gradients of one draw, in the order of :meth:`moving`; None is zero."""
+        self._sums = self._sums or [torch.zeros_like(p) for p in self.moving()]
+        for sum_, gradient in zip(self._sums, gradients, strict=True):
+            if gradient is not None:
+                sum_ += gradient
+
+    def surrogate(self, draws: int) -> Tensor:
+        """A zero whose gradient is the mean of those taken, over draws and ranks; they are forgotten.
+
+        Every rank gets the same bits, as the mask's own parameters do.
+        """
+        mean = total(torch.cat([sum_.flatten() for sum_ in self._sums])) / (draws * world())
+        self._sums = []
+        flat = torch.cat([p.flatten() for p in self.moving()])
+        return ((flat - flat.detach()) * mean).sum()
+
+    # ------------------------------------------------------------------ records
+
+    def save(self, path: Path, mask: Mask) -> None:
+        """Write those of the kept layers, under the names of the cut model; whole or not at all."""
+        (network,) = self._network
+        state = {name: p.detach().cpu().contiguous() for name, p in self.named_weights()}
+        about = {
+            "mask": json.dumps(asdict(mask)),
+            "config": json.dumps(self.config().to_dict(), default=sorted),
+        }
+        partial = path.with_name(f".{path.name}.partial")
+        save_file(renamed(state, decoder_layers(network)[0], sources(network, mask)), partial, about)
+        partial.replace(path)
+
+
+class LoRA(Adapters):
+    """A product of two thin matrices beside every linear map of the layers (arXiv 2106.09685).
+
+    Args:
+        rank: of the product.
+        lr: their learning rate.
+        seed: of their start.
+    """
+
+    @checked
+    def __init__(self, rank: Count = 8, lr: Positive = 1e-4, seed: Seed = 0) -> None:
+        super().__init__(lr, seed)
+        self.rank = rank
+
+    def config(self) -> PeftConfig:
+        from peft import LoraConfig
+
+        return LoraConfig(r=self.rank, lora_alpha=2 * self.rank, target_modules="all-linear")
+
+
+class Scales(Adapters):
+    """A factor on every output channel of every linear map of the layers, from 1 (IA3, arXiv 2205.05638)."""
+
+    def refuse(self, quantize: str | None) -> None:
+        """As the base class; quantised weights cannot take factors without being rounded again.
+
+        Raises:
+            ConfigError: see the base class; or the weights are quantised.
+        """
+        super().refuse(quantize)
+        if quantize is not None:
+            raise ConfigError(
+                f"model.adapters: factors on '{quantize}' weights are not to be had. Use "
+                f"src.training.adapters.LoRA, or set model.quantize to null."
+            )
+
+    def config(self) -> PeftConfig:
+        from peft import IA3Config
+
+        return IA3Config(target_modules="all-linear", feedforward_modules=[])
+
+
+def beside(mask_path: str | Path) -> Path:
+    """Where the adapters of a search lie."""
+    return Path(mask_path).with_name(FILE)
+
+
+def check_saved(path: Path, mask: Mask) -> dict[str, Any]:
+    """The settings of saved adapters, which are those of ``mask``.
+
+    Raises:
+        ConfigError: there are none, or they were trained with another mask.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            about = cast(dict[str, str], file.metadata())
+        same = json.loads(about["mask"]) == json.loads(json.dumps(asdict(mask)))
+        config: dict[str, Any] = json.loads(about["config"])
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as e:
+        raise ConfigError(
+            f"model.patch: 'adapters' needs those of the mask's search in '{path}', which cannot be read. "
+            f"Set model.adapters in the search (src.training.adapters.LoRA), or model.patch to null."
+        ) from e
+    if not same:
+        raise ConfigError(
+            f"model.patch: the adapters in '{path}' were trained with another mask. Give that mask, or set "
+            f"model.patch to null."
+        )
+    return config
+
+
+def merged(student: PreTrainedModel, mask: Mask, path: Path) -> PreTrainedModel:
+    """The cut model with a search's adapters merged into its weights: a plain model again.
+
+    Raises:
+        ConfigError: there are no adapters, or they are of another mask or model.
+    """
+    if weightless.get():
+        return student  # a plan: of the same shapes
+    from peft import PeftConfig, get_peft_model
+
+    wrapped: Any = get_peft_model(student, cast(Any, PeftConfig).from_peft_type(**check_saved(path, mask)))
+    with safe_open(path, framework="pt") as file:
+        state = {f"base_model.model.{name}": file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    own = {name: p.shape for name, p in wrapped.named_parameters() if p.requires_grad}
+    if {name: tensor.shape for name, tensor in state.items()} != own:
+        raise ConfigError(f"model.patch: the adapters in '{path}' do not fit this model.")
+    wrapped.load_state_dict(state, strict=False)
+    return cast(PreTrainedModel, wrapped.merge_and_unload())
