@@ -138,10 +138,11 @@ class MaskSearch(Stage):
         self._frozen = (network,)
         self.gates = KINDS[self.unit].gate(network, self.checkpoint_activations)
         self.head = OutputHead(network)
-        if self.device_mesh is not None:
-            shard(network, self.device_mesh["data_parallel"])
         if self.adapters is not None:
-            self.adapters.attach(network)  # after sharding: they are whole on every rank
+            self.adapters.attach(network)
+        if self.device_mesh is not None:
+            moving = [] if self.adapters is None else self.adapters.moving()
+            shard(network, self.device_mesh["data_parallel"], whole=moving)
 
     def on_fit_start(self) -> None:
         """Bring the frozen model to the device, which Lightning does not know of, and check its head."""

@@ -7,7 +7,7 @@ a step that calls the decoder and the head apart never makes: :func:`within` mak
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from types import MethodType
 from typing import TypeVar
 
@@ -21,12 +21,19 @@ from src.models.layers import decoder_layers
 T = TypeVar("T")
 
 
-def shard(network: PreTrainedModel, mesh: DeviceMesh) -> None:
-    """Shard ``network`` in place over a data-parallel mesh (FSDP2); its weights move to the mesh's device."""
+def shard(network: PreTrainedModel, mesh: DeviceMesh, whole: Iterable[nn.Parameter] = ()) -> None:
+    """Shard ``network`` in place over a data-parallel mesh (FSDP2); its weights move to the mesh's device.
+
+    Args:
+        network: any decoder.
+        mesh: of all ranks.
+        whole: parameters that every rank keeps as they are.
+    """
+    kept = set(whole)
     for layer in decoder_layers(network)[1]:
-        fully_shard(layer, mesh=mesh)
+        fully_shard(layer, mesh=mesh, ignored_params=kept)
     # Not resharded after the forward pass: the loss projects to the vocabulary after it.
-    fully_shard(network, mesh=mesh, reshard_after_forward=False)
+    fully_shard(network, mesh=mesh, reshard_after_forward=False, ignored_params=kept)
     setattr(network, "within", MethodType(_call, network))  # noqa: B010 (mypy)
     register_fsdp_forward_method(network, "within")
 

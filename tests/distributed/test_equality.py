@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from src.mask import Mask
 from src.models.loading import load_model
@@ -114,3 +115,27 @@ def test_streams_of_inner_layers_are_compared_over_the_whole_batch(overlay: str,
     pair = diary(bench.fit(overlay, "recover", overlay, 2, **keys))
     size = max(step["loss"] for step in alone)
     assert drift(alone, pair, "loss")[0] <= MAX * size
+
+
+@pytest.mark.parametrize("overlay", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("kind", ["LoRA", "Scales"])
+def test_adapters_of_a_search_move_as_in_one_process(kind: str, overlay: str, bench: Bench) -> None:
+    """Whole on every rank, beside weights that FSDP2 shards: losses, logits and the adapters themselves."""
+    pytest.importorskip("peft")
+    adapters = {"class_path": f"src.training.adapters.{kind}", "init_args": {"lr": 0.01}}
+    keys = {"model__init_args__adapters": adapters, "trainer__max_steps": 8}
+    runs = [
+        bench.fit("single", "search", "single", 1, **keys),
+        bench.fit(overlay, "search", overlay, 2, **keys),
+    ]
+    alone, pair = (diary(run) for run in runs)
+    assert diary(runs[1], 0)[-1]["logits"] == diary(runs[1], 1)[-1]["logits"]
+    for key in ("loss", "logits"):
+        assert drift(alone, pair, key)[0] <= MAX
+    one, other = (load_file(next(run.rglob("adapters.safetensors"))) for run in runs)
+    for name, tensor in one.items():
+        torch.testing.assert_close(other[name], tensor, rtol=0, atol=2e-4)
+    metrics = [Mask.load(next(run.rglob("mask.json"))).metrics for run in runs]
+    assert metrics[0]["kl_adapted"] != metrics[0]["kl"]
+    for key in ("kl", "kl_adapted"):
+        assert metrics[1][key] == pytest.approx(metrics[0][key], abs=1e-4)
