@@ -138,7 +138,7 @@ class Recovery(Stage):
     # ------------------------------------------------------------------ learning
 
     def step(self, rows: Supervised, whole: WholeBatch | None = None, pairs: Sequence[Pair] = ()) -> Step:
-        """What some rows, this rank's of a ``whole`` batch, show to the terms; with the streams of ``pairs``."""
+        """What rows, this rank's of a ``whole`` batch, show to the terms, with the streams of ``pairs``."""
         batch, index_N = rows.batch, rows.index_N
         with self.teacher.states([theirs for _, theirs in pairs]) as parent:
             signal = self.teacher.signal(batch, index_N)
