@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint
 import yaml
 
 from src.cli import main, run
@@ -199,7 +200,13 @@ def test_a_checkpoint_of_another_kind_is_refused(
     from src.training.strategies import check_checkpoint
 
     path = tmp_path / "last.ckpt"
-    path.mkdir() if directory else path.write_bytes(b"")
+    file = path / "meta.pt" if directory else path
+    file.parent.mkdir(exist_ok=True)
+    torch.save({"recovery": {}}, file)
+    if directory:
+        torch.distributed.checkpoint.save(
+            {"state_dict": {"a": torch.ones(1)}}, checkpoint_id=path, no_dist=True
+        )
     with pytest.raises(ConfigError, match="overlay") if refused else nullcontext():
         check_checkpoint(trainer_of(strategy), path)
 
