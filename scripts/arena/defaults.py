@@ -7,9 +7,7 @@ from collections.abc import Sequence
 from scripts.arena.cells import JSON, difference, nats, percent
 from scripts.lab.pages import table
 
-HEAD = (
-    "choice | default | its figure | best of the others | its figure | other - default | the same, final KL"
-)
+HEAD = "choice | reference | its figure | best other | its figure | other - reference | the same, final KL"
 
 
 def defaults(rows: Sequence[JSON]) -> list[str]:
@@ -22,10 +20,10 @@ def defaults(rows: Sequence[JSON]) -> list[str]:
     for group, ratio in dict.fromkeys((row["group"], row["ratio"]) for row in rows):
         own = [row for row in rows if (row["group"], row["ratio"]) == (group, ratio)]
         default = next((row for row in own if row["variant"] == row["reference"]), None)
-        others = [row for row in own if row["variant"] != row["reference"]]
+        recovered = "recovered" in (default or {})
+        others = [row for row in own if row is not default and ("recovered" in row) == recovered]
         if default is None or not others:
             continue
-        recovered = "recovered" in default
         show, gap = (
             (percent("recovered"), difference("exact_match", 100, 1))
             if recovered

@@ -74,7 +74,7 @@ def lines(results: JSON) -> list[str]:
     sections = dict.fromkeys((row["group"], row["ratio"]) for row in results["rows"])
     groups = {group for group, _ in sections}
     if len(groups) > 1:
-        out += ["### The defaults", "", *defaults(results["rows"]), ""]
+        out += ["### In short", "", *defaults(results["rows"]), ""]
     for group, ratio in sections:
         rows = [row for row in results["rows"] if (row["group"], row["ratio"]) == (group, ratio)]
         count = len(rows[0]["runs"][0]["removed"])

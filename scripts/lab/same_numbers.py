@@ -132,7 +132,7 @@ def written(out: Path) -> dict[str, dict[str, Any]]:
     parts = {"mask.json": leaves(json.loads((out / "search" / "mask.json").read_text()))}
     for name in ("recover", "lora", "cached"):
         parts[f"{name}: weights"] = digests(weights(last(out / name)))
-    shards = sorted(p for p in (out / "cache").rglob("*") if p.is_file() and p.suffix != ".json")
+    shards = sorted(p for p in (out / "cache").rglob("*") if p.suffix == ".parquet")
     parts["cache: shards"] = {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in shards}
     for path in sorted((out / "export").glob("*/*.safetensors")):
         parts[f"export {path.parent.name}: {path.name}"] = digests(load_file(path))
