@@ -105,7 +105,7 @@ data-pipeline: $(VENV)/.installed  ## loader alone and waiting; real corpora fro
 linear-patch: $(VENV)/.installed  ## cuts repaired without training -> results/linear_patch.json, docs/linear_patch.md
 	$(PY) -m scripts.arena configs/arena/linear_patch.yaml --jobs 2
 
-export-matrix: $(VENV)/.installed  ## the export gate on every decoder family -> results/export_matrix.json, docs/export.md
+export-matrix: $(VENV)/.installed  ## the proof of an export on every decoder family -> results/export_matrix.json, docs/export.md
 	$(PY) -m scripts.export_matrix
 	$(PY) -m scripts.readme_results
 

@@ -1,4 +1,4 @@
-"""Run the export gate on every causal language model of the installed transformers.
+"""Prove the export of every causal language model of the installed transformers.
 
 A tiny model of each family is built from its config class; several random masks are cut, saved, and loaded
 by a fresh process that compares logits, cache, padding, keys and size with the hard-gated parent. Each family
@@ -35,7 +35,7 @@ from scripts.lab.results import options, origin, read
 from scripts.tiny_configs import tiny_config
 from src.errors import ConfigError
 from src.export.fresh import Reference, verify
-from src.export.observe import Observation, probe_tokens
+from src.export.observe import Observation, proof_tokens
 from src.export.proof import observe_gated, predicted_weights
 from src.files import write_json
 from src.mask import Mask
@@ -93,7 +93,7 @@ def prepare(family: str, folder: Path) -> Row:
         if why := forbidden(tiny_config(family)):
             return {"result": "refused", "reason": f"This '{family}' {why}."}
         model = tiny_model(family)
-        length, ids_BT = num_layers(model.config), probe_tokens(model.config)
+        length, ids_BT = num_layers(model.config), proof_tokens(model.config)
         decoder_layers(model)
         mask_of = partial(Mask.by_hand, family, length)
         everything = observe_gated(model, mask_of(range(length)), ids_BT)
@@ -111,7 +111,7 @@ def prepare(family: str, folder: Path) -> Row:
         keep = [i for i in range(length) if i != gone]
         try:
             cut(model, mask_of(keep))
-            drawn.append(keep)  # stricter limits than this one mask needs: let the gate judge it
+            drawn.append(keep)  # stricter limits than this one mask needs: let the proof judge it
         except ConfigError as e:
             row.setdefault("refusal", str(e))
 

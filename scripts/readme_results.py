@@ -116,7 +116,7 @@ def data_lines(pipeline: JSON) -> list[str]:
 
 
 def families(matrix: JSON) -> list[str]:
-    """How many families pass the export gate."""
+    """How many families pass the proof of an export."""
     return [f"**Export.** {counted(matrix)} `docs/export.md` has the table."]
 
 

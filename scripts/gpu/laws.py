@@ -2,7 +2,7 @@
 
 Open gates must be the teacher and hard gates the cut model, to the last bit. A model is first compared with
 itself, run twice: where its own kernels do not repeat, no comparison can. Beside the laws stand the figures
-that set the export gate's tolerance in bf16 (left padding, cache) and the error of the gates' gradient.
+that set the proof's tolerance in bf16 (left padding, cache) and the error of the gates' gradient.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from scripts.tiny_configs import tiny_config
 from src.data.batches import supervised
 from src.errors import ConfigError
 from src.export import verb as export
-from src.export.observe import Observation, _cache, observe, probe_tokens
+from src.export.observe import Observation, _cache, observe, proof_tokens
 from src.export.proof import observe_gated
 from src.losses.distill import Distillation
 from src.losses.signals import live_signal
@@ -38,7 +38,7 @@ FAMILIES = ("gemma2", "gpt2", "mixtral", "phi3")
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
-    """Every model's laws and gradients, and what the export gate finds in bf16."""
+    """Every model's laws and gradients, and what the proof of an export finds in bf16."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
     torch.set_float32_matmul_precision("highest")
     rows = []
@@ -49,7 +49,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             rows.append({"model": name, "error": told(e)})
         print(json.dumps(rows[-1]), flush=True)
         del model
-    return {"rows": rows, "export_gate": export_gate(args), "tolerance": TOLERANCE["bfloat16"]}
+    return {"rows": rows, "export_proof": export_proof(args), "tolerance": TOLERANCE["bfloat16"]}
 
 
 def models(args: argparse.Namespace) -> Any:
@@ -65,12 +65,12 @@ def models(args: argparse.Namespace) -> Any:
 
 
 def laws(model: PreTrainedModel) -> dict[str, Any]:
-    """Run model, open gates, hard gates and cut in the gate's four ways each, and compare bits."""
+    """Run model, open gates, hard gates and cut in the proof's four ways each, and compare bits."""
     freeze(model)
     layers = model.config.get_text_config(decoder=True).num_hidden_layers
     everything = Mask.by_hand("", layers, range(layers))
     mask = Mask.by_hand("", layers, (i for i in range(layers) if i % 4 != 2))
-    ids = probe_tokens(model.config, 48)
+    ids = proof_tokens(model.config, 48)
     once, again = observe(model, ids), observe(model, ids)
     opened, hard = observe_gated(model, everything, ids), observe_gated(model, mask, ids)
     short = observe(cut(model, mask), ids)
@@ -102,7 +102,7 @@ def gradients(model: PreTrainedModel) -> dict[str, Any]:
     Attention's backward pass on a GPU adds up in no fixed order unless it is asked to.
     """
     layers = model.config.get_text_config(decoder=True).num_hidden_layers
-    ids = probe_tokens(model.config, 48).to(model.device)
+    ids = proof_tokens(model.config, 48).to(model.device)
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
@@ -137,14 +137,14 @@ def gate_gradient(model: PreTrainedModel, batch: dict[str, Tensor], layers: int,
         gates.remove()
 
 
-def export_gate(args: argparse.Namespace) -> dict[str, Any]:
-    """The export of a bf16 model, its gate computing in bf16 on the device: what it found."""
+def export_proof(args: argparse.Namespace) -> dict[str, Any]:
+    """The export of a bf16 model, its proof computing in bf16 on the device: what it found."""
     model = directory("0.6b", args.work, args.device, args.tiny)
     mask = middle_mask(model, args.work)
     asked = ["--mask", str(mask), "--out", str(args.work / "export"), "--force", "--device", args.device]
     try:
         with contextlib.redirect_stdout(io.StringIO()):
-            parsed = export._parse([*asked, "--dtype", "bfloat16", "--gate-dtype", "stored"])
+            parsed = export._parse([*asked, "--dtype", "bfloat16", "--proof-dtype", "stored"])
             findings = export.export(Mask.load(mask), parsed)
     except ConfigError as e:
         return {"error": told(e)}

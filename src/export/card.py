@@ -58,7 +58,7 @@ def model_card(
     Args:
         mask: the kept layers and their origin.
         weights: numbers in the parent and in this model.
-        findings: what the export gate found.
+        findings: the proof.
         parent_card: front matter of the parent's card, whose licence and languages carry over.
         recovery: tokens and scope of the recovery; None if the weights are the parent's.
         license_name: licence to state instead of the parent's.

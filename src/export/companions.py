@@ -17,7 +17,7 @@ from safetensors import safe_open
 from transformers import PreTrainedTokenizerBase
 
 from src.errors import ConfigError
-from src.export.fresh import PROBE_TEXT
+from src.export.fresh import PROOF_TEXT
 from src.models.loading import load_tokenizer
 
 TOKENIZER = (
@@ -71,7 +71,7 @@ def parent_tokenizer(name: str, revision: str | None, files: Path) -> PreTrained
             f"{e} An export would pass these files on. Mend them, install what is missing, or take them out "
             f"of the parent's directory to export without a tokenizer."
         ) from e
-    return tokenizer if tokenizer(PROBE_TEXT).input_ids else None
+    return tokenizer if tokenizer(PROOF_TEXT).input_ids else None
 
 
 def copy_companions(source: Path, target: Path) -> None:

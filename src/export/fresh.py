@@ -1,4 +1,4 @@
-"""The export gate's fresh process: an exported directory, read as a stranger reads it, must reproduce a run.
+"""The fresh process of a proof reads an exported directory as a stranger does; it must reproduce a run.
 
 The parent with hard gates (or the recovered student) is observed in memory (:mod:`src.export.observe`). This
 process knows only the directory and that observation: it loads the directory with stock
@@ -25,7 +25,7 @@ from src.export.observe import Finding, Observation, compare, observe
 from src.models.claims import is_tied
 from src.models.layers import num_layers
 
-PROBE_TEXT = "Layer 7 of 12: the cat sat on the mat,\n\tdidn't it? 1+1=2."
+PROOF_TEXT = "Layer 7 of 12: the cat sat on the mat,\n\tdidn't it? 1+1=2."
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Reference:
         weights: stored numbers, tied ones once, predicted from the parent.
         layers: number of layers.
         tied: whether input and output embeddings are one tensor.
-        text_ids: tokens of a probe text; None if the parent has no tokenizer.
+        text_ids: tokens of :data:`PROOF_TEXT`; None if the parent has no tokenizer.
         chat_template: template of the parent's tokenizer.
         dtype: type to compute in.
         attention: attention implementation.
@@ -99,7 +99,7 @@ def verify(directory: Path, reference: Reference) -> list[Finding]:
     ]
     if reference.text_ids is not None:
         tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
-        same = tokenizer(PROBE_TEXT).input_ids == reference.text_ids
+        same = tokenizer(PROOF_TEXT).input_ids == reference.text_ids
         same &= tokenizer.chat_template == reference.chat_template
         findings.append(Finding("tokenizer and chat template", same, "equal" if same else "differ"))
     exact = reference.device == "cpu"

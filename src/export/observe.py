@@ -37,8 +37,8 @@ class Finding:
     detail: str
 
 
-def probe_tokens(config: PretrainedConfig, tokens: int | None = None) -> Tensor:
-    """Two rows of ordinary token ids ``[2, T]``; by default longer than any window of up to 1024 tokens."""
+def proof_tokens(config: PretrainedConfig, tokens: int | None = None) -> Tensor:
+    """Return two sequences of ordinary ids ``[2, T]``, by default past any window of up to 1024 tokens."""
     special: set[int] = set()
     windows = [8]
 

@@ -1,4 +1,4 @@
-"""The export gate: hard-gated parent = cut model = what a stranger loads from the directory.
+"""The proof of an export: hard-gated parent = cut model = what a stranger loads from the directory.
 
 This side runs beside the models in memory and writes down what they compute; :mod:`src.export.fresh` is the
 other side, a fresh process that knows only the directory.
@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from src.export.fresh import PROBE_TEXT, Reference, unique_weights
-from src.export.observe import Finding, Observation, compare, observe, probe_tokens
+from src.export.fresh import PROOF_TEXT, Reference, unique_weights
+from src.export.observe import Finding, Observation, compare, observe, proof_tokens
 from src.mask import Mask
 from src.models.claims import is_tied
 from src.models.cut import attention_implementation, cut, renamed, sources
@@ -49,13 +49,13 @@ def prove(
         weights: numbers that the export must hold.
         recovered: whether the student's weights differ from the parent's.
         tokenizer: the parent's.
-        tokens: length of the rows; None reaches beyond windows of up to 1024 tokens.
+        tokens: length of the sequences; None reaches beyond windows of up to 1024 tokens.
         upcast: compute in float32; changes ``parent`` and ``student`` in place.
     """
     if upcast:
         parent, student = parent.float(), student.float()
     dtype, device = str(student.dtype).removeprefix("torch."), student.device.type
-    ids_BT = probe_tokens(parent.config, tokens)
+    ids_BT = proof_tokens(parent.config, tokens)
     expected, findings = observe_gated(parent, mask, ids_BT), []
     if recovered:
         same = compare(expected, observe(cut(parent, mask), ids_BT), dtype, exact=device == "cpu")
@@ -67,7 +67,7 @@ def prove(
         weights=weights,
         layers=mask.depth,
         tied=is_tied(student),
-        text_ids=tokenizer(PROBE_TEXT).input_ids if tokenizer else None,
+        text_ids=tokenizer(PROOF_TEXT).input_ids if tokenizer else None,
         chat_template=tokenizer.chat_template if tokenizer else None,
         dtype=dtype,
         attention=attention_implementation(student.config),
@@ -89,14 +89,14 @@ def stored_as_parent(
         trained: the recovered model in the types it was trained in; holds rounded weights afterwards.
         parent: the parent, in the types to store.
         mask: which layers of the parent are kept.
-        tokens: length of the probe's rows, as in :func:`prove`.
+        tokens: length of the sequences, as in :func:`prove`.
     """
     if trained.dtype == parent.dtype:
         return trained, []
     stored = cut(parent, mask)
     types = {name: t.dtype for name, t in stored.state_dict().items()}
     rounded = {(t.dtype, types[n]) for n, t in trained.state_dict().items() if t.dtype != types[n]}
-    ids_BT = probe_tokens(parent.config, tokens).to(trained.device)
+    ids_BT = proof_tokens(parent.config, tokens).to(trained.device)
     before_BTV = trained(input_ids=ids_BT).logits
     stored.load_state_dict(trained.state_dict())
     trained.load_state_dict(stored.state_dict())
@@ -123,12 +123,12 @@ def observe_gated(parent: PreTrainedModel, mask: Mask, ids_BT: Tensor) -> Observ
 def in_fresh_process(directory: Path, reference: Reference) -> list[Finding]:
     """Run :mod:`src.export.fresh` on a directory, offline; a crash there is a failed check."""
     with tempfile.TemporaryDirectory() as scratch:
-        path, told = Path(scratch) / "reference.safetensors", Path(scratch) / "findings.jsonl"
+        path, report = Path(scratch) / "reference.safetensors", Path(scratch) / "findings.jsonl"
         reference.save(path)
         done = subprocess.run(
             [
                 *(sys.executable, "-m", "src.export.fresh", str(directory.resolve())),
-                *("--reference", str(path), "--findings", str(told)),
+                *("--reference", str(path), "--findings", str(report)),
             ],
             stdin=subprocess.DEVNULL,
             capture_output=True,
@@ -136,7 +136,7 @@ def in_fresh_process(directory: Path, reference: Reference) -> list[Finding]:
             cwd=Path(__file__).parents[2],
             env={**os.environ, "HF_HUB_OFFLINE": "1"},
         )
-        lines = told.read_text().splitlines() if told.is_file() else []
+        lines = report.read_text().splitlines() if report.is_file() else []
     findings = [Finding(**json.loads(line)) for line in lines]
     if done.returncode or not findings:
         last = done.stderr.strip().splitlines()[-1:] or [f"exit status {done.returncode}"]

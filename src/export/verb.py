@@ -15,6 +15,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -43,12 +44,12 @@ from src.repair.linear_patch import LinearPatch
 from src.training import checkpoints
 
 SHORTEST = 8
-"""Tokens of the gate's rows: some are padded over and the rest must still be a sequence."""
+"""Fewest tokens of a sequence of the proof: padding covers some, and the rest must still be a sequence."""
 DTYPES = ("float32", "bfloat16", "float16")
 
 
 def export(mask: Mask, args: argparse.Namespace, patch: LinearPatch | None = None) -> list[Finding]:
-    """Export the cut model, the patched or the recovered one; return what the gate found.
+    """Export the cut model, repaired or recovered or neither; return the findings of the proof.
 
     Raises:
         ConfigError: a fault of the request, a mask that the family cannot express, or a failed check.
@@ -63,9 +64,9 @@ def export(mask: Mask, args: argparse.Namespace, patch: LinearPatch | None = Non
     parent = on_device(load_model(name, revision, dtype=args.dtype or "auto"), args.device)
     record = checkpoints.record(args.checkpoint) if args.checkpoint else None
     made_for, mask = mask.model, true_parent(mask, name, record, args.any_parent)
-    _check_probe(parent, args.gate_tokens)
+    _check_proof_tokens(parent, args.proof_tokens)
     student = load_student(parent, mask, args.checkpoint) if args.checkpoint else cut(parent, mask)
-    student, rounding = stored_as_parent(student, parent, mask, args.gate_tokens)
+    student, rounding = stored_as_parent(student, parent, mask, args.proof_tokens)
     repairs = patch and patch(student, parent, mask, load_tokenizer(name, revision))
     origin = {"parent": public_name(mask.model), "revision": mask.revision, "keep": mask.kept}
     student.config.depth_pruning = origin
@@ -86,12 +87,12 @@ def export(mask: Mask, args: argparse.Namespace, patch: LinearPatch | None = Non
             recovered=bool(args.checkpoint or repairs),
             weights=weights[1],
             tokenizer=tokenizer,
-            tokens=args.gate_tokens,
-            upcast=args.gate_dtype == "float32",
+            tokens=args.proof_tokens,
+            upcast=args.proof_dtype == "float32",
         )
         failed = [f"{f.check}: {f.detail}" for f in findings if not f.passed]
         if failed:
-            raise ConfigError(f"export: the gate failed, '{out}' is not written. {'; '.join(failed)}.")
+            raise ConfigError(f"export: the proof failed, '{out}' is not written. {'; '.join(failed)}.")
         card = model_card(
             mask,
             weights,
@@ -135,11 +136,11 @@ def _check_out(out: Path, force: bool, parent: str) -> None:
     _check_free(out, force)
 
 
-def _check_probe(parent: PreTrainedModel, tokens: int | None) -> None:
+def _check_proof_tokens(parent: PreTrainedModel, tokens: int | None) -> None:
     limit = position_limit(parent)
     if limit is not None and (tokens or 0) + GENERATED > limit:
-        asked = f"--gate-tokens {tokens} with the {GENERATED} generated behind them are too many: a row"
-        raise too_long(f"{asked} has {(tokens or 0) + GENERATED} tokens", parent.config.model_type, limit)
+        excess = f"--proof-tokens {tokens} with the {GENERATED} generated behind them are too many: a row"
+        raise too_long(f"{excess} has {(tokens or 0) + GENERATED} tokens", parent.config.model_type, limit)
 
 
 def _check_free(out: Path, force: bool) -> None:
@@ -152,14 +153,14 @@ def _check_free(out: Path, force: bool) -> None:
 
 
 def main(argv: list[str]) -> None:
-    """Export, and show what was proven."""
+    """Export a cut model and print its proof."""
     args = _parse(argv)
     mask = Mask.load(args.mask)
     show(mask, args, export(mask, args))
 
 
 def show(mask: Mask, args: argparse.Namespace, findings: list[Finding]) -> None:
-    """Print the findings as a table."""
+    """Print the findings of a proof as a table."""
     table = Table("check", "finding", title=escape(f"{args.out}: {mask}"))
     for finding in findings:
         table.add_row(finding.check, finding.detail)
@@ -185,16 +186,20 @@ def add_options(parser: Parser) -> None:
     add("--dtype", choices=DTYPES, help="type of the stored weights (default: the parent's)")
     add("--force", action="store_true", help="replace --out if it is a model")
     add("--license", metavar="ID", help="licence for the card (default: the parent's)")
-    add("--device", default="cpu", help="where the gate computes (default: cpu, where bits must agree)")
+    add("--device", default="cpu", help="where the proof computes (default: cpu, where bits must agree)")
+    length, types = Range(int, SHORTEST, MOST), ("float32", "stored")
     add(
-        "--gate-tokens",
-        type=Range(int, SHORTEST, MOST),
+        "--proof-tokens",
+        type=length,
         metavar="T",
-        help=f"length of the gate's rows, {SHORTEST} or more (default: past the window)",
+        help=f"length of the proof's sequences, {SHORTEST} or more (default: past the window)",
     )
     add(
-        "--gate-dtype",
-        choices=("float32", "stored"),
+        "--proof-dtype",
+        choices=types,
         default="float32",
-        help="type the gate computes in (default: float32; stored needs half the memory)",
+        help="type the proof computes in (default: float32; stored needs half the memory)",
     )
+    former: Any = {"default": argparse.SUPPRESS, "help": argparse.SUPPRESS}  # spellings of earlier versions
+    add("--gate-tokens", dest="proof_tokens", type=length, **former)
+    add("--gate-dtype", dest="proof_dtype", choices=types, **former)

@@ -4,7 +4,7 @@
 lists of the model's length, lists of layer indices, counts from either end, or periods. One table says which
 attribute is of which kind; there is no code for any family. An unknown list of the model's length is taken
 to hold one entry for each layer. What no rule can express is not approximated: :mod:`src.models.cut` compares
-every cut layer with its original, and the export gate compares the logits.
+every cut layer with its original, and the proof of an export compares the logits.
 """
 
 from __future__ import annotations

@@ -72,5 +72,5 @@ def too_long(found: str, family: str, limit: int) -> ConfigError:
     """The refusal of what is longer than a table of positions; ``found`` says what, and how long."""
     return ConfigError(
         f"{found}, and the position table of this '{family}' ends at {limit}. Lower the length: "
-        f"data.max_length of a run; --max-length, --max-new-tokens, --prompt-tokens, --gate-tokens of a verb."
+        f"data.max_length of a run; --max-length, --max-new-tokens, --prompt-tokens or --proof-tokens."
     )

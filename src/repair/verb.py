@@ -3,7 +3,7 @@
 ``python -m src.cli patch --mask logs/run/mask.json --data rows.jsonl --out DIRECTORY``
 
 The calibration rows decide a few weights (:mod:`src.repair.linear_patch`), the export does the rest: written
-under a temporary name, proven by the same gate, then renamed.
+under a temporary name, proven in the same way, then renamed.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from src.cli import main
 from src.data.arithmetic import build_tokenizer
 from src.export import proof
 from src.export.fresh import verify
-from src.export.observe import compare, observe, probe_tokens
+from src.export.observe import compare, observe, proof_tokens
 from src.mask import Mask
 from src.models.adapters import adapted, out_of_reach
 from src.recover import Recovery
@@ -210,7 +210,7 @@ def test_equal_weights_are_observed_equal_whatever_the_model_has_been_through(fa
     past(other)
     state = [(m.training, *(p.requires_grad for p in m.parameters(recurse=False))) for m in other.modules()]
     hooks = [len(m._forward_hooks) for m in other.modules()]
-    ids_BT = probe_tokens(one.config)
+    ids_BT = proof_tokens(one.config)
     found = compare(observe(one, ids_BT), observe(other, ids_BT), "float32", exact=True)
     assert [f.detail for f in found if not f.passed] == []
     assert state == [
@@ -223,7 +223,7 @@ def test_another_weight_is_observed_different() -> None:
     one, other = tiny_model("llama"), tiny_model("llama")
     with torch.no_grad():
         next(other.parameters())[3:, 0] += 1e-5
-    ids_BT = probe_tokens(one.config)
+    ids_BT = proof_tokens(one.config)
     assert not all(f.passed for f in compare(observe(one, ids_BT), observe(other, ids_BT), "float32", True))
 
 

@@ -115,7 +115,7 @@ def test_and_refused_by_key_where_not(
          rf"data\.max_length is 256, and the position table of this '\w+' ends at {PLACES}"),
         (recovery(mask, corpus_file, tmp_path / "logs", "--data.init_args.too_long=error"),
          rf"data\.max_length is 256, .* ends at {PLACES}"),
-        (["export", "--mask", str(mask), "--out", out, "--gate-tokens", "64"], "--gate-tokens 64"),
+        (["export", "--mask", str(mask), "--out", out, "--proof-tokens", "64"], "--proof-tokens 64"),
         (["evaluate", "--model", name, "--data", corpus_file, "--max-new-tokens", "64", "--out", out],
          "--max-new-tokens: the longest prompt has"),
         (["benchmark", "--baseline", name, "--model", name, "--prompt-tokens", "64", "--out", out],

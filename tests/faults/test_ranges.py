@@ -142,7 +142,7 @@ TOOLS = {
     "--ridge": ("patch --mask m --out o --data d", ("nan", "-1", "inf", "x", "")),
     "--lr": ("patch --mask m --out o --data d", ("nan", "0", "inf")),
     "--distill-steps": ("patch --mask m --out o --data d", ("-1", "1.5")),
-    "--gate-tokens": ("export --mask m --out o", ("7", "-1", "nan")),
+    "--proof-tokens": ("export --mask m --out o", ("7", "-1", "nan")),
     "--limit": ("evaluate --model m --data d", ("0", "-1", "1e3", "99999999999")),
     "--threads": ("benchmark --baseline b --model m", ("0", "1000000", "nan")),
     "--batch-size": ("benchmark --baseline b --model m", ("0", "none")),

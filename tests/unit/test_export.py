@@ -23,7 +23,7 @@ from src.export import card as cards
 from src.export import proof
 from src.export import verb as export
 from src.export.fresh import verify
-from src.export.observe import Finding, probe_tokens
+from src.export.observe import Finding, proof_tokens
 from src.mask import Mask
 from src.models.cut import cut
 
@@ -31,7 +31,7 @@ KEEP = (0, 2, 3, 5)
 
 
 @pytest.fixture(autouse=True)
-def _gate_in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+def _proof_in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """The fresh process has a test of its own; here it would only cost time."""
     monkeypatch.setattr(proof, "in_fresh_process", verify)
 
@@ -101,7 +101,7 @@ def test_a_checkpoint_is_what_is_exported(run: Callable[..., Path], mask_file: s
     assert "logits = original, parent's weights" in card  # the law of the cut is proven all the same
 
 
-def test_stored_in_another_type_the_gate_still_asks_for_equal_bits(run: Callable[..., Path]) -> None:
+def test_stored_in_another_type_the_proof_still_needs_equal_bits(run: Callable[..., Path]) -> None:
     out = run("--dtype", "bfloat16")
     assert {p.dtype for p in AutoModelForCausalLM.from_pretrained(out).parameters()} == {torch.bfloat16}
     assert "logits = original | equal to the last bit" in (out / "README.md").read_text()
@@ -114,7 +114,7 @@ def test_weights_stored_in_fewer_bits_than_trained_are_told(
     out = run("--checkpoint", str(path), "--dtype", "bfloat16")
     told = re.search(r"\| no: (weights rounded .* as trained) \|", (out / "README.md").read_text())
     assert told is not None
-    ids_BT = probe_tokens(student.config)
+    ids_BT = proof_tokens(student.config)
     with torch.no_grad():
         before_BTV = student(ids_BT).logits
         for tensor in student.state_dict().values():
@@ -202,14 +202,14 @@ def test_a_failed_check_leaves_no_directory_and_the_old_one_whole(
     failing = [Finding("logits = original", False, "differ by 3.0e-01 of 2.0")]
     right = export.prove
     monkeypatch.setattr(export, "prove", lambda *_, **__: failing)
-    with pytest.raises(ConfigError, match=r"gate failed.*logits = original: differ by 3.0e-01"):
+    with pytest.raises(ConfigError, match=r"proof failed.*logits = original: differ by 3.0e-01"):
         run()
     assert not (tmp_path / "out").exists()
     assert not left_beside(tmp_path / "out")
     monkeypatch.setattr(export, "prove", right)
     before = (run() / "config.json").stat().st_ino
     monkeypatch.setattr(export, "prove", lambda *_, **__: failing)
-    with pytest.raises(ConfigError, match="gate failed"):
+    with pytest.raises(ConfigError, match="proof failed"):
         run("--force")
     assert (tmp_path / "out" / "config.json").stat().st_ino == before
 
@@ -272,6 +272,14 @@ def test_a_link_stays_a_link(run: Callable[..., Path], mask_file: str, tmp_path:
     assert (link.is_symlink(), left_beside(tmp_path / "out")) == (True, ["link"])
 
 
+@pytest.mark.parametrize("name", ["proof", "gate"])
+def test_options_of_the_proof_keep_their_earlier_spelling(name: str) -> None:
+    given = ["--mask", "m", "--out", "o"]
+    args = export._parse([*given, f"--{name}-tokens", "64", f"--{name}-dtype", "stored"])
+    assert (args.proof_tokens, args.proof_dtype) == (64, "stored")
+    assert (export._parse(given).proof_tokens, export._parse(given).proof_dtype) == (None, "float32")
+
+
 @pytest.mark.parametrize(
     ("change", "more", "message"),
     [
@@ -280,7 +288,7 @@ def test_a_link_stays_a_link(run: Callable[..., Path], mask_file: str, tmp_path:
         ({"keep": [0, 9]}, (), r"must lie in 0\.\.5, found \[0, 9\]"),
         ({}, ("--device", "abacus"), "--device: cannot use 'abacus'"),
         ({}, ("--dtype", "int3"), "invalid choice: 'int3'.*float32.*bfloat16"),
-        ({}, ("--gate-tokens", "3"), "--gate-tokens: '3' given; accepted: a whole number from 8"),
+        ({}, ("--proof-tokens", "3"), "--proof-tokens: '3' given; accepted: a whole number from 8"),
         ({}, ("--checkpoint", "nowhere.ckpt"), "there is no 'nowhere.ckpt'"),
         ({}, ("--lisence", "mit"), "Did you mean '--license'"),
         ({"model": "./nowhere"}, (), r"cannot read a config from '\./nowhere'"),

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from src.errors import ConfigError
 from src.export.fresh import Reference, verify
-from src.export.observe import Finding, compare, observe, probe_tokens
+from src.export.observe import Finding, compare, observe, proof_tokens
 from src.export.proof import in_fresh_process, observe_gated, predicted_weights
 from src.mask import Mask
 from src.models import cut as cutting
@@ -26,7 +26,7 @@ MASK = mask_of((0, 2, 3, 5, 6))
 
 
 def reference(parent: PreTrainedModel, student: PreTrainedModel, mask: Mask) -> Reference:
-    ids_BT = probe_tokens(parent.config)
+    ids_BT = proof_tokens(parent.config)
     return Reference(
         expected=observe_gated(parent, mask, ids_BT),
         ids_BT=ids_BT,
@@ -47,9 +47,9 @@ def test_hard_gated_parent_is_the_saved_and_reloaded_cut_model(family: str, tmp_
     parent = tiny_model(family)
     student = cut(parent, MASK)
     student.save_pretrained(tmp_path)
-    told = reference(parent, student, MASK)
-    assert not torch.equal(told.expected["plain"], observe(parent, told.ids_BT)["plain"])  # not vacuous
-    assert not failures(verify(tmp_path, told))
+    facts = reference(parent, student, MASK)
+    assert not torch.equal(facts.expected["plain"], observe(parent, facts.ids_BT)["plain"])  # not vacuous
+    assert not failures(verify(tmp_path, facts))
 
 
 def test_a_fresh_process_comes_to_the_same_verdict(tmp_path: Path) -> None:
@@ -57,10 +57,10 @@ def test_a_fresh_process_comes_to_the_same_verdict(tmp_path: Path) -> None:
     mask = mask_of((0, 3, 4, 5))
     student = cut(parent, mask)
     student.save_pretrained(tmp_path)
-    told = reference(parent, student, mask)
-    findings = in_fresh_process(tmp_path, told)
+    expected = reference(parent, student, mask)
+    findings = in_fresh_process(tmp_path, expected)
     assert not failures(findings)
-    assert [f.check for f in findings] == [f.check for f in verify(tmp_path, told)]
+    assert [f.check for f in findings] == [f.check for f in verify(tmp_path, expected)]
 
 
 def test_what_a_library_prints_does_not_disturb_the_fresh_process(
@@ -79,25 +79,31 @@ def test_what_a_library_prints_does_not_disturb_the_fresh_process(
 # ---------------------------------------------------------------------- wrong cuts
 
 
-def rederived(section: dict[str, Any], length: int, keep: Sequence[int]) -> dict[str, Any]:
+def rederived(
+    section: dict[str, Any], length: int, keep: Sequence[int], feed_forward: Sequence[int]
+) -> dict[str, Any]:
     """The pattern is left to the config class, which repeats its own period."""
     lists, stale = ("layer_types", "no_rope_layers"), ("max_window_layers",)
-    right = slice_section(section, length, keep)
+    right = slice_section(section, length, keep, feed_forward)
     return {k: section[k] if k in stale else v for k, v in right.items() if k not in lists}
 
 
-def first_entries(section: dict[str, Any], length: int, keep: Sequence[int]) -> dict[str, Any]:
+def first_entries(
+    section: dict[str, Any], length: int, keep: Sequence[int], feed_forward: Sequence[int]
+) -> dict[str, Any]:
     """Every list keeps its first entries, in place of the survivors'."""
-    right = slice_section(section, length, keep)
+    right = slice_section(section, length, keep, feed_forward)
     return {
         k: section[k][: len(keep)] if isinstance(section.get(k), list) and len(section[k]) == length else v
         for k, v in right.items()
     }
 
 
-def count_alone(section: dict[str, Any], length: int, keep: Sequence[int]) -> dict[str, Any]:
+def count_alone(
+    section: dict[str, Any], length: int, keep: Sequence[int], feed_forward: Sequence[int]
+) -> dict[str, Any]:
     """Only the number of layers is rewritten; where the dense layers are is not."""
-    right = slice_section(section, length, keep)
+    right = slice_section(section, length, keep, feed_forward)
     stale = {
         k: section[k] for k in ("mlp_only_layers", "first_k_dense_replace", "moe_layers") if k in section
     }
@@ -121,7 +127,7 @@ def test_a_wrong_rule_is_refused_before_anything_is_saved(
 
 
 @pytest.mark.parametrize(("rule", "family"), WRONG)
-def test_a_wrong_cut_on_disk_is_caught_by_the_gate(
+def test_a_wrong_cut_on_disk_is_caught_by_the_proof(
     rule: Callable[..., dict[str, Any]],
     family: str,
     tmp_path: Path,
@@ -130,16 +136,16 @@ def test_a_wrong_cut_on_disk_is_caught_by_the_gate(
     parent = tiny_model(family)
     right = cut(parent, MASK)
     right.save_pretrained(tmp_path)
-    told = reference(parent, right, MASK)
+    expected = reference(parent, right, MASK)
     monkeypatch.setattr(cutting, "slice_section", rule)
     cutting.cut_config(parent.config, MASK).save_pretrained(tmp_path)
-    assert failures(verify(tmp_path, told))
+    assert failures(verify(tmp_path, expected))
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2", "gpt2", "smollm3"])
 def test_layers_deleted_without_renumbering_are_caught(family: str) -> None:
     parent, wrong = tiny_model(family), tiny_model(family)
-    ids_BT = probe_tokens(parent.config)
+    ids_BT = proof_tokens(parent.config)
     right = observe_gated(parent, MASK, ids_BT)
     body = wrong.transformer if family == "gpt2" else wrong.model
     name = "h" if family == "gpt2" else "layers"
@@ -158,7 +164,7 @@ def test_missing_stale_and_foreign_tensors_are_caught(tmp_path: Path) -> None:
     parent = tiny_model("llama")
     student = cut(parent, MASK)
     student.save_pretrained(tmp_path)
-    told, path = reference(parent, student, MASK), tmp_path / "model.safetensors"
+    expected, path = reference(parent, student, MASK), tmp_path / "model.safetensors"
     weights = load_file(path)
     teacher = {f"teacher.{name}": tensor for name, tensor in parent.state_dict().items()}
     for planted in (
@@ -167,4 +173,4 @@ def test_missing_stale_and_foreign_tensors_are_caught(tmp_path: Path) -> None:
         {**weights, **{k: v.contiguous() for k, v in teacher.items()}},
     ):
         save_file(planted, path, {"format": "pt"})
-        assert "weights as predicted, nothing else stored" in failures(verify(tmp_path, told))
+        assert "weights as predicted, nothing else stored" in failures(verify(tmp_path, expected))
