@@ -1,4 +1,4 @@
-"""Memory and time of the loss: chunked projection against the whole vocabulary at once.
+"""Memory and time of the loss: chunks of tokens against the whole vocabulary at once.
 
 Both compute the bucket rule on a top-10 signal, with a trained head, on the same inputs; the gradients of the
 hidden states and of the head are compared. Each case runs in a process of its own, whose peak resident memory
@@ -28,16 +28,16 @@ Figures = dict[str, Any]
 
 
 class Head:
-    """A bare trained projection, with what a loss asks of an output head."""
+    """A bare trained linear map, with what a loss asks of an output head."""
 
     def __init__(self, hidden: int, vocabulary: int, device: str) -> None:
-        self.projection = nn.Linear(hidden, vocabulary, bias=False).to(device)
+        self.linear = nn.Linear(hidden, vocabulary, bias=False).to(device)
         self.vocabulary = vocabulary
-        self.parameters = tuple(self.projection.parameters())
+        self.parameters = tuple(self.linear.parameters())
         self.sums = True
 
     def logits(self, hidden: Tensor, into: tuple[Tensor, ...] = ()) -> Tensor:
-        return summing(self.projection, hidden, into) if into else self.projection(hidden)
+        return summing(self.linear, hidden, into) if into else self.linear(hidden)
 
 
 def whole(head: Head, hidden_NH: Tensor, signal: TopK) -> Tensor:
@@ -72,7 +72,7 @@ def case(form: str, vocabulary: int, tokens: int, hidden: int, chunk: int, devic
         cost = {"peak_bytes": memory("VmHWM") - before, "cpu_seconds": time.process_time() - began}
     else:
         work()
-        states.grad = head.projection.weight.grad = None
+        states.grad = head.linear.weight.grad = None
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before, began = torch.cuda.memory_allocated(), time.perf_counter()
@@ -80,7 +80,7 @@ def case(form: str, vocabulary: int, tokens: int, hidden: int, chunk: int, devic
         torch.cuda.synchronize()
         cost = {"peak_bytes": torch.cuda.max_memory_allocated() - before}
         cost["gpu_seconds"] = time.perf_counter() - began
-    return {**cost, "loss": value, "grads": [states.grad, head.projection.weight.grad]}
+    return {**cost, "loss": value, "grads": [states.grad, head.linear.weight.grad]}
 
 
 def child(*given: Any) -> Figures:

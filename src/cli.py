@@ -26,7 +26,7 @@ TOOLS = {
     ),
     "patch": (
         "src.repair.verb",
-        "export the shortened model with its cuts repaired, without training, on a few rows",
+        "export the cut model repaired behind each gap, without training, on a few rows",
     ),
     "evaluate": ("src.evaluate.verb", "held-out KL, agreement, exact match; beside the teacher"),
     "benchmark": ("src.benchmark", "measured prefill and decode speed against another model and the ideal"),

@@ -43,7 +43,7 @@ class Run:
         search: how the mask is found.
         recover: how the cut model is recovered, or None.
         removed: layers that go, instead of a search.
-        repair: keys of ``LinearPatch`` for a repair of the cuts, or None.
+        repair: keys of ``LinearPatch`` for a repair of the cut model, or None.
         kind: kind of the method, which its colour shows.
     """
 

@@ -35,8 +35,8 @@ class Variant:
         by_ratio: the same for one share of the layers alone.
         recover: dotted keys of the recovery; False leaves the cut model as it is.
         removed: the layers that go, instead of a search.
-        repair: keys of ``src.repair.linear_patch.LinearPatch``: the cuts are repaired before they are judged
-            or recovered, on the validation problems.
+        repair: keys of ``src.repair.linear_patch.LinearPatch``: the cut models are repaired on the
+            validation problems before they are judged or recovered.
         search_once: the mask does not depend on the seed, or one mask is wanted: search with the first seed.
         ratios: shares of the layers to remove, each with its seeds, instead of the plan's.
     """

@@ -67,7 +67,7 @@ def given(at: str, removed: list[int]) -> JSON:
 
 
 def cut(at: str, model: str, removed: list[int], rows: str, repair: JSON | None = None) -> JSON:
-    """Judge a mask without recovery, its cuts repaired if keys of ``LinearPatch`` are given."""
+    """Judge a mask without recovery, the cut model repaired if keys of ``LinearPatch`` are given."""
     parent, wanted = load_model(model), mask(model, removed)
     student = shorten(parent, wanted)
     if repair:

@@ -50,7 +50,7 @@ def model_card(
     license_name: str | None = None,
     data: str | None = None,
     lost_heads: int = 0,
-    patch: str | None = None,
+    repair: str | None = None,
     made_for: str | None = None,
 ) -> str:
     """Write the card.
@@ -64,7 +64,7 @@ def model_card(
         license_name: licence to state instead of the parent's.
         data: what the search and the recovery were trained on.
         lost_heads: multi-token-prediction layers of the parent that are not part of this model.
-        patch: what was fitted before any recovery; None if nothing, or if the recovery says it.
+        repair: the repair before any recovery, in words; None without one, or if the recovery has it.
         made_for: the model that the mask was made for, if not this parent.
     """
     carried = {key: parent_card[key] for key in CARRIED if key in parent_card}
@@ -85,7 +85,7 @@ def model_card(
         "Chosen by": f"{mask.method}" + (f", seed {mask.seed}" if mask.seed is not None else ""),
         "Mask made for": f"`{public_name(made_for)}`" if made_for and made_for != mask.model else "",
         "Search": f"{mask.tokens_seen:,} tokens" + "".join(f", {k} {v:.4g}" for k, v in mask.metrics.items()),
-        **_training(recovery, patch),
+        **_training(recovery, repair),
         "Data": data or "not stated",
         "Left out": f"{lost_heads} multi-token-prediction layers (speculative decoding)"
         if lost_heads
@@ -138,14 +138,14 @@ A fresh process loaded this directory with stock `AutoModelForCausalLM` and foun
 """
 
 
-def _training(recovery: dict[str, Any] | None, patch: str | None) -> dict[str, str | None]:
-    """What changed the weights since the cut."""
+def _training(recovery: dict[str, Any] | None, repair: str | None) -> dict[str, str | None]:
+    """The rows of the card about changes of the weights after the cut."""
     if recovery is None:
-        kept = "none: the kept layers hold the parent's weights" + (", but for the patch" if patch else "")
-        return {"Patch": patch, "Recovery": kept}
+        kept = "none: the kept layers hold the parent's weights" + (", but for the repair" if repair else "")
+        return {"Repair": repair, "Recovery": kept}
     frozen = recovery.get("frozen")
     return {
-        "Patch": patch or recovery.get("patch"),
+        "Repair": repair or recovery.get("patch"),
         "Recovery": f"distilled from the parent on {recovery['tokens']:,} tokens ({recovery['scope']})"
         + (f"; not reached by the adapters: {frozen}" if frozen else ""),
     }

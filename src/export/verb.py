@@ -48,7 +48,7 @@ SHORTEST = 8
 DTYPES = ("float32", "bfloat16", "float16")
 
 
-def export(mask: Mask, args: argparse.Namespace, patch: LinearPatch | None = None) -> list[Finding]:
+def export(mask: Mask, args: argparse.Namespace, repair: LinearPatch | None = None) -> list[Finding]:
     """Export the cut model, repaired or recovered or neither; return the findings of the proof.
 
     Raises:
@@ -67,7 +67,7 @@ def export(mask: Mask, args: argparse.Namespace, patch: LinearPatch | None = Non
     _check_proof_tokens(parent, args.proof_tokens)
     student = load_student(parent, mask, args.checkpoint) if args.checkpoint else cut(parent, mask)
     student, rounding = stored_as_parent(student, parent, mask, args.proof_tokens)
-    repairs = patch and patch(student, parent, mask, load_tokenizer(name, revision))
+    folds = repair and repair(student, parent, mask, load_tokenizer(name, revision))
     origin = {"parent": public_name(mask.model), "revision": mask.revision, "keep": mask.kept}
     student.config.depth_pruning = origin
     weights = unique_weights(parent.state_dict()), predicted_weights(parent, student, mask)
@@ -84,7 +84,7 @@ def export(mask: Mask, args: argparse.Namespace, patch: LinearPatch | None = Non
             parent,
             student,
             mask,
-            recovered=bool(args.checkpoint or repairs),
+            recovered=bool(args.checkpoint or folds),
             weights=weights[1],
             tokenizer=tokenizer,
             tokens=args.proof_tokens,
@@ -101,9 +101,9 @@ def export(mask: Mask, args: argparse.Namespace, patch: LinearPatch | None = Non
             recovery=record and record["recovery"],
             made_for=made_for,
             license_name=args.license,
-            data=args.data if repairs or patch is None else None,  # a patch that found no cut used no rows
+            data=args.data if folds or repair is None else None,  # a repair without a gap used no rows
             lost_heads=max(extra_layers(config), stored_heads(files, num_layers(config))),
-            patch=str(patch) if repairs else None,
+            repair=str(repair) if folds else None,
         )
         (stage / "README.md").write_text(card)
     return findings

@@ -2,9 +2,10 @@
 
     loss = mean over tokens of  w_t (alpha T^2 KL_t + (1 - alpha) CE_t)
 
-Only supervised positions are projected, a chunk at a time. The gradient of a chunk is taken as soon as its
-loss is known, and its logits are dropped: one projection forward and one back per token, as in the
-unchunked loss, and neither stored nor recomputed logits. A frozen head gets no weight gradient.
+Only supervised positions pass through the output head, a chunk at a time. The gradient of a chunk is taken
+as soon as its loss is known, and its logits are dropped: the head runs once forward and once back for each
+token, as in the unchunked loss, and logits are neither stored nor recomputed. A frozen head gets no weight
+gradient.
 
 Shapes: B batch, T tokens of a row, N supervised positions, H hidden, V vocabulary.
 """

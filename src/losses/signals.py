@@ -114,7 +114,7 @@ def dense_signal(logits: Tensor) -> Dense:
 
 
 def topk_signal(logits: Tensor, k: int) -> TopK:
-    """The signal in logits ``[..., V]``, cut to the ``k`` likeliest tokens (at most V)."""
+    """Return the signal of logits ``[..., V]``, truncated to the ``k`` likeliest tokens (at most V)."""
     return _topk(logits.float().clone(), k, torch.empty_like(logits, dtype=torch.float32))
 
 

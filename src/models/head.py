@@ -1,7 +1,7 @@
 """The output head of a causal language model, apart from its decoder.
 
-Losses project hidden states to the vocabulary a chunk at a time, so they need the head alone. Families
-differ in what follows the projection; all known cases are ``cap * tanh(scale * (W h + b) / cap)``, and
+Losses map hidden states to the vocabulary a chunk at a time, so they need the head alone. Families
+differ in what follows its linear map; all known cases are ``cap * tanh(scale * (W h + b) / cap)``, and
 :meth:`OutputHead.check` compares with the model's own logits, so an unknown case is refused, not mistrained.
 
 Shapes: B batch, T tokens, H hidden, V vocabulary.
@@ -30,7 +30,7 @@ TOLERANCE = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 1e-1}
 
 
 class OutputHead:
-    """Hidden states and logits of ``model``, as two separate steps.
+    """Computes the hidden states of ``model`` and their logits, as two separate steps.
 
     The model is borrowed, not owned: this is no ``nn.Module``, and it holds no weight of its own.
 
@@ -42,29 +42,29 @@ class OutputHead:
         config = text_config(model.config)
         self.model = model
         self.decoder: nn.Module = decoder(model)
-        self.projection: nn.Module = model.get_output_embeddings()
-        self._weights = [name for name, _ in self.projection.named_parameters()]
+        self.linear: nn.Module = model.get_output_embeddings()
+        self._weights = [name for name, _ in self.linear.named_parameters()]
         self.vocabulary: int = config.vocab_size
         multiply = getattr(config, "logit_scale", None) or getattr(config, "lm_head_multiplier", None)
         self.scale: float = (multiply or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
         self.cap: float | None = getattr(config, "final_logit_softcapping", None)
 
     def hidden(self, batch: Mapping[str, Any]) -> Tensor:
-        """Hidden states ``[B, T, H]`` after the final norm."""
+        """Return the hidden states ``[B, T, H]`` after the final norm."""
         inputs = {key: value for key, value in batch.items() if not key.startswith(TARGETS)}
         return within(
             self.model, lambda: cast(Tensor, self.decoder(**inputs, use_cache=False).last_hidden_state)
         )
 
     def logits(self, hidden: Tensor, into: tuple[Tensor, ...] = ()) -> Tensor:
-        """Logits ``[..., V]`` of hidden states ``[..., H]``, post-processed as the family does.
+        """Return the logits ``[..., V]`` of hidden states ``[..., H]``, scaled and capped as the family does.
 
         Args:
             hidden: hidden states.
             into: float32 buffers that the backward pass adds the gradients of ``parameters`` to, where the
-                head ``sums``; without any they are autograd's.
+                head :attr:`sums`; without buffers autograd has them.
         """
-        logits = summing(self.projection, hidden, into) if into else self.projection(hidden)
+        logits = summing(self.linear, hidden, into) if into else self.linear(hidden)
         if self.scale != 1.0:
             logits = logits * self.scale
         if self.cap is not None:
@@ -73,17 +73,17 @@ class OutputHead:
 
     @property
     def parameters(self) -> tuple[Tensor, ...]:
-        """Weights of the projection that are being trained (none while the model is frozen).
+        """Weights of the linear map that train (none while the model is frozen).
 
         They are looked up by name, because during a forward pass FSDP puts plain tensors in their place.
         """
-        weights = [attrgetter(name)(self.projection) for name in self._weights]
+        weights = [attrgetter(name)(self.linear) for name in self._weights]
         return tuple(weight for weight in weights if weight.requires_grad)
 
     @property
     def sums(self) -> bool:
         """Whether :meth:`logits` can add the gradients of ``parameters`` to buffers."""
-        return type(self.projection) is nn.Linear and len(self.parameters) == len(self._weights)
+        return type(self.linear) is nn.Linear and len(self.parameters) == len(self._weights)
 
     @torch.no_grad()
     def check(self) -> None:

@@ -1,4 +1,4 @@
-"""A linear map whose weights' gradients are added to buffers, in float32 and a slice at a time.
+"""A linear map adds the gradients of its weights to buffers, in float32 and a slice at a time.
 
 Autograd would make a second tensor as large as the weights for every chunk of tokens, and add up the chunks
 in the type of the weights.
@@ -15,20 +15,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-ROWS = 1 << 13
-"""Rows of the weights whose gradient is made at a time."""
+SLICE = 1 << 13
+"""Vocabulary entries whose weights get their gradients at a time."""
 
 
-def summing(projection: nn.Module, x_nH: Tensor, into: tuple[Tensor, ...]) -> Tensor:
-    """``projection(x)`` ``[n, V]``, whose backward pass adds to ``into`` instead of to the weights.
+def summing(linear: nn.Module, x_nH: Tensor, into: tuple[Tensor, ...]) -> Tensor:
+    """Return ``linear(x)`` ``[n, V]``, whose backward pass adds to ``into`` instead of to the weights.
 
     Args:
-        projection: a linear layer whose weights all train.
+        linear: a linear layer whose weights all train.
         x_nH: hidden states.
         into: a float32 buffer for the weight, and one for the bias if there is one.
     """
-    linear: Callable[..., Tensor] = _Linear.apply
-    return linear(x_nH, projection.weight, projection.bias, into)
+    run: Callable[..., Tensor] = _Linear.apply
+    return run(x_nH, linear.weight, linear.bias, into)
 
 
 class _Linear(torch.autograd.Function):
@@ -43,8 +43,8 @@ class _Linear(torch.autograd.Function):
         x_nH, weight, into = ctx.parts
         with torch.autocast(g_nV.device.type, enabled=False):
             same = x_nH.to(g_nV.dtype)
-            for rows, total in zip(g_nV.split(ROWS, 1), into[0].split(ROWS), strict=True):
-                total += rows.T @ same
+            for grads_nV, total in zip(g_nV.split(SLICE, 1), into[0].split(SLICE), strict=True):
+                total += grads_nV.T @ same
             for total in into[1:]:
                 total += g_nV.sum(0, dtype=total.dtype)
             return (g_nV @ weight.to(g_nV.dtype)).to(x_nH.dtype), None, None, None

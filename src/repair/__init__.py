@@ -1,1 +1,1 @@
-"""The patch verb: repairs of a cut without training, folded into the weights."""
+"""The verb ``patch``: repair a cut model without training, in weights that it already has."""

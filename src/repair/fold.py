@@ -1,4 +1,4 @@
-"""Fold a correction of the residual stream into the last linear map that writes to it.
+"""Fold a repair of the residual stream into the last linear map that writes to it.
 
 A stock model has no place for a linear map P of its stream, and neither place where P could hide holds it:
 
@@ -41,7 +41,7 @@ from src.repair.stream import run
 
 @dataclass(frozen=True)
 class Writer:
-    """The linear module through which a layer writes to the stream: ``out = h_mid + scale * linear(a)``."""
+    """A linear module through which a layer writes to the stream: ``out = h_mid + scale * linear(a)``."""
 
     name: str
     linear: nn.Module
@@ -60,7 +60,7 @@ class Writer:
 
 @torch.no_grad()
 def stream_writer(model: PreTrainedModel, index: int, batch: Batch) -> Writer:
-    """The last linear module of a layer whose output reaches the layer's output as it is, up to a factor.
+    """Return the last linear module of a layer whose output reaches the layer's as it is, up to a factor.
 
     It is found by its behaviour, not by a family's names: the layer runs again with noise added to what
     the module gives, and its output must move by that noise.
@@ -111,7 +111,7 @@ def stream_writer(model: PreTrainedModel, index: int, batch: Batch) -> Writer:
     raise ConfigError(
         f"patch: nothing can be folded into layer {index} of this '{model.config.model_type}': none of its "
         f"linear maps ({', '.join(linears) or 'it has none'}) writes straight to the residual stream; a norm "
-        f"or routed experts stand in between. Leave the patch out."
+        f"or routed experts stand in between. Leave the repair out."
     )
 
 
@@ -129,7 +129,7 @@ class Regression:
         self.energy: Any = 0.0
 
     def add(self, a_NF: Tensor, residual_NH: Tensor, weight_N: Tensor) -> None:
-        """Take in some tokens."""
+        """Add some tokens to the sums."""
         a_NF, residual_NH, weight_N = a_NF.double(), residual_NH.double(), weight_N.double()
         if self.constant:
             a_NF = torch.cat([a_NF, torch.ones_like(a_NF[:, :1])], 1)
@@ -140,7 +140,7 @@ class Regression:
         self.tokens += len(a_NF)
 
     def solve(self, ridge: float) -> Tensor:
-        """The coefficients ``[F, H]``; ``ridge`` is relative to each feature's power."""
+        """Return the coefficients ``[F, H]``; ``ridge`` is relative to each feature's power."""
         power_F = self.gram_FF.diagonal()
         floor = 1e-12 * power_F.mean()  # a feature that never fires gets no weight, and no division by zero
         coefficients: Tensor = torch.linalg.solve(
@@ -149,7 +149,7 @@ class Regression:
         return coefficients
 
     def error(self, coefficients_FH: Tensor) -> float:
-        """Weighted mean square of what these coefficients leave."""
+        """Return the weighted mean square of the residuals that these coefficients leave."""
         fitted = (coefficients_FH * (self.gram_FF @ coefficients_FH - 2 * self.cross_FH)).sum()
         return float(self.energy + fitted) / max(1, self.tokens)
 
@@ -160,12 +160,12 @@ Target = Callable[[Batch, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Repair:
-    """What a fold did.
+    """The outcome of one fold.
 
     Attributes:
         module: dotted name of the changed module.
-        before: mean squared relative error of the stream on the calibration rows, unchanged.
-        after: the same with the changed weights.
+        before: mean squared relative error of the stream on the calibration rows, with the old weights.
+        after: the same error with the new weights.
     """
 
     module: str
@@ -183,7 +183,7 @@ def fold(
         student: the cut model, changed in place.
         index: the layer.
         batches: calibration rows, at least one batch.
-        target: what its output should be.
+        target: gives the output that the layer should have.
         ridge: strength of the pull towards the present weights.
 
     Raises:
@@ -193,18 +193,18 @@ def fold(
     batches = list(batches)
     writer = stream_writer(student, index, batches[0])
     regression = Regression(constant=writer.linear.bias is not None)
-    seen: dict[str, Tensor] = {}
+    last: dict[str, Tensor] = {}
     hooks = [
-        layers[index].register_forward_hook(lambda _m, _a, out: seen.update(h=first(out))),
-        writer.linear.register_forward_pre_hook(lambda _m, args: seen.update(a=args[0])),
+        layers[index].register_forward_hook(lambda _m, _a, out: last.update(h=first(out))),
+        writer.linear.register_forward_pre_hook(lambda _m, args: last.update(a=args[0])),
     ]
     try:
         for batch in batches:
             real_N = run(student, batch)
-            h_BTH, a_NF = seen["h"], seen["a"].flatten(0, -2)[real_N]
-            wanted_NH = target(batch, h_BTH).flatten(0, 1)[real_N].double()
-            residual_NH = wanted_NH - h_BTH.flatten(0, 1)[real_N]
-            regression.add(a_NF, residual_NH, 1 / wanted_NH.square().sum(-1))
+            h_BTH, a_NF = last["h"], last["a"].flatten(0, -2)[real_N]
+            target_NH = target(batch, h_BTH).flatten(0, 1)[real_N].double()
+            residual_NH = target_NH - h_BTH.flatten(0, 1)[real_N]
+            regression.add(a_NF, residual_NH, 1 / target_NH.square().sum(-1))
     finally:
         for handle in hooks:
             handle.remove()

@@ -1,4 +1,4 @@
-"""Orthonormal Hadamard matrices of the sizes that hidden states have.
+"""Build orthonormal Hadamard matrices of the sizes that hidden states have.
 
 Sylvester's doubling times a base of Paley's, for a prime q: of order q + 1 where q = 3 (mod 4), of order
 2 (q + 1) where q = 1 (mod 4). That covers hidden sizes such as 576, 896, 2304, 2880, 3584, 5120 and 6656.
@@ -13,9 +13,9 @@ from torch import Tensor
 
 
 def hadamard(size: int) -> Tensor | None:
-    """A matrix ``H [size, size]``, float64, with ``H H^T = I`` and entries of one magnitude.
+    """Return a matrix ``H [size, size]``, float64, with ``H H^T = I`` and entries of one magnitude.
 
-    None where this construction has none: for a size above 2 that is no multiple of 4, and a few others.
+    It is None for sizes above 2 that are no multiple of 4, and for a few others that no construction reaches.
     """
     base, doublings = _paley(size), 0
     while base is None and size % 2 ** (doublings + 1) == 0:

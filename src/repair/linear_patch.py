@@ -1,4 +1,4 @@
-"""Repair the residual stream after each cut, without training, in weights that the cut model already has.
+"""Repair the residual stream behind each gap, without training, in weights that the cut model already has.
 
 :mod:`src.repair.stream` says what LinearPatch (arXiv 2505.24680) computes, :mod:`src.repair.fold` why it
 cannot be folded exactly into a stock model, and how it is approximately. Here both meet the calibration rows:
@@ -33,19 +33,19 @@ from src.models.head import OutputHead
 from src.models.positions import position_limit
 from src.ranges import Count, Natural, NonNegative, Positive, checked
 from src.repair.fold import Repair, fold
-from src.repair.stream import Junction, Mode, Patch, inputs, junctions, matrices, patched, run
+from src.repair.stream import Junction, Mode, StreamRepair, inputs, junctions, matrices, repaired, run
 
 Goal = Literal["parent", "rotate", "diag"]
 TOP = 50
-"""Teacher's tokens in the patch-only distillation."""
+"""Tokens of the teacher's signal when P alone is distilled."""
 
 
 class LinearPatch:
-    """Folds a repair of the residual stream into the layer before each cut.
+    """Folds a repair of the residual stream into the layer before each gap.
 
     Args:
         data: calibration rows: JSONL, Parquet, text or a Hub id.
-        goal: what the stream after a cut should be: the ``parent``'s own, or LinearPatch's ``h P``, with the
+        goal: the stream that a gap should leave: the ``parent``'s own, or LinearPatch's ``h P``, with the
             Hadamard rotation (``rotate``) or without (``diag``).
         rows: calibration rows, at most.
         columns: columns of these rows; None looks for well-known names.
@@ -91,12 +91,12 @@ class LinearPatch:
 
     def __str__(self) -> str:
         if not self.repairs:
-            return "nothing is patched"
+            return "nothing is repaired"
         towards = {"parent": "the parent's stream", "rotate": "h P, P = H diag(d) H^T", "diag": "h diag(d)"}
         trained = f" (P distilled for {self.distill_steps} steps)" if self.distill_steps else ""
-        done = ", ".join(f"{r.module} {r.before:.2g} -> {r.after:.2g}" for r in self.repairs)
-        told = f"last map of the layer before each cut fitted to {towards[self.goal]}{trained}"
-        return f"{told} on {self.used}; squared relative error: {done}"
+        errors = ", ".join(f"{r.module} {r.before:.2g} -> {r.after:.2g}" for r in self.repairs)
+        fitted = f"last map of the layer before each gap fitted to {towards[self.goal]}{trained}"
+        return f"{fitted} on {self.used}; squared relative error: {errors}"
 
     def __call__(
         self,
@@ -105,12 +105,12 @@ class LinearPatch:
         mask: Mask,
         tokenizer: PreTrainedTokenizerBase,
     ) -> list[Repair]:
-        """Change the cut model in place, and say what changed by how much.
+        """Change the cut model in place; return each fold with its error before and after.
 
         Args:
             student: the cut model, with the parent's weights.
             parent: the whole model.
-            mask: the kept layers.
+            mask: names the kept layers.
             tokenizer: the parent's.
 
         Raises:
@@ -118,7 +118,7 @@ class LinearPatch:
         """
         self.repairs, places = [], junctions(mask)
         if not places:
-            rank_zero_warn(f"patch: {mask} has no cut between two kept layers, so nothing is patched.")
+            rank_zero_warn(f"patch: {mask} has no gap between two kept layers, so nothing is repaired.")
             return []
         calibration = self.calibration(tokenizer, position_limit(parent))
         models = (student, parent)
@@ -126,40 +126,42 @@ class LinearPatch:
         try:
             for model in models:
                 nn.Module.to(model, self.device)
-            patches = self.patches(student, parent, places, calibration) if self.goal != "parent" else []
-            self.repairs = self.fold(student, parent, places, calibration, patches)
+            repairs = (
+                self.stream_repairs(student, parent, places, calibration) if self.goal != "parent" else []
+            )
+            self.repairs = self.fold(student, parent, places, calibration, repairs)
         finally:
             for model, home in zip(models, homes, strict=True):
                 nn.Module.to(model, home)
         return self.repairs
 
     def calibration(self, tokenizer: PreTrainedTokenizerBase, limit: int | None = None) -> list[Batch]:
-        """The calibration rows as padded batches, every token supervised, cut at ``limit`` positions too.
+        """Return the calibration rows as padded batches, every token supervised, shortened to ``limit``.
 
         Raises:
-            ConfigError: there are none.
+            ConfigError: there are no rows.
         """
         read = read_rows(self.data, self.rows, self.split)
         length = min(self.max_length, limit or self.max_length)
-        found = judged(tokenizer, read, self.columns, "all", length)
-        if not found.rows:
+        rows = judged(tokenizer, read, self.columns, "all", length)
+        if not rows.rows:
             raise ConfigError(f"patch.data: '{self.data}' gives no row of two tokens or more.")
-        self.used = f"{found} ({sum(len(row.ids) for row in found.rows):,} tokens)"
-        return list(batches(found.rows, self.batch_size, tokenizer.pad_token_id or 0))
+        self.used = f"{rows} ({sum(len(row.ids) for row in rows.rows):,} tokens)"
+        return list(batches(rows.rows, self.batch_size, tokenizer.pad_token_id or 0))
 
-    def patches(
+    def stream_repairs(
         self,
         student: PreTrainedModel,
         parent: PreTrainedModel,
         places: Sequence[Junction],
         calibration: Sequence[Batch],
-    ) -> list[Patch]:
-        """LinearPatch's own modules, distilled if asked: use with :func:`src.repair.stream.patched`."""
-        found = matrices(parent, places, calibration, cast(Mode, self.goal))
-        patches = [Patch(matrix_HH).to(student.device) for matrix_HH in found]
+    ) -> list[StreamRepair]:
+        """Return LinearPatch's own maps, distilled if so set, for :func:`src.repair.stream.repaired`."""
+        matrices_JHH = matrices(parent, places, calibration, cast(Mode, self.goal))
+        repairs = [StreamRepair(matrix_HH).to(student.device) for matrix_HH in matrices_JHH]
         if self.distill_steps:
-            distil(student, parent, places, patches, calibration, self.distill_steps, self.lr)
-        return patches
+            distil(student, parent, places, repairs, calibration, self.distill_steps, self.lr)
+        return repairs
 
     def fold(
         self,
@@ -167,45 +169,45 @@ class LinearPatch:
         parent: PreTrainedModel,
         places: Sequence[Junction],
         calibration: Sequence[Batch],
-        patches: Sequence[Patch],
+        repairs: Sequence[StreamRepair],
     ) -> list[Repair]:
-        """Fold cut after cut, each on the stream that the repairs before it leave."""
-        repairs = []
+        """Fold gap after gap, each on the stream that the folds before it leave."""
+        folds = []
         for number, place in enumerate(places):
-            with inputs(parent, [place.end]) as seen:
+            with inputs(parent, [place.end]) as entering:
 
                 def target(batch: Batch, h_BTH: Tensor, number: int = number) -> Tensor:
-                    if patches:
-                        return cast(Tensor, patches[number](h_BTH))
+                    if repairs:
+                        return cast(Tensor, repairs[number](h_BTH))
                     run(parent, batch)
-                    return seen[places[number].end]
+                    return entering[places[number].end]
 
-                repairs.append(fold(student, place.before, calibration, target, self.ridge))
-        return repairs
+                folds.append(fold(student, place.before, calibration, target, self.ridge))
+        return folds
 
 
 def distil(
     student: PreTrainedModel,
     parent: PreTrainedModel,
     places: Sequence[Junction],
-    patches: Sequence[Patch],
+    repairs: Sequence[StreamRepair],
     calibration: Sequence[Batch],
     steps: int,
     lr: float,
 ) -> None:
-    """Train the patches alone on the parent's likeliest tokens; no weight of either model changes.
+    """Train the stream repairs alone on the parent's likeliest tokens; no weight of either model changes.
 
     As in LinearPatch: a free ``H x H`` matrix, both distributions renormalised on the parent's top 50, AdamW
     with weight decay 1e-4, cosine to a twentieth of ``lr``.
     """
     student.requires_grad_(False)
-    parameters = [patch.matrix.requires_grad_(True) for patch in patches]
+    parameters = [repair.matrix.requires_grad_(True) for repair in repairs]
     loss = Distillation(k=TOP, rule="renormalise", weight="none")
     own, teacher = OutputHead(student), OutputHead(parent)
     optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=1e-4)
     schedule = CosineAnnealingLR(optimizer, steps, eta_min=lr / 20)
     order = random.Random(0).sample(list(calibration), len(calibration))
-    with patched(student, places, patches):
+    with repaired(student, places, repairs):
         for batch in islice(cycle(order), steps):
             fed = {key: value.to(student.device) for key, value in batch.items()}
             index_N = supervised(fed["labels"])

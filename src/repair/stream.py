@@ -1,9 +1,9 @@
-"""LinearPatch: a linear map of the residual stream at each place where layers were removed.
+"""LinearPatch repairs the residual stream by a linear map at each place where layers were removed.
 
-After a cut the next layer meets a stream whose channels have the wrong magnitude. The patch (arXiv
+Behind such a gap the next layer meets a stream whose channels have the wrong magnitude. The map (arXiv
 2505.24680) is  ``P = H diag(d) H^T``  with an orthonormal Hadamard matrix H, and d_c the mean of
-``|x H|_c`` where the cut ends over that where it begins, both in the parent; ``diag`` leaves H out. P is
-symmetric, its eigenvalues are d, and it is one matrix product for each token and cut.
+``|x H|_c`` where the gap ends over that where it begins, both in the parent; ``diag`` leaves H out. P is
+symmetric, its eigenvalues are d, and it is one matrix product for each token and gap.
 
 A run of removed layers at the very start or end gets none. Before the start there is no kept layer whose
 output could be repaired, only the embeddings; after the end there is none to receive it, only the final norm.
@@ -34,7 +34,7 @@ Mode = Literal["rotate", "diag"]
 
 @dataclass(frozen=True)
 class Junction:
-    """Where a maximal run of removed layers was, between two kept ones.
+    """The place of a gap, a maximal run of removed layers between two kept ones.
 
     Attributes:
         before: position, in the cut model, of the kept layer before it; the next one follows it.
@@ -48,15 +48,15 @@ class Junction:
 
 
 def junctions(mask: Mask) -> list[Junction]:
-    """One for each maximal run of removed layers that has a kept layer on both sides."""
+    """Return the junction of each gap of a mask, from the first layer to the last."""
     return [Junction(at, mask.feed_forward[at] + 1, mask.reads[at]) for at in mask.gaps]
 
 
-class Patch(nn.Module):
-    """``h -> h P``, computed in float32.
+class StreamRepair(nn.Module):
+    """Maps the residual stream ``h`` to ``h P``, in float32.
 
     Args:
-        matrix_HH: P.
+        matrix_HH: the matrix P.
     """
 
     def __init__(self, matrix_HH: Tensor) -> None:
@@ -68,38 +68,40 @@ class Patch(nn.Module):
 
 
 @contextmanager
-def patched(student: PreTrainedModel, places: Sequence[Junction], patches: Iterable[Patch]) -> Iterator[None]:
-    """Run the cut model with a patch at the input of the layer after each junction.
+def repaired(
+    student: PreTrainedModel, places: Sequence[Junction], repairs: Iterable[StreamRepair]
+) -> Iterator[None]:
+    """Run the cut model with a repair at the input of the layer after each junction.
 
-    The patches are hooks: no module, weight or key of the model changes.
+    The repairs are hooks: no module, weight or key of the model changes.
     """
     _, layers = decoder_layers(student)
     with ExitStack() as stack:
-        for place, patch in zip(places, patches, strict=True):
+        for place, repair in zip(places, repairs, strict=True):
 
-            def repair(_: nn.Module, args: Any, kwargs: Any, patch: Patch = patch) -> Any:
+            def enter(_: nn.Module, args: Any, kwargs: Any, repair: StreamRepair = repair) -> Any:
                 if args:
-                    return (patch(args[0]), *args[1:]), kwargs
-                return args, {**kwargs, "hidden_states": patch(kwargs["hidden_states"])}
+                    return (repair(args[0]), *args[1:]), kwargs
+                return args, {**kwargs, "hidden_states": repair(kwargs["hidden_states"])}
 
-            hook = layers[place.before + 1].register_forward_pre_hook(repair, with_kwargs=True)
+            hook = layers[place.before + 1].register_forward_pre_hook(enter, with_kwargs=True)
             stack.callback(hook.remove)
         yield
 
 
 @contextmanager
 def inputs(model: PreTrainedModel, layers: Iterable[int]) -> Iterator[dict[int, Tensor]]:
-    """What enters some layers: a dictionary that each forward pass fills with ``[B, T, H]``."""
-    seen: dict[int, Tensor] = {}
+    """Collect the stream ``[B, T, H]`` that enters each of ``layers``, of the last pass in the block."""
+    streams: dict[int, Tensor] = {}
     _, modules = decoder_layers(model)
     with ExitStack() as stack:
         for index in set(layers):
 
             def keep(_: nn.Module, args: Any, kwargs: Any, index: int = index) -> None:
-                seen[index] = (args[0] if args else kwargs["hidden_states"]).detach()
+                streams[index] = (args[0] if args else kwargs["hidden_states"]).detach()
 
             stack.callback(modules[index].register_forward_pre_hook(keep, with_kwargs=True).remove)
-        yield seen
+        yield streams
 
 
 @torch.no_grad()
@@ -113,25 +115,25 @@ def run(model: PreTrainedModel, batch: Batch) -> Tensor:
 def scales(
     parent: PreTrainedModel, places: Sequence[Junction], batches: Iterable[Batch], basis_HH: Tensor | None
 ) -> Tensor:
-    """The ratios ``d_JH``, float64, of mean magnitudes over all real tokens of all ``batches``.
+    """Return the ratios ``d_JH``, float64, of mean magnitudes over all real tokens of all ``batches``.
 
     The original averages the ratio over its batches; here magnitudes are summed first, so that the split into
-    batches changes nothing. A channel that is always zero where the cut begins keeps the ratio 1.
+    batches changes nothing. A channel that is always zero where the gap begins keeps the ratio 1.
 
     Args:
         parent: the whole model.
-        places: the cuts.
+        places: the junctions.
         batches: calibration rows.
         basis_HH: H; None measures the channels themselves.
     """
     ends = [(p.start, p.end) for p in places]
     sums_2JH: Any = 0.0
-    with inputs(parent, [i for pair in ends for i in pair]) as seen:
+    with inputs(parent, [i for pair in ends for i in pair]) as streams:
         for batch in batches:
             real_N = run(parent, batch)
 
             def magnitude(index: int, real_N: Tensor = real_N) -> Tensor:
-                h_NH = seen[index].flatten(0, 1)[real_N].double()
+                h_NH = streams[index].flatten(0, 1)[real_N].double()
                 rotated_NH = h_NH if basis_HH is None else h_NH @ basis_HH.to(h_NH)
                 return rotated_NH.abs().sum(0)
 
@@ -145,7 +147,7 @@ def scales(
 def matrices(
     parent: PreTrainedModel, places: Sequence[Junction], batches: Iterable[Batch], mode: Mode
 ) -> list[Tensor]:
-    """P at each junction, ``[H, H]`` float64; warns once and leaves H out where the size has none."""
+    """Return P of each junction, ``[H, H]`` float64; without H, with one warning, where the size has none."""
     size: int = text_config(parent.config).hidden_size
     basis_HH = hadamard(size) if mode == "rotate" else None
     if mode == "rotate" and basis_HH is None:

@@ -1,4 +1,4 @@
-"""Export the cut model with its cuts repaired, without training: ``python -m src.cli patch``.
+"""Repair the cut model without training, and export it: ``python -m src.cli patch``.
 
 ``python -m src.cli patch --mask logs/run/mask.json --data rows.jsonl --out DIRECTORY``
 
@@ -24,10 +24,10 @@ from src.repair.linear_patch import Goal, LinearPatch
 
 
 def main(argv: list[str]) -> None:
-    """Patch, export, and show what was proven."""
+    """Repair a cut model, export it and print its proof."""
     args = _parse(argv)
     mask = Mask.load(args.mask)
-    patch = LinearPatch(
+    repair = LinearPatch(
         data=args.calibration,
         goal=args.goal,
         rows=args.rows,
@@ -40,13 +40,13 @@ def main(argv: list[str]) -> None:
         lr=args.lr,
         device=args.device,
     )
-    findings = export(mask, args, patch)
-    Console().print(escape(str(patch)))
+    findings = export(mask, args, repair)
+    Console().print(escape(str(repair)))
     show(mask, args, findings)
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
-    parser = Parser("patch", "Export the cut model with the residual stream repaired after each cut.")
+    parser = Parser("patch", "Export the cut model with the residual stream repaired behind each gap.")
     add_options(parser)
     add = parser.add_argument
     add("--data", dest="calibration", required=True, metavar="FILE", help="calibration rows, or a Hub id")
@@ -54,7 +54,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         "--goal",
         choices=get_args(Goal),
         default="parent",
-        help="fit the stream after a cut to the parent's (default), or to LinearPatch's h P, rotated or not",
+        help="fit the stream behind a gap to the parent's (default), or to LinearPatch's h P, rotated or not",
     )
     add("--rows", type=positive, default=256, metavar="N", help="rows, at most (default: 256)")
     add_columns(parser)

@@ -253,16 +253,16 @@ class ZeRO(DeepSpeedStrategy):
         for name, x in module.named_buffers():
             x.data = buffers[name].to(x.device)
         if self.zero_stage_3:
-            self._keep_whole(module.head.projection)
+            self._keep_whole(module.head.linear)
 
-    def _keep_whole(self, projection: nn.Module) -> None:
+    def _keep_whole(self, linear: nn.Module) -> None:
         """Keep the output head in one piece on each rank, and its calls out of the engine's sight.
 
-        The loss projects a chunk of tokens at a time, and ranks have different numbers of chunks: gathering
-        the head for each would leave ranks waiting for one another for ever.
+        The loss calls it for a chunk of tokens at a time, and ranks have different numbers of chunks:
+        gathering the head for each would leave ranks waiting for one another for ever.
         """
-        weights: list[Any] = [*projection.parameters()]
-        for hooks in (projection._forward_pre_hooks, projection._forward_hooks):
+        weights: list[Any] = [*linear.parameters()]
+        for hooks in (linear._forward_pre_hooks, linear._forward_hooks):
             hooks.clear()
         for weight in weights:
             weight.ds_persist = True

@@ -139,7 +139,7 @@ def test_a_repair_without_a_place_is_refused_and_nothing_written(
     assert stop.value.code == 2
     error = capsys.readouterr().err
     assert error[error.index("error:") :].count("error:") == 1
-    assert "routed experts stand in between. Leave the patch out." in error
+    assert "routed experts stand in between. Leave the repair out." in error
     assert [path.name for path in tmp_path.iterdir()] == ["mask.json"]
 
 

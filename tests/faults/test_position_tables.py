@@ -96,10 +96,10 @@ def test_rows_are_cut_where_the_user_allowed_it_in_every_verb(
             "--rows",
             "8",
             "--out",
-            str(tmp_path / "patched"),
+            str(tmp_path / "repaired"),
         ]
     )
-    main(["evaluate", "--teacher", str(model), "--model", str(tmp_path / "patched"), "--data", corpus_file,
+    main(["evaluate", "--teacher", str(model), "--model", str(tmp_path / "repaired"), "--data", corpus_file,
           "--limit", "8", "--no-exact-match", "--out", str(tmp_path / "scores.json")])  # fmt: skip
     judged = json.loads((tmp_path / "scores.json").read_text())["models"][0]
     assert 0 < judged["tokens"] < 8 * PLACES

@@ -63,8 +63,8 @@ def test_a_recombined_cut_is_recovered_exported_and_reported(
 
 
 @pytest.mark.parametrize("goal", ["parent", "diag"])
-def test_a_recombined_cut_is_patched(goal: str, mask_file: str, tmp_path: Path, corpus_file: str) -> None:
-    out = tmp_path / "patched"
+def test_a_recombined_cut_is_repaired(goal: str, mask_file: str, tmp_path: Path, corpus_file: str) -> None:
+    out = tmp_path / "repaired"
     main(
         [
             "patch",
@@ -80,7 +80,7 @@ def test_a_recombined_cut_is_patched(goal: str, mask_file: str, tmp_path: Path, 
             str(out),
         ]
     )
-    assert "| Patch |" in (out / "README.md").read_text()
+    assert "| Repair |" in (out / "README.md").read_text()
 
 
 def test_a_checkpoint_of_halves_fits_no_mask_of_layers(

@@ -134,7 +134,7 @@ def step(loss: Distillation, head: OutputHead, hidden: torch.Tensor, labels: tor
          signal: TopK | Dense) -> tuple[torch.Tensor, ...]:  # fmt: skip
     """Loss, and gradients of the hidden states and of the head."""
     hidden = graded(hidden)
-    head.projection.zero_grad()
+    head.linear.zero_grad()
     out = loss(head, hidden, labels, signal)["loss"]
     out.backward()
     return out.detach(), hidden.grad, *(p.grad.clone() for p in head.parameters)
@@ -174,7 +174,7 @@ def test_gradient_of_the_head_equals_autograd_and_a_frozen_head_gets_none() -> N
     model.zero_grad()
     plain_kl(head.logits(reference), teacher).mean().backward()
     torch.testing.assert_close(hidden_grad, reference.grad, rtol=1e-5, atol=1e-7)
-    torch.testing.assert_close(weight_grad, head.projection.weight.grad, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(weight_grad, head.linear.weight.grad, rtol=1e-5, atol=1e-7)
     model.requires_grad_(False)
     assert len(step(Distillation(chunk_tokens=4), head, hidden, labels, dense_signal(teacher))) == 2
 

@@ -159,7 +159,7 @@ def test_other_weights_are_refused(ws: Workspace, whole: str, tmp_path: Path) ->
         (tmp_path / "first").rename(away)
 
 
-def test_projection_is_printed_first_and_near_the_truth(
+def test_the_forecast_is_printed_first_and_near_the_truth(
     ws: Workspace, capsys: pytest.CaptureFixture[str]
 ) -> None:
     ws.write("projected", count_seconds=600.0)

@@ -1,4 +1,4 @@
-"""Laws of LinearPatch: what the patch is, when a stock model can hold it, and what it must not touch."""
+"""Laws of LinearPatch: what the repair is, when a stock model can hold it, and what it must not touch."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from src.errors import ConfigError
 from src.models.cut import cut
 from src.models.layers import decoder_layers
 from src.models.loading import load_model, load_tokenizer
-from src.repair import stream as patching
+from src.repair import stream as streams
 from src.repair.fold import Regression, fold, stream_writer
 from src.repair.hadamard import hadamard
 from src.repair.linear_patch import LinearPatch
-from src.repair.stream import Junction, Patch, inputs, junctions, matrices, patched, scales
+from src.repair.stream import Junction, StreamRepair, inputs, junctions, matrices, repaired, scales
 from tests.tiny import VOCAB, mask_of, tiny_ids, tiny_model
 
 MASK, PLACE = mask_of((0, 1, 4, 5, 6)), Junction(before=1, start=2, end=4)
@@ -35,7 +35,7 @@ def batch_of(rows: int = 4, seed: int = 0) -> dict[str, Tensor]:
 def stream(model: PreTrainedModel, layer: int, batch: dict[str, Tensor]) -> Tensor:
     """Real tokens of what enters a layer, ``[N, H]`` float64."""
     with inputs(model, [layer]) as seen:
-        real_N = patching.run(model, batch)
+        real_N = streams.run(model, batch)
         return seen[layer].flatten(0, 1)[real_N].double()
 
 
@@ -44,7 +44,7 @@ def logits(model: PreTrainedModel) -> Tensor:
         return model(tiny_ids(3, seed=9)).logits
 
 
-# ---------------------------------------------------------------------- the patch
+# ---------------------------------------------------------------------- the repair of the stream
 
 
 def test_hadamard_is_orthonormal_with_entries_of_one_size() -> None:
@@ -73,7 +73,7 @@ def test_a_junction_for_each_run_between_kept_layers(keep: tuple[int, ...], plac
     assert junctions(mask_of(keep)) == [Junction(*place) for place in places]
 
 
-def test_the_patch_is_symmetric_and_its_eigenvalues_are_the_scales() -> None:
+def test_the_repair_is_symmetric_and_its_eigenvalues_are_the_scales() -> None:
     parent, batch = tiny_model("llama"), batch_of()
     basis = hadamard(32)
     (p_HH,) = matrices(parent, [PLACE], [batch], "rotate")
@@ -85,18 +85,18 @@ def test_the_patch_is_symmetric_and_its_eigenvalues_are_the_scales() -> None:
 
 
 @pytest.mark.parametrize("mode", ["rotate", "diag"])
-def test_patched_magnitudes_are_the_targets(mode: Any) -> None:
-    """On the calibration batch, seen at the place where the patch acts."""
+def test_repaired_magnitudes_are_the_targets(mode: Any) -> None:
+    """On the calibration batch, seen at the place where the repair acts."""
     parent, batch = tiny_model("llama"), batch_of()
     student = cut(parent, MASK)
-    patches = [Patch(p) for p in matrices(parent, [PLACE], [batch], mode)]
+    repairs = [StreamRepair(p) for p in matrices(parent, [PLACE], [batch], mode)]
     basis = hadamard(32) if mode == "rotate" else torch.eye(32, dtype=torch.float64)
-    with patched(student, [PLACE], patches):
+    with repaired(student, [PLACE], repairs):
         found_H = (stream(student, PLACE.before + 1, batch) @ basis).abs().mean(0)
     target_H = (stream(parent, PLACE.end, batch) @ basis).abs().mean(0)
     torch.testing.assert_close(found_H, target_H, rtol=1e-5, atol=0)
-    unpatched_H = (stream(student, PLACE.before + 1, batch) @ basis).abs().mean(0)
-    assert ((unpatched_H - target_H).abs() / target_H).max() > 0.05
+    bare_H = (stream(student, PLACE.before + 1, batch) @ basis).abs().mean(0)
+    assert ((bare_H - target_H).abs() / target_H).max() > 0.05
 
 
 def test_scales_do_not_depend_on_the_split_into_batches_or_on_padding() -> None:
@@ -109,15 +109,15 @@ def test_scales_do_not_depend_on_the_split_into_batches_or_on_padding() -> None:
 
 
 def test_scales_of_one_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(patching, "scales", lambda *_: torch.ones(1, 32, dtype=torch.float64))
+    monkeypatch.setattr(streams, "scales", lambda *_: torch.ones(1, 32, dtype=torch.float64))
     parent = tiny_model("llama")
     student = cut(parent, MASK)
     (p_HH,) = matrices(parent, [PLACE], [batch_of()], "rotate")
     assert torch.equal(p_HH, torch.eye(32, dtype=torch.float64))
     before = logits(student)
-    with patched(student, [PLACE], [Patch(p_HH)]):
+    with repaired(student, [PLACE], [StreamRepair(p_HH)]):
         assert torch.equal(logits(student), before)
-    with patched(student, [PLACE], [Patch(2 * p_HH)]):
+    with repaired(student, [PLACE], [StreamRepair(2 * p_HH)]):
         assert not torch.equal(logits(student), before)
 
 
@@ -130,22 +130,24 @@ def test_without_a_hadamard_matrix_the_channels_are_scaled_and_a_warning_says_so
     assert torch.equal(plain, plain.diagonal().diag())
 
 
-def test_patch_only_distillation_moves_the_patch_and_nothing_else(teacher_dir: str, corpus_file: str) -> None:
+def test_repair_only_distillation_moves_the_repair_and_nothing_else(
+    teacher_dir: str, corpus_file: str
+) -> None:
     parent, mask = load_model(teacher_dir), mask_of((0, 1, 4, 5), 6, teacher_dir)
     student, tokenizer = cut(parent, mask), load_tokenizer(teacher_dir)
     before = {name: tensor.clone() for name, tensor in student.state_dict().items()}
     plain = LinearPatch(corpus_file, goal="rotate", device="cpu")
     trained = LinearPatch(corpus_file, goal="rotate", distill_steps=10, lr=1e-2, device="cpu")
     rows, places = plain.calibration(tokenizer), junctions(mask)
-    first, last = (x.patches(student, parent, places, rows) for x in (plain, trained))
+    first, last = (x.stream_repairs(student, parent, places, rows) for x in (plain, trained))
     assert not torch.allclose(first[0].matrix, last[0].matrix, atol=1e-3)
     assert not torch.allclose(last[0].matrix, last[0].matrix.T, atol=1e-3)  # free, no longer H diag(d) H^T
     for name, tensor in student.state_dict().items():  # the same keys, the same values
         assert torch.equal(tensor, before.pop(name))
     assert not before
 
-    def divergence(patches: list[Patch]) -> float:
-        with patched(student, places, patches), torch.no_grad():
+    def divergence(repairs: list[StreamRepair]) -> float:
+        with repaired(student, places, repairs), torch.no_grad():
             said, own = (m(rows[0]["input_ids"]).logits.log_softmax(-1) for m in (parent, student))
         return float((said.exp() * (said - own)).sum(-1)[rows[0]["attention_mask"].bool()].mean())
 
@@ -169,7 +171,7 @@ def test_the_fold_is_exact_where_the_correction_is_in_the_span(family: str) -> N
     with inputs(other, [PLACE.before + 1]) as seen:
 
         def target(batch: dict[str, Tensor], _: Tensor) -> Tensor:
-            patching.run(other, batch)
+            streams.run(other, batch)
             return seen[PLACE.before + 1]
 
         assert not torch.allclose(logits(student), logits(other), atol=1e-2)
@@ -187,15 +189,15 @@ def test_the_fold_does_not_depend_on_the_split_into_batches_or_on_padding() -> N
     other = {**batch, "input_ids": torch.where(seen, batch["input_ids"], VOCAB - 1)}
     found = []
     for batches in ([batch], rows, [other]):
-        student, patch_ = cut(parent, MASK), Patch(p_HH)
-        fold(student, PLACE.before, batches, lambda _, h_BTH: patch_(h_BTH), ridge=0.1)  # noqa: B023
+        student, repair_ = cut(parent, MASK), StreamRepair(p_HH)
+        fold(student, PLACE.before, batches, lambda _, h_BTH: repair_(h_BTH), ridge=0.1)  # noqa: B023
         found.append(logits(student))
     for split in found[1:]:
         torch.testing.assert_close(split, found[0], rtol=1e-4, atol=1e-4)
     assert not torch.allclose(found[0], logits(cut(parent, MASK)), atol=1e-2)
 
 
-def test_the_fold_of_a_patch_is_not_exact_in_general() -> None:
+def test_the_fold_of_a_repair_is_not_exact_in_general() -> None:
     """A stream h and its double: the MLP reads the same, so it cannot write ``h P - h`` and its double.
 
     By hand: with the weights w of both tokens and r their corrections, the best common one leaves
@@ -208,12 +210,12 @@ def test_the_fold_of_a_patch_is_not_exact_in_general() -> None:
     table[4] = 2 * table[3]
     batch = {"input_ids": torch.tensor([[3], [4]]), "attention_mask": torch.ones(2, 1, dtype=torch.long)}
     (p_HH,) = matrices(student, [Junction(0, 1, 3)], [batch_of()], "rotate")
-    h_H, patch_ = table[3].double(), Patch(p_HH)
+    h_H, repair_ = table[3].double(), StreamRepair(p_HH)
     out_2H = stream(student, 1, batch)
     torch.testing.assert_close(out_2H[1] - out_2H[0], h_H, rtol=1e-4, atol=1e-6)  # the layer adds the same
     w1, w2 = 1 / (out_2H @ p_HH).square().sum(-1)
     by_hand = float(w1 * w2 / (w1 + w2) * (h_H @ p_HH - h_H).square().sum() / 2)
-    repair = fold(student, 0, [batch], lambda _, h_BTH: patch_(h_BTH), ridge=0.0)
+    repair = fold(student, 0, [batch], lambda _, h_BTH: repair_(h_BTH), ridge=0.0)
     assert repair.after == pytest.approx(by_hand, rel=1e-4)
     assert by_hand > 1e-4
 

@@ -18,7 +18,7 @@ from src.mask import Mask
 from src.models.cut import cut
 from src.models.loading import load_model, load_tokenizer
 from src.recover import Recovery, load_student
-from src.repair import verb as patch
+from src.repair import verb
 from src.repair.linear_patch import LinearPatch
 
 
@@ -39,7 +39,7 @@ def test_the_exported_directory_is_the_folded_model(
 ) -> None:
     monkeypatch.setattr(proof, "in_fresh_process", verify)
     out, mask = tmp_path / "out", Mask.load(mask_file)
-    patch.main(["--mask", mask_file, "--data", corpus_file, "--out", str(out)])
+    verb.main(["--mask", mask_file, "--data", corpus_file, "--out", str(out)])
     loaded = AutoModelForCausalLM.from_pretrained(out).state_dict()
     plain = cut(load_model(mask.model), mask).state_dict()
     changed = {name for name, tensor in loaded.items() if not torch.equal(tensor, plain[name])}
@@ -48,7 +48,7 @@ def test_the_exported_directory_is_the_folded_model(
         assert torch.equal(tensor, loaded[name])
     card = (out / "README.md").read_text()
     assert "fitted to the parent's stream on 40 rows" in card
-    assert "parent's weights, but for the patch" in card
+    assert "parent's weights, but for the repair" in card
     assert json.loads((out / "config.json").read_text())["architectures"] == ["Qwen3ForCausalLM"]
 
 
@@ -74,18 +74,18 @@ def test_a_recovery_starts_from_the_folded_model(
     torch.testing.assert_close(back, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_a_mask_without_an_inner_cut_records_no_patch(
+def test_a_mask_without_an_inner_gap_records_no_repair(
     teacher_dir: str, corpus_file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(proof, "in_fresh_process", verify)
     mask, out = tmp_path / "tail.json", tmp_path / "out"
     Mask(model=teacher_dir, num_layers=6, keep=(0, 1, 2, 3), method="tail").save(mask)
-    with pytest.warns(UserWarning, match="nothing is patched"):
-        patch.main(["--mask", str(mask), "--data", corpus_file, "--out", str(out)])
+    with pytest.warns(UserWarning, match="nothing is repaired"):
+        verb.main(["--mask", str(mask), "--data", corpus_file, "--out", str(out)])
     card = (out / "README.md").read_text()
-    assert not any(word in card for word in ("| Patch |", "but for the patch", "calibration", "fitted"))
+    assert not any(word in card for word in ("| Repair |", "but for the repair", "calibration", "fitted"))
     made = Recovery(str(mask), patch=LinearPatch(corpus_file, device="cpu"))
-    with pytest.warns(UserWarning, match="nothing is patched"):
+    with pytest.warns(UserWarning, match="nothing is repaired"):
         made.configure_model()
     saved: dict[str, Any] = {}
     made.on_save_checkpoint(saved)
@@ -104,11 +104,11 @@ def test_the_overlay_runs(mask_file: str, corpus_file: str, tmp_path: Path) -> N
     assert len(cli.run(["fit", *given]).model.patch.repairs) == 2
 
 
-def test_a_cut_at_the_end_is_left_alone_with_a_warning(teacher_dir: str, corpus_file: str) -> None:
+def test_a_gap_at_the_end_is_left_alone_with_a_warning(teacher_dir: str, corpus_file: str) -> None:
     mask = Mask(teacher_dir, 6, (0, 1, 2, 3), "test")
     parent = load_model(teacher_dir)
     student = cut(parent, mask)
-    with pytest.warns(UserWarning, match="no cut between two kept layers"):
+    with pytest.warns(UserWarning, match="no gap between two kept layers"):
         assert not LinearPatch(corpus_file)(student, parent, mask, load_tokenizer(teacher_dir))
 
 
@@ -117,7 +117,7 @@ def test_a_cut_at_the_end_is_left_alone_with_a_warning(teacher_dir: str, corpus_
     [
         (("--goal", "rotated"), "invalid choice: 'rotated'"),
         (("--distill-steps", "5"), r"no P to distil.*'rotate' or 'diag'"),
-        (("--ridge", "-1"), "ridge .* at least 0; found"),
+        (("--ridge", "-1"), "--ridge: '-1' given; accepted: a number from 0"),
         (("--text", "body"), "lacks 'body'"),
     ],
 )
@@ -125,5 +125,5 @@ def test_bad_input_gives_one_message(
     more: tuple[str, ...], message: str, mask_file: str, corpus_file: str, tmp_path: Path
 ) -> None:
     with pytest.raises(ConfigError, match=message):
-        patch.main(["--mask", mask_file, "--data", corpus_file, "--out", str(tmp_path / "out"), *more])
+        verb.main(["--mask", mask_file, "--data", corpus_file, "--out", str(tmp_path / "out"), *more])
     assert not (tmp_path / "out").exists()
