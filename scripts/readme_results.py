@@ -18,7 +18,11 @@ from scripts.arena.table import page
 from scripts.lab.pages import fill, made, table
 from scripts.lab.results import JSON, read
 from src.files import write_text
-from src.report.figures import AMBER, INK, SLATE, TEAL, layer_strip, styled, svg, tokens_text
+from src.mask import Mask
+from src.report.figures import AMBER, INK, SLATE, TEAL, half_strip, layer_strip, styled, svg, tokens_text
+
+HALVES = (0, 1, 2, 5, 6, 7, 8, 11, 12, 13, 14, 15, 16, 19, 20, 21, 22, 23)
+"""The mask by hand of docs/units.md, of 12 layers: no result, an example."""
 
 
 def spent(demo: JSON, run: JSON) -> float:
@@ -62,10 +66,12 @@ def curve(demo: JSON) -> Figure:
 
 
 def main() -> None:
-    """Fill the pages, and draw the README's figures."""
+    """Fill the pages, and draw the figures of the README and of docs/units.md."""
     parts = {"demo": demo_lines, "mask_quality": mask_lines, "search_step": step_lines,
              "export_matrix": families, "fair_fight": fight_lines}  # fmt: skip
     lines = [["", *make(found)] for name, make in parts.items() if (found := read(name))]
+    example = Mask("any", 12, HALVES, "by hand", unit="half")
+    write_text("docs/figures/recombined.svg", svg(half_strip(example)))
     fill(Path("README.md"), [line for part in lines for line in part][1:])
     if pipeline := read("data_pipeline"):
         fill(Path("docs/data.md"), data_lines(pipeline))

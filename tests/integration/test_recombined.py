@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 from transformers import AutoModelForCausalLM
 
+from src import policies
 from src.cli import main, run
 from src.mask import Mask
+from src.policies import MaskPolicy
 from tests.integration.test_overlays import SEARCH, arguments
 
 POLICIES = {
@@ -26,15 +29,23 @@ def test_a_policy_learns_a_mask_of_halves(
     policy: str, tmp_path: Path, teacher_dir: str, corpus_file: str
 ) -> None:
     keys: dict[str, Any] = {
-        "trainer.max_steps": 2, "model.init_args.model": teacher_dir, "model.init_args.unit": "half",
+        "trainer.max_steps": 2, "model.init_args.model": teacher_dir,
         "model.init_args.calibration_batches": 1, "model.init_args.policy": f"src.policies.{policy}",
         **{f"model.init_args.policy.init_args.{key}": value for key, value in POLICIES[policy].items()},
     }  # fmt: skip
-    run(["fit", "--config", SEARCH, *arguments(tmp_path, corpus_file, **keys)])
+    given = arguments(tmp_path, corpus_file, **keys)
+    run(["fit", "--config", SEARCH, "--config", "configs/unit/half.yaml", *given])
     mask = Mask.load(tmp_path / "search" / "run" / "mask.json")
     assert (mask.unit, mask.method, mask.depth, len(mask.keep)) == ("half", policy, 4, 8)
     gates = json.loads((tmp_path / "search" / "run" / "gates.json").read_text())["keep_probability"]
     assert len(gates[-1]) == 12
+
+
+def test_the_page_names_the_policies_that_take_halves() -> None:
+    told = set(re.findall(r"^\| `(\w+)` \|", Path("docs/units.md").read_text(), re.M))
+    known = (value for value in vars(policies).values() if isinstance(value, type))
+    takers = {each.__name__ for each in known if issubclass(each, MaskPolicy) and "half" in each.works_on}
+    assert told == takers == set(POLICIES)
 
 
 @pytest.fixture
