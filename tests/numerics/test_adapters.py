@@ -237,7 +237,7 @@ def test_what_cannot_work_is_refused_before_anything_is_loaded(
     more: list[str], told: str, tmp_path: Path, teacher_dir: str, corpus_file: str,
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", None)
+    monkeypatch.setattr("src.models.loading.load_model", None)
     with pytest.raises(SystemExit) as ended:
         main([*TINY, *arguments(tmp_path, teacher_dir, corpus_file), *more])
     text = capsys.readouterr().err

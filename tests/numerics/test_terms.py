@@ -287,7 +287,7 @@ def test_what_cannot_work_is_refused_before_anything_is_loaded(
     more: list[str], told: str, tmp_path: Path, teacher_dir: str, corpus_file: str, mask_file: str,
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", None)
+    monkeypatch.setattr("src.models.loading.load_model", None)
     keys = {
         "model.init_args.model": teacher_dir, "model.init_args.mask": mask_file,
         "data.init_args.train": corpus_file, "trainer.accelerator": "cpu",

@@ -90,7 +90,7 @@ def test_on_a_cpu_an_overlay_is_built_or_refused_in_one_message(
 ) -> None:  # fmt: skip
     """Nothing is loaded either way: a refusal comes before it."""
     monkeypatch.setattr(PruneCLI, "_run_subcommand", lambda *_: None)
-    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", None)
+    monkeypatch.setattr("src.models.loading.load_model", None)
     given = arguments(stage, overlay, teacher_dir, corpus_file, mask_file, tmp_path)
     if overlay.stem in ("single", "ddp", "fsdp2"):
         made = run(given)
