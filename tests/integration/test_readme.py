@@ -1,4 +1,4 @@
-"""What the README says can be typed: marked blocks run, make targets and linked files exist."""
+"""What the pages say can be typed: marked blocks run, the others parse, make targets and linked files exist."""
 
 from __future__ import annotations
 
@@ -12,17 +12,34 @@ import pytest
 from src.cli import TOOLS, VERBS, main, run
 
 README = Path("README.md").read_text()
+PAGES = [Path("README.md"), Path("CONTRIBUTING.md"), *sorted(Path("docs").glob("*.md"))]
 SHORT = {
     "configs/search": ["--trainer.max_steps=4", "--model.init_args.calibration_batches=1"],
     "configs/recover": ["--trainer.max_steps=4", "--trainer.limit_val_batches=1"],
 }  # fmt: skip
 
 
+def words(blocks: list[str]) -> list[list[str]]:
+    """The lines of fenced blocks that call the product, in words."""
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    return [shlex.split(line, comments=True) for line in lines if "src.cli" in line]
+
+
 def marked_commands() -> list[list[str]]:
     """Command lines of the blocks after ``<!-- run -->``."""
-    blocks = re.findall(r"<!-- run -->\s*```bash\n(.*?)```", README, re.S)
-    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
-    return [shlex.split(line, comments=True) for line in lines if shlex.split(line, comments=True)]
+    return words(re.findall(r"<!-- run -->\s*```bash\n(.*?)```", README, re.S))
+
+
+def shown_commands() -> list[list[str]]:
+    """Arguments of each command line in the fenced blocks of all pages, without those that are run."""
+    shown, run_already = {}, marked_commands()
+    for page in PAGES:
+        blocks = re.findall(r"^```(\w*)\n(.*?)^```", page.read_text(), re.S | re.M)
+        for command in words([block for language, block in blocks if language in ("", "bash")]):
+            given = [word for word in command[command.index("src.cli") + 1 :] if word != "..."]
+            if command not in run_already:
+                shown[" ".join(given)] = given
+    return list(shown.values())
 
 
 def test_the_commands_of_the_readme_run(
@@ -55,11 +72,27 @@ def test_the_commands_of_the_readme_run(
     capsys.readouterr()
 
 
-def test_make_targets_exist() -> None:
-    makefile = Path("Makefile").read_text()
-    for target in set(re.findall(r"`make ([a-z-]+)", README)) | set(
-        re.findall(r"^make ([a-z-]+)", README, re.M)
-    ):
+@pytest.mark.parametrize("given", shown_commands(), ids=lambda given: " ".join(given)[:60])
+def test_every_command_that_is_shown_parses(given: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    verb, rest, own = given[0], given[1:], set[str]()
+    if verb in TOOLS:
+        with pytest.raises(SystemExit):
+            run([verb, "--help"])
+        own = set(re.findall(r"--[\w-]+", capsys.readouterr().out)) - {"--config"}
+    at_own = {at for at, word in enumerate(rest) if word in own}
+    keys = [word for at, word in enumerate(rest) if not at_own & {at, at - 1}]
+    if verb in TOOLS and verb not in ("plan", "preview"):
+        assert not [word for word in keys if word.startswith("--")], "options that the tool lacks"
+    else:  # what fit takes
+        with pytest.raises(SystemExit) as ended:
+            run([verb if verb in VERBS else "fit", *keys, "--print_config"])
+        assert ended.value.code == 0
+
+
+@pytest.mark.parametrize("page", PAGES, ids=str)
+def test_make_targets_exist(page: Path) -> None:
+    makefile, text = Path("Makefile").read_text(), page.read_text()
+    for target in re.findall(r"(?:^|`)make ([a-z-]+)", text, re.M):
         assert re.search(rf"^{target}:", makefile, re.M), target
 
 
@@ -69,9 +102,24 @@ def test_make_help_lists_every_public_target() -> None:
         assert f"make {target} " in listed
 
 
-def test_linked_files_exist() -> None:
-    for target in re.findall(r"\]\((?!http)([^)#]+)\)", README):
-        assert Path(target).exists(), target
+@pytest.mark.parametrize("page", PAGES, ids=str)
+def test_linked_files_exist(page: Path) -> None:
+    for target in re.findall(r"\]\((?!http)([^)#]+)[)#]", page.read_text()):
+        assert (page.parent / target).exists(), target
+
+
+def headings(page: Path) -> set[str]:
+    """The anchors of a page."""
+    return {
+        re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-")
+        for title in re.findall(r"^#+ (.*)", page.read_text(), re.M)
+    }
+
+
+@pytest.mark.parametrize("page", PAGES, ids=str)
+def test_linked_sections_exist(page: Path) -> None:
+    for target, section in re.findall(r"\]\((?!http)([^)#]*)#([^)]+)\)", page.read_text()):
+        assert section in headings(page.parent / target if target else page), (target, section)
 
 
 def test_help_names_every_verb(capsys: pytest.CaptureFixture[str]) -> None:
