@@ -1,4 +1,4 @@
-"""What the pages say can be typed: marked blocks run, the others parse, make targets and linked files exist."""
+"""What the pages say can be typed: marked blocks run, others parse, make targets and linked files exist."""
 
 from __future__ import annotations
 
