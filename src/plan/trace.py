@@ -120,6 +120,10 @@ def _build(stage: Any) -> tuple[PlannedTeacher | None, PreTrainedModel]:
     if getattr(stage, "teacher", None) is not None:
         teacher = stage.teacher = PlannedTeacher(stage.teacher, (stage.name, stage.revision))
         teacher.k = stage.distillation.k
+    if isinstance(stage, MaskSearch) and stage.unit != "layer":
+        # Halves are found by running a model; a step of halves costs what one of whole layers does.
+        stage.unit = "layer"
+        stage.policy.setup(stage.num_layers, stage.policy.target, stage.policy.pinned)
     token = weightless.set(True)
     try:
         with torch.device("meta"):

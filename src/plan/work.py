@@ -44,20 +44,20 @@ def calibration(policy: MaskPolicy, rows: int) -> float | None:
     The policy and the polishing are run on a made-up divergence; what they ask for is counted.
 
     Args:
-        policy: set up for the model's layers.
+        policy: set up for the model's units.
         rows: calibration batches.
 
     Returns:
         None for a policy that measures too much to follow, such as all masks.
     """
-    probe = CountingProbe(policy.num_layers, rows)
+    probe = CountingProbe(policy.units, rows)
     try:
         policy.initialise(probe)
         probe.signals()
         policy.remove = policy.target
         chosen, _ = settle(policy, probe, ())
         # Further candidates are other masks of the same size.
-        probe.forward += rows * len(chosen) / policy.num_layers * (policy.candidates - 1)
+        probe.forward += rows * len(chosen) / policy.units * (policy.candidates - 1)
     except TooMany:
         return None
     return probe.forward

@@ -158,6 +158,17 @@ def test_calibration_counts_what_the_policy_asks() -> None:
     scored.setup(L, 1)
     quick = L * 2 * (L - 1) / L  # each layer bypassed in turn, on a quarter of the rows
     assert calibration(scored, rows) == pytest.approx(signals + quick + soft + hard)
+    halves = GumbelTopK(init="kl", candidates=1, polish=False)
+    halves.setup(L, 1, unit="half")
+    quick = 2 * L * 2 * (2 * L - 1) / (2 * L)  # each half in turn: twice as many, each nearly a whole pass
+    assert calibration(halves, rows) == pytest.approx(signals + quick + soft + hard)
+
+
+def test_a_step_of_halves_costs_what_one_of_layers_does(plan: Make) -> None:
+    layers, halves = plan(SEARCH), plan(SEARCH, **{"model.init_args.unit": "half"})
+    assert halves.trace().peak == layers.trace().peak
+    assert halves.trace().flops == layers.trace().flops
+    assert halves.calibration > layers.calibration
 
 
 def test_the_toy_is_the_formula() -> None:
