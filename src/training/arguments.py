@@ -75,7 +75,9 @@ class PruneCLI(LightningCLI):
         config = self.config[self.config.subcommand]
         check_settings(config)
         if config.trainer.enable_progress_bar is False:  # Lightning refuses the two together
-            config.trainer.callbacks = [c for c in config.trainer.callbacks or [] if not _shows_progress(c)]
+            given = config.trainer.callbacks or []  # one, or a list
+            listed = given if isinstance(given, list) else [given]
+            config.trainer.callbacks = [callback for callback in listed if not _shows_progress(callback)]
 
     def before_instantiate_classes(self) -> None:
         """Let the data use the model's tokenizer unless it names its own."""

@@ -115,3 +115,13 @@ def test_a_run_without_checkpoints_trains_and_heeds_signals(
     assert type(cli.trainer.callbacks[-1]).__name__ == "StopOnSignal"
     assert cli.trainer.global_step > 0
     assert not list(tmp_path.rglob("*.ckpt"))
+
+
+def test_one_callback_needs_no_list_beside_a_run_without_progress(
+    tmp_path: Path, teacher_dir: str, corpus_file: str, mask_file: str
+) -> None:
+    path = Path("configs/recover/entropy_kd.yaml")
+    given = arguments(path, tmp_path, teacher_dir, corpus_file, mask_file)
+    quiet = ["--trainer.enable_progress_bar=false", "--trainer.callbacks=src.callbacks.StageRecord"]
+    callbacks = run(["fit", "--config", str(path), *given, *quiet]).trainer.callbacks
+    assert "StageRecord" in [type(callback).__name__ for callback in callbacks]
