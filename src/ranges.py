@@ -126,6 +126,19 @@ def ranges_of(component: type) -> dict[str, Range]:
     return {name: accepted for init in guarded for name, accepted in _ranges(init).items()}
 
 
+@cache
+def needs_value(component: type) -> frozenset[str]:
+    """Parameters of a class of this product that may not be None."""
+    own = [base for base in component.__mro__ if base.__module__.startswith("src.")]
+    hints = dict[str, Any]()
+    for base in reversed(own):
+        if "__init__" in vars(base):
+            hints |= get_type_hints(vars(base)["__init__"])
+    return frozenset(
+        key for key, hint in hints.items() if hint is not Any and type(None) not in get_args(hint)
+    )
+
+
 def faults(given: Mapping[str, Any], ranges: Mapping[str, Range], prefix: str = "") -> list[str]:
     """One sentence for each number outside its range; what is no number is not judged."""
     judged = {key: given[key] for key in ranges if isinstance(given.get(key), int | float)}

@@ -17,9 +17,10 @@ from jsonargparse import Namespace
 from torch.optim import Optimizer
 
 from src.errors import ConfigError
-from src.ranges import MOST, SEED, Range, above_zero, from_zero, natural, positive, ranges_of
+from src.ranges import MOST, SEED, Range, above_zero, from_zero, natural, needs_value, positive, ranges_of
 
 _UNLIMITED = Range(int, 0, 2**63 - 1, "low", also=(-1,))
+_SOME, _ANY = Range(float, 0, MOST, "low"), Range(float, 0, MOST)
 TRAINER = {
     "max_steps": _UNLIMITED,
     "max_epochs": _UNLIMITED,
@@ -31,16 +32,18 @@ TRAINER = {
     "gradient_clip_val": from_zero,
     "log_every_n_steps": positive,
     "check_val_every_n_epoch": positive,
-    "val_check_interval": above_zero,
-    "limit_train_batches": above_zero,
-    "limit_predict_batches": above_zero,
-    "limit_val_batches": from_zero,
-    "limit_test_batches": from_zero,
-    "overfit_batches": from_zero,
+    "val_check_interval": _SOME,
+    "limit_train_batches": _SOME,
+    "limit_predict_batches": _SOME,
+    "limit_val_batches": _ANY,
+    "limit_test_batches": _ANY,
+    "overfit_batches": _ANY,
     "num_sanity_val_steps": Range(int, 0, MOST, also=(-1,)),
     "reload_dataloaders_every_n_epochs": natural,
 }
 """Of a trainer's numbers; a switch or a word in their place is the trainer's to judge."""
+WRITER = {"flush_secs": positive, "max_queue": positive, "purge_step": natural}
+"""Of TensorBoard's writer, which a logger is given without types."""
 
 
 def check_settings(config: Namespace) -> None:
@@ -62,10 +65,8 @@ def check_settings(config: Namespace) -> None:
 def _numbers(prefix: str, given: Mapping[str, Any], ranges: Mapping[str, Range]) -> Iterator[str]:
     for key, accepted in ranges.items():
         value = given.get(key)
-        if (
-            isinstance(value, str) and value.removeprefix("-").isdecimal()
-        ):  # the parser reads --devices as text
-            value = int(value)
+        if isinstance(value, str) and value.removeprefix("-").isdecimal():
+            value = int(value)  # the parser reads --devices as text
         number = isinstance(value, int | float) and not isinstance(value, bool)
         if number and value not in accepted and math.isfinite(cast(float, value)):
             yield f"{prefix}{key}: {value} given; accepted: {accepted}"
@@ -99,8 +100,21 @@ def _component(path: str, value: Namespace) -> Iterator[str]:
         yield f"{path}: '{value.class_path}' given; accepted: {wanted}"
         return
     ranges = ranges_of(component) | ({"lr": above_zero} if optimiser else {})
-    below = [*_faults(path, given), *_numbers(f"{path}.", vars(given), ranges)]
+    below = [
+        *_faults(path, given),
+        *_numbers(f"{path}.", vars(given), ranges),
+        *_absent(path, component, given),
+    ]
+    for key, untyped in {**given.as_dict(), **dict(value.get("dict_kwargs") or {})}.items():
+        if key in WRITER and untyped is not None and untyped not in WRITER[key]:
+            below.append(f"{path}.{key}: {untyped!r} given; accepted: {WRITER[key]}")
     yield from below if below or not optimiser else _optimiser(path, component, vars(given))
+
+
+def _absent(path: str, component: type, given: Namespace) -> Iterator[str]:
+    """Keys of this product that are null and need a value: the parser lets any key be null."""
+    for key in (key for key, value in vars(given).items() if value is None and key in needs_value(component)):
+        yield f"{path}.{key}: null given; accepted: a value, or leave the key out"
 
 
 def _optimiser(path: str, component: type[Optimizer], given: dict[str, Any]) -> Iterator[str]:

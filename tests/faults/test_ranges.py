@@ -265,3 +265,11 @@ def test_the_last_good_checkpoint_stays(told: Any, corpus_file: str, mask_file: 
         state = torch.load(kept, weights_only=False)["state_dict"]
         assert all(weight.isfinite().all() for weight in state.values())
     assert not list(tmp_path.rglob("record.json"))
+
+
+def test_a_key_that_needs_a_value_is_not_null(told: Any) -> None:
+    keys = ("model.draws", "model.policy.init_scale", "model.dtype", "data.batch_size")
+    message = told(
+        "fit", "--config", SEARCH, "--model.model=x", "--data.train=y", *(f"--{key}=null" for key in keys)
+    )
+    assert all(f"{key}: null given" in message for key in keys)
