@@ -9,38 +9,35 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from lightning import Trainer
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from src.data.batches import Batch, Supervised, real_tokens
-from src.errors import ConfigError, first_line
 from src.losses.distill import Distillation
 from src.losses.objective import Objective, Weighted
 from src.losses.terms import Pair, Step
 from src.mask import Mask
-from src.models.adapters import adapted, out_of_reach
+from src.models.adapters import out_of_reach
 from src.models.cut import cut
 from src.models.head import OutputHead
-from src.models.layers import decoder_layers, num_layers
+from src.models.layers import num_layers
 from src.models.loading import load_config, load_tokenizer
 from src.models.sharding import shard
 from src.models.streams import streams
 from src.ranges import Count, Share, checked
 from src.repair.linear_patch import LinearPatch
 from src.teachers import LiveTeacher, TeacherSource
-from src.training import checkpoints, identity
+from src.training import identity
 from src.training.adapters import beside, check_saved, merged
 from src.training.ranks import MicroBatches, WholeBatch
 from src.training.schedules import Decay, with_warmup
+from src.training.scopes import Scope, recompute, same_layers, scoped
 from src.training.stage import Stage
 from src.training.strategies import check_device
-
-Scope = Literal["full", "cut_adjacent", "lora"]
 
 
 class Recovery(Stage):
@@ -202,96 +199,3 @@ class Recovery(Stage):
         super().on_load_checkpoint(checkpoint)
         same_layers(checkpoint["recovery"], self.mask)
         self.tokens = checkpoint["recovery"]["tokens"]
-
-
-def same_layers(recovery: dict[str, Any], mask: Mask) -> None:
-    """Refuse a checkpoint of other layers: cuts of one depth have the same shapes, so shapes cannot tell.
-
-    Raises:
-        ConfigError: names both sets of layers.
-    """
-    if (tuple(recovery["keep"]), recovery.get("unit", "layer")) != (mask.keep, mask.unit):
-        raise ConfigError(
-            f"checkpoint: it does not fit the mask: it was trained with {recovery.get('unit', 'layer')}s "
-            f"{list(recovery['keep'])}, "
-            f"the mask keeps {list(mask.keep)}. Give the mask it was trained with."
-        )
-
-
-def cut_adjacent(mask: Mask) -> set[int]:
-    """Positions, in the cut model, of the blocks on both sides of each cut (CLP, arXiv 2510.23652).
-
-    A recombined block has a cut inside, between its halves.
-    """
-    near = {i for gap in mask.gaps for i in (gap, gap + 1)}
-    pairs = enumerate(zip(mask.attention, mask.feed_forward, strict=True))
-    near |= {i for i, (attention, feed_forward) in pairs if attention != feed_forward}
-    if mask.attention[0] != 0:
-        near.add(0)
-    if mask.feed_forward[-1] != mask.num_layers - 1:
-        near.add(mask.depth - 1)
-    return near
-
-
-def scoped(student: PreTrainedModel, mask: Mask, scope: Scope, rank: int) -> PreTrainedModel:
-    """Mark what trains in the cut model.
-
-    Raises:
-        ConfigError: ``lora`` is asked and peft is not installed.
-    """
-    student.train().requires_grad_(scope == "full")
-    if scope == "cut_adjacent":
-        _, layers = decoder_layers(student)
-        for i in cut_adjacent(mask):
-            layers[i].requires_grad_(True)
-    if scope == "lora":
-        return adapted(student, rank)
-    return student
-
-
-def recompute(student: PreTrainedModel) -> None:
-    """Recompute the layers of a model in the backward pass.
-
-    Raises:
-        ConfigError: the family does not offer it.
-    """
-    try:
-        student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    except ValueError as e:
-        raise ConfigError(
-            f"model.checkpoint_activations: a '{student.config.model_type}' does not offer it. Set it to "
-            f"false, and lower data.batch_size if memory is short."
-        ) from e
-
-
-def narrower(stored: torch.dtype, trained: torch.dtype) -> bool:
-    """Whether weights that were ``trained`` in one type are rounded when ``stored`` in another."""
-    return trained.is_floating_point and torch.promote_types(stored, trained) != stored
-
-
-def load_student(parent: PreTrainedModel, mask: Mask, checkpoint: str) -> PreTrainedModel:
-    """The recovered model as a plain one: the cut parent with a checkpoint's weights, adapters merged.
-
-    The checkpoint may be a file, or a directory that ranks wrote in parts
-    (:mod:`src.training.checkpoints`). Where the
-    parent's type cannot hold what was trained, the model is in float32: nothing is rounded here.
-
-    Raises:
-        ConfigError: the checkpoint is unreadable, not of a recovery, or of another mask.
-    """
-    try:
-        recovery = checkpoints.record(checkpoint)["recovery"]
-        same_layers(recovery, mask)
-        scope, rank = recovery["scope"], recovery["rank"]
-        state = {k.removeprefix("model."): v for k, v in checkpoints.weights(checkpoint).items()}
-        student = scoped(cut(parent, mask), mask, scope, rank)
-        own = {key: tensor.dtype for key, tensor in student.state_dict().items()}
-        if any(narrower(own[key], trained.dtype) for key, trained in state.items() if key in own):
-            student = student.float()
-        student.load_state_dict(state)
-    except (OSError, KeyError, RuntimeError) as e:
-        raise ConfigError(
-            f"checkpoint: '{checkpoint}' does not fit this model and mask: {first_line(e)}"
-        ) from e
-    plain = cast(Any, student).merge_and_unload() if scope == "lora" else student
-    return cast(PreTrainedModel, plain.eval())

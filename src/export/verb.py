@@ -39,9 +39,9 @@ from src.models.layers import num_layers
 from src.models.loading import load_config, load_model, load_tokenizer
 from src.models.positions import position_limit, too_long
 from src.ranges import MOST, Range
-from src.recover import load_student
 from src.repair.linear_patch import LinearPatch
 from src.training import checkpoints
+from src.training.scopes import load_student
 
 SHORTEST = 8
 """Fewest tokens of a sequence of the proof: padding covers some, and the rest must still be a sequence."""

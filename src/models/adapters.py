@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import re
-from typing import cast
+from typing import Protocol, cast
 
 from lightning.pytorch.utilities import rank_zero_warn
+from torch import nn
 from transformers import PreTrainedModel
 
 from src.errors import ConfigError
+
+
+class Wrapped(Protocol):
+    """What peft gives a model that it has adapted."""
+
+    def merge_and_unload(self) -> PreTrainedModel: ...
 
 
 def adapted(student: PreTrainedModel, rank: int) -> PreTrainedModel:
@@ -29,6 +36,11 @@ def adapted(student: PreTrainedModel, rank: int) -> PreTrainedModel:
             f"'cut_adjacent' and 'full' train them."
         )
     return model
+
+
+def unwrapped(model: nn.Module) -> PreTrainedModel:
+    """The plain model within one that peft has adapted, the adapters merged into its weights."""
+    return cast(Wrapped, model).merge_and_unload()
 
 
 def out_of_reach(model: PreTrainedModel) -> str:

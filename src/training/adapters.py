@@ -26,6 +26,7 @@ from transformers import PreTrainedModel
 
 from src.errors import ConfigError
 from src.mask import Mask
+from src.models.adapters import unwrapped
 from src.models.cut import renamed, sources
 from src.models.layers import decoder_layers
 from src.models.loading import weightless
@@ -222,11 +223,11 @@ def merged(student: PreTrainedModel, mask: Mask, path: Path) -> PreTrainedModel:
         return student  # a plan: of the same shapes
     from peft import PeftConfig, get_peft_model
 
-    wrapped: Any = get_peft_model(student, cast(Any, PeftConfig).from_peft_type(**check_saved(path, mask)))
+    wrapped = get_peft_model(student, PeftConfig.from_peft_type(**check_saved(path, mask)))
     with safe_open(path, framework="pt") as file:
         state = {f"base_model.model.{name}": file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     own = {name: p.shape for name, p in wrapped.named_parameters() if p.requires_grad}
     if {name: tensor.shape for name, tensor in state.items()} != own:
         raise ConfigError(f"model.patch: the adapters in '{path}' do not fit this model.")
     wrapped.load_state_dict(state, strict=False)
-    return cast(PreTrainedModel, wrapped.merge_and_unload())
+    return unwrapped(wrapped)

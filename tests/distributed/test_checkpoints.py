@@ -12,8 +12,8 @@ from src.errors import ConfigError
 from src.mask import Mask
 from src.models.cut import cut
 from src.models.loading import load_model
-from src.recover import load_student
 from src.training import checkpoints
+from src.training.scopes import load_student
 from tests.distributed.launch import Bench, diary, drift, saver
 
 SAVED, STEPS, TOLERANCE = 4, 8, 1e-5

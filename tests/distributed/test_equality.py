@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from src.mask import Mask
 from src.models.loading import load_model
-from src.recover import load_student
+from src.training.scopes import load_student
 from tests.distributed.launch import STEPS, Bench, diary, drift, saver
 
 MAX, MEAN = 1e-5, 1e-6

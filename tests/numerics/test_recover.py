@@ -12,7 +12,8 @@ from src.errors import ConfigError
 from src.mask import Mask
 from src.models.layers import decoder_layers
 from src.models.loading import load_model
-from src.recover import Recovery, cut_adjacent, load_student
+from src.recover import Recovery
+from src.training.scopes import cut_adjacent, load_student
 
 
 @pytest.mark.parametrize(

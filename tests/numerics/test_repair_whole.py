@@ -17,9 +17,10 @@ from src.export.fresh import verify
 from src.mask import Mask
 from src.models.cut import cut
 from src.models.loading import load_model, load_tokenizer
-from src.recover import Recovery, load_student
+from src.recover import Recovery
 from src.repair import verb
 from src.repair.linear_patch import LinearPatch
+from src.training.scopes import load_student
 
 
 @pytest.fixture

@@ -20,8 +20,9 @@ from src.mask import Mask
 from src.models.cut import cut
 from src.models.loading import load_model
 from src.models.streams import streams
-from src.recover import Recovery, load_student
+from src.recover import Recovery
 from src.teachers import LiveTeacher
+from src.training.scopes import load_student
 from tests.planning import LENGTH, RECOVER, H, L, planner_of
 from tests.tiny import FAMILIES, LAYERS, tiny_ids, tiny_model
 
