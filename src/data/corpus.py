@@ -10,23 +10,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from copy import copy
 from dataclasses import asdict, replace
 from functools import cached_property
 from typing import Annotated, Any, Literal, cast
 
 import torch.distributed as dist
-from lightning import LightningDataModule, Trainer
+from lightning import Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
-from transformers import PreTrainedModel
 
 from src.data import options
-from src.data.batches import Batch, Batching, Packed, Padded
+from src.data.batches import Batch
 from src.data.boundaries import check_boundaries
 from src.data.columns import WELL_KNOWN, Columns
 from src.data.content import alike, described
-from src.data.encode import Encoder, TooLong
 from src.data.loader import Loader, across_ranks, alone
 from src.data.options import Sources
 from src.data.reader import Corpora, State
@@ -34,15 +31,14 @@ from src.data.redistribute import redistribute
 from src.data.rendering import Rendering, parse_day
 from src.data.statistics import Statistics
 from src.data.stream import Recipe
+from src.data.tokenized import Tokenized
 from src.errors import ConfigError
 from src.models.fingerprint import tokenizer_fingerprint
-from src.models.loading import load_tokenizer
-from src.models.positions import position_limit, too_long
-from src.ranges import MOST, Count, Range, Seed, checked
+from src.ranges import Count, Range, Seed, checked
 from src.training.identity import Change, changes, settle
 
 
-class Corpus(LightningDataModule):
+class Corpus(Tokenized):
     """A corpus, streamed in an order fixed by the seed, and resumed at the very next batch.
 
     Args:
@@ -54,17 +50,6 @@ class Corpus(LightningDataModule):
             ``validation``.
         columns: which columns hold what; by default well-known names are looked for.
         separator: text between prompt and answer.
-        supervise: ``all`` tokens, or only those of the ``answer`` (what the assistant says, in a
-            chat).
-        packing: ``padded`` rows of one document each, or rows of whole ``documents`` that do not
-            see each other.
-        batch_size: rows of a batch, at most.
-        max_length: tokens of a row.
-        too_long: what becomes of a longer document: ``truncate`` it, ``split`` it, or stop with an
-            ``error``.
-        bos: begin with the tokenizer's BOS; by default as the tokenizer itself does. Chats: as
-            their template.
-        eos: end with the tokenizer's EOS. Chats: as their template.
         max_tokens: tokens to train on, over all ranks and epochs, such as 500M; by default no
             limit.
         shuffle_buffer: documents shuffled together by each rank.
@@ -72,6 +57,7 @@ class Corpus(LightningDataModule):
             batch.
         seed: seed of the order.
         today: what a chat template takes for today, such as 2026-01-31; by default the day the run began.
+        kwargs: how documents become rows and batches; see :class:`src.data.tokenized.Tokenized`.
     """
 
     accepted: Sequence[str] = ()
@@ -86,39 +72,24 @@ class Corpus(LightningDataModule):
         held_out: Annotated[float, Range(float, 0, 1, open="high")] = 0.0,
         columns: Columns = WELL_KNOWN,
         separator: str = "\n",
-        supervise: Literal["all", "answer"] = "all",
-        packing: Literal["padded", "documents"] = "padded",
-        batch_size: Count = 32,
-        max_length: Annotated[int, Range(int, 2, MOST)] = 256,
-        too_long: TooLong = "truncate",
-        bos: bool | None = None,
-        eos: bool = True,
         max_tokens: int | str | None = None,
         shuffle_buffer: Count = 8192,
         num_workers: int = 0,
         seed: Seed = 0,
         today: str | None = None,
+        **kwargs: Any,
     ) -> None:
-        super().__init__()
         options.check(held_out, validation, num_workers)
-        if tokenizer is None:
-            raise ConfigError("data.tokenizer: give the Hub id or directory of the model's tokenizer.")
-        self.tokenizer = load_tokenizer(tokenizer)
+        super().__init__(tokenizer, **kwargs)
         self.train = options.sources(train, "data.train")
         self.validation = options.sources(validation, "data.validation")
         self.held_out, self.columns, self.separator = held_out, columns, separator
-        self.encoder = Encoder(self.tokenizer, max_length, supervise, too_long, bos, eos)
-        kind = Packed if packing == "documents" else Padded
-        pad = self.tokenizer.pad_token_id
-        self.batching: Batching = kind(batch_size, max_length, 0 if pad is None else pad)  # never looked at
         self.max_tokens = options.token_count(max_tokens)
         self.shuffle_buffer, self.num_workers, self.seed = shuffle_buffer, num_workers, seed
         self.named_day = parse_day(today)
         self.rendering = Rendering(self.tokenizer, self.named_day)
         self._order = {
-            "columns": asdict(self.columns), "held_out": held_out, "separator": separator,
-            "supervise": supervise, "packing": packing, "batch_size": batch_size,
-            "max_length": max_length, "too_long": too_long, "bos": bos, "eos": eos,
+            "columns": asdict(self.columns), "held_out": held_out, "separator": separator, **self.shape,
             "shuffle_buffer": shuffle_buffer, "seed": seed,
         }  # fmt: skip
         self.setup("")
@@ -129,7 +100,7 @@ class Corpus(LightningDataModule):
             self.rendering.day = self.trainer.strategy.broadcast(self.rendering.day)
         self._loader: Loader | None = None
         self._resume: list[State] | None = None
-        self._told: set[str] = set()
+        self._told.clear()
         self._apart = False  # whether the model was seen to keep packed documents apart
 
     def loader(self, split: Literal["train", "validation"], shuffle: bool, **options: Any) -> Loader:
@@ -141,40 +112,8 @@ class Corpus(LightningDataModule):
         if not sources:
             raise ConfigError(f"data.{split} is not set; name a file, a Hub id or a list of sources.")
         corpora = Corpora(sources, self.columns, self.separator, self.rendering, self.held_out, apart)
-        recipe = Recipe(corpora, self._encoder(), self.batching, self.shuffle_buffer, shuffle, self.seed)
+        recipe = Recipe(corpora, self.fitted(), self.batching, self.shuffle_buffer, shuffle, self.seed)
         return Loader(recipe, **options)
-
-    def _encoder(self) -> Encoder:
-        """The encoder; where the model's table of positions ends earlier than a row, so does a document.
-
-        Raises:
-            ConfigError: the user does not allow documents to be cut.
-        """
-        model, asked = self._model(), self.encoder.max_length
-        limit = position_limit(model) if model is not None else None
-        if model is None or limit is None or limit >= asked:
-            return self.encoder
-        if self.encoder.too_long == "error":
-            raise too_long(f"data.max_length is {asked}", model.config.model_type, limit)
-        told = (
-            f"the position table of this '{model.config.model_type}' ends at {limit}: longer documents are "
-            f"cut there, not at data.max_length={asked} (too_long={self.encoder.too_long})"
-        )
-        if told not in self._told:
-            rank_zero_warn(f"data: {told}.")
-            self._told.add(told)
-        shorter = copy(self.encoder)
-        shorter.max_length = limit
-        return shorter
-
-    def _model(self) -> PreTrainedModel | None:
-        """The model that the batches go to; None before there is one."""
-        if self.trainer is None or self.trainer.lightning_module is None:
-            return None
-        module = self.trainer.lightning_module
-        # A search keeps its frozen model out of the module tree; its output head knows it.
-        parts = [getattr(getattr(module, "head", None), "model", None), *module.modules()]
-        return next((part for part in parts if isinstance(part, PreTrainedModel)), None)
 
     def train_dataloader(self) -> Loader:
         """Shuffled, from where a checkpoint left off; every iteration is the next epoch."""
@@ -222,7 +161,7 @@ class Corpus(LightningDataModule):
         """
         trainer, loader = self.trainer, self._loader
         if trainer is not None and "position_ids" in batch and not self._apart:
-            if (model := self._model()) is not None:
+            if (model := self.model()) is not None:
                 check_boundaries(model)
             self._apart = True
         if trainer is None or not trainer.training or loader is None:
@@ -239,9 +178,8 @@ class Corpus(LightningDataModule):
             numbers = {**counts.numbers(), "wait": loader.wait()}
             for logger in trainer.loggers:
                 logger.log_metrics({f"data/{key}": n for key, n in numbers.items()}, step=step)
-        for fate in counts.fates() - self._told:
-            rank_zero_warn(f"data: {fate}.")
-            self._told.add(fate)
+        for fate in counts.fates():
+            self.tell(fate)
 
     @cached_property
     def order(self) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from operator import attrgetter
-from typing import Any, cast
+from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -116,3 +116,10 @@ class OutputHead:
                 f"rebuilt from its hidden states differ from its own by {error:.1e} of their size "
                 f"(accepted: {tolerance:.0e}). Teach src/models/head.py its post-processing."
             )
+
+
+@runtime_checkable
+class Headed(Protocol):
+    """A module that runs one model, and knows it by its output head once it is loaded."""
+
+    head: OutputHead

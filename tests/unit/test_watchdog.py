@@ -64,10 +64,10 @@ def test_an_error_of_a_gpu_and_one_behind_another_are_understood() -> None:
 def test_the_message_names_keys_that_exist(monkeypatch: pytest.MonkeyPatch) -> None:
     import inspect
 
-    from src.data import Corpus
+    from src.data.tokenized import Tokenized
     from src.losses.distill import Distillation
 
-    assert {"batch_size", "max_length"} <= inspect.signature(Corpus).parameters.keys()
+    assert {"batch_size", "max_length"} <= inspect.signature(Tokenized).parameters.keys()
     assert "chunk_tokens" in inspect.signature(Distillation).parameters
     assert Path("configs/cache/recover.yaml").exists()
 
