@@ -6,6 +6,7 @@ import argparse
 import re
 import shlex
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any, NoReturn, get_args
 
 import torch
@@ -95,9 +96,9 @@ def each_model(
 
 def show(table: Table) -> None:
     """Print a table; without a terminal, wide enough that nothing is folded away."""
-    plain: Any = {"markup": False, "emoji": False}  # names and paths are shown as they are
-    console = Console(**plain)
-    (console if console.is_terminal else Console(width=130, **plain)).print(table)
+    plain = partial(Console, markup=False, emoji=False)  # names and paths are shown as they are
+    console = plain()
+    (console if console.is_terminal else plain(width=130)).print(table)
 
 
 def parameters(model: PreTrainedModel) -> int:

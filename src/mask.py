@@ -178,7 +178,7 @@ class Mask:
             ConfigError: the file is missing, is not JSON, or has missing, unknown or wrongly typed fields.
         """
         try:
-            raw: Any = json.loads(Path(path).read_text())
+            raw = json.loads(Path(path).read_text())
         except OSError as e:
             raise ConfigError(f"mask: cannot read '{path}' ({e.strerror}). Run a search first.") from e
         except ValueError as e:

@@ -100,7 +100,8 @@ def checked(init: Init) -> Init:
     @wraps(init)
     def guarded(self: Any, *args: Any, **kwargs: Any) -> None:
         given = dict(zip(names[1:], args, strict=False)) | kwargs
-        refuse(faults(given, ranges_of(cast(Any, type(self)))))
+        component: type = type(self)
+        refuse(faults(given, ranges_of(component)))
         init(self, *args, **kwargs)
 
     return cast(Init, guarded)

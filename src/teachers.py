@@ -32,7 +32,7 @@ from src.models.loading import Dtype, Loading, Quantization
 from src.models.sharding import shard
 from src.models.streams import streams
 from src.models.vocabulary import check_vocabulary
-from src.training.stage import Data
+from src.training.data import Data
 from src.training.strategies import NO_PARTS, kind
 
 

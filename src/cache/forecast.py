@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from itertools import islice
 from typing import Any, Protocol, cast
 
@@ -12,6 +12,7 @@ from lightning import Trainer
 
 from src.cache.manifest import Manifest
 from src.cache.shards import Rows, documents, encode
+from src.data.batches import Batch
 
 TRIAL = 3
 """Batches that are run to measure speed and size."""
@@ -40,7 +41,7 @@ def forecast(trainer: Trainer, teacher: Runner, manifest: Manifest, count_second
         manifest: what is written already.
         count_seconds: time for counting; several ranks, whose loaders run in step, do not count.
     """
-    batches: Any = iter(trainer.predict_dataloaders or ())
+    batches: Iterator[Batch] = iter(trainer.predict_dataloaders or ())
     rows, seconds = _trial(trainer, teacher, islice(batches, TRIAL))
     if rows is None:
         return "cache: the corpus is empty."

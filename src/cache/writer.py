@@ -19,17 +19,19 @@ from typing import Any, Protocol, cast
 
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from src.cache.forecast import Runner, forecast
 from src.cache.manifest import Manifest, Shard
 from src.cache.shards import Precision, Rows, encode
 from src.data.loader import REPEATED
+from src.data.rendering import Rendering
 from src.errors import ConfigError
 from src.files import unwritten, whole
 from src.models.fingerprint import differ, tokenizer_fingerprint
 from src.models.head import OutputHead
 from src.models.loading import Loading
+from src.training.data import data_of
 from src.training.lock import lock
 
 
@@ -45,6 +47,15 @@ class Teacher(Runner, Protocol):
 
     def resume(self, batches: int) -> None:
         """Skip the first ``batches``; called on every rank."""
+
+
+class Rendered(Protocol):
+    """What a cache notes of its data module."""
+
+    tokenizer: PreTrainedTokenizerBase
+    rendering: Rendering
+    named_day: date | None
+    """Today, if the user says which day it is."""
 
 
 class CacheWriter(BasePredictionWriter):
@@ -73,7 +84,7 @@ class CacheWriter(BasePredictionWriter):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Go on with the day that chats were rendered on, unless another was named."""
         super().setup(trainer, pl_module, stage)
-        corpus = getattr(trainer, "datamodule")  # noqa: B009 (mypy)
+        corpus = cast(Rendered, data_of(trainer))
         parts = (Manifest.load(self.out, part) for part in range(trainer.world_size))
         day = next((part.day for part in parts if part is not None and part.day is not None), None)
         if day is not None and corpus.named_day is None:
@@ -216,12 +227,13 @@ class CacheWriter(BasePredictionWriter):
 
 def describe(trainer: Trainer, teacher: Teacher, precision: Precision) -> Manifest:
     """The manifest of what is about to be written, still without shards."""
+    corpus = cast(Rendered, data_of(trainer))
     return Manifest(
         teacher=teacher.name,
         revision=teacher.loading.revision or getattr(teacher.model.config, "_commit_hash", None),
         weights=teacher.weights,
         quantize=teacher.loading.quantize,
-        tokenizer=tokenizer_fingerprint(getattr(trainer, "datamodule").tokenizer),  # noqa: B009 (mypy)
+        tokenizer=tokenizer_fingerprint(corpus.tokenizer),
         vocabulary=teacher.head.vocabulary,
         k=min(teacher.k, teacher.head.vocabulary),
         precision=precision,
@@ -229,7 +241,7 @@ def describe(trainer: Trainer, teacher: Teacher, precision: Precision) -> Manife
         part=trainer.global_rank,
         dtype=teacher.loading.dtype,
         compute=str(trainer.precision),
-        day=getattr(trainer, "datamodule").rendering.day.isoformat(),  # noqa: B009 (mypy)
+        day=corpus.rendering.day.isoformat(),
     )
 
 

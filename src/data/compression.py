@@ -25,6 +25,6 @@ def _reader(codec: str) -> Any:
     def opened(stream: BinaryIO, mode: str = "rb", **_: Any) -> BinaryIO:
         if not mode.startswith("r"):
             raise ValueError(f"{codec} is only read here, not opened as '{mode}'")
-        return io.BufferedReader(cast(Any, pa.CompressedInputStream(stream, codec)))
+        return io.BufferedReader(cast(io.RawIOBase, pa.CompressedInputStream(stream, codec)))
 
     return opened

@@ -10,9 +10,9 @@ Shapes: B rows, T tokens fed in this call, S tokens so far (cache and this call)
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import Any, cast
+from typing import cast
 
 import torch
 from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
@@ -38,7 +38,7 @@ def step(
     if mask_BS is not None:
         positions_BS = (mask_BS.cumsum(-1) - 1).clamp(min=0)
         optional["position_ids"] = positions_BS[:, -ids_BT.shape[1] :]
-    known = _parameters(cast(Any, type(model)))
+    known = _parameters(type(model).forward)
     out = model(
         input_ids=ids_BT,
         attention_mask=mask_BS,
@@ -54,9 +54,9 @@ _SHRINK = 0.8
 
 
 @lru_cache
-def _parameters(model_class: Any) -> frozenset[str]:
+def _parameters(forward: Callable[..., object]) -> frozenset[str]:
     """What ``forward`` takes: families with ALiBi, say, know no ``position_ids``."""
-    return frozenset(inspect.signature(model_class.forward).parameters)
+    return frozenset(inspect.signature(forward).parameters)
 
 
 def stop_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:

@@ -13,13 +13,13 @@ import json
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from src.export.observe import Finding, Observation, compare, observe
 from src.models.claims import is_tied
@@ -75,7 +75,7 @@ class Reference:
 def verify(directory: Path, reference: Reference) -> list[Finding]:
     """Load ``directory`` as a stranger would and check it against ``reference``."""
     torch.set_num_threads(reference.threads)
-    loading: Any = AutoModelForCausalLM.from_pretrained(
+    read = AutoModelForCausalLM.from_pretrained(
         directory,
         dtype=getattr(torch, reference.dtype),
         attn_implementation=reference.attention,
@@ -83,7 +83,8 @@ def verify(directory: Path, reference: Reference) -> list[Finding]:
         output_loading_info=True,
         trust_remote_code=False,
     )
-    model, info = loading[0].to(reference.device).eval(), loading[1]
+    model, info = cast(tuple[PreTrainedModel, dict[str, Any]], read)  # as output_loading_info asks
+    nn.Module.to(model.eval(), reference.device)
     wrong = {kind: sorted(map(str, keys)) for kind, keys in info.items() if keys}
     stored, loaded = _stored_weights(directory), unique_weights(model.state_dict())
     tied, depth = is_tied(model), num_layers(model.config)

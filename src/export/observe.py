@@ -86,7 +86,7 @@ def _observe(model: PreTrainedModel, ids_BT: Tensor) -> Observation:
             **{name: value for name, value in positions.items() if name in known},
         ).logits[-1:, PADDING:],
     }
-    generate: Any = model.generate
+    generate: Any = model.generate  # what it returns depends on its arguments
     with _plain_generation(model):
         for name, cached in (("cached", True), ("uncached", False)):
             out = generate(

@@ -14,6 +14,7 @@ import argparse
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -200,6 +201,6 @@ def add_options(parser: Parser) -> None:
         default="float32",
         help="type the proof computes in (default: float32; stored needs half the memory)",
     )
-    former: Any = {"default": argparse.SUPPRESS, "help": argparse.SUPPRESS}  # spellings of earlier versions
-    add("--gate-tokens", dest="proof_tokens", type=length, **former)
-    add("--gate-dtype", dest="proof_dtype", choices=types, **former)
+    former = partial(add, default=argparse.SUPPRESS, help=argparse.SUPPRESS)  # spellings of earlier versions
+    former("--gate-tokens", dest="proof_tokens", type=length)
+    former("--gate-dtype", dest="proof_dtype", choices=types)

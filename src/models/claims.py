@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_utils import load_state_dict
 
@@ -149,9 +149,11 @@ def _depth(name: str, claimed: int, held: int) -> str:
 
 def is_tied(model: PreTrainedModel) -> bool:
     """Whether input and output embeddings are one tensor."""
-    inputs: Any = model.get_input_embeddings()
-    outputs: Any = model.get_output_embeddings()
-    return outputs is not None and outputs.weight.data_ptr() == inputs.weight.data_ptr()
+    outputs: nn.Module | None = model.get_output_embeddings()
+    if outputs is None:
+        return False
+    read = model.get_input_embeddings().get_parameter("weight")
+    return outputs.get_parameter("weight").data_ptr() == read.data_ptr()
 
 
 def untie(model: PreTrainedModel) -> bool:

@@ -13,11 +13,10 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
@@ -101,7 +100,7 @@ def _cut_config(
     except (ValueError, StrictDataclassError) as e:
         why = " ".join(str(e).split())
         raise ConfigError(f"keep: a '{config.model_type}' config cannot hold this mask: {why}") from e
-    read: Any = new.to_dict()
+    read = new.to_dict()
     for key in path:
         read = read[key]
     for name in ("layer_types", "mlp_layer_types", "layers_block_type"):
@@ -134,8 +133,8 @@ def cut(model: PreTrainedModel, mask: Mask) -> PreTrainedModel:
     with no_init_weights():
         new = type(model)._from_config(config, dtype=model.dtype)
     # Some layers change when they run (BigBird's attention), so a fresh parent is compared with a fresh cut.
-    fresh, cut_layers = _weightless(model.config, type(model)).get_submodule(path), new.get_submodule(path)
-    if misfits := structural_changes(cast(Any, fresh), cast(Any, cut_layers), origins):
+    fresh = _list(_weightless(model.config, type(model)), path)
+    if misfits := structural_changes(fresh, _list(new, path), origins):
         limit = constraints(model.config).reason
         raise ConfigError(f"keep: {next(iter(misfits.values()))} {limit}")
     shapes = {name: tensor.shape for name, tensor in new.state_dict().items()}
@@ -167,7 +166,7 @@ def constraints(config: PretrainedConfig) -> Constraints:
     def changes(removed: Iterable[int]) -> str:
         keep = [i for i in range(length) if i not in set(removed)]
         try:
-            cut_layers: Any = _weightless(_cut_config(config, keep)).get_submodule(path)
+            cut_layers = _list(_weightless(_cut_config(config, keep)), path)
         except ConfigError as e:
             return str(e)
         return next(iter(structural_changes(layers, cut_layers, Sources(keep, keep)).values()), "")
@@ -221,6 +220,13 @@ def _weightless(config: PretrainedConfig, family: type[PreTrainedModel] | None =
             f"model: AutoModelForCausalLM cannot build a '{config.model_type}' from its own config, so an "
             f"export could not be loaded: {blamed(config.to_dict(), str(e))}{cause(e)}"
         ) from e
+
+
+def _list(model: PreTrainedModel, path: str) -> nn.ModuleList:
+    """The layers of a model whose class and path are those of another's."""
+    found = model.get_submodule(path)
+    assert isinstance(found, nn.ModuleList)
+    return found
 
 
 def attention_implementation(config: PretrainedConfig) -> dict[str, str | None]:

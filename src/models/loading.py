@@ -190,7 +190,7 @@ def _fetch(name: str, revision: str | None, config: PretrainedConfig, **keys: An
     """Load a model, or with ``device_map="meta"`` the headers of its weights, and compare it with them."""
     try:
         with _quiet():
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
+            loaded = AutoModelForCausalLM.from_pretrained(
                 name,
                 config=config,
                 revision=revision,
@@ -203,9 +203,9 @@ def _fetch(name: str, revision: str | None, config: PretrainedConfig, **keys: An
         claims.stored(name)  # a file that cannot be read is named
         said = claims.blamed(config.to_dict(), str(e))
         raise ConfigError(f"model: cannot load '{name}': {said}{claims.cause(e)}") from e
-    model, info = loaded
+    model, info = cast(tuple[PreTrainedModel, dict[str, Any]], loaded)  # as output_loading_info asks
     claims.check_weights(model, info, name)
-    return cast(PreTrainedModel, model)
+    return model
 
 
 def numbers(name: str, dtype: Dtype, revision: str | None = None) -> str:
@@ -219,8 +219,7 @@ def _torch_dtype(name: str, config: PretrainedConfig, dtype: Dtype) -> torch.dty
     """The asked type; for ``auto`` that of most numbers in the files, or else the one the config names."""
     if dtype != "auto":
         return cast(torch.dtype, getattr(torch, dtype))
-    said: Any = claims.stored_dtype(name) or config.dtype
-    return cast(torch.dtype, said or torch.float32)
+    return cast(torch.dtype, claims.stored_dtype(name) or config.dtype or torch.float32)
 
 
 def _quantization(config: PretrainedConfig) -> Any:

@@ -12,6 +12,7 @@ from typing import Any, cast
 import torch
 from jsonargparse import Namespace
 from lightning import LightningModule, Trainer
+from lightning.fabric.plugins.precision.precision import _PRECISION_INPUT
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from src.data.options import token_count
@@ -64,7 +65,7 @@ class Experiment:
             save_config_callback=None,
             seed_everything_default=False,
         )
-        config: Any = self._cli.config["fit"]
+        config: Namespace = self._cli.config["fit"]
         self.config, self.trainer = config, config.trainer
         self.model = config.model.init_args
         self.ratio = ratio
@@ -196,7 +197,7 @@ class Experiment:
             module.policy.remove = 1  # the curriculum's first steps keep nearly all layers
         for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
             logging.getLogger(name).setLevel(logging.ERROR)
-        used = cast(Any, precision or self.trainer.precision)
+        used = cast(_PRECISION_INPUT, precision or self.trainer.precision)
         module.trainer = Trainer(
             accelerator="cpu", devices=1, precision=used, logger=False, enable_checkpointing=False,
             enable_progress_bar=False, enable_model_summary=False,

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +18,7 @@ from unittest import mock
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
@@ -54,11 +55,17 @@ class Ledger(TorchDispatchMode):
         self.flops = 0
         self._known = WeakIdKeyDictionary()  # storage -> its record
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self,
+        func: OpOverload[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
         kwargs = kwargs or {}
         packet = func._overloadpacket
         out = _grouped_shape(*args, **kwargs) if packet is GROUPED else func(*args, **kwargs)
-        formula: Any = FLOPS.get(packet) or flop_registry.get(packet)
+        formula = FLOPS.get(packet) or flop_registry.get(packet)
         if formula is not None:
             self.flops += formula(*args, **kwargs, out_val=out)
         for value in tree_iter(out):
@@ -125,7 +132,7 @@ def _grouped_shape(a: Tensor, b: Tensor, offs: Tensor, *_: Any, **__: Any) -> Te
 
 GROUPED = torch.ops.aten._grouped_mm
 # torch counts the fused attention of GPUs and the plain products; these it does not know.
-FLOPS = {
+FLOPS: dict[object, Callable[..., int]] = {
     CPU: _attention,
     CPU_BACKWARD: _attention_back,
     GROUPED: _grouped,

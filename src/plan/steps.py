@@ -8,10 +8,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
-from typing import Any
 
 import torch
-from lightning import LightningModule
+from lightning import Trainer
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -23,19 +22,21 @@ from src.models.streams import streams
 from src.plan.ledger import Ledger
 from src.recover import Recovery
 from src.search import MaskSearch
-from src.teachers import LiveTeacher
+from src.teachers import Learner, LiveTeacher, TeacherSource
 
 
 class PlannedTeacher:
     """Stands in for a teacher: the same signal, from a model without weights or from nowhere.
 
     Args:
-        source: the teacher of the config; what has no ``loading`` needs no model.
+        source: the teacher of the config; only a live one needs a model.
         parent: name and revision of the parent.
     """
 
-    def __init__(self, source: Any, parent: tuple[str, str | None]) -> None:
-        self.live = isinstance(source, LiveTeacher)
+    weights: str | None = None
+    """None: there is nothing to take a fingerprint of."""
+
+    def __init__(self, source: TeacherSource, parent: tuple[str, str | None]) -> None:
         self.source, self.parent = source, parent
         self.k: int | None = None
         self.head: OutputHead | None = None
@@ -45,7 +46,7 @@ class PlannedTeacher:
     def adopt(self, parent: PreTrainedModel) -> None:
         """Keep the parent if the real teacher would, or load what it would."""
         self.vocabulary = OutputHead(parent).vocabulary
-        if self.live:
+        if isinstance(self.source, LiveTeacher):
             loading = self.source.loading
             own = self.source.name is not None or loading.quantize is not None
             name, revision = self.source.name or self.parent[0], loading.revision or self.parent[1]
@@ -53,7 +54,10 @@ class PlannedTeacher:
             model = plain.load(name) if own else parent
             self.head = OutputHead(model.eval().requires_grad_(False))
 
-    def setup(self, module: LightningModule) -> None:
+    def refuse(self, trainer: Trainer, data: object) -> None:
+        """Nothing: the teacher of the config was asked."""
+
+    def setup(self, learner: Learner) -> None:
         """Nothing to move."""
 
     @torch.no_grad()
@@ -71,8 +75,7 @@ class PlannedTeacher:
     def states(self, layers: Sequence[int]) -> AbstractContextManager[dict[int, Tensor]]:
         """The stream's tensors; a source without a model refuses as it does in a run."""
         if self.head is None:
-            found: AbstractContextManager[dict[int, Tensor]] = self.source.states(layers)
-            return found
+            return self.source.states(layers)
         return streams(self.head.model, layers)
 
 

@@ -26,7 +26,9 @@ from src.models.loading import weightless
 from src.plan.ledger import Ledger, fused_attention
 from src.plan.steps import STEPS, PlannedTeacher
 from src.plan.weights import Weights, tensors
+from src.recover import Recovery
 from src.search import MaskSearch
+from src.training.stage import Stage
 
 
 @dataclass(frozen=True)
@@ -65,28 +67,27 @@ def trace(module: LightningModule, batch: Batch, gpu: bool) -> Trace:
     Raises:
         ConfigError: this family computes with data where a plan has none.
     """
-    stage: Any = module
     step = next((STEPS[c] for c in type(module).__mro__ if c in STEPS), None)
-    if step is None:
+    if step is None or not isinstance(module, Stage):
         raise ConfigError(
             f"plan: model.class_path: {type(module).__name__} cannot be planned; accepted: "
             f"{', '.join(c.__name__ for c in STEPS)}."
         )
-    teacher, parent = _build(stage)
-    student: PreTrainedModel = stage.head.model
+    teacher, parent = _build(module)
+    student = module.head.model
     beside = teacher.head.model if teacher and teacher.head else None
     weights, count = Weights.of(beside or parent), sum(p.numel() for p in parent.parameters())
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     for model in filter(None, (student, beside)):
         _arm(model, fake)
-    ledger = Ledger(stage.head.vocabulary)
+    ledger = Ledger(module.head.vocabulary)
     ledger.own(tensors(student), "student")
     if beside is not None:
         ledger.own(tensors(beside), "teacher")
     if teacher is not None:
         teacher.ledger = ledger
 
-    heads = [stage.head, *([teacher.head] if teacher and teacher.head else [])]
+    heads = [module.head, *([teacher.head] if teacher and teacher.head else [])]
     try:
         with ExitStack() as stack:
             for head in heads:
@@ -96,7 +97,7 @@ def trace(module: LightningModule, batch: Batch, gpu: bool) -> Trace:
             stack.enter_context(ledger)
             if gpu:
                 stack.enter_context(fused_attention(ledger))
-            teacher_flops = step(stage, batch, ledger, gpu)
+            teacher_flops = step(module, batch, ledger, gpu)
     except Exception as e:
         raise ConfigError(
             f"plan: a step of a '{student.config.model_type}' cannot be run without data: "
@@ -114,10 +115,10 @@ def trace(module: LightningModule, batch: Batch, gpu: bool) -> Trace:
     )
 
 
-def _build(stage: Any) -> tuple[PlannedTeacher | None, PreTrainedModel]:
+def _build(stage: Stage) -> tuple[PlannedTeacher | None, PreTrainedModel]:
     """Build the models on the meta device; returns what stands in for the teacher, and the parent."""
     teacher = None
-    if getattr(stage, "teacher", None) is not None:
+    if isinstance(stage, MaskSearch | Recovery) and stage.teacher is not None:
         teacher = stage.teacher = PlannedTeacher(stage.teacher, (stage.name, stage.revision))
         teacher.k = stage.distillation.k
     if isinstance(stage, MaskSearch) and stage.unit != "layer":

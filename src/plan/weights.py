@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -42,7 +41,7 @@ class Weights:
         layers = [size(layer) for layer in decoder_layers(model)[1]]
         whole = size(model)
         linear = [m.weight for m in model.modules() if isinstance(m, nn.Linear)]
-        head: Any = model.get_output_embeddings()
+        head: nn.Module | None = model.get_output_embeddings()
         packed = [w for w in linear if head is None or w is not head.weight]  # bitsandbytes leaves the head
         plain = whole - sum(w.nbytes for w in packed)
         return cls(

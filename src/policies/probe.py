@@ -15,7 +15,7 @@ from src.errors import ConfigError
 from src.losses.distill import Distillation
 from src.losses.signals import Signal
 from src.models.gated import Observer
-from src.training.stage import Data
+from src.training.data import Data
 from src.units.kinds import Gates
 
 LABELS = Distillation(alpha=0.0, weight="none")

@@ -44,14 +44,13 @@ class Writer:
     """A linear module through which a layer writes to the stream: ``out = h_mid + scale * linear(a)``."""
 
     name: str
-    linear: nn.Module
+    linear: nn.Linear | Conv1D
     scale: float
 
     def add(self, delta_FH: Tensor) -> None:
         """Move the layer's output by ``a @ delta``; the last row goes to the bias, if there is one."""
         delta_FH = delta_FH / self.scale
-        weight: Any = self.linear.weight
-        bias: Any = self.linear.bias
+        weight, bias = self.linear.weight, self.linear.bias
         if bias is not None:
             delta_FH, delta_H = delta_FH[:-1], delta_FH[-1]
             bias.data += delta_H.to(bias)
@@ -124,9 +123,8 @@ class Regression:
 
     def __init__(self, constant: bool = False) -> None:
         self.constant, self.tokens = constant, 0
-        self.gram_FF: Any = 0.0
-        self.cross_FH: Any = 0.0
-        self.energy: Any = 0.0
+        nothing = torch.zeros((), dtype=torch.float64)
+        self.gram_FF = self.cross_FH = self.energy = nothing
 
     def add(self, a_NF: Tensor, residual_NH: Tensor, weight_N: Tensor) -> None:
         """Add some tokens to the sums."""

@@ -127,7 +127,7 @@ def scales(
         basis_HH: H; None measures the channels themselves.
     """
     ends = [(p.start, p.end) for p in places]
-    sums_2JH: Any = 0.0
+    sums_2JH = torch.zeros((), dtype=torch.float64)
     with inputs(parent, [i for pair in ends for i in pair]) as streams:
         for batch in batches:
             real_N = run(parent, batch)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import io
 from collections.abc import Callable, Collection, Sequence
 from functools import wraps
-from typing import Any, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import matplotlib
 import numpy as np
@@ -18,12 +18,15 @@ from matplotlib.patches import FancyBboxPatch
 
 from src.mask import Mask
 
+if TYPE_CHECKING:
+    from matplotlib.typing import RcKeyType
+
 P = ParamSpec("P")
 T = TypeVar("T")
 
 SLATE, AMBER, TEAL, INK, PALE = "#475569", "#d97706", "#0d9488", "#1e293b", "#e2e8f0"
 _OTHERS = ("#7c3aed", "#be123c", "#0369a1", "#4d7c0f")
-_STYLE: Any = {
+_STYLE: dict[RcKeyType, Any] = {
     "font.size": 10,
     "text.parse_math": False,
     "axes.titlesize": 9.5,

@@ -5,10 +5,12 @@ from __future__ import annotations
 import errno
 import importlib
 import re
+from collections.abc import Sequence
 from typing import Any, NoReturn, cast
 
 import lightning
 import yaml
+from jsonargparse import Namespace
 from lightning import LightningModule
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ProgressBar
@@ -17,7 +19,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from src.errors import ConfigError, did_you_mean, first_line
 from src.mask import Mask
 from src.training import watchdog
-from src.training.identity import settings_of
+from src.training.identity import Accepting, Resumable, settings_of
 from src.training.lock import lock
 from src.training.parse_faults import in_short
 from src.training.settings import check_settings
@@ -43,7 +45,9 @@ class ShortErrors(LightningArgumentParser):
             super().error(message + hint, ex)
         raise ConfigError(in_short(message + hint)) from ex
 
-    def parse_args(self, args: Any = None, *more: Any, **keys: Any) -> Any:
+    def parse_args(  # type: ignore[override]  # argparse has overloads, and jsonargparse none
+        self, args: Sequence[str] | None = None, *more: Any, **keys: Any
+    ) -> Namespace:
         """As jsonargparse does; on the way to a nested parser it writes a null as Python's None."""
         if not self.exit_on_error and isinstance(args, list):
             args = [arg.removesuffix("None") + "null" if str(arg).endswith("=None") else arg for arg in args]
@@ -133,7 +137,7 @@ class PruneCLI(LightningCLI):
         """Give model and data what checkpoints note of a run, and what may differ from a checkpoint's."""
         config = self.config[self.subcommand] if self.subcommand else self.config
         plain = yaml.safe_load(self._parser(self.subcommand).dump(config, skip_none=False))
-        model, data = cast(Any, self.model), cast(Any, self.datamodule)
+        model, data = cast(Resumable, self.model), cast(Accepting, self.datamodule)
         model.settings = settings_of(plain)
         model.accepted = data.accepted = [key for key in config.accept.split(",") if key]
 

@@ -55,14 +55,20 @@ class Change:
         return any(f"{self.key}.".startswith(f"{key}.") for key in keys)
 
 
-class Resumable(Protocol):
+class Accepting(Protocol):
+    """What is asked of a data module that is resumed."""
+
+    accepted: Sequence[str]
+    """Keys whose change on resume is meant."""
+
+
+class Resumable(Accepting, Protocol):
     """What is asked of a module that is resumed."""
 
     name: str
     parent_key: str
     weights: str | None
     settings: dict[str, Any]
-    accepted: Sequence[str]
 
     @property
     def teacher_weights(self) -> str | None:

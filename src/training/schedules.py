@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from src.errors import ConfigError
+from src.training.data import Metered, data_of
 
 Decay = Literal["cosine", "linear", "constant"]
 
@@ -49,7 +50,8 @@ def total_steps(trainer: Trainer) -> float:
     steps = trainer.estimated_stepping_batches
     if 0 < steps < math.inf:
         return steps
-    if _limit(trainer) is None:
+    data = data_of(trainer)
+    if not isinstance(data, Metered) or data.max_tokens is None:
         raise ConfigError(
             "trainer.max_steps: not given, and a streamed corpus has no length; give it, or data.max_tokens."
         )
@@ -58,13 +60,10 @@ def total_steps(trainer: Trainer) -> float:
 
 def share_done(trainer: Trainer, steps: float, total: float) -> float:
     """Share of the run that is done: its steps of ``total``, or its tokens of ``data.max_tokens`` if more."""
-    limit = _limit(trainer)
-    tokens = getattr(trainer, "datamodule").tokens_seen / limit if limit else 0.0  # noqa: B009 (mypy)
+    data, tokens = data_of(trainer), 0.0
+    if isinstance(data, Metered) and data.max_tokens:
+        tokens = data.tokens_seen / data.max_tokens
     return max(steps / total, tokens)
-
-
-def _limit(trainer: Trainer) -> int | None:
-    return getattr(getattr(trainer, "datamodule", None), "max_tokens", None)
 
 
 def with_warmup(optimizer: Optimizer, trainer: Trainer, warmup: float, final: float, shape: Decay) -> Any:

@@ -2,33 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
-from src.data.batches import Batch
 from src.models.fingerprint import weights_fingerprint
 from src.models.head import OutputHead
 from src.models.loading import Dtype, Loading, Quantization
 from src.models.vocabulary import check_vocabulary
 from src.training import identity
+from src.training.data import Data, data_of
 from src.training.finite import FiniteOnly
 from src.training.strategies import kind
-
-
-class Data(Protocol):
-    """What a stage asks of its data module."""
-
-    @property
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        """Of the rows."""
-
-    def val_dataloader(self) -> Iterable[Batch]:
-        """Batches of held-out rows; empty where none are."""
 
 
 class Stage(LightningModule):
@@ -91,12 +80,12 @@ class Stage(LightningModule):
 
     def setup(self, stage: str) -> None:
         """Ask again, for who uses a Trainer directly: the command line asks before it starts processes."""
-        self.refuse(self.trainer, getattr(self.trainer, "datamodule", None))
+        self.refuse(self.trainer, data_of(self.trainer))
 
     @property
     def data(self) -> Data:
-        """The data module; Lightning sets the trainer's attribute without declaring it."""
-        return cast(Data, getattr(self.trainer, "datamodule"))  # noqa: B009 (mypy)
+        """The data module of the run."""
+        return cast(Data, data_of(self.trainer))
 
     @property
     def engine(self) -> bool:

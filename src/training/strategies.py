@@ -31,12 +31,13 @@ from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
 from src.errors import ConfigError
+from src.models.head import Headed
 from src.models.layers import decoder_layers
 from src.ranges import Range, checked
 from src.training import checkpoints
 
 if TYPE_CHECKING:
-    from torch.distributed.fsdp import MixedPrecision
+    from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecision
 
 
 def kind(strategy: Strategy) -> str:
@@ -193,9 +194,12 @@ class FSDP(FSDPStrategy):
     def setup(self, trainer: Trainer) -> None:
         """Set up, and let gradients be clipped by their norm over all ranks, which the root unit knows."""
         super().setup(trainer)
-        root = cast(Any, self.model)
-        plugin: Any = self.precision_plugin
-        plugin.clip_grad_by_norm = lambda _, value: root.clip_grad_norm_(value)
+        root = cast("FullyShardedDataParallel", self.model)
+
+        def clip(_: Optimizer, value: float) -> None:
+            root.clip_grad_norm_(value)
+
+        self.precision_plugin.clip_grad_by_norm = clip  # type: ignore[method-assign]  # of this object
 
     def _setup_model(self, model: nn.Module) -> nn.Module:
         from torch.distributed.fsdp.wrap import CustomPolicy
@@ -218,7 +222,7 @@ class ZeRO(DeepSpeedStrategy):
     def __init__(self, stage: Annotated[int, Range(int, 1, 3)] = 2, **kwargs: Any) -> None:
         super().__init__(stage=stage, **kwargs)
         # With its state in the host's memory DeepSpeed would insist on an optimiser of its own.
-        cast(Any, self).config.setdefault("zero_force_ds_cpu_optimizer", False)
+        cast(dict[str, Any], self.config).setdefault("zero_force_ds_cpu_optimizer", False)
 
     @staticmethod
     def check_installed() -> None:
@@ -245,15 +249,14 @@ class ZeRO(DeepSpeedStrategy):
 
     def setup(self, trainer: Trainer) -> None:
         """Set up; rotary frequencies and a cache's log-probabilities keep their precision."""
-        plugin: Any = self.precision_plugin
-        plugin.convert_input = lambda data: data
+        self.precision_plugin.convert_input = lambda data: data  # type: ignore[method-assign]  # of this object
         buffers = {name: x.clone() for name, x in cast(nn.Module, self.model).named_buffers()}
         super().setup(trainer)
-        module = cast(Any, self.lightning_module)
+        module = cast(nn.Module, self.lightning_module)
         for name, x in module.named_buffers():
             x.data = buffers[name].to(x.device)
         if self.zero_stage_3:
-            self._keep_whole(module.head.linear)
+            self._keep_whole(cast(Headed, module).head.linear)
 
     def _keep_whole(self, linear: nn.Module) -> None:
         """Keep the output head in one piece on each rank, and its calls out of the engine's sight.
@@ -267,4 +270,5 @@ class ZeRO(DeepSpeedStrategy):
         for weight in weights:
             weight.ds_persist = True
         weights[0].all_gather(weights)
-        cast(Any, self.model).optimizer.persistent_parameters.extend(weights)
+        engine = cast(Any, self.model)  # DeepSpeed is not typed, and may not be installed
+        engine.optimizer.persistent_parameters.extend(weights)
