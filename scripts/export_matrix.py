@@ -32,7 +32,6 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from scripts.lab.jobs import Failure, isolated, short
 from scripts.lab.results import options, origin, read
-from scripts.tiny_configs import tiny_config
 from src.errors import ConfigError
 from src.export.fresh import Reference, verify
 from src.export.observe import Observation, proof_tokens
@@ -43,6 +42,7 @@ from src.models.claims import is_tied
 from src.models.cut import Constraints, attention_implementation, constraints, cut
 from src.models.cut_rules import forbidden
 from src.models.layers import decoder_layers, num_layers
+from tests.families import tiny_config
 
 Row = dict[str, Any]
 MASKS, TIMEOUT = 3, 180
@@ -183,7 +183,7 @@ def main() -> None:
         fresh=(False, "judge again what the results already hold"),
     )  # fmt: skip
     head = {**origin(), "transformers": transformers.__version__}  # before a file changes
-    get_context("forkserver").set_forkserver_preload(["src.export.proof", "scripts.tiny_configs"])
+    get_context("forkserver").set_forkserver_preload(["src.export.proof", "tests.families"])
     families = list(filter(None, args.families)) or list(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
     done = read(args.out)
     rows = done.get("families", {}) if done.get("transformers") == transformers.__version__ else {}

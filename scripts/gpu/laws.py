@@ -20,7 +20,6 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from scripts.gpu.shapes import directory, label, middle_mask, random_model
 from scripts.lab.jobs import short as told
-from scripts.tiny_configs import tiny_config
 from src.data.batches import supervised
 from src.errors import ConfigError
 from src.export import verb as export
@@ -32,6 +31,7 @@ from src.mask import Mask
 from src.models.cut import cut
 from src.models.gated import GatedLayers, freeze
 from src.models.head import TOLERANCE, OutputHead
+from tests.families import tiny_config
 
 FAMILIES = ("gemma2", "gpt2", "mixtral", "phi3")
 """Tiny models beside the real shapes: soft-capped, learned positions, experts, fused projections."""

@@ -9,7 +9,6 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from scripts.tiny_configs import tiny_config as matrix_config
 from src.errors import ConfigError
 from src.models.cut import Constraints, constraints, cut, cut_config
 from src.models.cut_rules import slice_section
@@ -17,6 +16,7 @@ from src.models.gated import GatedLayers
 from src.models.layers import decoder_layers, num_layers
 from src.policies import GumbelTopK
 from src.search import MaskSearch
+from tests.families import tiny_config as matrix_config
 from tests.tiny import FAMILIES, KV_SHARED, LAYERS, mask_of, tiny_config, tiny_ids, tiny_model
 
 KEEP = (0, 2, 3, 5, 6)

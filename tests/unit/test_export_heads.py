@@ -10,11 +10,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from scripts.tiny_configs import tiny_config
 from src.export import proof
 from src.export import verb as export
 from src.export.fresh import verify
 from src.mask import Mask
+from tests.families import tiny_config
 
 
 @pytest.mark.parametrize(
