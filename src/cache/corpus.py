@@ -63,11 +63,11 @@ class CachedCorpus(LightningDataModule):
 
     @property
     def caches(self) -> list[Cache]:
-        """What is trained on, and what is validated on if anything is."""
+        """The cache to train on and, if one is named, the cache to validate on."""
         return [self.train_cache, *([self.val_cache] if self.val_cache else [])]
 
     def fits(self, vocabulary: int, k: int | None, tempered: bool = False) -> None:
-        """Check what a loss needs against what is stored.
+        """Check that the cache stores what a loss needs.
 
         Args:
             vocabulary: number of the student's logits.
@@ -105,7 +105,7 @@ class CachedCorpus(LightningDataModule):
         return self.val_dataloader()
 
     def state_dict(self) -> dict[str, Any]:
-        """Whose signal is learned, and on what it is validated; the loader notes its place itself."""
+        """Note the teacher and the validation, which a resume must keep; the loader notes its position."""
         validation = self.val_cache and {
             "corpus": self.val_cache.corpus,
             "teacher": self.val_cache.about.weights,

@@ -1,4 +1,4 @@
-"""What tells the documents of caches apart.
+"""Fingerprints of documents, by which caches are told apart.
 
 They are hashed one by one and chained by a polynomial, so that the fingerprint of a corpus is the same
 wherever its shards end: ``f(ab) = f(a) BASE^len(b) + f(b)`` modulo a prime.

@@ -1,4 +1,4 @@
-"""What a cache will cost, told before it is written."""
+"""Forecast the size and the time of a cache before it is written."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Runner(Protocol):
 
 
 def forecast(trainer: Trainer, teacher: Runner, manifest: Manifest, count_seconds: float) -> str:
-    """Size and time of a cache: a few batches are timed, and the corpus is counted as far as time allows.
+    """Time a few batches and count the corpus as far as time allows; tell size and time of the cache.
 
     Args:
         trainer: about to predict.

@@ -90,7 +90,7 @@ class CachedLoader:
 
     @property
     def order(self) -> dict[str, Any]:
-        """What a place depends on, but for the number of ranks."""
+        """The settings that give a position its meaning; the number of ranks is none of them."""
         return {"corpus": self.cache.corpus, "batch_size": self.batch_size, "seed": self.seed}
 
     def state_dict(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What a cache is: whose signal, on which tokens, in which files; and how damage shows.
+"""The manifest of a cache says whose signal it holds, on which tokens, in which files; checksums show damage.
 
 A cache is a directory with one part for each process that wrote it::
 
@@ -103,7 +103,7 @@ class Manifest:
 
     @cached_property
     def corpus(self) -> str:
-        """Fingerprint of the tokens, of which are supervised, and of their order, wherever shards end."""
+        """Fingerprint of tokens, supervision and order; it does not depend on where shards end."""
         return chained((s.corpus, s.rows) for s in self.shards)
 
     @property

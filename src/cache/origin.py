@@ -1,4 +1,4 @@
-"""Whether a cache holds the signal of the model that a recovery cuts.
+"""Check that a cache holds the signal of the very model that a recovery cuts.
 
 A base model and its fine-tuned child share tokenizer and vocabulary, so nothing but their weights tells them
 apart.

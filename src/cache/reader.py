@@ -51,7 +51,7 @@ class Cache:
         return sum(m.mean_entropy * m.positions for m in self.parts) / positions
 
     def _check_sizes(self) -> None:
-        """See now, rather than in the middle of a run, that every shard is there, whole."""
+        """Check that every shard is there and whole, now rather than in the middle of a run."""
         found = sizes([f"{self.path}/{name}" for name, _ in self.shards])
         for (name, shard), size in zip(self.shards, found, strict=True):
             if size != shard.bytes:

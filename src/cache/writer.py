@@ -36,7 +36,7 @@ from src.training.lock import lock
 
 
 class Teacher(Runner, Protocol):
-    """What a cache says of its teacher, and how a second run skips what the first has written."""
+    """What the writer asks of the module that runs the teacher."""
 
     name: str
     loading: Loading
@@ -246,7 +246,7 @@ def describe(trainer: Trainer, teacher: Teacher, precision: Precision) -> Manife
 
 
 def _as_noted(wanted: Manifest, found: Manifest) -> Manifest:
-    """What is wanted, but for what an older cache did not note, or noted in a way that is not compared."""
+    """The wanted manifest, with the found value where an older cache lacks one that can be compared."""
     compared = differ(found.weights, wanted.weights) is not None
     return replace(
         wanted,

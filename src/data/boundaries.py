@@ -1,4 +1,4 @@
-"""Whether a model keeps the documents of a packed row apart: measured, not looked up."""
+"""Measure whether a model keeps the documents of a packed row apart."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Chats, rendered by the tokenizer's own template, and which characters the assistant wrote.
+"""Render chats by the tokenizer's own template, and find the characters that the assistant wrote.
 
 What the assistant wrote is found by marking its words before rendering; it is never guessed from the rendered
 text. Nothing that a row says is lost in rendering: a turn, a call or a list of tools that the template passes

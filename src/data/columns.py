@@ -1,4 +1,4 @@
-"""Which columns of a row are read, and that none which conditions the answer is passed over.
+"""Choose the columns of a row to read, and refuse to pass over one that conditions the answer.
 
 A row may say more than its prompt: Alpaca's ``input``, a system prompt, the tools of a chat. Such a column is
 read, or the row is refused with its name; any other column that is not read is told once.
@@ -120,7 +120,7 @@ def filled(value: Any) -> bool:
 def _layout(
     columns: Columns, names: tuple[str, ...]
 ) -> tuple[Columns, tuple[str, ...], tuple[str, ...]] | None:
-    """What is read of rows with these columns, what must be empty, what is not read; None: some lack."""
+    """The columns to read, those that must be empty, those not read; None if a needed one lacks."""
     kinds = (
         replace(columns, text=k.text, prompt=k.prompt, answer=k.answer, messages=k.messages) for k in _KNOWN
     )

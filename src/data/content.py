@@ -1,4 +1,4 @@
-"""What tells corpora apart: what they hold, not where they lie or what they are called."""
+"""Fingerprints of corpora: a corpus is known by what it holds, not by its place or name."""
 
 from __future__ import annotations
 

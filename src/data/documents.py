@@ -1,4 +1,4 @@
-"""Rows of a corpus as documents: a text, and which of its characters are supervised.
+"""Turn rows of a corpus into documents: a text, and which of its characters are supervised.
 
 Three kinds of row: plain text; prompt and answer, with what else conditions the answer before it, each part
 followed by the separator; and chat, rendered by the tokenizer's own template (:mod:`src.data.chat`). Prompt

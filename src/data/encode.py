@@ -1,4 +1,4 @@
-"""Documents as token rows: ids, and labels where a token is supervised.
+"""Turn documents into token rows: ids, and labels where a token is supervised.
 
 A token is supervised when it lies inside a supervised span. One that also covers characters before
 the span counts if those are blanks (the space that many tokenizers glue to a word), and so do the
@@ -29,7 +29,7 @@ TooLong = Literal["truncate", "split", "error"]
 class TokenRow:
     """Token ids and labels of a document or a piece of one.
 
-    ``lost`` tokens of the document are in no row; its first piece tells them.
+    The first piece of a document has in ``lost`` how many of its tokens are in no row.
     """
 
     ids: list[int]

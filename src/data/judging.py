@@ -1,4 +1,4 @@
-"""The rows a judgement is made on: encoded as in training, but whole and in their own order."""
+"""Encode the rows that models are judged on: as in training, but each once and in their own order."""
 
 from __future__ import annotations
 

@@ -33,12 +33,12 @@ Agree = Callable[[bool, int], tuple[bool, int]]
 
 
 def alone(more: bool, tokens: int) -> tuple[bool, int]:
-    """The agreement of a single rank."""
+    """Agree as a single rank: its own answer."""
     return more, tokens
 
 
 def across_ranks() -> Agree:
-    """The agreement of all ranks: one small reduction on the CPU for each batch."""
+    """Agree among all ranks, by one small reduction on the CPU for each batch."""
     group = dist.group.WORLD if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
 
     def agree(more: bool, tokens: int) -> tuple[bool, int]:
@@ -97,7 +97,7 @@ class Loader:
         self._queue = deque[State]()
 
     def handed(self) -> None:
-        """The oldest batch not accounted for was handed to training; the position moves on."""
+        """Move the position past the oldest queued batch, because training has it now."""
         self.position = self._queue.popleft()
 
     def wait(self) -> float:
@@ -106,7 +106,7 @@ class Loader:
 
     @property
     def statistics(self) -> Statistics:
-        """Of all batches handed to training."""
+        """The counts over all batches handed to training."""
         return Statistics(**self.position["statistics"])
 
     def __iter__(self) -> Iterator[Batch]:

@@ -1,4 +1,4 @@
-"""The documents of one share of a corpus, as their weights demand, from any position on."""
+"""Read the documents of one share of a corpus, in the proportions of their weights, from any position on."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ class Reader(Iterator[Document]):
 
 
 class _Part:
-    """One source as a reader sees it: where it stands, and whether it was read to its end once."""
+    """One source, the reader's position in it, and whether it was read to its end once."""
 
     def __init__(
         self,

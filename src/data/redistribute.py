@@ -1,4 +1,4 @@
-"""The places of a stream, handed to another number of ranks: no document is lost or repeated.
+"""Hand the positions of a stream to another number of ranks, so that no document is lost or repeated.
 
 The shares of the corpus stay as they were dealt when the run began, and only who serves them changes. Share k
 belongs to rank ``k % world``, as its lane ``k // world``, so the ranks together go on with the same shares in

@@ -1,4 +1,4 @@
-"""Chats as text: a tokenizer's template, which reads a fixed day and draws fixed lots.
+"""Render chats as text by a tokenizer's template, on a fixed day and with fixed chance.
 
 A template may ask for today's date (``strftime_now``) and for chance (the filter ``random``, ``lipsum``).
 Were these the clock's and the process's own, the rows of a run would change overnight, and those of a
@@ -93,7 +93,7 @@ def parse_day(text: str | None) -> date | None:
 
 @contextmanager
 def _chance(seed: str) -> Iterator[None]:
-    """Python's own generator, which templates draw from, seeded; afterwards as it was."""
+    """Seed Python's own generator, which templates draw from, for the block; restore it afterwards."""
     state = random.getstate()
     random.seed(seed)
     try:

@@ -1,4 +1,4 @@
-"""What the batches were made of, so that nothing is lost without a number."""
+"""Count what the batches are made of, so that nothing is lost without a number."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ class Statistics:
         return {**numbers, "waste": self.padding / max(1, self.tokens + self.padding)}
 
     def fates(self) -> set[str]:
-        """What befell the first documents that were not used whole, or more than once."""
+        """Sentences on the first documents cut or left out, on repeated batches and on columns not read."""
         cut = {f"{self.first_truncated} is longer than data.max_length and was cut (data/truncated)"}
         dropped = {f"{self.first_dropped} has no token to learn from and was left out (data/dropped)"}
         short = {
@@ -91,7 +91,7 @@ class Statistics:
 
 
 def _sum(a: Any, b: Any) -> Any:
-    """Counts add up, of places the first stays, names are united."""
+    """Add counts, keep the first of two places, unite names."""
     if isinstance(a, int):
         return a + b
     return a or b if isinstance(a, str) else tuple(sorted({*a, *b}))

@@ -1,4 +1,4 @@
-"""What a column or a message may hold: text that can be encoded, of a size that can be held."""
+"""Check what a column or a message holds: text that can be encoded, of a size that fits in memory."""
 
 from __future__ import annotations
 

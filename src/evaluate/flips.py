@@ -1,4 +1,4 @@
-"""Which items two models disagree on: equal accuracies can hide it."""
+"""Count the items on which two models disagree."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ RECOMPUTE = "--trainer.callbacks+=src.callbacks.CheckpointActivations"
 
 @dataclass(frozen=True)
 class Advice:
-    """What to use.
+    """The recommended way to run a stage.
 
     Attributes:
         best: the first way that fits; None if none does.
@@ -104,14 +104,14 @@ def advise(planner: Planner, disk: float | None = None) -> Advice:
 
 
 def label(e: Estimate) -> str:
-    """A way in words."""
+    """Name a way in words."""
     extra = ", activations recomputed" if e.checkpoint else ""
     extra += ", optimiser in host memory" if e.setting.offload else ""
     return f"{e.setting.mode} teacher, {e.setting.strategy}{extra}"
 
 
 def _options(e: Estimate, planner: Planner) -> Iterator[str]:
-    """What the command line needs for a way; the overlays bring the rest."""
+    """The options that a way adds to the command line; its overlays bring the rest."""
     s = e.setting
     if s.strategy != "single":
         yield f"--config configs/strategy/{s.strategy}.yaml"

@@ -42,7 +42,7 @@ class Device:
 
     @property
     def gpu(self) -> bool:
-        """Whether it is no CPU."""
+        """Whether the device is a GPU."""
         return self.name != "cpu"
 
     def seconds(self, flops: float, dtype: str) -> float:

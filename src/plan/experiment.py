@@ -29,7 +29,7 @@ from src.training.stage import Stage
 
 
 class _ParseOnly(PruneCLI):
-    """Parses, and stops there."""
+    """Parses a command line, builds its module on demand, and runs nothing."""
 
     def before_instantiate_classes(self) -> None:
         """Leave tokenizers and masks unread."""
@@ -39,7 +39,7 @@ class _ParseOnly(PruneCLI):
         self.fit = self._parser("fit")
 
     def _run_subcommand(self, subcommand: str) -> None:
-        """Nothing runs."""
+        """Run nothing."""
 
 
 class Experiment:
@@ -87,7 +87,7 @@ class Experiment:
 
     @property
     def accumulate(self) -> int:
-        """Batches of a step."""
+        """Batches that make one step of the optimiser."""
         return int(self.trainer.accumulate_grad_batches)
 
     @property
@@ -107,7 +107,7 @@ class Experiment:
 
     @cached_property
     def name(self) -> str:
-        """The parent.
+        """Name of the parent.
 
         Raises:
             ConfigError: only the mask names it, and there is none.

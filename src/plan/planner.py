@@ -1,4 +1,4 @@
-"""What a config costs as it stands, and any other way to run the same stage."""
+"""Estimate what a config costs as it stands, and in any other way to run the same stage."""
 
 from __future__ import annotations
 

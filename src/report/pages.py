@@ -36,7 +36,7 @@ class Page:
 
 
 def printable(text: str, also: str = "\n\t") -> str:
-    """The text without what no page can hold: control characters but ``also``, and halves of pairs."""
+    """The text with each character that no page can hold replaced; those of ``also`` stay."""
     return "".join(c if c.isprintable() or c in also else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
