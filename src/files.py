@@ -157,7 +157,7 @@ def _flush(path: Path) -> None:
 
 
 def _runs(process: int) -> bool:
-    """Whether another process of that number runs; a file with our own number was left by an older process."""
+    """Whether another process of that number runs; a file with our own was left by an older process."""
     if process == os.getpid():
         return False
     try:

@@ -111,7 +111,7 @@ def amount(text: str) -> int:
 
 
 def check(held_out: float, validation: Sources | None, num_workers: int) -> None:
-    """Check what no range of a single number says: options that exclude each other, workers that divide lanes.
+    """Check what no range of a single number says: options that exclude each other, workers by lanes.
 
     Raises:
         ConfigError: naming every key at fault.
