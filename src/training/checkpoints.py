@@ -23,6 +23,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
+from torch.serialization import safe_globals
 
 from src.errors import ConfigError
 from src.training import watchdog
@@ -112,7 +113,8 @@ def reading(path: _PATH) -> Iterator[None]:
     try:
         if Path(path).is_dir():
             _Reader(path).check()
-        yield
+        with safe_globals(_states_of_deepspeed() if (Path(path) / "checkpoint").is_dir() else []):
+            yield
     except ConfigError:
         raise
     except (
@@ -127,6 +129,17 @@ def reading(path: _PATH) -> Iterator[None]:
             del os.environ[_ONLY_WEIGHTS]
         else:
             os.environ[_ONLY_WEIGHTS] = before
+
+
+def _states_of_deepspeed() -> list[Any]:
+    """The classes that DeepSpeed saves beside tensors and numbers: records without code to run."""
+    try:
+        from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+        from deepspeed.runtime.zero.config import ZeroStageEnum
+        from deepspeed.utils.tensor_fragment import fragment_address
+    except ImportError:
+        return []
+    return [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]
 
 
 def _first(error: BaseException) -> BaseException:
