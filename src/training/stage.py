@@ -112,7 +112,8 @@ class Stage(LightningModule):
         Raises:
             ConfigError: names what differs, by key.
         """
-        identity.check(checkpoint.get("identity"), self, self.trainer.state.fn == TrainerFn.FITTING)
+        resumes = self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING
+        identity.check(checkpoint.get("identity"), self, resumes)
 
     def on_validation_start(self) -> None:
         """Get ready too when validation is all that runs."""
