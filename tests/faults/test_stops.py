@@ -137,7 +137,7 @@ def _tools(files: Files) -> dict[str, tuple[list[str], str]]:
                 f"--data.init_args.train={files.corpus}",
                 f"--model.init_args.model={files.teacher}",
             ],
-            "src.preview.documents",
+            "src.data.preview.documents",
         ),
     }
 

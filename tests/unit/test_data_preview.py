@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from src import preview
+from src.data import preview
 from src.errors import ConfigError
 from src.mask import Mask
 from tests.data_tools import CHATML, byte_tokenizer, write_rows
