@@ -1,4 +1,4 @@
-"""Fold a repair of the residual stream into the last linear map that writes to it.
+"""Fold a repair of the residual stream into the last weights that write to it.
 
 A stock model has no place for a linear map P of its stream, and neither place where P could hide holds it:
 
@@ -17,101 +17,25 @@ is one ridge regression of the residual ``target - out`` on a. (ReplaceMe, arXiv
 place and multiplies W by an H x H map; here W' is free.) The weights ``w = 1 / |target|^2`` make the error of
 a token relative, as the next norm sees it; else the few tokens of huge norm that trained models have would
 decide alone. The ridge is relative to each feature's own power, so it does not depend on their scales.
+Where the MLP is a mixture of experts, what they write together takes the place of a, and the experts hold the
+H x H map that is found: :mod:`src.repair.experts`.
 
-Shapes: B batch, T tokens, H hidden, F features of the down projection, N tokens that are not padding.
+Shapes: B batch, T tokens, H hidden, F features of the writer, N tokens that are not padding.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from src.data.batches import Batch
-from src.errors import ConfigError
-from src.models.head import TOLERANCE
 from src.models.layers import decoder_layers, first
 from src.repair.stream import run
-
-
-@dataclass(frozen=True)
-class Writer:
-    """A linear module through which a layer writes to the stream: ``out = h_mid + scale * linear(a)``."""
-
-    name: str
-    linear: nn.Linear | Conv1D
-    scale: float
-
-    def add(self, delta_FH: Tensor) -> None:
-        """Move the layer's output by ``a @ delta``; the last row goes to the bias, if there is one."""
-        delta_FH = delta_FH / self.scale
-        weight, bias = self.linear.weight, self.linear.bias
-        if bias is not None:
-            delta_FH, delta_H = delta_FH[:-1], delta_FH[-1]
-            bias.data += delta_H.to(bias)
-        weight.data += (delta_FH if isinstance(self.linear, Conv1D) else delta_FH.T).to(weight)
-
-
-@torch.no_grad()
-def stream_writer(model: PreTrainedModel, index: int, batch: Batch) -> Writer:
-    """Return the last linear module of a layer whose output reaches the layer's as it is, up to a factor.
-
-    It is found by its behaviour, not by a family's names: the layer runs again with noise added to what
-    the module gives, and its output must move by that noise.
-
-    Args:
-        model: the cut model.
-        index: the layer.
-        batch: rows to try it on; the first is taken.
-
-    Raises:
-        ConfigError: the layer has none, because a norm or routed experts stand in between.
-    """
-    layers = decoder_layers(model)[1]
-    layer, others = layers[index], {id(p) for i, m in enumerate(layers) if i != index for p in m.parameters()}
-    calls: dict[str, Any] = {}
-
-    def record(name: str) -> Callable[..., None]:
-        def hook(_: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
-            calls.pop(name, None)  # the order is that of the last calls
-            calls[name] = (args, kwargs, out)
-
-        return hook
-
-    linears = {n: m for n, m in layer.named_modules() if isinstance(m, nn.Linear | Conv1D)}
-    linears = {n: m for n, m in linears.items() if id(m.weight) not in others}
-    hooks = [m.register_forward_hook(record(n), with_kwargs=True) for n, m in [("", layer), *linears.items()]]
-    try:
-        run(model, {key: value[:1] for key, value in batch.items()})
-    finally:
-        for handle in hooks:
-            handle.remove()
-    args, kwargs, out = calls.pop("")
-    out_BTH = first(out)
-    noise_BTH = torch.randn(out_BTH.shape, generator=torch.Generator().manual_seed(0)).to(out_BTH)
-    noise_BTH *= out_BTH.std()
-    for name in reversed(
-        [n for n, (_, _, y) in calls.items() if torch.is_tensor(y) and y.numel() == out_BTH.numel()]
-    ):
-        shaped = noise_BTH.view(calls[name][2].shape)
-        hook = linears[name].register_forward_hook(lambda _m, _a, y, shaped=shaped: y + shaped)
-        moved_BTH = (first(layer(*args, **kwargs)) - out_BTH).float()
-        hook.remove()
-        noise = noise_BTH.float()
-        scale = float((moved_BTH * noise).sum() / noise.square().sum())
-        error = float((moved_BTH - scale * noise).norm() / moved_BTH.norm())
-        if error < TOLERANCE[str(model.dtype).removeprefix("torch.")]:
-            return Writer(name, linears[name], scale)
-    raise ConfigError(
-        f"patch: nothing can be folded into layer {index} of this '{model.config.model_type}': none of its "
-        f"linear maps ({', '.join(linears) or 'it has none'}) writes straight to the residual stream; a norm "
-        f"or routed experts stand in between. Leave the repair out."
-    )
+from src.repair.writers import stream_writer
 
 
 class Regression:
@@ -175,7 +99,7 @@ class Repair:
 def fold(
     student: PreTrainedModel, index: int, batches: Iterable[Batch], target: Target, ridge: float
 ) -> Repair:
-    """Change one linear map so that the output of layer ``index`` comes nearest to a target.
+    """Change the last weights of layer ``index`` so that its output comes nearest to a target.
 
     Args:
         student: the cut model, changed in place.
@@ -185,16 +109,16 @@ def fold(
         ridge: strength of the pull towards the present weights.
 
     Raises:
-        ConfigError: see :func:`stream_writer`.
+        ConfigError: see :func:`src.repair.writers.stream_writer`.
     """
     path, layers = decoder_layers(student)
     batches = list(batches)
     writer = stream_writer(student, index, batches[0])
-    regression = Regression(constant=writer.linear.bias is not None)
+    regression = Regression(constant=writer.constant)
     last: dict[str, Tensor] = {}
     hooks = [
         layers[index].register_forward_hook(lambda _m, _a, out: last.update(h=first(out))),
-        writer.linear.register_forward_pre_hook(lambda _m, args: last.update(a=args[0])),
+        writer.watch(lambda features: last.update(a=features)),
     ]
     try:
         for batch in batches:

@@ -114,7 +114,7 @@ class LinearPatch:
             tokenizer: the parent's.
 
         Raises:
-            ConfigError: the rows cannot be read, or a layer of this family has no map to fold into.
+            ConfigError: the rows cannot be read, or a layer of this family has no weights to fold into.
         """
         self.repairs, places = [], junctions(mask)
         if not places:

@@ -28,8 +28,6 @@ from tests.tiny import tiny_model
 
 KEEP = (0, 2, 3, 5)
 FAMILIES = ("llama", "qwen3", "mixtral")
-ROUTED = ("mixtral",)
-"""Routed experts write to the stream, so a repair has no map to be folded into."""
 SCOPES = ("full", "cut_adjacent", "lora")
 REPAIRS: dict[str, dict[str, Any]] = {
     "none": {},
@@ -39,6 +37,11 @@ REPAIRS: dict[str, dict[str, Any]] = {
     "rotate-distilled": {"goal": "rotate", "distill_steps": 2, "lr": 1e-2},
     "diag-distilled": {"goal": "diag", "distill_steps": 2, "lr": 1e-2},
 }
+
+
+def often(family: str, repair: str) -> bool:
+    """Return whether another case that always runs shows nearly the same."""
+    return family == "qwen3" or (family == "mixtral" and repair not in ("none", "rotate-distilled"))
 
 
 @pytest.fixture(scope="session")
@@ -88,11 +91,10 @@ def exported(out: Path) -> str:
 @pytest.mark.parametrize(
     ("parent", "scope", "repair"),
     [
-        pytest.param(family, scope, repair, marks=pytest.mark.slow if family == "qwen3" else ())
+        pytest.param(family, scope, repair, marks=pytest.mark.slow if often(family, repair) else ())
         for family in FAMILIES
         for scope in SCOPES
         for repair in REPAIRS
-        if repair == "none" or family not in ROUTED
     ],
     indirect=["parent"],
 )
@@ -116,7 +118,7 @@ def test_a_recovery_of_every_scope_and_repair_is_exported(
 
 
 @pytest.mark.parametrize("repair", [name for name in REPAIRS if name != "none"])
-@pytest.mark.parametrize("parent", [f for f in FAMILIES if f not in ROUTED], indirect=True)
+@pytest.mark.parametrize("parent", FAMILIES, indirect=True)
 def test_every_repair_alone_is_exported(
     parent: str, repair: str, tmp_path: Path, corpus_file: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -125,22 +127,6 @@ def test_every_repair_alone_is_exported(
     main(["patch", "--mask", str(tmp_path / "mask.json"), "--data", corpus_file, "--out", str(out)]
          + [f"--{key.replace('_', '-')}={value}" for key, value in REPAIRS[repair].items()])  # fmt: skip
     assert "fitted to" in exported(out)
-
-
-@pytest.mark.parametrize("repair", [name for name in REPAIRS if name != "none"])
-@pytest.mark.parametrize("parent", ROUTED, indirect=True)
-def test_a_repair_without_a_place_is_refused_and_nothing_written(
-    parent: str, repair: str, tmp_path: Path, corpus_file: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with pytest.raises(SystemExit) as stop:
-        main(["patch", "--mask", str(tmp_path / "mask.json"), "--data", corpus_file]
-             + ["--out", str(tmp_path / "out")]
-             + [f"--{key.replace('_', '-')}={value}" for key, value in REPAIRS[repair].items()])  # fmt: skip
-    assert stop.value.code == 2
-    error = capsys.readouterr().err
-    assert error[error.index("error:") :].count("error:") == 1
-    assert "routed experts stand in between. Leave the repair out." in error
-    assert [path.name for path in tmp_path.iterdir()] == ["mask.json"]
 
 
 @pytest.mark.slow

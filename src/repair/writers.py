@@ -1,0 +1,170 @@
+"""Find the weights through which a layer writes to the residual stream last, by what they do.
+
+A *writer* is a module whose output y reaches the layer's output as it is, up to a factor:
+``out = h_mid + scale * y``. Noise added to y must arrive in ``out``, and nothing else. Two kinds can be
+changed so that the stream moves by ``f @ delta``, for features f that the change leaves as they are:
+
+* a linear map: f is its input;
+* a mixture of experts, :mod:`src.repair.experts`: f is what it gives before the change.
+
+Shapes: B batch, T tokens, H hidden, F features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from src.data.batches import Batch
+from src.errors import ConfigError
+from src.models.head import TOLERANCE
+from src.models.layers import decoder_layers, first, with_first
+from src.repair.experts import Mixture, last_weights
+from src.repair.stream import run
+
+
+class Writer(Protocol):
+    """What :func:`src.repair.fold.fold` changes.
+
+    Attributes:
+        name: path of the module inside the layer.
+        constant: whether a last feature that is always 1 belongs to the features, for a bias.
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def constant(self) -> bool: ...
+
+    def watch(self, keep: Callable[[Tensor], None]) -> RemovableHandle:
+        """Hand the features of each pass to ``keep``."""
+        ...
+
+    def add(self, delta_FH: Tensor) -> None:
+        """Move the layer's output by ``f @ delta``."""
+        ...
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A linear module whose output is added to the stream; its features are its input."""
+
+    name: str
+    module: nn.Module
+    scale: float
+
+    @property
+    def constant(self) -> bool:
+        return self.module.bias is not None
+
+    def watch(self, keep: Callable[[Tensor], None]) -> RemovableHandle:
+        return self.module.register_forward_pre_hook(lambda _m, args: keep(args[0]))
+
+    def add(self, delta_FH: Tensor) -> None:
+        delta_FH = delta_FH / self.scale
+        weight: Any = self.module.weight
+        bias: Any = self.module.bias
+        if bias is not None:
+            delta_FH, delta_H = delta_FH[:-1], delta_FH[-1]
+            bias.data += delta_H.to(bias)
+        weight.data += (delta_FH if isinstance(self.module, Conv1D) else delta_FH.T).to(weight)
+
+
+@dataclass(frozen=True)
+class Call:
+    """What a module was given last, and what it gave."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    out: Any
+
+    def gives(self, numel: int) -> bool:
+        """Return whether its output, or the head of it, is a tensor of so many numbers."""
+        head = self.out[0] if isinstance(self.out, tuple | list) and self.out else self.out
+        return torch.is_tensor(head) and head.numel() == numel
+
+
+@torch.no_grad()
+def stream_writer(model: PreTrainedModel, index: int, batch: Batch) -> Writer:
+    """Return the last linear map of a layer that writes to the stream, or else its mixture of experts.
+
+    Args:
+        model: the cut model.
+        index: the layer.
+        batch: rows to try it on; the first is taken.
+
+    Raises:
+        ConfigError: the layer has neither, because a norm stands in between, or because its experts add what
+            their weights have no part in, such as their own input.
+    """
+    layers = decoder_layers(model)[1]
+    layer, others = layers[index], {id(p) for i, m in enumerate(layers) if i != index for p in m.parameters()}
+    tolerance = TOLERANCE[str(model.dtype).removeprefix("torch.")]
+    calls = _calls(model, layer, {key: value[:1] for key, value in batch.items()})
+    out_BTH = first(calls[""].out)
+    names = reversed([name for name, call in calls.items() if name and call.gives(out_BTH.numel())])
+    modules = {name: layer.get_submodule(name) for name in names}
+    linears = {name: m for name, m in modules.items() if isinstance(m, nn.Linear | Conv1D)}
+    for name, module in linears.items():
+        if id(module.weight) not in others and (scale := _scale(layer, calls, name, tolerance)):
+            return Linear(name, module, scale)
+    writing: list[str] = []
+    for name in [name for name in modules if name not in linears]:
+        if scale := _scale(layer, calls, name, tolerance):
+            weights = last_weights(modules[name], calls[name].args, calls[name].kwargs, others, tolerance)
+            if weights:
+                return Mixture(name, modules[name], scale, weights)
+            writing.append(f"{name} ({type(modules[name]).__name__})")
+    raise ConfigError(
+        f"patch: nothing can be folded into layer {index} of this '{model.config.model_type}': none of its "
+        f"linear maps writes straight to the residual stream, and what does, "
+        f"{', '.join(writing) or 'no module'}, has no weights that could hold a linear map, as experts' down "
+        f"projections can. Leave the repair out."
+    )
+
+
+def _calls(model: PreTrainedModel, layer: nn.Module, batch: Batch) -> dict[str, Call]:
+    """Return the last call of each module that has weights, in order of their ends; "" is the layer."""
+    calls: dict[str, Call] = {}
+
+    def record(name: str) -> Callable[..., None]:
+        def hook(_: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
+            calls.pop(name, None)  # the order is that of the last calls
+            calls[name] = Call(args, kwargs, out)
+
+        return hook
+
+    with ExitStack() as stack:
+        for name, module in layer.named_modules():
+            if any(True for _ in module.parameters()):
+                stack.callback(module.register_forward_hook(record(name), with_kwargs=True).remove)
+        run(model, batch)
+    return calls
+
+
+def _scale(layer: nn.Module, calls: dict[str, Call], name: str, tolerance: float) -> float | None:
+    """Return the factor with which what a module gives reaches the layer's output; None if it does not."""
+    call, out_BTH = calls[""], first(calls[""].out)
+    noise_BTH = torch.randn(out_BTH.shape, generator=torch.Generator().manual_seed(0)).to(out_BTH)
+    noise_BTH *= out_BTH.std()
+    shaped = noise_BTH.view(first(calls[name].out).shape)
+    hook = layer.get_submodule(name).register_forward_hook(
+        lambda _m, _a, given: with_first(given, first(given) + shaped)
+    )
+    try:
+        moved_BTH = (first(layer(*call.args, **call.kwargs)) - out_BTH).float()
+    finally:
+        hook.remove()
+    noise = noise_BTH.float()
+    scale = float((moved_BTH * noise).sum() / noise.square().sum())
+    error = float((moved_BTH - scale * noise).norm() / moved_BTH.norm())
+    return scale if error < tolerance else None
