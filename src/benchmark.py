@@ -32,7 +32,7 @@ PHASES = ("prefill", "decode")
 
 
 def race(models: list[PreTrainedModel], ids_BT: Tensor, new_tokens: int) -> Tensor:
-    """Seconds ``[models, 2]`` of reading a prompt and of decoding ``new_tokens``, the models in lockstep.
+    """Time the models in lockstep: seconds ``[models, 2]`` to read a prompt and to decode ``new_tokens``.
 
     They take turns at every token (in the order ABBA), so that whatever else the machine does, however
     briefly, slows all of them alike.
@@ -56,7 +56,7 @@ def _now(device: torch.device) -> float:
 
 
 def flops(model: PreTrainedModel, ids_BT: Tensor, new_tokens: int) -> tuple[int, int]:
-    """Floating-point operations of the matrix products and the attention in the calls of :func:`race`."""
+    """Count the operations of matrix products and attention in the calls of :func:`race`."""
     with FlopCounterMode(display=False, custom_mapping=dict.fromkeys(FORWARD, _fused)) as prefill:
         token_B1, cache = step(model, ids_BT)
     with FlopCounterMode(display=False, custom_mapping=dict.fromkeys(FORWARD, _fused)) as decode:
@@ -111,7 +111,7 @@ def _figures(speeds: Tensor, ratios: Tensor) -> dict[str, Any]:
 
 
 def verdict(name: str, phase: str, batch_size: int, figures: dict[str, Any]) -> str | None:
-    """What a reader must know about a measured speed-up, if it is not what the layer count promises."""
+    """Say what a reader must know of a speed-up that is not what the layer count promises."""
     speedup, ideal, (least, most) = figures["speedup"], figures["ideal"], figures["speedup_iqr"]
     what = f"{name}, {phase} at batch size {batch_size}: {speedup:.2f}x (quartiles {least:.2f} to {most:.2f})"
     if least <= 1.0:

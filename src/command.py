@@ -1,4 +1,4 @@
-"""What the commands beside Lightning's verbs share: short errors, a model on a device, provenance."""
+"""Shared by the commands beside Lightning's verbs: short errors, a model on a device, provenance."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Parser(argparse.ArgumentParser):
         raise ConfigError(f"{message}.{hint} See {self.prog} --help.")
 
     def add_model_options(self) -> None:
-        """Options that say how models are loaded."""
+        """Add the options that say how models are loaded."""
         self.add_argument("--dtype", default="float32", choices=get_args(Dtype))
         self.add_argument("--device", default="auto", help="cpu, cuda, ... (default: cuda if there is one)")
         self.add_argument(
@@ -102,12 +102,12 @@ def show(table: Table) -> None:
 
 
 def parameters(model: PreTrainedModel) -> int:
-    """Number of weights, tied ones counted once."""
+    """Count the weights of a model, tied ones once."""
     return sum(p.numel() for p in model.parameters())
 
 
 def provenance(verb: str, argv: Sequence[str], model: PreTrainedModel) -> dict[str, Any]:
-    """Where a figure comes from: command, commit, machine and library."""
+    """Say where a figure comes from: command, commit, machine and library."""
     device = model.device
     return {
         "command": shlex.join(["python", "-m", "src.cli", verb, *argv]),

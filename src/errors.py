@@ -20,6 +20,6 @@ def did_you_mean(word: str, candidates: Iterable[str]) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """What an error of a library says, in its first line; or its class where it says nothing."""
+    """Return the first line of a library's error, or its class where it says nothing."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__

@@ -55,7 +55,7 @@ def write_json(path: str | Path, value: Any) -> None:
 
 
 def _not_finite(value: Any, key: str = "") -> Iterator[str]:
-    """Where a NaN or an infinity is in a value, as ``key.key is nan``."""
+    """Find the NaN and infinities in a value; each is named as ``key.key is nan``."""
     if isinstance(value, float) and not math.isfinite(value):
         yield f"{key or 'the value'} is {value}"
     listed = isinstance(value, list | tuple)
@@ -65,14 +65,14 @@ def _not_finite(value: Any, key: str = "") -> Iterator[str]:
 
 
 def unwritten(path: str | Path, error: OSError) -> str:
-    """The sentence that says which path could not be written, why, and that nothing is lost."""
+    """Say which path could not be written, why, and that nothing is lost."""
     stays = " What was there stays." if os.path.lexists(path) else ""
     return f"cannot write '{path}': {error.strerror or error}.{stays}"
 
 
 @contextmanager
 def whole(path: str | Path, replace: bool = True) -> Iterator[Path]:
-    """A temporary name beside ``path``; what the block makes there takes its place if the block ends well.
+    """Give a temporary name beside ``path``; what the block makes there takes its place if all ends well.
 
     Args:
         path: the target, a file or a directory.

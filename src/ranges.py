@@ -109,7 +109,7 @@ def checked(init: Init) -> Init:
 
 @cache
 def _ranges(init: Callable[..., None]) -> dict[str, Range]:
-    """The range of each annotated parameter of a function."""
+    """Return the range of each annotated parameter of a function."""
     found = dict[str, Range]()
     for name, hint in get_type_hints(init, include_extras=True).items():
         for part in (hint, *get_args(hint)):  # a range may stand in a union with None
@@ -141,7 +141,7 @@ def needs_value(component: type) -> frozenset[str]:
 
 
 def faults(given: Mapping[str, Any], ranges: Mapping[str, Range], prefix: str = "") -> list[str]:
-    """One sentence for each number outside its range; what is no number is not judged."""
+    """Write a sentence for each number outside its range; what is no number is not judged."""
     judged = {key: given[key] for key in ranges if isinstance(given.get(key), int | float)}
     return [
         f"{prefix}{key}: {value} given; accepted: {ranges[key]}"
@@ -151,7 +151,7 @@ def faults(given: Mapping[str, Any], ranges: Mapping[str, Range], prefix: str = 
 
 
 def refuse(wrong: list[str]) -> None:
-    """Tell all faults together.
+    """Raise if there are faults, all in one message.
 
     Raises:
         ConfigError: there is one.

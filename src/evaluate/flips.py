@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 
 def flips(correct: Sequence[bool], teacher_correct: Sequence[bool]) -> dict[str, float]:
-    """Items ``lost`` and ``gained`` against the teacher, and McNemar's exact two-sided ``p``.
+    """Count items ``lost`` and ``gained`` against the teacher; give McNemar's exact two-sided ``p``.
 
     Two models of equal accuracy may fail on different items; the flips show it.
     """

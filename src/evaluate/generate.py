@@ -55,7 +55,7 @@ _SHRINK = 0.8
 
 @lru_cache
 def _parameters(forward: Callable[..., object]) -> frozenset[str]:
-    """What ``forward`` takes: families with ALiBi, say, know no ``position_ids``."""
+    """Names that ``forward`` takes: families with ALiBi, say, know no ``position_ids``."""
     return frozenset(inspect.signature(forward).parameters)
 
 
@@ -67,7 +67,7 @@ def stop_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> f
 
 
 def new_tokens(prompts: Sequence[Sequence[int]], positions: int, asked: int | None, default: int) -> int:
-    """Most tokens of a continuation: as asked; by default so many that all have positions.
+    """Choose the most tokens of a continuation: as asked, or by default as many as have positions.
 
     Args:
         prompts: token lists.

@@ -24,7 +24,7 @@ RESAMPLES = 1000
 
 
 def harness(module: str) -> Any:
-    """A module of the harness.
+    """Import a module of the harness.
 
     Raises:
         ConfigError: it is not installed.
@@ -38,7 +38,7 @@ def harness(module: str) -> Any:
 
 
 def load_tasks(names: Sequence[str], include: str | None = None, data_dir: str = ".") -> list[Any]:
-    """The harness's tasks and groups of these names, with their data read.
+    """Load the harness's tasks and groups of these names, and read their data.
 
     Args:
         names: tasks, groups or tags of the harness, or tasks of ``include``.
@@ -100,7 +100,7 @@ def _first_line(error: Exception) -> str:
 
 @contextlib.contextmanager
 def _quiet(*names: str) -> Iterator[None]:
-    """Errors only, from these loggers."""
+    """Let these loggers say errors only."""
     levels = {name: logging.getLogger(name).level for name in names}
     for name in names:
         logging.getLogger(name).setLevel(logging.ERROR)
@@ -119,7 +119,7 @@ def ask(
     limit: int | None = None,
     batch_size: int = 8,
 ) -> dict[str, Any]:
-    """The harness's own record of one model: its results, and every answer under ``samples``.
+    """Let the harness judge one model: return its results, and every answer under ``samples``.
 
     Args:
         model: the model to judge, in eval mode.

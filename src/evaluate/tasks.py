@@ -51,7 +51,7 @@ def main(args: argparse.Namespace, argv: list[str]) -> None:
 
 
 def scores(found: dict[str, Any]) -> Scores:
-    """Every metric of every task, by the harness's names: ``acc``; with a filter ``exact_match,strict``."""
+    """Collect all metrics by task and the harness's names: ``acc``, ``exact_match,strict`` (a filter)."""
     out: Scores = {}
     for task, values in found["results"].items():
         for key, value in values.items():
@@ -82,7 +82,7 @@ def compare(student: Scores, teacher: Scores) -> None:
 
 
 def describe(found: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """What each task was: shots, documents, version, data, and the metrics of which less is better."""
+    """Describe each task: shots, documents, version, data, and the metrics of which less is better."""
     keys, facts = ("dataset_path", "dataset_name", "dataset_kwargs"), dict[str, dict[str, Any]]()
     for task in found["results"]:
         config = found["configs"].get(task, {})

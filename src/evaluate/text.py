@@ -30,7 +30,7 @@ def held_out(
     batches: Iterable[dict[str, Tensor]],
     chunk: int = 1024,
 ) -> dict[str, float]:
-    """Divergence, agreement and loss, as means over the supervised tokens of all batches.
+    """Measure divergence, agreement and loss, as means over the supervised tokens of all batches.
 
     The models' own logits are judged, over the student's whole vocabulary, in float32.
 
@@ -70,7 +70,7 @@ def row_sums(
     batches: Iterable[dict[str, Tensor]],
     chunk: int = 1024,
 ) -> Tensor:
-    """What :func:`held_out` is the mean of, row by row: ``[rows, 5]`` float64, columns :data:`ROW_SUMS`."""
+    """Sum the figures of :func:`held_out` over each row: ``[rows, 5]`` float64, columns :data:`ROW_SUMS`."""
     rows = [torch.zeros(0, len(ROW_SUMS), dtype=torch.float64)]
     for batch in batches:
         batch = {key: value.to(student.device) for key, value in batch.items()}

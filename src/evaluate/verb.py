@@ -49,7 +49,7 @@ def exact_match(
     batch_size: int = 128,
     positions: int = sys.maxsize,
 ) -> dict[str, Any]:
-    """Share of rows whose final answer (``#### n``) is right after free greedy generation.
+    """Measure the share of rows whose final answer (``#### n``) is right after free greedy generation.
 
     Args:
         model: the model to judge, in eval mode.
@@ -165,7 +165,7 @@ def summary(results: list[dict[str, Any]], title: str) -> Table:
 
 
 def _record(results: list[dict[str, Any]], teacher: bool) -> dict[str, Any]:
-    """The JSON: verdicts as a string of 0 and 1, and the first few texts."""
+    """Build the JSON: verdicts as a string of 0 and 1, and the first few texts."""
     for result in results:
         if "texts" in result:
             result["samples"] = result.pop("texts")[:3]
@@ -213,7 +213,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
 
 
 def _check_options(args: argparse.Namespace, parser: Parser) -> None:
-    """One kind of judgement at a time, and no option that it would ignore."""
+    """Refuse two kinds of judgement at once, and options that the chosen kind would ignore."""
     if (args.data is None) == (args.tasks is None):
         raise ConfigError(
             f"--data, --tasks: {'neither' if args.data is None else 'both'} given. Give one: --data FILE for "

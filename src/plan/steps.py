@@ -55,14 +55,14 @@ class PlannedTeacher:
             self.head = OutputHead(model.eval().requires_grad_(False))
 
     def refuse(self, trainer: Trainer, data: object) -> None:
-        """Nothing: the teacher of the config was asked."""
+        """Refuse nothing: the teacher of the config was asked."""
 
     def setup(self, learner: Learner) -> None:
-        """Nothing to move."""
+        """Move nothing: there are no weights."""
 
     @torch.no_grad()
     def signal(self, batch: Batch, index_N: Tensor) -> Signal:
-        """The signal's tensors."""
+        """Return the signal's tensors, without data."""
         if self.head is not None and self.ledger is not None:
             before = self.ledger.flops
             signal = live_signal(self.head, self.head.hidden(batch).flatten(0, 1)[index_N], self.k)
@@ -80,7 +80,7 @@ class PlannedTeacher:
 
 
 def _search(search: MaskSearch, batch: Batch, ledger: Ledger, gpu: bool) -> int:
-    """Two draws, of which the second still holds what is left of the first; the others cost the same."""
+    """Run two draws, of which the second still holds what is left of the first; the others cost the same."""
     rows = Supervised.of(batch)
     moving = [] if search.adapters is None else search.adapters.moving()
     moments = [torch.empty_like(p) for p in moving for _ in range(2)]  # of an optimiser like Adam
@@ -97,7 +97,7 @@ def _search(search: MaskSearch, batch: Batch, ledger: Ledger, gpu: bool) -> int:
 
 
 def _recover(recovery: Recovery, batch: Batch, ledger: Ledger, gpu: bool) -> int:
-    """A second step: the optimiser's state is there, and the last gradients live until the backward pass."""
+    """Run a second step: the optimiser's state is there, and the last gradients live until the backward."""
     trained = [p for p in recovery.model.parameters() if p.requires_grad]
     optimizer = recovery.optimizer(trained)
     for group in optimizer.param_groups:

@@ -23,7 +23,7 @@ class CacheSize:
 
 
 def cache_size(tokens: int, positions: int, k: int, precision: str = "float16") -> CacheSize:
-    """Bytes of a cache.
+    """Compute the bytes of a cache.
 
     Args:
         tokens: tokens of the corpus, each with its id (4 bytes) and whether it is supervised (1).
@@ -39,7 +39,7 @@ def cache_size(tokens: int, positions: int, k: int, precision: str = "float16") 
 
 
 def calibration(policy: MaskPolicy, rows: int) -> float | None:
-    """Passes of a batch through the whole model that a search makes before its first step and after its last.
+    """Count the passes of a batch that a search makes before its first step and after its last.
 
     The policy and the polishing are run on a made-up divergence; what they ask for is counted.
 

@@ -88,12 +88,12 @@ def _axes(columns: int, height: float, **keys: Any) -> tuple[Figure, list[Axes]]
 
 
 def mask_strip(mask: Mask) -> Figure:
-    """The picture of a mask: of layers one row, of halves a row of each kind and what pairs up."""
+    """Draw a mask: of layers one row; of halves a row of each kind, with lines between those that pair up."""
     return layer_strip(mask.num_layers, mask.removed) if mask.unit == "layer" else half_strip(mask)
 
 
 def _row(axis: Axes, layers: int, removed: Collection[int], bottom: float = 0.0) -> None:
-    """One box for each layer, dashed where it is removed."""
+    """Draw a box for each layer, dashed where it is removed."""
     for layer in range(layers):
         gone = layer in removed
         box = FancyBboxPatch(
@@ -110,7 +110,7 @@ def _row(axis: Axes, layers: int, removed: Collection[int], bottom: float = 0.0)
 
 @styled
 def half_strip(mask: Mask) -> Figure:
-    """Which attentions and feed-forwards are kept, and which of them make a layer together."""
+    """Draw which attentions and feed-forwards are kept, and join those that make a layer together."""
     figure, (axis,) = _axes(1, 2.3)
     for name, kept, bottom in (("attention", mask.attention, 1.9), ("feed-forward", mask.feed_forward, 0.0)):
         _row(axis, mask.num_layers, {*range(mask.num_layers)} - {*kept}, bottom)
@@ -129,7 +129,7 @@ def half_strip(mask: Mask) -> Figure:
 
 @styled
 def layer_strip(num_layers: int, removed: Sequence[int]) -> Figure:
-    """Which layers are kept and which are gone, from the embedding (left) to the head (right)."""
+    """Draw which layers are kept and which are gone, from the embedding (left) to the head (right)."""
     figure, (axis,) = _axes(1, 1.15)
     _row(axis, num_layers, removed)
     axis.set(xlim=(0, num_layers), ylim=(-0.08, 1.08))
@@ -167,7 +167,7 @@ def quality(names: Sequence[str], models: Sequence[dict[str, Any]], keys: Sequen
 
 @styled
 def courses(search: Sequence[Sequence[float]], recover: Sequence[Sequence[float]]) -> Figure:
-    """How the divergence from the teacher fell in the search and in the recovery; ``(step, nats)``."""
+    """Draw how the divergence from the teacher fell in search and recovery; ``(step, nats)``."""
     shown = [(t, c, h) for t, c, h in (("Search", AMBER, search), ("Recovery", TEAL, recover)) if h]
     figure, axes = _axes(len(shown), 2.8)
     for axis, (title, colour, history) in zip(axes, shown, strict=True):
@@ -186,7 +186,7 @@ def courses(search: Sequence[Sequence[float]], recover: Sequence[Sequence[float]
 
 @styled
 def gate_map(keep_SL: Sequence[Sequence[float]]) -> Figure:
-    """Probability that each layer is kept, over the search."""
+    """Draw the probability that each layer is kept, over the search."""
     figure, (axis,) = _axes(1, 3.0)
     steps, layers = len(keep_SL), len(keep_SL[0])
     image = axis.imshow(
@@ -201,7 +201,7 @@ def gate_map(keep_SL: Sequence[Sequence[float]]) -> Figure:
 
 @styled
 def speed(names: Sequence[str], measured: Sequence[dict[str, Any]]) -> Figure:
-    """Measured speed-up of every student, with quartiles, beside its ideal."""
+    """Draw the measured speed-up of every student, with quartiles, beside its ideal."""
     figure, axes = _axes(2, 0.9 + 0.5 * len(names), sharex=True)
     furthest = max(m[p]["ideal"] for m in measured for p in ("prefill", "decode"))
     for axis, phase in zip(axes, ("prefill", "decode"), strict=True):
@@ -226,7 +226,7 @@ def speed(names: Sequence[str], measured: Sequence[dict[str, Any]]) -> Figure:
 
 @styled
 def cost(tokens: dict[str, float], seconds: dict[str, float]) -> Figure:
-    """Tokens and seconds, stage by stage."""
+    """Draw tokens and seconds, stage by stage."""
     panels = [("Tokens", tokens, tokens_text), ("Seconds", seconds, "{:,.0f} s".format)]
     panels = [panel for panel in panels if panel[1]]
     rows = max(len(values) for _, values, _ in panels)

@@ -94,7 +94,7 @@ def _score(found: Record | None) -> str:
 
 
 def headline(report: Record) -> str:
-    """The run in one sentence, about its last model."""
+    """Tell the run in one sentence, about its last model."""
     student = report["models"][-1]
     parts = [f"{report['num_layers'] - report['depth']} of {report['num_layers']} layers removed"]
     if "retention" in student:
@@ -110,7 +110,7 @@ def headline(report: Record) -> str:
 
 
 def notes(report: Record) -> list[str]:
-    """What a reader of the speeds must beware of."""
+    """List what a reader of the speeds must beware of."""
     found = [
         verdict(model["name"], phase, model["batch_size"], model[phase])
         for model in report["models"][1:]
@@ -124,7 +124,7 @@ def notes(report: Record) -> list[str]:
 
 
 def markdown(page: Page) -> str:
-    """The page as Markdown; its figures are files beside it."""
+    """Write the page as Markdown; its figures are files beside it."""
     lines = [f"# {page.title}", "", _markdown_row(page.rows[0])]
     lines += ["|---" + "|---:" * (len(page.rows[0]) - 1) + "|", *map(_markdown_row, page.rows[1:]), ""]
     lines += [f"> {note}\n" for note in page.notes]
@@ -146,7 +146,7 @@ def _one_line(text: str) -> str:
 
 
 def html(page: Page) -> str:
-    """The page as one file: nothing is loaded from elsewhere."""
+    """Write the page as one HTML file, which loads nothing from elsewhere."""
     head, *body = ("".join(f"<td>{escape(cell)}</td>" for cell in row) for row in page.rows)
     images = [base64.b64encode(picture.svg.encode()).decode() for picture in page.pictures]
     parts = [

@@ -96,7 +96,7 @@ _JUDGED = (
 
 
 def gather(run: Run) -> Record:
-    """The report as data: ``models`` (the teacher first), tokens and seconds by stage, what was removed."""
+    """Return the report as data: ``models`` (teacher first), tokens, seconds by stage, what was removed."""
     judged = [run.evaluate["teacher"], *run.evaluate["models"]]
     names = ["teacher", *distinct([m["path"] for m in judged[1:]])]
     models = [
@@ -167,7 +167,7 @@ def _add_speeds(models: list[Record], benchmark: Record) -> None:
 
 
 def draw(run: Run, report: Record) -> list[Picture]:
-    """All figures for which there are data."""
+    """Draw all figures for which there are data."""
     models = report["models"]
     names = [model["name"] for model in models]
     drawn = [("layers", f"What the search removed: {run.mask.missing}.", figures.mask_strip(run.mask))]
@@ -191,7 +191,7 @@ def draw(run: Run, report: Record) -> list[Picture]:
 
 
 def assemble(run: Run, origin: Record) -> tuple[Record, Page]:
-    """The report as data, and as what both pages show.
+    """Build the report as data, and as what both pages show.
 
     Raises:
         ConfigError: the pieces do not fit together.
