@@ -109,22 +109,7 @@ class MaskSearch(Stage):
                 "configs/strategy/ddp.yaml."
             )
         check_quantised(trainer, quantize, "FSDP2")
-        name = type(self.policy).__name__
-        if self.policy.differentiates_weights and quantize:
-            raise ConfigError(
-                f"model.quantize: {name} differentiates the weights, which '{quantize}' does not allow. Set "
-                f"it to null, or choose another policy."
-            )
-        if self.policy.differentiates_weights and self.adapters is not None:
-            raise ConfigError(
-                f"model.adapters: {name} scores the frozen weights by their gradients. Set it to null, or "
-                f"choose another policy."
-            )
-        if self.policy.differentiates_weights and strategy == "fsdp2":
-            raise ConfigError(
-                f"trainer.strategy: {name} differentiates the weights, which FSDP2 holds in parts. Use "
-                f"configs/strategy/ddp.yaml, or choose another policy."
-            )
+        self.policy.refuse(quantize, adapted=self.adapters is not None, in_parts=strategy == "fsdp2")
         if self.teacher is not None:
             self.teacher.refuse(trainer, data)
         if self.adapters is not None:

@@ -97,6 +97,34 @@ class MaskPolicy(nn.Module):
         self.always_keep, self.seed = tuple(always_keep), seed
         self.candidates, self.polish = candidates, polish
 
+    def refuse(self, quantize: str | None, adapted: bool, in_parts: bool) -> None:
+        """Refuse weights that this policy cannot learn from, before anything is loaded.
+
+        Args:
+            quantize: how they are quantised.
+            adapted: whether adapters train beside them.
+            in_parts: whether each rank holds a part of them.
+
+        Raises:
+            ConfigError: names the key and the alternative.
+        """
+        name = type(self).__name__
+        if self.differentiates_weights and quantize:
+            raise ConfigError(
+                f"model.quantize: {name} differentiates the weights, which '{quantize}' does not allow. Set "
+                f"it to null, or choose another policy."
+            )
+        if self.differentiates_weights and adapted:
+            raise ConfigError(
+                f"model.adapters: {name} scores the frozen weights by their gradients. Set it to null, or "
+                f"choose another policy."
+            )
+        if self.differentiates_weights and in_parts:
+            raise ConfigError(
+                f"trainer.strategy: {name} differentiates the weights, which FSDP2 holds in parts. Use "
+                f"configs/strategy/ddp.yaml, or choose another policy."
+            )
+
     def setup(self, num_layers: int, remove: int, pinned: Iterable[int] = (), unit: Unit = "layer") -> None:
         """Learn the sizes and create the parameters. Called once, before anything else.
 
