@@ -59,7 +59,7 @@ class Linear:
     """A linear module whose output is added to the stream; its features are its input."""
 
     name: str
-    module: nn.Module
+    module: nn.Linear | Conv1D
     scale: float
 
     @property
@@ -71,8 +71,7 @@ class Linear:
 
     def add(self, delta_FH: Tensor) -> None:
         delta_FH = delta_FH / self.scale
-        weight: Any = self.module.weight
-        bias: Any = self.module.bias
+        weight, bias = self.module.weight, self.module.bias
         if bias is not None:
             delta_FH, delta_H = delta_FH[:-1], delta_FH[-1]
             bias.data += delta_H.to(bias)
