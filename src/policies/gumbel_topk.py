@@ -18,6 +18,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from src.errors import ConfigError
+from src.mask import Unit
 from src.policies import relaxations as R
 from src.policies.base import MaskPolicy, Probe
 from src.policies.scores import block_influence, unit_kl
@@ -69,6 +71,19 @@ class GumbelTopK(MaskPolicy):
         super().__init__(always_keep, seed, candidates, polish)
         self.form, self.side, self.init = form, side, init
         self.init_scale, self.temperature = init_scale, temperature
+
+    def setup(self, num_layers: int, remove: int, pinned: Iterable[int] = (), unit: Unit = "layer") -> None:
+        """As the base class.
+
+        Raises:
+            ConfigError: the start compares the stream before and after whole layers, and halves are asked.
+        """
+        super().setup(num_layers, remove, pinned, unit)
+        if self.init == "block_influence" and unit != "layer":
+            raise ConfigError(
+                f"policy.init: 'block_influence' compares the streams around whole layers, and model.unit is "
+                f"'{unit}'. Accepted here: kl, zeros, random."
+            )
 
     def initialise(self, probe: Probe) -> None:
         if self.init == "zeros":
