@@ -44,8 +44,8 @@ VERBS = {
 
 def _help() -> str:
     lines = ["usage: python -m src.cli <verb> [options]        (<verb> --help for its options)", ""]
-    told = {**VERBS, **{verb: text for verb, (_, text) in TOOLS.items()}}
-    lines += [f"  {verb:<10} {text}" for verb, text in told.items()]
+    texts = {**VERBS, **{verb: text for verb, (_, text) in TOOLS.items()}}
+    lines += [f"  {verb:<10} {text}" for verb, text in texts.items()]
     return "\n".join(lines)
 
 
@@ -104,7 +104,7 @@ def _run_to_the_end(argv: list[str]) -> None:
         run(argv)
     except Exception as error:
         if (
-            number := stopping.told()
+            number := stopping.received()
         ):  # what was ended, such as a collective among ranks, fails in its own way
             raise stopping.Stopped(number) from error
         if message := watchdog.explain(error):  # first: a load that runs out of memory is a fault too

@@ -1,4 +1,4 @@
-"""The one artefact between the stages: ``mask.json``, which units of which model are kept.
+"""``mask.json`` says which units of which model are kept; it is the one artefact between the stages.
 
 Every method writes it; recovery, export, evaluation and benchmark read nothing else about the search.
 """
@@ -43,12 +43,12 @@ FIELDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
         lambda v: isinstance(v, dict) and all(type(x) in (int, float) for x in v.values()),
     ),
 }
-"""What each field of the file holds, in words and as a test."""
+"""The type of each field of the file, in words and as a test."""
 
 
 @dataclass(frozen=True)
 class Mask:
-    """Kept units of a parent model, and where the choice came from.
+    """The kept units of a parent model, and the origin of the choice.
 
     Attributes:
         model: Hub id or directory of the parent.
@@ -92,7 +92,7 @@ class Mask:
 
     @property
     def units(self) -> int:
-        """Units of the parent."""
+        """Number of units of the parent."""
         return self.num_layers * (2 if self.unit == "half" else 1)
 
     @property
@@ -107,7 +107,7 @@ class Mask:
 
     @property
     def depth(self) -> int:
-        """Layers of the cut model."""
+        """Number of layers of the cut model."""
         return len(self.attention)
 
     @property
@@ -117,7 +117,7 @@ class Mask:
 
     @property
     def listed(self) -> str:
-        """What is kept, in words; of halves, which attention meets which feed-forward."""
+        """The kept layers in words; for halves, which attention meets which feed-forward."""
         if self.unit == "layer":
             return str(list(self.keep))
         pairs = zip(self.attention, self.feed_forward, strict=True)
@@ -126,7 +126,7 @@ class Mask:
 
     @property
     def missing(self) -> str:
-        """What is removed, in words."""
+        """The removed units in words."""
         if self.unit == "layer":
             return str(list(self.removed))
         gone = [sorted({*range(self.num_layers)} - {*kept}) for kept in (self.attention, self.feed_forward)]
@@ -139,12 +139,12 @@ class Mask:
 
     @property
     def reads(self) -> tuple[int, ...]:
-        """For each layer of the cut model, the layer of the parent that reads behind it, at last the norm."""
+        """For each layer of the cut model, the parent's layer that reads its output; at last the norm."""
         return (*self.attention[1:], self.num_layers)
 
     @property
     def gaps(self) -> tuple[int, ...]:
-        """Layers of the cut model behind which whole or half layers are missing, before another kept one."""
+        """Layers of the cut model before a gap: removed layers or halves, and then another kept layer."""
         behind = enumerate(zip(self.feed_forward[:-1], self.reads[:-1], strict=True))
         return tuple(position for position, (written, read) in behind if read != written + 1)
 
@@ -155,7 +155,7 @@ class Mask:
 
     @classmethod
     def by_hand(cls, model: str, num_layers: int, keep: Iterable[int]) -> Mask:
-        """A mask that no search chose."""
+        """Return a mask that no search chose."""
         return cls(model, num_layers, tuple(keep), "by hand")
 
     def check(self, num_layers: int, model: str) -> None:

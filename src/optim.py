@@ -1,4 +1,4 @@
-"""Adam with one second moment for all parameters, for the few logits of a mask.
+"""Adam with one second moment for all parameters, made for the few logits of a mask.
 
 Per-coordinate Adam divides each logit's gradient by its own size, which throws away which layer matters
 more: mask gradients mostly share a sign, and only their relative size tells layers apart.
@@ -42,7 +42,7 @@ class SharedAdam(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One update; returns the closure's loss."""
+        """Make one update; return the closure's loss."""
         loss = None
         if closure is not None:
             with torch.enable_grad():

@@ -1,4 +1,4 @@
-"""Train a small decoder from nothing: how the embedded teacher is made (``make teacher``)."""
+"""Train a small decoder from nothing, such as the teacher of the demo (``make teacher``)."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from src.training.schedules import with_warmup
 
 
 class Pretrain(LightningModule):
-    """Next-token training of a model built from a config.
+    """Trains a model, built from a config, to predict the next token.
 
     Args:
-        tokenizer: directory of the tokenizer; its size is the vocabulary's.
+        tokenizer: directory of the tokenizer; its size is that of the vocabulary.
         architecture: keys of the Hugging Face config, ``model_type`` among them.
         optimizer: optimiser of all weights.
         warmup: share of the steps over which the learning rate rises; it then falls linearly to zero.
@@ -82,7 +82,7 @@ class Pretrain(LightningModule):
         self._since = time.monotonic()
 
     def on_fit_end(self) -> None:
-        """Write the model, its tokenizer and ``training.json``, the cost that reports quote."""
+        """Write the model, its tokenizer and ``training.json``, whose cost reports quote."""
         if self.save_to and self.trainer.is_global_zero:
             seconds = round(time.monotonic() - self._since)
             record = {"tokens": self.tokens, "seconds": seconds, "steps": self.trainer.global_step}

@@ -99,9 +99,9 @@ def checked(init: Init) -> Init:
 
     @wraps(init)
     def guarded(self: Any, *args: Any, **kwargs: Any) -> None:
-        given = dict(zip(names[1:], args, strict=False)) | kwargs
+        values = dict(zip(names[1:], args, strict=False)) | kwargs
         component: type = type(self)
-        refuse(faults(given, ranges_of(component)))
+        refuse(faults(values, ranges_of(component)))
         init(self, *args, **kwargs)
 
     return cast(Init, guarded)
@@ -110,13 +110,13 @@ def checked(init: Init) -> Init:
 @cache
 def _ranges(init: Callable[..., None]) -> dict[str, Range]:
     """Return the range of each annotated parameter of a function."""
-    found = dict[str, Range]()
+    ranges = dict[str, Range]()
     for name, hint in get_type_hints(init, include_extras=True).items():
         for part in (hint, *get_args(hint)):  # a range may stand in a union with None
             for own in getattr(part, "__metadata__", ()):
                 if isinstance(own, Range):
-                    found[name] = own
-    return found
+                    ranges[name] = own
+    return ranges
 
 
 @cache

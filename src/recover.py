@@ -1,6 +1,6 @@
-"""Recovery: distil the physically shortened model from the original.
+"""Recovery distils the cut model from its parent.
 
-The student is a plain, smaller Hugging Face model: nothing is gated any more. It learns from a teacher's
+The student is a plain, smaller Hugging Face model without gates. It learns from a teacher's
 signal (live or cached) through an entropy-weighted divergence. The teacher lives in no module tree, so no
 checkpoint, optimiser or sharding engine ever sees it.
 """
@@ -49,7 +49,7 @@ class Recovery(Stage):
         teacher: source of the teacher's signal; None runs the parent live.
         distillation: loss on that signal, the first term; its k and rule are validation's too.
         terms: further terms of the loss, each with a weight; see :class:`src.losses.Objective`.
-        scope: what trains: ``full``, the blocks next to each cut (``cut_adjacent``), or ``lora`` adapters on
+        scope: what trains: ``full``, the blocks next to each gap (``cut_adjacent``), or ``lora`` adapters on
             all linear layers (needs the extra ``lora``), merged on export; what they miss is named.
         lora_rank: rank of the adapters.
         patch: repair of the cut model before it trains; ``adapters`` merges in those that the mask's search
@@ -79,11 +79,11 @@ class Recovery(Stage):
         decay: Decay = "cosine",
         **kwargs: Any,
     ) -> None:
-        found = Mask.load(mask)
-        super().__init__(model or found.model, quantize=None, **kwargs)
-        self.mask = found
+        loaded = Mask.load(mask)
+        super().__init__(model or loaded.model, quantize=None, **kwargs)
+        self.mask = loaded
         self.parent_key = identity.MODEL if model else identity.MASK
-        theirs = found.revision if self.name == found.model else None
+        theirs = loaded.revision if self.name == loaded.model else None
         self.loading = replace(self.loading, revision=self.revision or theirs)
         self.mask.check(num_layers(load_config(self.name, self.revision)), self.name)
         self.adapters = beside(mask) if patch == "adapters" else None
@@ -135,17 +135,17 @@ class Recovery(Stage):
     # ------------------------------------------------------------------ learning
 
     def step(self, rows: Supervised, whole: WholeBatch | None = None, pairs: Sequence[Pair] = ()) -> Step:
-        """What rows, this rank's of a ``whole`` batch, show to the terms, with the streams of ``pairs``."""
+        """Run teacher and student on this rank's rows of a ``whole`` batch, for the terms that follow."""
         batch, index_N = rows.batch, rows.index_N
         with self.teacher.states([theirs for _, theirs in pairs]) as parent:
             signal = self.teacher.signal(batch, index_N)
         with streams(self.model, [own for own, _ in pairs]) as student:
             hidden_NH = self.head.hidden(batch).flatten(0, 1)[index_N]
-        behind = [{i: h.flatten(0, 1)[index_N] for i, h in found.items()} for found in (student, parent)]
+        behind = [{i: h.flatten(0, 1)[index_N] for i, h in own.items()} for own in (student, parent)]
         return Step(self.head, hidden_NH, rows.labels_N, signal, self.mask, whole, *behind)
 
     def losses(self, rows: Supervised, whole: WholeBatch | None = None) -> dict[str, Tensor]:
-        """The sum of the terms as ``loss``, and their figures, on one batch or on this rank's part of one."""
+        """Return the sum of the terms as ``loss``, and their figures, on this rank's part of a batch."""
         return self.objective(self.step(rows, whole, self.objective.pairs(self.mask)))
 
     def training_step(self, batch: Batch, _: int) -> Tensor:

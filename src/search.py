@@ -1,10 +1,10 @@
-"""Mask search: learn which layers to remove, against the frozen original.
+"""A mask search learns which units to remove, against the frozen original.
 
-Each step draws masks from the policy, runs the student under each, measures the divergence from the teacher
-and tells the policy. Weights do not move, unless adapters train beside them. The gradient of a draw with
-respect to its gates (and to the adapters) is taken at once and its graph freed, so memory does not grow
-with the number of draws, and the graph Lightning sees (from the policy's logits to the surrogate) is the
-same small one under every strategy.
+Each step draws masks from the policy, runs the student under each, measures its divergence from the teacher
+and hands the losses back to the policy. Weights do not move, unless adapters train beside them. The gradient
+of a draw with respect to its gates (and to the adapters) is taken at once and its graph freed. So memory does
+not grow with the number of draws, and the graph that Lightning sees (from the policy's logits to the
+surrogate) is the same small one under every strategy.
 
 By default the teacher is the student itself, its gates open and its adapters off: one copy of the weights.
 """
@@ -52,8 +52,8 @@ class MaskSearch(Stage):
         policy: how masks are drawn and learned.
         remove: layers to remove; give this or ``ratio``.
         ratio: share of the layers to remove, in (0, 1), rounded to the nearest count.
-        unit: what is removed: whole layers (``layer``), or attentions and feed-forwards apart (``half``), as
-            many of both; the halves that stay pair up into ordinary layers again.
+        unit: what is removed: whole layers (``layer``), or attentions and feed-forwards apart, as many of
+            both (``half``); the halves that stay pair up into ordinary layers again.
         teacher: another source of the teacher's signal; None is the student with open gates.
         distillation: divergence between the teacher's signal and the student.
         draws: masks drawn for each batch; they share the teacher's forward pass.
@@ -116,7 +116,7 @@ class MaskSearch(Stage):
             self.adapters.refuse(quantize)
 
     def configure_model(self) -> None:
-        """Load the frozen model and gate it; a tuple keeps it out of the module tree and checkpoints."""
+        """Load the frozen model and put gates on it; a tuple keeps it out of module tree and checkpoints."""
         if hasattr(self, "_frozen"):
             return
         network = freeze(self.load(true_half(self)))
@@ -141,7 +141,7 @@ class MaskSearch(Stage):
     # ------------------------------------------------------------------ measuring
 
     def hidden(self, batch: Batch, gates_U: Tensor | None, observer: Observer | None = None) -> Tensor:
-        """The student's pass: final hidden states ``[B, T, H]`` under gates (None is open), adapters on."""
+        """Run the student: final hidden states ``[B, T, H]`` under gates (None is open), adapters on."""
         before = self.gates.evaluated
         with self.gates.use(gates_U, observer):
             hidden_BTH = self.head.hidden(batch)
@@ -149,7 +149,7 @@ class MaskSearch(Stage):
         return hidden_BTH
 
     def teacher_hidden(self, batch: Batch, observer: Observer | None = None) -> Tensor:
-        """The teacher's pass: final hidden states ``[B, T, H]``, gates open and weights the parent's."""
+        """Run the teacher: final hidden states ``[B, T, H]``, gates open and weights the parent's."""
         with self.parents_weights():
             return self.hidden(batch, None, observer)
 
@@ -163,7 +163,7 @@ class MaskSearch(Stage):
 
     @torch.no_grad()
     def teacher_signal(self, rows: Supervised) -> Signal:
-        """The teacher's signal at the supervised positions of a batch."""
+        """Return the teacher's signal at the supervised positions of a batch."""
         if self.teacher is not None:
             return self.teacher.signal(rows.batch, rows.index_N)
         hidden_NH = self.teacher_hidden(rows.batch).flatten(0, 1)[rows.index_N]
@@ -177,14 +177,14 @@ class MaskSearch(Stage):
         by: Distillation | None = None,
         whole: WholeBatch | None = None,
     ) -> Tensor:
-        """Loss of the model under gates against a teacher's signal on the same batch.
+        """Return the loss of the model under gates against a teacher's signal on the same batch.
 
         Args:
             rows: a batch and its supervised positions.
-            signal: what the teacher says there.
+            signal: the teacher's, at these positions.
             gates_U: gates, or None for all open.
             by: the loss, if not the search's own.
-            whole: the batch of all ranks that this one is a part of; None: it is on its own.
+            whole: the batch of all ranks that this one is a part of; None if it is on its own.
         """
         hidden_NH = self.hidden(rows.batch, gates_U).flatten(0, 1)[rows.index_N]
         return (by or self.distillation)(self.head, hidden_NH, rows.labels_N, signal, whole)["loss"]
@@ -196,22 +196,22 @@ class MaskSearch(Stage):
 
         Args:
             rows: a batch and its supervised positions.
-            signal: what the teacher says there.
-            number: of the draw, within the step.
+            signal: the teacher's, at these positions.
+            number: which draw of the step this is.
             whole: the batch of all ranks.
         """
         gates_U = self.policy.sample(self.trainer.global_step, number)
         leaf_U, grad_U = gates_U.detach().requires_grad_(self.policy.needs_gradient), None
         moving = [] if self.adapters is None else self.adapters.moving()
-        sought = [*([leaf_U] if self.policy.needs_gradient else []), *moving]
-        with torch.set_grad_enabled(bool(sought)):
+        inputs = [*([leaf_U] if self.policy.needs_gradient else []), *moving]
+        with torch.set_grad_enabled(bool(inputs)):
             loss = self.divergence(rows, signal, leaf_U, whole=whole)
-        if sought:
-            found = list(torch.autograd.grad(loss, sought, allow_unused=bool(moving)))
+        if inputs:
+            grads = list(torch.autograd.grad(loss, inputs, allow_unused=bool(moving)))
             self.spent(rows.batch, self.num_layers)
-            grad_U = found.pop(0) if self.policy.needs_gradient else None
+            grad_U = grads.pop(0) if self.policy.needs_gradient else None
             if self.adapters is not None:
-                self.adapters.take(found)
+                self.adapters.take(grads)
         return Draw(gates_U, loss.detach(), grad_U)
 
     @float32_by_default()
@@ -224,8 +224,8 @@ class MaskSearch(Stage):
         self.tokens += whole.tokens
         losses_D, grads_DU = over_ranks(drawn)
         self.log("train/kl", losses_D.mean(), prog_bar=True)
-        told = self.policy.surrogate(torch.stack([each.gates_U for each in drawn]), losses_D, grads_DU)
-        return told if self.adapters is None else told + self.adapters.surrogate(self.draws)
+        loss = self.policy.surrogate(torch.stack([each.gates_U for each in drawn]), losses_D, grads_DU)
+        return loss if self.adapters is None else loss + self.adapters.surrogate(self.draws)
 
     def validation_step(self, batch: Batch, _: int) -> None:
         rows = Supervised.of(batch)
@@ -251,7 +251,7 @@ class MaskSearch(Stage):
         return (self.teacher and self.teacher.weights) or self.weights
 
     def mask(self, keep: Iterable[int], metrics: dict[str, float]) -> Mask:
-        """The mask file for a set of kept units."""
+        """Return the mask of a set of kept units, with the record of this search."""
         return Mask(
             model=self.name,
             revision=self.revision or self.commit,

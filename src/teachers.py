@@ -1,4 +1,4 @@
-"""Where a teacher's signal comes from: a model that runs beside the student, or a cache.
+"""Sources of a teacher's signal: a model that runs beside the student, or a cache.
 
 Both give the same signal for the same tokens, so a loss cannot tell them apart.
 
@@ -37,7 +37,7 @@ from src.training.strategies import NO_PARTS, kind
 
 
 class Learner(Protocol):
-    """What a teacher asks of the module that learns from it."""
+    """The module that learns from a teacher, as the teacher sees it."""
 
     @property
     def name(self) -> str:
@@ -45,15 +45,15 @@ class Learner(Protocol):
 
     @property
     def revision(self) -> str | None:
-        """Its Hub revision."""
+        """Hub revision of that parent."""
 
     @property
     def weights(self) -> str | None:
-        """Fingerprint of its weights."""
+        """Fingerprint of the parent's weights."""
 
     @property
     def distillation(self) -> Distillation:
-        """The divergence that is measured; it says how many tokens of a signal it reads."""
+        """The divergence; its ``k`` is the number of tokens that it reads of a signal."""
 
     @property
     def head(self) -> OutputHead:
@@ -65,46 +65,46 @@ class Learner(Protocol):
 
     @property
     def device(self) -> torch.device:
-        """Where the student is."""
+        """Device of the student."""
 
     @property
     def device_mesh(self) -> DeviceMesh | None:
-        """The ranks, under FSDP2."""
+        """Mesh of the ranks under FSDP2, else None."""
 
 
 class TeacherSource(Protocol):
-    """What a training module asks of a teacher."""
+    """A teacher, as the training module sees it."""
 
     @property
     def weights(self) -> str | None:
         """Fingerprint of a model of its own; None if it is the parent, or a cache."""
 
     def refuse(self, trainer: Trainer, data: object) -> None:
-        """Refuse, before anything is loaded, a trainer or data that this source cannot work with."""
+        """Refuse a trainer or data that this source cannot work with, before anything is loaded."""
 
     def adopt(self, parent: PreTrainedModel) -> None:
-        """Offer the parent of the student, already loaded; a source that needs no model ignores it."""
+        """Take the loaded parent of the student; a source that needs no model ignores it."""
 
     def setup(self, learner: Learner) -> None:
-        """Get ready for the device and the vocabulary of a learner."""
+        """Prepare for the device and the vocabulary of a learner."""
 
     def signal(self, batch: Batch, index_N: Tensor) -> Signal:
-        """The signal at flat positions ``index_N`` (into ``B * T``) of a batch."""
+        """Return the signal at flat positions ``index_N`` (into ``B * T``) of a batch."""
 
     def states(self, layers: Sequence[int]) -> AbstractContextManager[dict[int, Tensor]]:
         """Collect the parent's stream ``[B, T, H]`` behind ``layers`` while :meth:`signal` runs in the block.
 
-        It is called before anything is loaded too, so that a source that cannot is refused in time.
+        A recovery calls it before anything is loaded too, so that a source without states is refused in time.
 
         Raises:
-            ConfigError: layers are asked for, and this source has none of the parent's.
+            ConfigError: ``layers`` is not empty, and this source has none of the parent's.
         """
 
 
 class LiveTeacher:
-    """A frozen model that runs on every batch.
+    """Runs a frozen model on every batch.
 
-    It is held in a tuple: no state dict, optimiser or sharding engine ever sees it.
+    A tuple holds the model, so that no state dict, optimiser or sharding engine ever sees it.
 
     Args:
         model: Hub id or directory; None is the model being shortened.
@@ -132,11 +132,11 @@ class LiveTeacher:
 
     @cached_property
     def weights(self) -> str | None:
-        """Fingerprint of a model other than the parent."""
+        """Fingerprint of a model other than the parent, else None."""
         return weights_fingerprint(self.name, self.loading.revision) if self.name else None
 
     def refuse(self, trainer: Trainer, data: object) -> None:
-        """Refuse to be sharded where the strategy, or the bytes of the weights, cannot be.
+        """Refuse ``shard`` where the strategy shards no teacher or the weights are quantised.
 
         Raises:
             ConfigError: names the alternatives.
@@ -154,15 +154,15 @@ class LiveTeacher:
             )
 
     def adopt(self, parent: PreTrainedModel) -> None:
-        """Take the parent, unless another model or another form of it was asked for."""
+        """Take the parent, unless another model or a quantised copy is configured."""
         if self.name is None and self.loading.quantize is None:
             self._model = (parent,)
 
     def setup(self, learner: Learner) -> None:
-        """Load the model if need be, move it, and check its head; the loss says how many tokens.
+        """Load the model if need be, move it, and check its head.
 
         Raises:
-            ConfigError: it cannot be loaded, or does not read the data's tokens.
+            ConfigError: the model cannot be loaded, or does not read the data's tokens.
         """
         self.k = learner.distillation.k
         if not self._model:
@@ -189,7 +189,7 @@ class LiveTeacher:
         return live_signal(self.head, hidden_NH, self.k, vocabulary=self.vocabulary)
 
     def states(self, layers: Sequence[int]) -> AbstractContextManager[dict[int, Tensor]]:
-        """The model's own stream; it must be the parent, in whatever form.
+        """Collect the model's own stream; the model must be the parent, quantised or not.
 
         Raises:
             ConfigError: it is another model.
@@ -221,7 +221,7 @@ class CachedTeacher:
         self.corpus(data)
 
     def adopt(self, parent: PreTrainedModel) -> None:
-        """Need no parent; its memory is freed."""
+        """Let the parent go: a cache needs none, and its memory is freed."""
 
     def setup(self, learner: Learner) -> None:
         """Check the cache against the student's vocabulary and parent, and the loss's k.
@@ -239,7 +239,7 @@ class CachedTeacher:
 
     @staticmethod
     def corpus(data: object) -> CachedCorpus:
-        """The cache that the batches come from.
+        """Return the cache that the batches come from.
 
         Raises:
             ConfigError: the data are no cache.
@@ -252,17 +252,17 @@ class CachedTeacher:
         return data
 
     def signal(self, batch: Batch, index_N: Tensor) -> Signal:
-        """The rows of the cache, in the order of the supervised positions."""
+        """Return the cached signal, in the order of the supervised positions."""
         signal = TopK(*(batch[f"teacher_{key}"] for key in ("ids", "log_probs", "entropy", "log_rest")))
-        assert len(signal.ids) == len(index_N), "one row of the cache for each supervised position"
+        assert len(signal.ids) == len(index_N), "one signal of the cache for each supervised position"
         signal = signal.within(self.vocabulary)
         return signal if self.k is None or self.k >= signal.ids.shape[-1] else signal.truncate(self.k)
 
     def states(self, layers: Sequence[int]) -> AbstractContextManager[dict[int, Tensor]]:
-        """Nothing: a cache holds what the parent says, not its inner layers.
+        """Collect nothing: a cache holds the parent's signal, not its inner layers.
 
         Raises:
-            ConfigError: layers are asked for.
+            ConfigError: ``layers`` is not empty.
         """
         if layers:
             raise ConfigError(

@@ -50,7 +50,7 @@ class PruningCurriculum(Callback):
     def on_train_batch_start(self, trainer: Trainer, module: LightningModule, *_: Any) -> None:
         policy = cast("MaskSearch", module).policy
         target = policy.target
-        done = share_done(trainer, trainer.global_step + 1, total_steps(trainer))
-        now = target if self.until == 0 else math.ceil(round(target * done / self.until, 9))
+        progress = share_done(trainer, trainer.global_step + 1, total_steps(trainer))
+        now = target if self.until == 0 else math.ceil(round(target * progress / self.until, 9))
         policy.remove = min(target, now)
         module.log("mask/removed", float(policy.remove))

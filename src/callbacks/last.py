@@ -1,4 +1,4 @@
-"""A ``last.ckpt`` that is the last step."""
+"""Save the last step of a run as ``last.ckpt``, however the run ends."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ class LastCheckpoint(ModelCheckpoint):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save the end of the last epoch, before what comes after training costs anything."""
         super().on_train_epoch_end(trainer, pl_module)
-        done = trainer.fit_loop.epoch_progress.current
-        if done.processed == trainer.max_epochs:  # type: ignore[attr-defined]  # of the wider type it holds
+        epochs = trainer.fit_loop.epoch_progress.current
+        if epochs.processed == trainer.max_epochs:  # type: ignore[attr-defined]  # of the wider type it holds
             self.save(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save what no step could know to be the last."""
+        """Save a last step that did not show itself as the last, as when the data ended."""
         if not trainer.interrupted:
             self.save(trainer)
 
     def save(self, trainer: Trainer) -> None:
-        """Save the present step, unless that was done."""
+        """Save the present step, unless it is saved already."""
         if not self._should_skip_saving_checkpoint(trainer):
             self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))

@@ -1,4 +1,4 @@
-"""What to look at while a stage runs: gates over time, entropy of the mask, speed, memory."""
+"""Log a stage while it runs: gates over time, entropy of the mask, speed, memory."""
 
 from __future__ import annotations
 

@@ -14,6 +14,6 @@ class CheckpointActivations(Callback):
     """
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Before the model is loaded."""
+        """Set the module's switch before its model is loaded."""
         if isinstance(pl_module, Stage):
             pl_module.checkpoint_activations = True

@@ -1,4 +1,4 @@
-"""What a stage cost, as a small JSON file the report reads."""
+"""Write the cost of a stage to a small JSON file, which the report reads."""
 
 from __future__ import annotations
 

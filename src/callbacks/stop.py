@@ -1,4 +1,4 @@
-"""End a run between two batches when a signal asks for it."""
+"""End a run between two batches after a signal."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from src.training.stopping import Stopped
 
 
 class StopOnSignal(Checkpoint):
-    """Heeds SIGTERM and SIGINT after the step at hand, on all ranks at once, when its state is saved.
+    """Ends a run on SIGTERM or SIGINT, on all ranks at once, after the present step and its checkpoint.
 
     The command line gives every run one. It is a :class:`Checkpoint`, which Lightning calls after all others,
     so that they have had their part of the step. A cache needs no saving: it keeps its finished shards.
@@ -57,16 +57,16 @@ class StopOnSignal(Checkpoint):
         stopping.patient(False)
 
     def on_exception(self, trainer: Trainer, module: LightningModule, exception: BaseException) -> None:
-        """Say where the run stopped and how it goes on."""
+        """Add where the run stopped and how it goes on."""
         if isinstance(exception, Stopped):
             exception.where = exception.where or _where(trainer)
 
 
 def _agreed(trainer: Trainer) -> int:
-    """What any rank was told, or 0; all ranks heed it after the same batch."""
-    number = most(stopping.told() or 0, trainer.strategy.root_device)
+    """The signal that any rank received, or 0; all ranks stop after the same batch."""
+    number = most(stopping.received() or 0, trainer.strategy.root_device)
     if number:
-        stopping.be_told(number)
+        stopping.receive(number)
     return number
 
 
@@ -79,8 +79,8 @@ def _where(trainer: Trainer) -> str | None:
         return None
     at = f"stopped at step {trainer.global_step}{_of(trainer.max_steps)}"
     savers = [saver for saver in trainer.checkpoint_callbacks if isinstance(saver, LastCheckpoint)]
-    known = [*(saver.last_model_path for saver in savers), trainer.ckpt_path]
-    path = next((path for path in known if path and Path(path).exists()), None)
+    saved = [*(saver.last_model_path for saver in savers), trainer.ckpt_path]
+    path = next((path for path in saved if path and Path(path).exists()), None)
     if path is None:
         return f"{at}; nothing was saved; begin again with the same command"
     return f"{at}; resume with the same command and --ckpt_path {path}"

@@ -180,8 +180,8 @@ def row_ids(batch: Batch) -> list[int]:
 def _divide(rows: list[list[TokenRow]], size: int, rng: random.Random | None) -> list[list[list[TokenRow]]]:
     """Cut into the fewest batches of at most ``size`` rows, as equal as can be."""
     count = -(-len(rows) // size)
-    cuts = [len(rows) * i // count for i in range(count + 1)] if count else [0]
-    batches = [rows[a:b] for a, b in pairwise(cuts)]
+    ends = [len(rows) * i // count for i in range(count + 1)] if count else [0]
+    batches = [rows[a:b] for a, b in pairwise(ends)]
     if rng:
         rng.shuffle(batches)
     return batches

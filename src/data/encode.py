@@ -102,15 +102,15 @@ class Encoder:
                 f"{document.where} has {len(ids):,} tokens, more than data.max_length={size}. "
                 "Raise it, or set data.too_long to 'truncate' or 'split'."
             )
-        cuts, cut = [0, size], lost
+        ends, missing = [0, size], lost
         if self.too_long == "split" and lost:
-            cuts = [*range(0, len(ids), size), len(ids)]
-            cuts[-2] -= cuts[-1] - cuts[-2] == 1  # a token alone would teach nothing
-        kept = [(a, b) for a, b in pairwise(cuts) if any(label != IGNORE for label in labels[a + 1 : b])]
+            ends = [*range(0, len(ids), size), len(ids)]
+            ends[-2] -= ends[-1] - ends[-2] == 1  # a token alone would teach nothing
+        kept = [(a, b) for a, b in pairwise(ends) if any(label != IGNORE for label in labels[a + 1 : b])]
         if self.too_long == "split" and lost:
-            cut = len(ids) - sum(b - a for a, b in kept)
+            missing = len(ids) - sum(b - a for a, b in kept)
         pieces = [TokenRow(ids[a:b], labels[a:b], document.where) for a, b in kept]
-        return [replace(piece, lost=cut) if n == 0 else piece for n, piece in enumerate(pieces)]
+        return [replace(piece, lost=missing) if n == 0 else piece for n, piece in enumerate(pieces)]
 
     def _ends(self, text: str) -> tuple[list[int], list[int]]:
         """BOS and EOS around a text: not those that it brings, being rendered already."""

@@ -45,7 +45,7 @@ class Judged:
         numbers: place of each among the rows that were read, from 0.
         read: how many were read.
         left_out: how many of them are not judged, by reason.
-        cut: how many of those judged lost their end to ``max_length``.
+        truncated: how many of those judged lost their end to ``max_length``.
         unread: columns that are not read.
     """
 
@@ -53,21 +53,21 @@ class Judged:
     numbers: list[int]
     read: int
     left_out: dict[str, int]
-    cut: int
+    truncated: int
     unread: list[str]
 
     def __str__(self) -> str:
         reasons = "".join(f"; left out: {count} {reason}" for reason, count in self.left_out.items())
-        cut = f"; cut: {self.cut} longer than the maximal length" if self.cut else ""
+        truncated = f"; truncated: {self.truncated} longer than the maximal length" if self.truncated else ""
         unread = f"; columns not read: {', '.join(self.unread)}" if self.unread else ""
         of = f" of {self.read}" if len(self.rows) < self.read else ""
-        return f"{len(self.rows)}{of} rows{reasons}{cut}{unread}"
+        return f"{len(self.rows)}{of} rows{reasons}{truncated}{unread}"
 
     @property
     def record(self) -> dict[str, Any]:
         """The counts as plain values."""
         counts = {"rows": len(self.rows), "rows_read": self.read, "left_out": self.left_out}
-        return {**counts, "cut": self.cut, "columns_not_read": self.unread}
+        return {**counts, "cut": self.truncated, "columns_not_read": self.unread}
 
 
 def judged(

@@ -20,11 +20,11 @@ class Statistics:
         tokens: tokens that are not padding.
         supervised: tokens with a label.
         padding: tokens of padding.
-        truncated: documents cut at ``max_length``.
-        lost: tokens cut off.
+        truncated: documents truncated at ``max_length``.
+        lost: tokens that truncation took.
         dropped: documents left out because no token of theirs would be supervised.
         repeated: batches given a second time by a rank that ran out before the others.
-        first_truncated: file and row of the first document cut.
+        first_truncated: file and row of the first of these documents.
         first_dropped: file and row of the first document left out.
         unread: columns of the documents that are not read, sorted.
     """
@@ -48,7 +48,7 @@ class Statistics:
     ) -> Statistics:
         """Count a batch, the rows it was made of, and what was dropped and not read on the way to it."""
         documents = [document for row in rows for document in row]
-        cut = [document for document in documents if document.lost]
+        truncated = [document for document in documents if document.lost]
         tokens = 0 if batch is None else real_tokens(batch)
         return cls(
             batches=int(batch is not None),
@@ -56,10 +56,10 @@ class Statistics:
             tokens=tokens,
             supervised=0 if batch is None else int((batch["labels"] != IGNORE).sum()),
             padding=0 if batch is None else batch["input_ids"].numel() - tokens,
-            truncated=len(cut),
-            lost=sum(document.lost for document in cut),
+            truncated=len(truncated),
+            lost=sum(document.lost for document in truncated),
             dropped=len(dropped),
-            first_truncated=cut[0].where if cut else "",
+            first_truncated=truncated[0].where if truncated else "",
             first_dropped=dropped[0] if dropped else "",
             unread=tuple(sorted(unread)),
         )
@@ -74,8 +74,8 @@ class Statistics:
         return {**numbers, "waste": self.padding / max(1, self.tokens + self.padding)}
 
     def fates(self) -> set[str]:
-        """Sentences on the first documents cut or left out, on repeated batches and on columns not read."""
-        cut = {f"{self.first_truncated} is longer than data.max_length and was cut (data/truncated)"}
+        """Sentences on first documents truncated or left out, on repeated batches and on unread columns."""
+        truncated = {f"{self.first_truncated} exceeds data.max_length and was truncated (data/truncated)"}
         dropped = {f"{self.first_dropped} has no token to learn from and was left out (data/dropped)"}
         short = {
             "a rank has fewer documents than the others and is given its first batch again until they end "
@@ -84,7 +84,7 @@ class Statistics:
         columns = {f"not read are the columns {', '.join(self.unread)} (data.columns names those that are)"}
         return (
             (columns if self.unread else set())
-            | (cut if self.truncated else set())
+            | (truncated if self.truncated else set())
             | (dropped if self.dropped else set())
             | (short if self.repeated else set())
         )

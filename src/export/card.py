@@ -139,7 +139,7 @@ A fresh process loaded this directory with stock `AutoModelForCausalLM` and foun
 
 
 def _training(recovery: dict[str, Any] | None, repair: str | None) -> dict[str, str | None]:
-    """The rows of the card about changes of the weights after the cut."""
+    """The card's facts about changes of the weights after the cut."""
     if recovery is None:
         kept = "none: the kept layers hold the parent's weights" + (", but for the repair" if repair else "")
         return {"Repair": repair, "Recovery": kept}
@@ -160,8 +160,8 @@ def scores_table(evaluation: dict[str, Any], directory: Path) -> str:
     parent, judged = evaluation.get("teacher"), evaluation.get("models", [])
     own = next((m for m in judged if Path(m["path"]).resolve() == directory.resolve()), None)
     if parent is None or own is None:
-        found = [m["path"] for m in judged]
-        raise ConfigError(f"--scores: needs an evaluation of '{directory}' with --teacher; found {found}.")
+        paths = [m["path"] for m in judged]
+        raise ConfigError(f"--scores: needs an evaluation of '{directory}' with --teacher; found {paths}.")
     lines = ["| | parent | this model |", "|---|---|---|"]
     for key, form in FIGURES.items():
         if key in own:

@@ -1,7 +1,7 @@
-"""What of the parent goes along with an export, beside its weights: tokenizer, templates, settings, licence.
+"""Copy the files of a parent that go along with an export: tokenizer, templates, settings, licence.
 
-Byte for byte, with two exceptions: no code and no pickle of the parent's author is passed on, and so no
-``auto_map`` that would point to it.
+Files are copied byte for byte, with one exception: an ``auto_map``, which points to code, is left out. Code
+and pickles of the parent's author are not copied.
 """
 
 from __future__ import annotations
@@ -46,23 +46,23 @@ COMPANIONS = (
     "USE_POLICY*",
 )
 RUNS = (".py", ".so", ".pkl", ".pickle", ".bin", ".pt", ".pth")
-"""Endings of what may run when it is read."""
+"""Endings of files that may run code when they are read."""
 
 
 def parent_files(name: str, revision: str | None) -> Path:
-    """Directory with the parent's tokenizer, templates, card and licence: itself, or a download of these."""
+    """Return a directory with the parent's tokenizer, templates, card and licence, downloaded if need be."""
     if Path(name).is_dir():
         return Path(name)
     return Path(snapshot_download(name, revision=revision, allow_patterns=[*COMPANIONS, "README.md"]))
 
 
 def parent_tokenizer(name: str, revision: str | None, files: Path) -> PreTrainedTokenizerBase | None:
-    """The parent's tokenizer; None if it has no files of one, or one that is empty.
+    """Return the parent's tokenizer; None if it has no files of one, or an empty one.
 
     Raises:
-        ConfigError: there are files and they cannot be read, so that nobody could read them in the export.
+        ConfigError: its files cannot be read, so that nobody could read them in the export either.
     """
-    if not _found(files, TOKENIZER):
+    if not _matching(files, TOKENIZER):
         return None
     try:
         tokenizer = load_tokenizer(name, revision)
@@ -75,8 +75,8 @@ def parent_tokenizer(name: str, revision: str | None, files: Path) -> PreTrained
 
 
 def copy_companions(source: Path, target: Path) -> None:
-    """Copy the parent's :data:`COMPANIONS`, without what runs."""
-    for file in _found(source, COMPANIONS):
+    """Copy the parent's :data:`COMPANIONS`, except files that may run code."""
+    for file in _matching(source, COMPANIONS):
         destination = target / file.relative_to(source)
         destination.parent.mkdir(exist_ok=True)
         settings = _settings(file)
@@ -87,30 +87,30 @@ def copy_companions(source: Path, target: Path) -> None:
             shutil.copyfile(file, destination)
 
 
-def _found(source: Path, patterns: tuple[str, ...]) -> set[Path]:
+def _matching(source: Path, patterns: tuple[str, ...]) -> set[Path]:
     files = {file for pattern in patterns for file in source.glob(pattern) if file.is_file()}
     return {file for file in files if file.suffix not in RUNS}
 
 
 def _settings(file: Path) -> dict[str, Any]:
-    """What a ``*_config.json`` holds; empty for every other file."""
+    """The content of a ``*_config.json``; empty for every other file."""
     if not file.name.endswith("config.json"):
         return {}
     try:
-        found = json.loads(file.read_text("utf-8"))
+        settings = json.loads(file.read_text("utf-8"))
     except ValueError:
         return {}
-    return found if isinstance(found, dict) else {}
+    return settings if isinstance(settings, dict) else {}
 
 
 def stored_heads(parent: Path, length: int) -> int:
-    """Multi-token-prediction layers among the parent's weights; its config may not mention them."""
-    found = set()
+    """Count the multi-token-prediction layers in the parent's weights, which its config may not mention."""
+    heads = set()
     for path in parent.glob("*.safetensors"):
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118
                 extra = re.search(r"(?:^|\.)mtp\w*\.(?:layers\.)?(\d+)?", name)
                 layer = re.match(r"(?:model\.)?layers\.(\d+)\.", name)
                 if extra or (layer and int(layer.group(1)) >= length):
-                    found.add((extra or cast(re.Match[str], layer)).group(1) or "0")
-    return len(found)
+                    heads.add((extra or cast(re.Match[str], layer)).group(1) or "0")
+    return len(heads)

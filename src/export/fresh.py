@@ -30,11 +30,11 @@ PROOF_TEXT = "Layer 7 of 12: the cat sat on the mat,\n\tdidn't it? 1+1=2."
 
 @dataclass(frozen=True)
 class Reference:
-    """What an exported directory must reproduce, with the settings under which it was observed.
+    """The observation that an exported directory must reproduce, with the settings of that observation.
 
     Attributes:
         expected: observation of the model in memory.
-        ids_BT: the tokens it was observed on.
+        ids_BT: its tokens.
         weights: stored numbers, tied ones once, predicted from the parent.
         layers: number of layers.
         tied: whether input and output embeddings are one tensor.
@@ -42,7 +42,7 @@ class Reference:
         chat_template: template of the parent's tokenizer.
         dtype: type to compute in.
         attention: attention implementation.
-        device: where to compute.
+        device: device of the computation.
         threads: CPU threads; sums depend on their number.
     """
 
@@ -73,7 +73,7 @@ class Reference:
 
 
 def verify(directory: Path, reference: Reference) -> list[Finding]:
-    """Load ``directory`` as a stranger would and check it against ``reference``."""
+    """Load ``directory`` as a stranger would, and compare it with ``reference``."""
     torch.set_num_threads(reference.threads)
     read = AutoModelForCausalLM.from_pretrained(
         directory,
@@ -104,12 +104,12 @@ def verify(directory: Path, reference: Reference) -> list[Finding]:
         same &= tokenizer.chat_template == reference.chat_template
         findings.append(Finding("tokenizer and chat template", same, "equal" if same else "differ"))
     exact = reference.device == "cpu"
-    found = observe(model, reference.ids_BT)
-    return findings + compare(reference.expected, found, reference.dtype, exact)
+    actual = observe(model, reference.ids_BT)
+    return findings + compare(reference.expected, actual, reference.dtype, exact)
 
 
 def unique_weights(state: dict[str, Tensor]) -> int:
-    """Numbers in a state dict, tensors that share their memory counted once."""
+    """Count the numbers in a state dict; tensors that share their memory count once."""
     return sum({(t.data_ptr(), t.shape): t.numel() for t in state.values()}.values())
 
 
@@ -123,9 +123,9 @@ def _stored_weights(directory: Path) -> int:
 
 
 def main() -> None:
-    """Write the findings as JSON, one to a line; the caller judges.
+    """Write the findings as JSON lines to a file; the caller judges them.
 
-    To a file: what a library prints belongs to nobody.
+    They do not go to the output, where libraries print too.
     """
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("directory", type=Path)

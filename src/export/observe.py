@@ -4,7 +4,7 @@ A plain batch, the same batch with one row padded on the left, and greedy genera
 cache. Comparing tokens alone would not do: a wrong attention pattern often leaves the first tokens as they
 were, and shows only in the logits.
 
-Shapes: B rows, T tokens, S generated tokens, V vocabulary.
+Shapes: B batch, T tokens, S generated tokens, V vocabulary.
 """
 
 from __future__ import annotations
@@ -62,9 +62,9 @@ def proof_tokens(config: PretrainedConfig, tokens: int | None = None) -> Tensor:
 
 @torch.no_grad()
 def observe(model: PreTrainedModel, ids_BT: Tensor) -> Observation:
-    """Run ``model`` in four ways: logits ``[B, T or S, V]`` and generated tokens ``[B, S]``, on the CPU.
+    """Run a model in four ways; return logits ``[B, T or S, V]`` and generated tokens ``[B, S]``, on the CPU.
 
-    The weights alone decide (:func:`plain`), not what the model has been through.
+    The weights alone decide (:func:`plain`), not the history of the model.
     """
     with plain(model):
         return _observe(model, ids_BT)
@@ -76,14 +76,14 @@ def _observe(model: PreTrainedModel, ids_BT: Tensor) -> Observation:
     padded_BT[-1, :PADDING] = 0
     single_1T, single_ones_1T = ids_BT[-1:, PADDING:], ones_BT[-1:, PADDING:]
     positions = {"position_ids": (padded_BT.cumsum(-1) - 1).clamp(min=0)}
-    known = inspect.signature(model.forward).parameters
-    found = {
+    accepted = inspect.signature(model.forward).parameters
+    outputs = {
         "plain": model(input_ids=ids_BT, attention_mask=ones_BT).logits,
         "single": model(input_ids=single_1T, attention_mask=single_ones_1T).logits,
         "padded": model(
             input_ids=ids_BT,
             attention_mask=padded_BT,
-            **{name: value for name, value in positions.items() if name in known},
+            **{name: value for name, value in positions.items() if name in accepted},
         ).logits[-1:, PADDING:],
     }
     generate: Any = model.generate  # what it returns depends on its arguments
@@ -97,9 +97,9 @@ def _observe(model: PreTrainedModel, ids_BT: Tensor) -> Observation:
                 return_dict_in_generate=True,
                 output_logits=True,
             )
-            found[name] = torch.stack(out.logits, dim=1)
-            found[f"{name}_tokens"] = out.sequences[:, ids_BT.shape[1] :]
-    return {name: tensor.cpu().contiguous().clone() for name, tensor in found.items()}
+            outputs[name] = torch.stack(out.logits, dim=1)
+            outputs[f"{name}_tokens"] = out.sequences[:, ids_BT.shape[1] :]
+    return {name: tensor.cpu().contiguous().clone() for name, tensor in outputs.items()}
 
 
 ALIGNMENT = 64
@@ -146,12 +146,12 @@ def _plain_generation(model: PreTrainedModel) -> Iterator[None]:
         model.generation_config = own
 
 
-def compare(expected: Observation, found: Observation, dtype: str, exact: bool) -> list[Finding]:
+def compare(expected: Observation, actual: Observation, dtype: str, exact: bool) -> list[Finding]:
     """Judge an observation against the expected one.
 
     Args:
-        expected: of the original.
-        found: of the model under test.
+        expected: observation of the original.
+        actual: observation of the model under test.
         dtype: type of the computation, which sets the tolerance.
         exact: whether the same computation must give the same bits (it does on a CPU).
     """
@@ -159,12 +159,12 @@ def compare(expected: Observation, found: Observation, dtype: str, exact: bool) 
     tolerance = TOLERANCE[dtype] * scale
     findings = []
     for name, what in (("plain", "logits"), ("padded", "padded logits"), ("cached", "cached logits")):
-        difference = _gap(expected[name], found[name])
-        same = torch.equal(expected[name], found[name]) if exact else difference <= tolerance
+        difference = _difference(expected[name], actual[name])
+        same = torch.equal(expected[name], actual[name]) if exact else difference <= tolerance
         detail = "equal to the last bit" if same and exact else f"differ by {difference:.1e} of {scale:.1f}"
         findings.append(Finding(f"{what} = original", same, detail))
     for what, ways in (("left padding = single", _padding), ("cache = no cache", _cache)):
-        difference, own = _gap(*ways(found)), _gap(*ways(expected))
+        difference, own = _difference(*ways(actual)), _difference(*ways(expected))
         same = difference <= own + tolerance
         detail = f"differ by {difference:.1e} of {scale:.1f}"
         detail += "; so does the original" if same and difference > tolerance else ""
@@ -183,7 +183,7 @@ def _cache(run: Observation) -> tuple[Tensor, Tensor]:
     return run["cached"][:, :steps], run["uncached"][:, :steps]
 
 
-def _gap(a: Tensor, b: Tensor) -> float:
+def _difference(a: Tensor, b: Tensor) -> float:
     """Largest difference; infinite for different shapes and for NaN."""
     if a.shape != b.shape:
         return float("inf")

@@ -1,4 +1,4 @@
-"""Whether a parent, a mask and a checkpoint belong together, and under which name the parent goes."""
+"""Check that a parent, a mask and a checkpoint belong together, and choose the parent's name."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from src.models.fingerprint import differ, weights_fingerprint
 
 
 def true_parent(mask: Mask, name: str, record: dict[str, Any] | None, any_parent: bool) -> Mask:
-    """The mask with the parent that is really cut, which a card and ``mask.json`` name.
+    """Return the mask with the name of the parent that is really cut, for the card and ``mask.json``.
 
-    A copy of the mask's own parent keeps the name that the mask gives it; another model goes by its own.
+    A copy of the mask's own parent has the name that the mask gives; another model has its own.
 
     Args:
-        mask: which notes the weights it was made for, or only a name.
-        name: of the parent, which has been loaded.
-        record: the checkpoint of a recovery, without weights; None without one.
-        any_parent: whether a parent that the mask was not made for is meant.
+        mask: names the parent it was made for, if possible with a fingerprint.
+        name: Hub id or directory of the loaded parent.
+        record: the checkpoint of a recovery, without weights; None if there is no checkpoint.
+        any_parent: whether the user allows a parent that the mask was not made for.
 
     Raises:
-        ConfigError: the checkpoint was trained under another parent, or the mask made for another one and
-            this one is not said to be meant.
+        ConfigError: the checkpoint was trained under another parent, or the mask was made for another one
+            that the user does not allow.
     """
     run = record.get("identity") if record is not None else None
     if record is not None and run is None:

@@ -37,16 +37,17 @@ def prove(
     tokens: int | None = None,
     upcast: bool = True,
 ) -> list[Finding]:
-    """Hard-gated parent = cut parent in memory, and memory = what a fresh process loads.
+    """Prove that the hard-gated parent equals the cut model, and memory what a fresh process loads.
 
-    Without a recovery the second says it all: the hard-gated parent is what the process compares with.
+    Without a recovery or a repair one comparison proves both: the fresh process compares with the hard-gated
+    parent.
 
     Args:
-        directory: the export, complete.
-        parent: the parent, whole.
-        student: what was exported.
-        mask: which layers of the parent are kept.
-        weights: numbers that the export must hold.
+        directory: the complete export.
+        parent: the whole parent.
+        student: the exported model.
+        mask: names the kept units.
+        weights: count of numbers that the export must hold.
         recovered: whether the student's weights differ from the parent's.
         tokenizer: the parent's.
         tokens: length of the sequences; None reaches beyond windows of up to 1024 tokens.
@@ -83,12 +84,12 @@ def prove(
 def stored_as_parent(
     trained: PreTrainedModel, parent: PreTrainedModel, mask: Mask, tokens: int | None = None
 ) -> tuple[PreTrainedModel, list[Finding]]:
-    """The recovered model in the parent's types, and what the rounding does to its logits, if there is any.
+    """Return the recovered model in the parent's types, and a finding on what the rounding does, if any.
 
     Args:
         trained: the recovered model in the types it was trained in; holds rounded weights afterwards.
         parent: the parent, in the types to store.
-        mask: which layers of the parent are kept.
+        mask: names the kept units.
         tokens: length of the sequences, as in :func:`prove`.
     """
     if trained.dtype == parent.dtype:
@@ -109,7 +110,7 @@ def stored_as_parent(
 
 
 def observe_gated(parent: PreTrainedModel, mask: Mask, ids_BT: Tensor) -> Observation:
-    """Observe the parent with hard gates: the units of a mask open, the others closed."""
+    """Observe the parent under hard gates: the units of a mask open, the others closed."""
     gates = KINDS[mask.unit].gate(parent)
     gates_U = torch.zeros(len(gates), device=parent.device)
     gates_U[list(mask.keep)] = 1.0
@@ -121,11 +122,11 @@ def observe_gated(parent: PreTrainedModel, mask: Mask, ids_BT: Tensor) -> Observ
 
 
 def in_fresh_process(directory: Path, reference: Reference) -> list[Finding]:
-    """Run :mod:`src.export.fresh` on a directory, offline; a crash there is a failed check."""
+    """Run :mod:`src.export.fresh` on a directory, offline; a crash is a failed check."""
     with tempfile.TemporaryDirectory() as scratch:
         path, report = Path(scratch) / "reference.safetensors", Path(scratch) / "findings.jsonl"
         reference.save(path)
-        done = subprocess.run(
+        process = subprocess.run(
             [
                 *(sys.executable, "-m", "src.export.fresh", str(directory.resolve())),
                 *("--reference", str(path), "--findings", str(report)),
@@ -138,19 +139,19 @@ def in_fresh_process(directory: Path, reference: Reference) -> list[Finding]:
         )
         lines = report.read_text().splitlines() if report.is_file() else []
     findings = [Finding(**json.loads(line)) for line in lines]
-    if done.returncode or not findings:
-        last = done.stderr.strip().splitlines()[-1:] or [f"exit status {done.returncode}"]
+    if process.returncode or not findings:
+        last = process.stderr.strip().splitlines()[-1:] or [f"exit status {process.returncode}"]
         findings.append(Finding("loads in a fresh process", False, last[0]))
     return findings
 
 
 def predicted_weights(parent: PreTrainedModel, student: PreTrainedModel, mask: Mask) -> int:
-    """Numbers the export must hold: the parent's without the removed units, shared ones counted once.
+    """Count the numbers that the export must hold: the parent's without the removed units, shared ones once.
 
     Tensors outside the layers that grow with the depth (per-layer embeddings) shrink with it.
     """
     path, _ = decoder_layers(parent)
-    left = renamed(parent.state_dict(), path, sources(parent, mask))
+    kept = renamed(parent.state_dict(), path, sources(parent, mask))
     cut_shapes = {name: t.shape for name, t in student.state_dict().items() if not name.startswith(path)}
-    shrunk = sum(t.numel() - cut_shapes[n].numel() for n, t in left.items() if n in cut_shapes)
-    return unique_weights(left) - int(shrunk)
+    shrunk = sum(t.numel() - cut_shapes[n].numel() for n, t in kept.items() if n in cut_shapes)
+    return unique_weights(kept) - int(shrunk)

@@ -1,4 +1,4 @@
-"""Hand over: the shortened model as a plain Hugging Face directory, proven before it gets its name.
+"""Export the cut model as a plain Hugging Face directory, proven before it gets its name.
 
 ``python -m src.cli export --mask logs/run/mask.json [--checkpoint logs/run/last.ckpt] --out DIRECTORY``
 
@@ -52,7 +52,7 @@ def export(mask: Mask, args: argparse.Namespace, repair: LinearPatch | None = No
     """Export the cut model, repaired or recovered or neither; return the findings of the proof.
 
     Raises:
-        ConfigError: a fault of the request, a mask that the family cannot express, or a failed check.
+        ConfigError: an option is at fault, the family cannot express the mask, or a check fails.
     """
     out, name = Path(args.out).resolve(), args.model or mask.model
     _check_out(out, args.force, name)
@@ -111,10 +111,10 @@ def export(mask: Mask, args: argparse.Namespace, repair: LinearPatch | None = No
 
 @contextmanager
 def staged(out: Path, force: bool) -> Iterator[Path]:
-    """A temporary directory beside ``out`` that takes its name if the block ends well, and goes if not.
+    """Give a temporary directory beside ``out``, which takes that name if the block ends well.
 
     Raises:
-        ConfigError: nothing can be written there, the disk is full, or something appeared there meanwhile.
+        ConfigError: it cannot be written, or something else has taken the name meanwhile.
     """
     try:
         with whole(out, replace=force) as stage:
@@ -122,8 +122,8 @@ def staged(out: Path, force: bool) -> Iterator[Path]:
             yield stage
             _check_free(out, force)
     except (OSError, SafetensorError) as e:
-        left = "What was there stays." if out.exists() else "Nothing is left there."
-        raise ConfigError(f"--out: cannot write '{out}': {e}. {left}") from e
+        state = "What was there stays." if out.exists() else "Nothing is left there."
+        raise ConfigError(f"--out: cannot write '{out}': {e}. {state}") from e
 
 
 def _check_out(out: Path, force: bool, parent: str) -> None:

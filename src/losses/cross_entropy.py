@@ -1,7 +1,7 @@
 """Cross-entropy on the labels, as a term.
 
-Beside a distillation this projects to the vocabulary once more; ``Distillation(alpha=...)`` mixes both in one
-pass of the output head, under one entropy weight.
+Beside a distillation it costs another pass of the output head; ``Distillation(alpha=...)`` mixes both in one
+pass, under one entropy weight.
 """
 
 from __future__ import annotations

@@ -137,7 +137,7 @@ def chunked(
 
     Args:
         chunk: ``(hidden [n, H], slice of N, buffers) -> (loss, parts [P, n])``; the parts carry no gradient.
-        hidden_NH: hidden states, which receive a gradient if they ask for one.
+        hidden_NH: hidden states, which receive a gradient if they require one.
         parameters: trained tensors that ``chunk`` uses.
         size: tokens of a chunk.
         sums: whether ``chunk`` adds the gradients of the parameters to the buffers it is given, one for each;
@@ -151,7 +151,7 @@ def chunked(
 
 
 class _Chunked(torch.autograd.Function):
-    """Gradients are made in the forward pass and scaled in the backward pass.
+    """Makes gradients in the forward pass and scales them in the backward pass.
 
     The chunks of a parameter's gradient are added up in float32, whatever its type.
     """
@@ -163,13 +163,13 @@ class _Chunked(torch.autograd.Function):
         own = [x for x in parameters if graded and x.requires_grad]
         into = tuple(torch.zeros_like(x, dtype=torch.float32) for x in own)
         sums = sums and bool(own)
-        wanted = graded and hidden_NH.requires_grad
-        hidden_grad = torch.zeros_like(hidden_NH) if wanted else None
+        differentiates = graded and hidden_NH.requires_grad
+        hidden_grad = torch.zeros_like(hidden_NH) if differentiates else None
         loss, parts = hidden_NH.new_zeros((), dtype=torch.float32), []
         for start in range(0, max(1, len(hidden_NH)), size):
             at = slice(start, start + size)
-            h_nH = hidden_NH[at].detach().requires_grad_(wanted or sums)
-            with torch.set_grad_enabled(wanted or bool(own)):
+            h_nH = hidden_NH[at].detach().requires_grad_(differentiates or sums)
+            with torch.set_grad_enabled(differentiates or bool(own)):
                 value, part = chunk(h_nH, at, into if sums else ())
             if inputs := [*([h_nH] if h_nH.requires_grad else []), *(() if sums else own)]:
                 grads = list(torch.autograd.grad(value, inputs))
@@ -182,9 +182,9 @@ class _Chunked(torch.autograd.Function):
             loss += value.detach()
             parts.append(part)
         parts_PN = torch.cat(parts, -1)
-        done = iter(into)
-        given = [next(done).to(x.dtype) if graded and x.requires_grad else None for x in parameters]
-        ctx.grads = [hidden_grad, *given]
+        sums_ = iter(into)
+        grads_P = [next(sums_).to(x.dtype) if graded and x.requires_grad else None for x in parameters]
+        ctx.grads = [hidden_grad, *grads_P]
         ctx.mark_non_differentiable(parts_PN)
         return loss, parts_PN
 

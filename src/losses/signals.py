@@ -1,4 +1,4 @@
-"""What a teacher says about a token, whoever says it: a live model or a cache.
+"""A signal holds a teacher's distribution over the next token, from a live model or from a cache.
 
 A loss takes a signal, never a teacher. ``TopK`` is the economical form: the k likeliest tokens with their
 full-vocabulary log-probabilities, the exact entropy, and the logarithm of the mass outside. ``Dense`` is
@@ -35,7 +35,7 @@ FLOOR = -1e4
 
 @dataclass(frozen=True)
 class TopK:
-    """The k likeliest tokens of each position.
+    """Holds the k likeliest tokens of each position.
 
     Attributes:
         ids: ``[..., K]`` tokens, likeliest first.
@@ -50,16 +50,16 @@ class TopK:
     log_rest: Tensor
 
     def select(self, index: Tensor | slice) -> TopK:
-        """The signal of some positions of the first dimension."""
+        """Return the signal of some positions of the first dimension."""
         return TopK(*(x[index] for x in (self.ids, self.log_probs, self.entropy, self.log_rest)))
 
     def truncate(self, k: int) -> TopK:
-        """The signal with fewer tokens: the mass of the others joins the rest."""
+        """Return the signal with fewer tokens: the mass of the others joins the rest."""
         others = torch.cat([self.log_probs[..., k:], self.log_rest[..., None]], -1)
         return TopK(self.ids[..., :k], self.log_probs[..., :k], self.entropy, others.logsumexp(-1))
 
     def within(self, vocabulary: int) -> TopK:
-        """The signal in a smaller vocabulary: the tokens that it has share the mass of the others.
+        """Return the signal in a smaller vocabulary, whose tokens share the mass of the others.
 
         Where others are among the k, all positions keep as many tokens as that with the fewest left, and the
         rest joins ``log_rest``. Mass of others that is not stored stays in ``log_rest``.
@@ -78,7 +78,7 @@ class TopK:
         return whole.truncate(self.ids.shape[-1] - lost)
 
     def tempered(self, temperature: float, vocabulary: int) -> tuple[Tensor, Tensor]:
-        """Log-probabilities ``[..., K]`` and log-mass outside ``[...]`` at a temperature; they sum to 1."""
+        """Return log-probabilities ``[..., K]`` and the log-mass outside ``[...]`` at a temperature."""
         power, inside, rest = 1 / temperature, self.log_probs, self.log_rest
         if temperature != 1 and inside.shape[-1] < vocabulary:
             mass = rest.exp().clamp_min(1e-30)
@@ -91,7 +91,7 @@ class TopK:
 
 @dataclass(frozen=True)
 class Dense:
-    """The whole distribution of each position: ``log_probs [..., V]``, nats, float32."""
+    """Holds the whole distribution of each position: ``log_probs [..., V]``, nats, float32."""
 
     log_probs: Tensor
 
@@ -101,7 +101,7 @@ class Dense:
         return -(self.log_probs.exp() * self.log_probs).sum(-1)
 
     def select(self, index: Tensor | slice) -> Dense:
-        """The signal of some positions of the first dimension."""
+        """Return the signal of some positions of the first dimension."""
         return Dense(self.log_probs[index])
 
 
@@ -109,7 +109,7 @@ Signal = TopK | Dense
 
 
 def dense_signal(logits: Tensor) -> Dense:
-    """The signal in logits ``[..., V]``, whole."""
+    """Return the signal of logits ``[..., V]``, whole."""
     return Dense(logits.float().log_softmax(-1).clamp_min_(FLOOR))
 
 
@@ -138,26 +138,26 @@ def _topk(x: Tensor, k: int, e: Tensor) -> TopK:
 def live_signal(
     head: OutputHead, hidden_NH: Tensor, k: int | None, chunk: int = 256, vocabulary: int | None = None
 ) -> Signal:
-    """What a teacher says at ``hidden_NH``; with a k, ``[N, V]`` is never held at once.
+    """Return a teacher's signal at ``hidden_NH``; with a k, ``[N, V]`` is never held at once.
 
     Args:
         head: output head of the teacher.
         hidden_NH: its hidden states ``[N, H]``.
         k: tokens to keep; None keeps the whole distribution.
-        chunk: positions projected at a time.
+        chunk: positions that pass through the head at a time.
         vocabulary: that of the student (:func:`src.models.vocabulary.within`); None is the teacher's own.
     """
 
-    def project(h_nH: Tensor) -> Tensor:
+    def logits_of(h_nH: Tensor) -> Tensor:
         logits = head.logits(h_nH)
         return logits if vocabulary is None else within(logits, vocabulary)
 
     pieces = hidden_NH.split(chunk) or (hidden_NH,)
     if k is None:
-        return Dense(torch.cat([dense_signal(project(h)).log_probs for h in pieces]))
+        return Dense(torch.cat([dense_signal(logits_of(h)).log_probs for h in pieces]))
     tops, buffer = list[TopK](), hidden_NH.new_empty(0, dtype=torch.float32)
     for h in pieces:
-        logits = project(h).float()
+        logits = logits_of(h).float()
         buffer = buffer if len(buffer) >= len(h) > 0 else torch.empty_like(logits)
         tops.append(_topk(logits, k, buffer[: len(h)]))
     fields = ("ids", "log_probs", "entropy", "log_rest")

@@ -1,1 +1,1 @@
-"""Any Hugging Face decoder: find its layers, gate them, cut them, load it."""
+"""Load any Hugging Face decoder, find its layers, put gates on them, cut it."""

@@ -19,7 +19,7 @@ class Wrapped(Protocol):
 
 
 def adapted(student: PreTrainedModel, rank: int) -> PreTrainedModel:
-    """Put adapters on all linear layers; nothing else trains. Warns of what they do not reach.
+    """Put adapters on all linear layers, so that nothing else trains; warn of what they do not reach.
 
     Raises:
         ConfigError: peft is not installed.

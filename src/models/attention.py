@@ -1,4 +1,4 @@
-"""The operations that PyTorch runs scaled dot-product attention as, and what they compute."""
+"""Name the operations in which PyTorch runs scaled dot-product attention, and count their work."""
 
 from __future__ import annotations
 

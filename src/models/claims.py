@@ -1,8 +1,8 @@
-"""What a directory claims against what it holds, read from the headers of its weights.
+"""Compare what the config of a directory claims with what the headers of its weights hold.
 
 transformers believes ``config.json``: a count of layers that is one too small loads without a word, and an
-output head that differs from tied embeddings is kept here and tied there. Everything that can be told without
-reading a weight is told before any is read.
+output head of its own is replaced by the embeddings if the config calls them tied. Here every fault that
+shows in the headers is reported before a weight is read.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ FILES = ("model.safetensors", "pytorch_model.bin")
 
 
 def weight_files(name: str) -> list[Path]:
-    """The files that transformers reads the weights of a directory from; none for a Hub id.
+    """Return the files that transformers reads a directory's weights from; none for a Hub id.
 
     Raises:
         ConfigError: an index cannot be read, or names a file that is not there.
@@ -59,25 +59,25 @@ def weight_files(name: str) -> list[Path]:
 
 
 def stored(name: str) -> dict[str, Tensor]:
-    """The tensors in a directory by name, without their data.
+    """Return the tensors in a directory by name, without their data.
 
     Raises:
         ConfigError: a file is truncated, empty or of another format.
     """
-    found: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
     for file in weight_files(name):
         try:
-            found |= load_state_dict(str(file), map_location="meta", weights_only=True)
+            tensors |= load_state_dict(str(file), map_location="meta", weights_only=True)
         except Exception as e:  # safetensors and pickle have errors of their own
             raise ConfigError(
                 f"model: '{file}' holds no weights that can be read: it is truncated, damaged or of another "
                 f"format ({cause(e)}). Copy or download it again."
             ) from e
-    return found
+    return tensors
 
 
 def stored_dtype(name: str) -> torch.dtype | None:
-    """The type of most numbers in a directory's weights; None where there are none of ordinary type."""
+    """Return the type of most numbers in a directory's weights; None where none is of an ordinary type."""
     sizes: Counter[torch.dtype] = Counter()
     for tensor in stored(name).values():
         if isinstance(tensor, Tensor) and tensor.dtype in STORED:
@@ -105,7 +105,7 @@ def check_counts(section: dict[str, Any], name: str) -> None:
 
 
 def check_weights(model: PreTrainedModel, info: dict[str, Any], name: str) -> None:
-    """Refuse weights that are not those of the config, by what transformers found missing and left over.
+    """Refuse weights that are not those of the config: transformers reports missing and surplus ones.
 
     A layer beyond the last is left over for one of two reasons. A prediction head is announced by the config
     or holds tensors that no layer has; anything else is a layer that the config leaves out.
@@ -119,12 +119,12 @@ def check_weights(model: PreTrainedModel, info: dict[str, Any], name: str) -> No
     count, at = len(layers), re.compile(re.escape(path) + r"\.(\d+)\.(.+)")
 
     def by_layer(keys: Iterable[str]) -> dict[int, set[str]]:
-        """Names within a layer, by its index; what lies outside the layers under -1."""
-        found: dict[int, set[str]] = {}
+        """Names within each layer, by its index; names outside the layers are under -1."""
+        names: dict[int, set[str]] = {}
         for key in keys:
-            index, name = match.groups() if (match := at.match(key)) else ("-1", key)
-            found.setdefault(int(index), set()).add(name)
-        return found
+            index, within = match.groups() if (match := at.match(key)) else ("-1", key)
+            names.setdefault(int(index), set()).add(within)
+        return names
 
     own = by_layer(model.state_dict())
     if missing := by_layer(info["missing_keys"]):
@@ -134,8 +134,8 @@ def check_weights(model: PreTrainedModel, info: dict[str, Any], name: str) -> No
         keys = sorted(info["missing_keys"])
         raise ConfigError(f"model: '{name}' lacks {len(keys)} weights, such as '{keys[0]}'.")
     ordinary = set().union(*(names for i, names in own.items() if i >= 0))
-    left = {i: names for i, names in by_layer(info["unexpected_keys"]).items() if i >= count}
-    surplus = [i for i, names in left.items() if names <= ordinary]
+    beyond = {i: names for i, names in by_layer(info["unexpected_keys"]).items() if i >= count}
+    surplus = [i for i, names in beyond.items() if names <= ordinary]
     if len(surplus) > extra_layers(model.config):
         raise ConfigError(_depth(name, count, max(surplus) + 1))
 
@@ -157,9 +157,9 @@ def is_tied(model: PreTrainedModel) -> bool:
 
 
 def untie(model: PreTrainedModel) -> bool:
-    """Let the config of a loaded model say that its head is its own, where it is; return whether it did not.
+    """Correct the config of a loaded model that calls an output head of its own tied; return whether it did.
 
-    transformers ties by the flag alone whenever a model is built, and so a copy would lose the head.
+    transformers ties by this flag alone whenever it builds a model, so a copy would lose the head.
     """
     if not getattr(model.config, "tie_word_embeddings", False) or is_tied(model):
         return False
@@ -171,7 +171,7 @@ def untie(model: PreTrainedModel) -> bool:
 
 
 def cause(error: Exception) -> str:
-    """The first line of what a library says, short, with the kind of error where the text says little."""
+    """Return the first line of a library's error, short, with its type where the text says little."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     text = (lines or [""])[0][:300]
     kind = type(error).__name__
@@ -179,7 +179,7 @@ def cause(error: Exception) -> str:
 
 
 def blamed(section: dict[str, Any], message: str) -> str:
-    """Settings of a config whose words an error repeats, as ``config.json has hidden_act: 'swoosh'. ``."""
+    """Name the settings whose values an error repeats: ``its config.json has hidden_act: 'swoosh'. ``."""
     guilty = [
         f"{key}: {value!r}"
         for key, value in _words(section)
@@ -189,11 +189,11 @@ def blamed(section: dict[str, Any], message: str) -> str:
 
 
 def _words(section: dict[str, Any]) -> list[tuple[str, str]]:
-    """The texts in a config by key, but for those that any message may hold."""
-    found: list[tuple[str, str]] = []
+    """The texts in a config with their keys, without those that any message may hold."""
+    texts: list[tuple[str, str]] = []
     for key, value in section.items():
         if isinstance(value, dict):
-            found += _words(value)
+            texts += _words(value)
         elif isinstance(value, str) and key not in ("dtype", "_name_or_path", "transformers_version"):
-            found.append((key, value))
-    return found
+            texts.append((key, value))
+    return texts

@@ -4,7 +4,7 @@
 lists of the model's length, lists of layer indices, counts from either end, or periods. One table says which
 attribute is of which kind; there is no code for any family. An unknown list of the model's length is taken
 to hold one entry for each layer. What no rule can express is not approximated: :mod:`src.models.cut` compares
-every cut layer with its original, and the proof of an export compares the logits.
+every layer of the cut model with its original, and the proof of an export compares the logits.
 """
 
 from __future__ import annotations
@@ -147,18 +147,18 @@ def slice_section(
             return [value[i] for i in keep]
         return value
 
-    cut = {name: follow(name, value) for name, value in spell_out_periods(section, length).items()}
-    if "attention_types" in cut:  # GPT-Neo stores runs and rebuilds the list from them
-        cut["attention_types"] = [[[kind], 1] for kind in cut["attention_layers"]]
-    return cut
+    sliced = {name: follow(name, value) for name, value in spell_out_periods(section, length).items()}
+    if "attention_types" in sliced:  # GPT-Neo stores runs and rebuilds the list from them
+        sliced["attention_types"] = [[[kind], 1] for kind in sliced["attention_layers"]]
+    return sliced
 
 
 def _rescaled(scale: float, length: int, kept: int) -> float:
     """The scale whose quotient by the root of the new depth is, to the last bit, that of the parent."""
-    wanted = scale / math.sqrt(length)
-    guess = wanted * math.sqrt(kept)
+    quotient = scale / math.sqrt(length)
+    guess = quotient * math.sqrt(kept)
     near = (guess, math.nextafter(guess, math.inf), math.nextafter(guess, 0.0))
-    return next((x for x in near if x / math.sqrt(kept) == wanted), guess)
+    return next((x for x in near if x / math.sqrt(kept) == quotient), guess)
 
 
 def spell_out_periods(section: Section, length: int) -> Section:
@@ -174,13 +174,13 @@ def spell_out_periods(section: Section, length: int) -> Section:
 
 
 def forbidden(config: PretrainedConfig) -> str | None:
-    """Why no layer of this model can be removed, or None."""
+    """Return why no layer of this model can be removed, or None."""
     parts = config, config.get_text_config(decoder=True)
     return next((why for name, why in FORBIDDEN.items() if any(getattr(p, name, None) for p in parts)), None)
 
 
 def attention_layers(config: PretrainedConfig) -> frozenset[int]:
-    """Layers that attend, in a model that also has others (recurrent, convolution); else empty.
+    """Return the layers that attend, in a model that also has others (recurrent, convolution); else none.
 
     The cache of such a hybrid counts tokens in an attention layer, and fails without any.
     """
@@ -191,14 +191,14 @@ def attention_layers(config: PretrainedConfig) -> frozenset[int]:
 
 
 def extra_layers(config: PretrainedConfig) -> int:
-    """Number of multi-token-prediction layers that the parent's config announces and a cut leaves out."""
+    """Return the number of multi-token-prediction layers in the parent's config, which a cut leaves out."""
     text = config.get_text_config(decoder=True)
     counts = [name for name, none in EXTRA_LAYERS.items() if none == 0 and none is not False]
     return max(getattr(text, name, None) or 0 for name in counts)
 
 
 def lenders(config: PretrainedConfig) -> dict[int, set[int]]:
-    """Layers whose output other layers read directly, with those that do.
+    """Return the layers whose output other layers read directly, each with its readers.
 
     Key/value sharing (Gemma-3n, Gemma-4), shared sparse-attention indices (GLM, Hunyuan), a cache that counts
     tokens in the first layer (MiniMax), and the first text layers of DeepStack vision models, after which
@@ -206,10 +206,10 @@ def lenders(config: PretrainedConfig) -> dict[int, set[int]]:
     """
     text = config.get_text_config(decoder=True)
     types = getattr(text, "layer_types", None) or []
-    found: dict[int, set[int]] = {}
+    readers: dict[int, set[int]] = {}
 
     def lend(lender: int, borrower: int) -> None:
-        found.setdefault(lender, set()).add(borrower)
+        readers.setdefault(lender, set()).add(borrower)
 
     modes = getattr(text, "kv_sharing_modes", None) or []
     stores = {types[i]: i for i, mode in enumerate(modes) if mode == "store"}
@@ -222,8 +222,8 @@ def lenders(config: PretrainedConfig) -> dict[int, set[int]]:
         if full != i:
             lend(full, i)
     if getattr(text, "full_attn_alpha_factor", None):  # MiniMax's cache counts tokens in layer 0
-        found[0] = set(range(1, text.num_hidden_layers))
+        readers[0] = set(range(1, text.num_hidden_layers))
     vision = getattr(config, "vision_config", None)
     for i in range(len(getattr(vision, "deepstack_visual_indexes", None) or ())):
-        found[i] = set(range(text.num_hidden_layers)) - {i}
-    return found
+        readers[i] = set(range(text.num_hidden_layers)) - {i}
+    return readers

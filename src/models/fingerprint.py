@@ -1,4 +1,4 @@
-"""What tells models and tokenizers apart: what they hold, not where they lie or what they are called."""
+"""Fingerprint models and tokenizers by what they hold, not by their place or name."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ _FORMS = (
 
 
 def weights_fingerprint(name: str, revision: str | None = None) -> str | None:
-    """Fingerprint of a model's stored weights; None if they are in no form that is known here.
+    """Return the fingerprint of a model's stored weights; None if their format is unknown here.
 
-    Read are the name, type and shape of every tensor and 4 x 256 bytes of its values, evenly spaced: little
-    at any size. It is the same for a copy, for other shards, and however the model is loaded (type,
-    quantisation). It is another one if a tensor was trained, converted or renamed. What changes between the
-    places that are read, such as one row of an embedding, is not seen.
+    It reads the name, type and shape of every tensor and 4 x 256 bytes of its values, evenly spaced: little
+    at any size. A copy and other shards have the same fingerprint, however the model is loaded (type,
+    quantisation). A tensor that was trained, converted or renamed changes it. A change between the places
+    that it reads, such as of one entry of an embedding, does not.
 
     Args:
         name: Hub id, downloaded before, or directory.
@@ -48,24 +48,24 @@ def weights_fingerprint(name: str, revision: str | None = None) -> str | None:
 
 
 def differ(one: str | None, other: str | None) -> bool | None:
-    """Whether two fingerprints are of different weights; None if that cannot be told."""
+    """Return whether two fingerprints are of different weights; None if they cannot be compared."""
     if one is None or other is None or not (one.startswith(SCHEME) and other.startswith(SCHEME)):
         return None
     return one != other
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Fingerprint of the mapping from text pieces to ids."""
+    """Return the fingerprint of the mapping from text pieces to ids."""
     return hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()[:16]
 
 
 def _weight_files(name: str, revision: str | None) -> list[Path]:
     for form in _FORMS:
-        if (found := _find(name, form, revision)) is None:
+        if (path := _find(name, form, revision)) is None:
             continue
         if not form.endswith(".json"):
-            return [found]
-        shards = sorted(set(json.loads(found.read_text())["weight_map"].values()))
+            return [path]
+        shards = sorted(set(json.loads(path.read_text())["weight_map"].values()))
         return [file for shard in shards if (file := _find(name, shard, revision)) is not None]
     return []
 
@@ -73,12 +73,12 @@ def _weight_files(name: str, revision: str | None) -> list[Path]:
 def _find(name: str, file: str, revision: str | None) -> Path | None:
     if Path(name).is_dir():
         return path if (path := Path(name, file)).is_file() else None
-    found = try_to_load_from_cache(name, file, revision=revision)
-    return Path(found) if isinstance(found, str) else None
+    cached = try_to_load_from_cache(name, file, revision=revision)
+    return Path(cached) if isinstance(cached, str) else None
 
 
 def _places(size: int) -> list[int]:
-    """Where to read: the whole of what is small."""
+    """The places to read: all of a small tensor."""
     if size <= _PLACES * _BYTES:
         return [*range(0, size, _BYTES)]
     return [(size - _BYTES) * i // (_PLACES - 1) for i in range(_PLACES)]

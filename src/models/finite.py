@@ -1,4 +1,4 @@
-"""Whether a model's weights are numbers."""
+"""Find weights of a model that are not finite numbers."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from torch.distributed.tensor import DTensor
 
 
 def not_finite(model: nn.Module) -> str | None:
-    """The name of the first parameter that holds a NaN or an infinity, if one does.
+    """Return the name of the first parameter that holds a NaN or an infinity; None if all are finite.
 
-    Of parameters in parts, this rank's part is looked at.
+    Where ranks hold parts of a parameter, this rank looks at its own.
     """
     for name, weight in model.named_parameters():
         own = weight.to_local() if isinstance(weight, DTensor) else weight

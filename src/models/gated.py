@@ -30,7 +30,7 @@ Observer = Callable[[int, Tensor, Tensor], None]
 
 
 class GatedLayers:
-    """Gates on the decoder layers of ``model``; open until :meth:`use` closes some.
+    """Puts gates on the decoder layers of ``model``; they are open until :meth:`use` closes some.
 
     The layers keep their class, attributes and state-dict keys: only their bound ``forward`` is replaced,
     and :meth:`remove` restores it.
@@ -106,10 +106,10 @@ class GatedLayers:
         return gated
 
     def _skips(self, index: int, kwargs: dict[str, Any]) -> bool:
-        """Whether a layer need not run: closed, nobody asks for its output, and it fills no cache."""
+        """Whether a layer need not run: it is closed, nothing reads its output, and it fills no cache."""
         closed = bool(self._values) and self._values[index] == 0.0
-        asked = torch.is_grad_enabled() or self._observer is not None
-        return closed and not asked and self._plain and kwargs.get("past_key_values") is None
+        read = torch.is_grad_enabled() or self._observer is not None
+        return closed and not read and self._plain and kwargs.get("past_key_values") is None
 
     def _observe(self, index: int, h_in: Tensor, out: Any) -> None:
         if self._observer is not None:
@@ -117,6 +117,6 @@ class GatedLayers:
 
 
 def freeze(model: PreTrainedModel) -> PreTrainedModel:
-    """Eval mode, no gradients; returns the model."""
+    """Put a model into eval mode without gradients; return it."""
     model.eval().requires_grad_(False)
     return model

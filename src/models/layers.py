@@ -14,12 +14,12 @@ Named = tuple[str, nn.ModuleList]
 
 
 def text_config(config: PretrainedConfig) -> PretrainedConfig:
-    """The part of a config that describes the text decoder (the config itself when not nested)."""
+    """Return the part of a config that describes the text decoder (the config itself when not nested)."""
     return config.get_text_config(decoder=True)
 
 
 def num_layers(config: PretrainedConfig) -> int:
-    """Number of decoder layers of the text model, under whatever name the family uses.
+    """Return the number of decoder layers of the text model, under whatever name the family uses.
 
     Raises:
         ConfigError: the config names no layer count, or one below 1.
@@ -40,7 +40,7 @@ def num_layers(config: PretrainedConfig) -> int:
 
 
 def decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
-    """The dotted path and the one ``ModuleList`` that holds the decoder layers.
+    """Return the one ``ModuleList`` that holds the decoder layers, after its dotted path.
 
     It is the outermost list of the config's length; lists inside it (experts, say) do not count. Where a
     tower of another modality is as deep, it is the list nearest to what the model calls its decoder.
@@ -55,16 +55,16 @@ def decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     if len(fits) > 1:
         fits = _nearest(model, fits)
     if len(fits) != 1:
-        found = [f"{name} ({len(m)})" for name, m in fits or outer]
+        candidates = [f"{name} ({len(m)})" for name, m in fits or outer]
         raise ConfigError(
             f"model: a '{model.config.model_type}' with {count} layers should hold one list of "
-            f"{count} layers; found {', '.join(found) or 'none'}."
+            f"{count} layers; found {', '.join(candidates) or 'none'}."
         )
     return fits[0]
 
 
 def _nearest(model: PreTrainedModel, lists: list[Named]) -> list[Named]:
-    """Those with weights that lie the fewest steps inside the model's decoder."""
+    """The lists with weights that lie the fewest steps inside the model's decoder."""
     decoder = model.get_decoder()
     inside = {id(module) for module in decoder.modules()}
     own = [(n, m) for n, m in lists if id(m) in inside and any(True for _ in m.parameters())]
@@ -73,19 +73,19 @@ def _nearest(model: PreTrainedModel, lists: list[Named]) -> list[Named]:
 
 
 def decoder(model: PreTrainedModel) -> nn.Module:
-    """The module that turns tokens into hidden states, without the output head."""
-    found: nn.Module = model.get_decoder()
-    if found is model:  # Llama-4 names a prefix that it does not have: take the layers' owner
-        found = model.get_submodule(decoder_layers(model)[0].rpartition(".")[0])
-    return found
+    """Return the module that turns tokens into hidden states, without the output head."""
+    module: nn.Module = model.get_decoder()
+    if module is model:  # Llama-4 names a prefix that it does not have: take the layers' owner
+        module = model.get_submodule(decoder_layers(model)[0].rpartition(".")[0])
+    return module
 
 
 def first(out: Any) -> Tensor:
-    """The hidden states in what a module gives, alone or at the head of a tuple."""
+    """Return the hidden states in a module's output, which they are or which they begin."""
     hidden: Tensor = out if isinstance(out, Tensor) else out[0]
     return hidden
 
 
 def with_first(out: Any, hidden: Tensor) -> Any:
-    """What a module gives, with other hidden states."""
+    """Return a module's output with other hidden states."""
     return hidden if isinstance(out, Tensor) else type(out)((hidden, *out[1:]))

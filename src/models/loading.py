@@ -1,4 +1,4 @@
-"""Load models and tokenizers from the Hub or a directory, with errors a person can act on.
+"""Load models and tokenizers from the Hub or a directory, with errors that a person can act on.
 
 No code of a model's author runs: ``trust_remote_code`` is false at every load, and a ``pytorch_model.bin`` is
 unpickled with ``weights_only``. What a directory says of itself is compared with what it holds
@@ -59,7 +59,7 @@ def load_config(name: str, revision: str | None = None) -> PretrainedConfig:
 
 
 def _config(name: str, revision: str | None) -> PretrainedConfig:
-    """What transformers reads from a config, whatever it is of."""
+    """The config of any model, as transformers reads it."""
     try:
         raw, _ = PretrainedConfig.get_config_dict(name, revision=revision)
         claims.check_counts(raw, name)
@@ -156,23 +156,25 @@ def load_model(
     return guard(model.eval())
 
 
-def shared_positions(names: Sequence[str], asked: int) -> int:
-    """Tokens that every one of some models has places for; warns where that is less than ``asked``.
+def shared_positions(names: Sequence[str], length: int) -> int:
+    """Return the longest sequence that all of some models can read; warn where ``length`` is longer.
 
     Raises:
         ConfigError: see :func:`load_config`.
     """
     limits = {name: limit for name in names if (limit := longest_row(name)) is not None}
     least = min(limits.items(), key=lambda item: item[1], default=("", sys.maxsize))
-    if least[1] < asked:
+    if least[1] < length:
         rank_zero_warn(
-            f"--max-length: the position table of '{least[0]}' ends at {least[1]}: rows are cut there."
+            f"--max-length: the position table of '{least[0]}' ends at {least[1]}: rows are truncated there."
         )
     return least[1]
 
 
 def longest_row(name: str, revision: str | None = None) -> int | None:
-    """Tokens that a model's table of positions has places for; None without one. No weight is read.
+    """Return the longest sequence that a model's table of positions allows; None without a table.
+
+    It reads no weight.
 
     Raises:
         ConfigError: see :func:`load_config`.
@@ -182,8 +184,8 @@ def longest_row(name: str, revision: str | None = None) -> int | None:
         with torch.device("meta"), no_init_weights():
             return position_limit(AutoModelForCausalLM.from_config(config, trust_remote_code=False))
     except Exception as e:  # classes are foreign, and may raise anything
-        said = claims.blamed(config.to_dict(), str(e))
-        raise ConfigError(f"model: cannot build '{name}': {said}{claims.cause(e)}") from e
+        hint = claims.blamed(config.to_dict(), str(e))
+        raise ConfigError(f"model: cannot build '{name}': {hint}{claims.cause(e)}") from e
 
 
 def _fetch(name: str, revision: str | None, config: PretrainedConfig, **keys: Any) -> PreTrainedModel:
@@ -201,22 +203,22 @@ def _fetch(name: str, revision: str | None, config: PretrainedConfig, **keys: An
             )
     except Exception as e:  # files, quantisers and classes are foreign, and may raise anything
         claims.stored(name)  # a file that cannot be read is named
-        said = claims.blamed(config.to_dict(), str(e))
-        raise ConfigError(f"model: cannot load '{name}': {said}{claims.cause(e)}") from e
+        hint = claims.blamed(config.to_dict(), str(e))
+        raise ConfigError(f"model: cannot load '{name}': {hint}{claims.cause(e)}") from e
     model, info = cast(tuple[PreTrainedModel, dict[str, Any]], loaded)  # as output_loading_info asks
     claims.check_weights(model, info, name)
     return model
 
 
 def numbers(name: str, dtype: Dtype, revision: str | None = None) -> str:
-    """The type of a model's weights by name, such as ``bfloat16``, ``auto`` looked up."""
+    """Return the name of the type of a model's weights, such as ``bfloat16``; ``auto`` is resolved."""
     if dtype != "auto":
         return dtype
     return str(_torch_dtype(name, _read_config(name, revision), dtype)).removeprefix("torch.")
 
 
 def _torch_dtype(name: str, config: PretrainedConfig, dtype: Dtype) -> torch.dtype:
-    """The asked type; for ``auto`` that of most numbers in the files, or else the one the config names."""
+    """The type itself; for ``auto`` that of most numbers in the files, or else that of the config."""
     if dtype != "auto":
         return cast(torch.dtype, getattr(torch, dtype))
     return cast(torch.dtype, claims.stored_dtype(name) or config.dtype or torch.float32)
@@ -228,7 +230,7 @@ def _quantization(config: PretrainedConfig) -> Any:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Errors only from transformers: its tables of keys say what our one message says."""
+    """Silence warnings of transformers: its tables of keys repeat what our one message says."""
     before = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
@@ -268,5 +270,5 @@ class Loading:
     attention: str | None = None
 
     def load(self, name: str) -> PreTrainedModel:
-        """Load a model of that name so."""
+        """Load the model of that name."""
         return load_model(name, self.revision, self.dtype, self.quantize, self.attention)

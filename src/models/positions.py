@@ -1,7 +1,7 @@
-"""Models whose positions are looked up in a table, which ends.
+"""Models that look positions up in a table refuse what is longer than the table.
 
-Rotary positions go on for ever. A table, learned (GPT-2, OPT) or computed once (GPT-J, CTRL), has a last row:
-a longer sequence is an ``IndexError`` on a CPU, and on a GPU an assertion that takes the process along.
+Rotary positions go on for ever. A table, learned (GPT-2, OPT) or computed once (GPT-J, CTRL), has a last
+entry: a longer sequence is an ``IndexError`` on a CPU, and on a GPU an assertion that kills the process.
 The table is found by its place and size, not by a family's names.
 """
 
@@ -17,24 +17,24 @@ from src.errors import ConfigError
 from src.models.layers import decoder, decoder_layers, text_config
 
 SPARE = 8
-"""Rows that a table may have beyond the positions: an offset (OPT), a padding row."""
+"""Entries that a table may have beyond the positions: an offset (OPT), one for padding."""
 
 
 def position_limit(model: PreTrainedModel) -> int | None:
-    """Tokens that a sequence may have; None where positions have no end.
+    """Return the most tokens that a sequence may have; None where positions have no end.
 
-    A table has a row for each of the config's positions. Where one row is for padding, tokens count from
+    A table has an entry for each of the config's positions. Where one is for padding, tokens count from
     behind it (RoBERTa), and so many are lost.
     """
     positions = getattr(text_config(model.config), "max_position_embeddings", None)
     if not isinstance(positions, int):
         return None
-    sizes = ((rows, lost) for rows, lost in _tables(model) if positions <= rows <= positions + SPARE)
-    return min((min(positions, rows - lost) for rows, lost in sizes), default=None)
+    sizes = ((size, lost) for size, lost in _tables(model) if positions <= size <= positions + SPARE)
+    return min((min(positions, size - lost) for size, lost in sizes), default=None)
 
 
 def _tables(model: PreTrainedModel) -> Iterator[tuple[int, int]]:
-    """What may be a table of positions: its rows, and how many of them come before the first token's."""
+    """Each possible table of positions: its entries, and how many of them precede the first token's."""
     words = model.get_input_embeddings()
     for module in decoder(model).modules():
         if isinstance(module, nn.Embedding) and module is not words:
@@ -46,7 +46,7 @@ def _tables(model: PreTrainedModel) -> Iterator[tuple[int, int]]:
 
 
 def guard(model: PreTrainedModel) -> PreTrainedModel:
-    """Let a model refuse a sequence beyond its table of positions, in words; returns the model.
+    """Let a model refuse, in words, a sequence beyond its table of positions; return the model.
 
     The check is a hook on the decoder, so it is there for whatever runs the model.
     """
@@ -55,10 +55,10 @@ def guard(model: PreTrainedModel) -> PreTrainedModel:
         return model
 
     def check(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        given = (*args[:1], kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
-        fed: Tensor = next(tensor for tensor in given if tensor is not None)
+        inputs = (*args[:1], kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
+        tokens: Tensor = next(tensor for tensor in inputs if tensor is not None)
         cache, positions_BT = kwargs.get("past_key_values"), kwargs.get("position_ids")
-        length = fed.shape[1] + (cache.get_seq_length() if cache is not None else 0)
+        length = tokens.shape[1] + (cache.get_seq_length() if cache is not None else 0)
         if length > limit and positions_BT is not None:  # packed rows begin anew, padded ones later
             length = int(positions_BT.max()) + 1
         if length > limit:
@@ -68,9 +68,9 @@ def guard(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-def too_long(found: str, family: str, limit: int) -> ConfigError:
-    """The refusal of what is longer than a table of positions; ``found`` says what, and how long."""
+def too_long(excess: str, family: str, limit: int) -> ConfigError:
+    """Return the refusal of what is longer than a table of positions; ``excess`` names it and its length."""
     return ConfigError(
-        f"{found}, and the position table of this '{family}' ends at {limit}. Lower the length: "
+        f"{excess}, and the position table of this '{family}' ends at {limit}. Lower the length: "
         f"data.max_length of a run; --max-length, --max-new-tokens, --prompt-tokens or --proof-tokens."
     )

@@ -1,4 +1,4 @@
-"""Collect the residual stream of a plain model behind some of its layers, while it runs."""
+"""Collect the residual stream of a plain model behind some of its layers while it runs."""
 
 from __future__ import annotations
 

@@ -28,12 +28,12 @@ class Halved(Protocol):
 
 @dataclass(frozen=True)
 class Sources:
-    """Which layer of the parent each part of each layer of the cut model comes from.
+    """The origin of each layer of the cut model, part by part.
 
     Attributes:
-        attention: for each new layer, the one its attention comes from.
-        feed_forward: and its feed-forward; the same layers unless halves are recombined.
-        halves: of each layer of the parent; needed where the two differ.
+        attention: for each new layer, the layer of the parent that its attention comes from.
+        feed_forward: the same for its feed-forward; other layers only where halves are recombined.
+        halves: the halves of each layer of the parent; needed where the two differ.
     """
 
     attention: Sequence[int]
@@ -41,22 +41,22 @@ class Sources:
     halves: Sequence[Halved] = ()
 
     def positions(self, layer: int, name: str) -> list[int]:
-        """New layers that take what ``name`` says from a layer of the parent: one, or none."""
+        """Return the new layers, one or none, that take the part ``name`` from a layer of the parent."""
         pairs = enumerate(zip(self.attention, self.feed_forward, strict=True))
         return [at for at, pair in pairs if layer in pair and layer in self._of(pair, layer, name)]
 
     def traits(self, old: nn.ModuleList, position: int) -> dict[str, tuple[Any, ...]]:
-        """Of a new layer, what each trait may be: as in the layer that it comes from."""
+        """Return the values that each trait of a new layer may have: those of the layers it comes from."""
         pair = self.attention[position], self.feed_forward[position]
-        found: dict[str, tuple[Any, ...]] = {}
+        traits: dict[str, tuple[Any, ...]] = {}
         for layer in dict.fromkeys(pair):
             for name, value in _traits(old[layer]).items():
                 if layer in self._of(pair, layer, name):
-                    found[name] = (*found.get(name, ()), value)
-        return found
+                    traits[name] = (*traits.get(name, ()), value)
+        return traits
 
     def _of(self, pair: tuple[int, int], layer: int, name: str) -> tuple[int, ...]:
-        """The layers of a pair that ``name`` is from, by how ``layer`` sorts it; both, if no half's."""
+        """The layers of a pair that ``name`` comes from: that of its half, or both if it is of no half."""
         if pair[0] == pair[1]:
             return pair
         half = self.halves[layer].of(name)
@@ -64,26 +64,26 @@ class Sources:
 
 
 def structural_changes(old: nn.ModuleList, new: nn.ModuleList, sources: Sources) -> dict[int, str]:
-    """Return what distinguishes each cut layer from its original, by new position; empty if nothing does.
+    """Return how each layer of the cut model differs from its original, by new position; empty if in nothing.
 
     Args:
         old: layers of the parent.
         new: layers of the cut model; its weights may be on the meta device.
         sources: where each new layer comes from.
     """
-    found = {}
+    changes = {}
     for position, index in enumerate(sources.attention):
         before, after = sources.traits(old, position), _traits(new[position])
         for name in sorted(before.keys() | after.keys()):
-            wanted, b = before.get(name, ("absent",)), after.get(name, "absent")
-            if (type(b), b) not in [(type(a), a) for a in wanted]:
-                found[position] = (
-                    f"layer {index} would become layer {position}, where its {name} is {b!r} instead of "
-                    f"{wanted[0]!r}; the family derives that from the position, and its config cannot say "
+            expected, value = before.get(name, ("absent",)), after.get(name, "absent")
+            if (type(value), value) not in [(type(a), a) for a in expected]:
+                changes[position] = (
+                    f"layer {index} would become layer {position}, where its {name} is {value!r} instead of "
+                    f"{expected[0]!r}; the family derives that from the position, and its config cannot say "
                     f"otherwise."
                 )
                 break
-    return found
+    return changes
 
 
 def alike(layers: nn.ModuleList) -> list[set[int]]:
@@ -95,7 +95,7 @@ def alike(layers: nn.ModuleList) -> list[set[int]]:
 
 
 def _traits(layer: nn.Module) -> dict[str, Any]:
-    """Everything that makes a layer compute what it computes, but for the values of its tensors."""
+    """Everything that decides what a layer computes, except the values of its tensors."""
     traits: dict[str, Any] = {}
     for path, module in layer.named_modules():
         traits[path or "class"] = type(module).__name__

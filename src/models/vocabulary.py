@@ -1,7 +1,7 @@
-"""Whether models mean the same by a token's id, and the logits of one in the vocabulary of another.
+"""Compare what models mean by a token's id, and bring logits of one into the vocabulary of another.
 
-A teacher of the student's family often has the same tokenizer and a head of another width, because rows that
-pad it to a convenient size differ with the size of the model. The student's width is what counts: ids that it
+A teacher of the student's family often has the same tokenizer and a head of another width, because models of
+other sizes pad it to other widths. The student's width is what counts: ids that it
 lacks are left out of the teacher's distribution, and ids that the teacher lacks have no mass in it.
 
 Shapes: V vocabulary.
@@ -21,14 +21,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from src.errors import ConfigError
 from src.models.loading import load_tokenizer
 
-_PROBE = "Äpfel, 3 of 1,234.5 BIRDS don't\tsing;  naïve 漢字 и 🙂\n\n    def f(x_1): return {x: '</a>'}\r\n"
+_SAMPLE = "Äpfel, 3 of 1,234.5 BIRDS don't\tsing;  naïve 漢字 и 🙂\n\n    def f(x_1): return {x: '</a>'}\r\n"
 """Text at which tokenizers part that divide words, digits, blanks, capitals or scripts in another way."""
 
 _FILES = ("tokenizer*", "vocab.*", "*.model", "*.tiktoken")
 
 
 def within(logits: Tensor, vocabulary: int) -> Tensor:
-    """Logits ``[..., V]`` as ``[..., vocabulary]``: ids beyond are left out, missing ones are impossible."""
+    """Return logits ``[..., V]`` as ``[..., vocabulary]``: fewer ids, or more that are impossible."""
     missing = vocabulary - logits.shape[-1]
     return F.pad(logits, (0, missing), value=-math.inf) if missing > 0 else logits[..., :vocabulary]
 
@@ -43,9 +43,9 @@ def check_vocabulary(
     """Refuse a model that lacks tokens of a tokenizer, or means others by their ids.
 
     Args:
-        tokenizer: gives the ids that the model is fed.
+        tokenizer: gives the ids that the model reads.
         model: the model.
-        name: its Hub id or directory, where its own tokenizer is looked for.
+        name: its Hub id or directory, where its own tokenizer may lie.
         revision: its Hub revision.
         key: the setting to blame.
 
@@ -53,11 +53,11 @@ def check_vocabulary(
         ConfigError: names what differs.
     """
     highest = max(tokenizer.get_vocab().values())
-    rows = cast(Tensor, model.get_input_embeddings().weight).shape[0]
+    size = cast(Tensor, model.get_input_embeddings().weight).shape[0]
     mend = "Leave data.tokenizer out to use the model's own, or choose a teacher with the same tokenizer."
-    if highest >= rows:
+    if highest >= size:
         raise ConfigError(
-            f"{key}: tokens go up to {highest}, but the vocabulary of '{name}' has {rows}. {mend}"
+            f"{key}: tokens go up to {highest}, but the vocabulary of '{name}' has {size}. {mend}"
         )
     if tokenizer.name_or_path == name:
         return
@@ -70,16 +70,16 @@ def check_vocabulary(
 
 
 def _difference(ours: PreTrainedTokenizerBase, theirs: PreTrainedTokenizerBase) -> str | None:
-    """How another tokenizer reads what ours writes; it may have more tokens, at ids that ours never gives."""
-    known = theirs.get_vocab()
+    """In what another tokenizer differs; it may have more tokens, at ids that ours never gives."""
+    ids = theirs.get_vocab()
     padding = None if ours.pad_token == ours.eos_token else ours.pad_token  # never looked at
     other = [
-        (token, at) for token, at in ours.get_vocab().items() if known.get(token) != at and token != padding
+        (token, at) for token, at in ours.get_vocab().items() if ids.get(token) != at and token != padding
     ]
     if other:
         token, at = min(other, key=lambda pair: pair[1])
-        there = f"is id {known[token]}" if token in known else "is none"
+        there = f"is id {ids[token]}" if token in ids else "is none"
         more = f" (and {len(other) - 1} more)" if len(other) > 1 else ""
         return f"token '{token}' of id {at} {there} there{more}"
-    pieces = [t(_PROBE, add_special_tokens=False).input_ids for t in (ours, theirs)]
+    pieces = [t(_SAMPLE, add_special_tokens=False).input_ids for t in (ours, theirs)]
     return None if pieces[0] == pieces[1] else "the tokens are the same, but it divides text in another way"

@@ -63,21 +63,21 @@ class CountingProbe:
 
     Args:
         layers: L.
-        rows: calibration batches.
+        batches: calibration batches.
         limit: measurements after which counting is given up.
 
     Attributes:
         forward: passes of one batch through the whole model so far; a backward pass counts as one more.
     """
 
-    def __init__(self, layers: int, rows: int, limit: int = 100_000) -> None:
-        self.toy, self.layers, self.rows, self.limit = Toy(layers), layers, rows, limit
+    def __init__(self, layers: int, batches: int, limit: int = 100_000) -> None:
+        self.toy, self.layers, self.batches, self.limit = Toy(layers), layers, batches, limit
         self.forward, self._known = 0.0, dict[tuple[object, ...], float]()
         self.signals()
 
     def signals(self) -> None:
-        """The teacher's signals of all rows."""
-        self.forward += self.rows
+        """The teacher's signals of all batches."""
+        self.forward += self.batches
 
     def divergence(self, gates_L: Tensor, quick: bool = False) -> float:
         """The toy's divergence."""
@@ -93,7 +93,7 @@ class CountingProbe:
             if len(self._known) == self.limit:
                 raise TooMany
             open_share = float((gates_L > 0).sum()) / self.layers
-            self.forward += open_share * (math.ceil(self.rows / 4) if quick else self.rows)
+            self.forward += open_share * (math.ceil(self.batches / 4) if quick else self.batches)
             self._known[key] = float(self.toy.divergence(gates_L.detach().cpu()))
         return self._known[key]
 
@@ -103,12 +103,12 @@ class CountingProbe:
 
     def states(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Noise of the right form."""
-        self.forward += self.rows
+        self.forward += self.batches
         yield torch.randn(self.layers + 1, 1, 4, 8), torch.ones(1, 4, dtype=torch.bool)
 
     def gradients(self, visit: Callable[[int, nn.Module], None]) -> None:
         """Noise of the right form."""
-        self.forward += 3 * self.rows
+        self.forward += 3 * self.batches
         for layer in range(self.layers):
             module = nn.Linear(2, 2)
             for p in module.parameters():

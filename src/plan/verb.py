@@ -88,7 +88,7 @@ def _print(plan: dict[str, Any], configured: Estimate, advice: Advice) -> None:
     spec, counts = plan["device"], plan["parameters"]
     ranks = configured.setting.ranks
     run = Table(title=f"{plan['stage']} of {plan['model']}, {ranks} x {spec['title']}", show_header=False)
-    rows = {
+    facts = {
         "parameters of the parent": f"{counts['parent']:,}",
         "after the cut": f"{counts['student']:,}" if counts["student"] else "",
         "trained": f"{counts['trained']:,}" if counts["trained"] else "",
@@ -100,7 +100,7 @@ def _print(plan: dict[str, Any], configured: Estimate, advice: Advice) -> None:
         "operations": f"{configured.flops:.3g}",
         "hours": f"{configured.hours:,.2f} (at {spec['efficiency']:.0%} of the peak: an assumption)",
     }
-    for key, value in rows.items():
+    for key, value in facts.items():
         if value:
             run.add_row(key, value)
     show(run)

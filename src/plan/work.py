@@ -38,26 +38,26 @@ def cache_size(tokens: int, positions: int, k: int, precision: str = "float16") 
     return CacheSize(raw, int(positions * each))
 
 
-def calibration(policy: MaskPolicy, rows: int) -> float | None:
+def calibration(policy: MaskPolicy, batches: int) -> float | None:
     """Count the passes of a batch that a search makes before its first step and after its last.
 
     The policy and the polishing are run on a made-up divergence; what they ask for is counted.
 
     Args:
         policy: set up for the model's units.
-        rows: calibration batches.
+        batches: calibration batches.
 
     Returns:
         None for a policy that measures too much to follow, such as all masks.
     """
-    probe = CountingProbe(policy.units, rows)
+    probe = CountingProbe(policy.units, batches)
     try:
         policy.initialise(probe)
         probe.signals()
         policy.remove = policy.target
         chosen, _ = settle(policy, probe, ())
         # Further candidates are other masks of the same size.
-        probe.forward += rows * len(chosen) / policy.units * (policy.candidates - 1)
+        probe.forward += batches * len(chosen) / policy.units * (policy.candidates - 1)
     except TooMany:
         return None
     return probe.forward

@@ -1,4 +1,4 @@
-"""Mask policies: one file each, named by class path in YAML."""
+"""Mask policies, one in each file; YAML names them by class path."""
 
 from src.policies.angular import AngularDistance
 from src.policies.base import MaskPolicy, Probe

@@ -1,4 +1,4 @@
-"""Angular distance of the unreasonable ineffectiveness of the deeper layers (UIDL, arXiv 2403.17887)."""
+"""Drop the run of layers of the least angular distance (UIDL, arXiv 2403.17887)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from src.policies.one_shot import Contiguous
 class AngularDistance(Contiguous):
     """Drops the run of layers with the least mean ``arccos cos(h_l, h_{l+n}) / pi`` at each row's last token.
 
-    One forward pass. In packed rows it is the last token of the last document.
+    It takes one forward pass. In packed rows it reads the last token of the last document.
     """
 
     def change(self, h_in_WBTH: Tensor, h_out_WBTH: Tensor, real_BT: Tensor) -> Tensor:

@@ -27,39 +27,39 @@ from src.units.spaces import Space
 
 
 class Probe(Protocol):
-    """What a policy may measure on the calibration rows before and after the search.
+    """Measures a model for a policy on fixed calibration rows, before and after the search.
 
-    Numbers are means over the rows of all ranks, hence equal on all ranks.
+    Values are means over the rows of all ranks, hence equal on all ranks.
     """
 
     def divergence(self, gates_L: Tensor, quick: bool = False) -> float:
-        """Mean KL (nats per token) from the teacher to the model under ``gates_L``.
+        """Return the mean KL (nats per token) from the teacher to the model under ``gates_L``.
 
         A quick measurement uses a part of the rows.
         """
 
     def cross_entropy(self, gates_L: Tensor) -> float:
-        """Mean cross-entropy (nats per supervised token) of the model under ``gates_L`` on the labels."""
+        """Return the mean cross-entropy (nats per supervised token) under ``gates_L`` on the labels."""
 
     def states(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """The open model's residual stream, a batch at a time: ``(h_JBTH, real_BT)``.
+        """Give the open model's residual stream, a batch at a time: ``(h_JBTH, real_BT)``.
 
         J = L + 1: ``h[l]`` enters layer l, and ``h[L]`` leaves the last layer, before the final norm.
         ``real`` is false at padding.
         """
 
     def mean(self, sums: Tensor, counts: Tensor) -> Tensor:
-        """``sums / counts``, both added up over the ranks first."""
+        """Return ``sums / counts``, both added up over the ranks first."""
 
     def gradients(self, visit: Callable[[int, nn.Module], None]) -> None:
         """Differentiate the mean cross-entropy of the open model with respect to the layers' weights.
 
-        ``visit(layer, module)`` is called for each layer with the gradient in its parameters' ``grad``.
+        It calls ``visit(layer, module)`` for each layer, with the gradient in its parameters' ``grad``.
         """
 
 
 class MaskPolicy(nn.Module):
-    """Base class: holds the counts and constraints, one logit for each unit, and uniform defaults.
+    """Holds the counts and constraints, one logit for each unit, and uniform defaults.
 
     A subclass overrides what it needs; :meth:`sample` it must.
 
@@ -78,7 +78,7 @@ class MaskPolicy(nn.Module):
     """Whether :meth:`surrogate` wants the losses' gradients with respect to the gates."""
 
     differentiates_weights = False
-    """Whether :meth:`initialise` asks the probe for gradients of the weights."""
+    """Whether :meth:`initialise` needs gradients of the weights from the probe."""
 
     temperature: float = 1.0
     """Of a relaxation, for a policy that has one; a callback may anneal it."""
@@ -126,7 +126,7 @@ class MaskPolicy(nn.Module):
             )
 
     def setup(self, num_layers: int, remove: int, pinned: Iterable[int] = (), unit: Unit = "layer") -> None:
-        """Learn the sizes and create the parameters. Called once, before anything else.
+        """Take the sizes and create the parameters; the search calls this once, first of all.
 
         Args:
             num_layers: layers of the model.
@@ -162,16 +162,16 @@ class MaskPolicy(nn.Module):
         self.logits = nn.Parameter(torch.zeros(self.units))
 
     def spare(self, remove: int) -> Space:
-        """The space of the masks without so many layers, or as many halves as these have."""
+        """Return the space of masks without so many layers, or without as many halves as these have."""
         return self.kind.space(self.num_layers, self.num_layers - remove, self.pinned)
 
     @property
     def closed(self) -> int:
-        """Units that a mask removes now."""
+        """Number of units that a mask removes at present."""
         return self.kind.each * self.remove
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MaskPolicy:
-        """Follow the trainer to its device, not to half precision: steps of logits are smaller than its."""
+        """Follow the trainer to its device, not to half precision, which loses small steps of logits."""
         apply = cast(Callable[..., "MaskPolicy"], super()._apply)
         return apply(lambda tensor: fn(tensor).to(tensor.dtype), recurse)
 
@@ -179,7 +179,7 @@ class MaskPolicy(nn.Module):
         """Prepare from calibration rows, before the first step of a new search."""
 
     def sample(self, step: int, draw: int) -> Tensor:
-        """Ask for a mask: gates ``[U]``, exactly 0 or 1, exactly ``self.closed`` zeros.
+        """Draw a mask: gates ``[U]``, exactly 0 or 1, exactly ``self.closed`` zeros.
 
         A method whose gates are relaxed by definition may return values in [0, 1] instead.
         A pure function of the parameters, (seed, step, draw) and the schedules, hence equal on all ranks.
@@ -188,7 +188,7 @@ class MaskPolicy(nn.Module):
         raise NotImplementedError
 
     def surrogate(self, gates_DL: Tensor, losses_D: Tensor, grads_DL: Tensor | None) -> Tensor:
-        """Tell the outcome of the draws: a scalar whose gradient drives the parameters.
+        """Take the outcome of the draws; return a scalar whose gradient drives the parameters.
 
         The default is the pathwise one: its gradient is that of the mean loss, by the chain rule through
         ``gates_DL``. A method without gradients records the losses and returns ``self.nothing()``.
@@ -202,15 +202,15 @@ class MaskPolicy(nn.Module):
         return (gates_DL * grads_DL).sum(-1).mean()
 
     def nothing(self) -> Tensor:
-        """A zero attached to the parameters, for a policy that is not learned by gradient."""
+        """Return a zero attached to the parameters, for a policy that does not learn by gradient."""
         return self.logits.sum() * 0.0
 
     def harden(self) -> tuple[int, ...]:
-        """The kept units, a set of the space: here that of the highest logits."""
+        """Return the kept units, a set of the space: by default that of the highest logits."""
         return tuple(self.space.argmax(self.logits.detach()).nonzero().flatten().tolist())
 
     def keep_probabilities(self) -> Tensor:
-        """Belief ``[U]`` that each unit is kept, for pictures and the entropy of the mask."""
+        """Return the probability ``[U]`` of keeping each unit, for pictures and the entropy of the mask."""
         keep = torch.zeros(self.units)
         keep[list(self.harden())] = 1.0
         return keep
@@ -220,13 +220,13 @@ class MaskPolicy(nn.Module):
         return self.logits.tolist()
 
     def gates(self, keep: Iterable[int]) -> Tensor:
-        """The gates ``[U]`` of a set of kept units."""
+        """Return the gates ``[U]`` of a set of kept units."""
         gates = torch.zeros(self.units, device=self.logits.device)
         gates[list(keep)] = 1.0
         return gates
 
     def generator(self, step: int, draw: int) -> torch.Generator:
-        """A generator that depends on (seed, step, draw) only."""
+        """Return a generator that depends on (seed, step, draw) only."""
         return torch.Generator().manual_seed(((self.seed * 1_000_003 + step) * 10_007 + draw) % 2**63)
 
 

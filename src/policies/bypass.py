@@ -1,8 +1,9 @@
 """Bypass back-propagation: keep probabilities learned by policy gradient (arXiv 2406.10576).
 
-Forward passes alone, and a projection onto the budget after each step. The natural control for a relaxed
-mask: the same objective, a score function in place of the relaxation. Use plain SGD. The draws are
-independent coin flips, so they remove the asked number on average only; the hardened mask removes it exactly.
+It needs forward passes alone, and brings the probabilities back to the budget after each step. It is the
+natural control for a relaxed mask: the same objective, with a score function in place of the relaxation. Use
+plain SGD. The draws are independent coin flips, so they remove the set number on average only; the hardened
+mask removes it exactly.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ EPS = 1e-7
 
 
 class BypassBP(MaskPolicy):
-    """Bernoulli keep probabilities (held in ``logits``, as probabilities) and a moving baseline.
+    """Learns Bernoulli keep probabilities (in ``logits``, as probabilities) against a moving baseline.
 
     A loss that is not finite is dropped together with its mask.
 
@@ -58,7 +59,7 @@ class BypassBP(MaskPolicy):
             self.logits[self.free] = self._budget() / len(self.free)
 
     def _budget(self) -> int:
-        """Free units to keep."""
+        """Number of free units to keep."""
         return len(self.free) - self.closed
 
     def initialise(self, probe: Probe) -> None:
@@ -100,7 +101,7 @@ class BypassBP(MaskPolicy):
 
 
 def shifted(value_L: Tensor, total: float) -> Tensor:
-    """``clip(value - v, 0, 1)`` with v such that the sum is ``total``, by bisection in float64."""
+    """Return ``clip(value - v, 0, 1)`` with v such that the sum is ``total``, by bisection in float64."""
     value, low, high = value_L.double(), value_L.double().min() - 1, value_L.double().max()
     for _ in range(80):
         v = (low + high) / 2
@@ -110,7 +111,7 @@ def shifted(value_L: Tensor, total: float) -> Tensor:
 
 
 def project(value_L: Tensor, total: float) -> Tensor:
-    """The nearest point of ``{s in [0, 1]^L, sum s <= total}`` (arXiv 2406.10576)."""
+    """Return the nearest point of ``{s in [0, 1]^L, sum s <= total}`` (arXiv 2406.10576)."""
     inside = value_L.clamp(0, 1)
     # A sum that the last projection left at the budget, up to rounding, stays to the last bit.
     return inside if inside.double().sum() <= total + 1e-5 else shifted(value_L, total)

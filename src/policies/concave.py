@@ -23,7 +23,7 @@ from src.ranges import Count, Positive, checked
 
 
 class ConcaveGate(MaskPolicy):
-    """Learned places of contiguous segments; anneal the temperature from about 2 layers to 0.05.
+    """Learns the places of contiguous segments; anneal the temperature from about 2 layers to 0.05.
 
     Contiguous means among the layers that may be removed. Gates are deterministic: one draw is enough.
 
@@ -108,19 +108,19 @@ class ConcaveGate(MaskPolicy):
 
 
 def lengths(count: int, segments: int) -> list[int]:
-    """``count`` layers divided among the segments, longer ones first."""
+    """Divide ``count`` layers among the segments, longer ones first."""
     return [count // segments + (j < count % segments) for j in range(segments)]
 
 
 def hats(size: int, starts_S: Tensor, lengths_S: Tensor) -> Tensor:
-    """Height ``[size]`` of each layer above the edge of its nearest segment; negative outside."""
+    """Return the height ``[size]`` of each layer above the edge of its nearest segment; negative outside."""
     middle_S = starts_S + (lengths_S - 1) / 2
     distance_SL = (torch.arange(size) - middle_S[:, None]).abs()
     return (lengths_S[:, None] / 2 - distance_SL).amax(0)
 
 
 def flood(height_L: Tensor, count: int, tau: float) -> Tensor:
-    """``sigmoid((height - level) / tau)`` at the level where they add up to ``count``, differentiable.
+    """Return ``sigmoid((height - level) / tau)`` at the level where they add up to ``count``, differentiable.
 
     The level is found by bisection; its implicit gradient is that of one Newton step from there.
     """

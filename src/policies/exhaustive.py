@@ -1,4 +1,4 @@
-"""Every mask there is: the true optimum on the calibration rows, for shallow models."""
+"""Measure every mask: the true optimum on the calibration rows, for shallow models."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Exhaustive(OneShot):
     """Measures all masks of the exact count by divergence and takes the best.
 
     Args:
-        limit: number of masks above which it refuses.
+        limit: most masks that it measures; more are refused.
         kwargs: ``always_keep``, ``seed``, ``candidates``, ``polish`` of the base class.
     """
 
@@ -42,7 +42,7 @@ class Exhaustive(OneShot):
             )
 
     def score(self, probe: Probe) -> Tensor:
-        """The best mask's gates ``[U]``."""
+        """Return the best mask's gates ``[U]``."""
         shown = tqdm(
             self.space, "all masks", self.space.size(), disable=getattr(rank_zero_only, "rank", 0) != 0
         )

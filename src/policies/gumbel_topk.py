@@ -35,7 +35,7 @@ _FORMS = {
 
 
 class GumbelTopK(MaskPolicy):
-    """Learned logits, exact top-n draws, straight-through gradients.
+    """Learns logits by exact top-n draws with straight-through gradients.
 
     Args:
         form: backward pass: ``softmax`` (one softmax), ``successive`` (Xie-Ermon), ``simple`` (exact
@@ -45,7 +45,7 @@ class GumbelTopK(MaskPolicy):
             (ShortGPT), ``zeros``, or ``random`` (normal, by the seed). Scores go through a logarithm and are
             standardised.
         init_scale: standard deviation of the initial logits.
-        temperature: of the relaxation; :class:`src.callbacks.TemperatureAnnealing` moves it.
+        temperature: softness of the relaxation; :class:`src.callbacks.TemperatureAnnealing` moves it.
         always_keep: layers that may not be removed, such as ``[0, -1]``.
         seed: seed of the noise.
         candidates: how many of the last distinct masks compete on held-out rows (the paper's own budget

@@ -24,7 +24,7 @@ TEMPERATURE, LOW, HIGH = 2 / 3, -0.1, 1.1
 
 
 class HardConcrete(MaskPolicy):
-    """Learned log-alphas (the logits) and two Lagrange multipliers, which ascend while the logits descend.
+    """Learns log-alphas (the logits) and two Lagrange multipliers, which ascend while the logits descend.
 
     The loss gains ``m_1 d + m_2 d^2`` with d the expected number of layers kept too many; under
     :class:`src.callbacks.PruningCurriculum` the number to remove rises, as in Sheared-LLaMA. One optimiser
@@ -58,7 +58,7 @@ class HardConcrete(MaskPolicy):
         return gates
 
     def open_probabilities(self) -> Tensor:
-        """Probability that each free unit's gate is not zero (arXiv 1712.01312)."""
+        """Return the probability that each free unit's gate is not zero (arXiv 1712.01312)."""
         return torch.sigmoid(self.logits[self.free] - TEMPERATURE * math.log(-LOW / HIGH))
 
     def surrogate(self, gates_DL: Tensor, losses_D: Tensor, grads_DL: Tensor | None) -> Tensor:

@@ -1,4 +1,4 @@
-"""The learned mask's own starting point as a method: the control that says what the search adds to it."""
+"""Harden the learned mask's own starting point, as the control that shows what a search adds to it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from src.policies.scores import unit_kl
 
 
 class LayerKL(OneShot):
-    """Score: KL from the teacher when the unit alone is removed, on the rows that start Gumbel-TopK."""
+    """Scores a unit by the KL from the teacher without it alone, on the rows that start Gumbel-TopK."""
 
     works_on = ("layer", "half")
 

@@ -1,10 +1,10 @@
-"""Training-free methods: the layers are scored once on calibration rows, and nothing is learned after.
+"""Training-free methods score the layers once on calibration rows, and learn nothing after.
 
 The scores live in ``logits``, so a checkpoint holds them and a resumed run hardens alike. One training step
 is enough (``trainer.max_steps: 1``): it only gives the run its beginning and its end.
 
-Shapes: B rows, T tokens of a row, H hidden, J = L + 1 places of the residual stream, W = L + 1 - n windows of
-n = ``remove`` neighbouring layers, N measured tokens.
+Shapes: B batch, T tokens of a row, H hidden, J = L + 1 places of the residual stream, W = L + 1 - n windows
+of n = ``remove`` neighbouring layers, N measured tokens.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ BROKEN = 1e30
 
 
 class OneShot(MaskPolicy):
-    """Removes the layers of the lowest scores. A subclass gives the scores.
+    """Removes the units of the lowest scores, which a subclass gives.
 
     Args:
         always_keep: layers that may not be removed, such as ``[0, -1]``; negative counts from the end.
@@ -35,7 +35,7 @@ class OneShot(MaskPolicy):
     needs_gradient = False
 
     def score(self, probe: Probe) -> Tensor:
-        """Scores ``[U]``; the higher, the more a unit matters."""
+        """Return scores ``[U]``; the higher, the more a unit matters."""
         raise NotImplementedError
 
     def initialise(self, probe: Probe) -> None:
@@ -43,7 +43,7 @@ class OneShot(MaskPolicy):
             self.logits.copy_(self.score(probe).nan_to_num(nan=BROKEN, posinf=BROKEN))
 
     def sample(self, step: int, draw: int) -> Tensor:
-        """The same mask at every draw: gates ``[U]`` of the set of the highest scores."""
+        """Return the same mask at every draw: gates ``[U]`` of the set of the highest scores."""
         return self.spare(self.remove).argmax(self.logits.detach())
 
     def surrogate(self, gates_DL: Tensor, losses_D: Tensor, grads_DL: Tensor | None) -> Tensor:
@@ -73,17 +73,17 @@ class Contiguous(OneShot):
             )
 
     def change(self, h_in_WBTH: Tensor, h_out_WBTH: Tensor, real_BT: Tensor) -> Tensor:
-        """How far each window moves the stream ``[W, N]``, at the tokens the method looks at.
+        """Return how far each window moves the stream ``[W, N]``, at the tokens that the method reads.
 
         Args:
             h_in_WBTH: the stream before each window.
-            h_out_WBTH: and after it.
+            h_out_WBTH: the stream behind it.
             real_BT: false at padding.
         """
         raise NotImplementedError
 
     def score(self, probe: Probe) -> Tensor:
-        """0 within the window of the smallest mean change, 1 outside."""
+        """Return 0 within the window of the smallest mean change, 1 outside."""
         windows = self.num_layers + 1 - self.target
         total, count = torch.zeros(windows), torch.zeros(windows)
         for h_JBTH, real_BT in probe.states():

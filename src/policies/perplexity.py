@@ -10,9 +10,9 @@ from src.policies.one_shot import OneShot
 
 
 class OneShotPerplexity(OneShot):
-    """Score: cross-entropy with that one unit removed (the logarithm of the paper's perplexity).
+    """Scores a unit by the cross-entropy without it alone (the logarithm of the paper's perplexity).
 
-    A forward pass for each unit that may be removed. The paper scores layers; halves are ours.
+    It takes a forward pass for each unit that may be removed. The paper scores layers; halves are ours.
     """
 
     works_on = ("layer", "half")

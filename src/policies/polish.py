@@ -1,4 +1,4 @@
-"""The end of a search: one mask out of those that a policy learned last, and its swaps."""
+"""End a search: choose one mask of those that a policy learned last, and try swaps of its units."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Measure = Callable[[Keep, bool], float]
 
 
 def settle(policy: MaskPolicy, probe: Probe, recent: Sequence[Keep]) -> tuple[Keep, dict[str, float]]:
-    """Choose a mask on held-out rows, as far as the policy asks for it (``candidates``, ``polish``).
+    """Choose a mask on held-out rows, as far as the policy allows (``candidates``, ``polish``).
 
     Args:
         policy: at the end of its run.

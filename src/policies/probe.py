@@ -1,4 +1,4 @@
-"""Measure masks on fixed calibration rows: to score layers, and to choose among masks."""
+"""Measure masks on fixed calibration rows, to score units and to choose among masks."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ LABELS = Distillation(alpha=0.0, weight="none")
 
 
 class Measured(Protocol):
-    """What a probe asks of the module whose model it measures."""
+    """The module whose model a probe measures."""
 
     tokens: int
     calibration_batches: int
@@ -36,14 +36,14 @@ class Measured(Protocol):
 
     @property
     def trainer(self) -> Trainer:
-        """Its trainer, attached."""
+        """The attached trainer."""
 
     @property
     def device(self) -> torch.device:
-        """Where the model is."""
+        """Device of the model."""
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        """Bring a batch there."""
+        """Bring a batch to that device."""
 
     def teacher_hidden(self, batch: Batch, observer: Observer | None = None) -> Tensor:
         """Run the model as the teacher."""
@@ -55,18 +55,18 @@ class Measured(Protocol):
         """Count a pass."""
 
     def teacher_signal(self, rows: Supervised) -> Signal:
-        """What the teacher says of a batch."""
+        """Return the teacher's signal on a batch."""
 
     def divergence(
         self, rows: Supervised, signal: Signal, gates_U: Tensor | None, by: Distillation | None = None
     ) -> Tensor:
-        """Loss of the model under gates."""
+        """Return the loss of the model under gates."""
 
 
 class CalibrationProbe:
-    """The first ``calibration_batches`` validation batches, with the teacher's signal kept.
+    """Measures on the first ``calibration_batches`` validation batches, with the teacher's signal kept.
 
-    Results are averaged over ranks, so that all ranks decide alike, and remembered per mask. A quick
+    It averages results over ranks, so that all ranks decide alike, and remembers them for each mask. A quick
     measurement takes the first quarter of the batches: enough to drop bad masks, not to rank good ones.
 
     Args:
@@ -116,27 +116,27 @@ class CalibrationProbe:
         return self._known[key]
 
     def mean(self, sums: Tensor, counts: Tensor) -> Tensor:
-        """``sums / counts``, both added up over the ranks first."""
+        """Return ``sums / counts``, both added up over the ranks first."""
         reduce, device = self.search.trainer.strategy.reduce, self.search.device
         totals = [cast(Tensor, reduce(x.to(device), reduce_op="sum")).to(x.device) for x in (sums, counts)]
         return totals[0] / totals[1]
 
     @torch.no_grad()
     def states(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """The open model's residual stream, a batch at a time: ``(h_JBTH, real_BT)``, J = L + 1."""
+        """Give the open model's residual stream, a batch at a time: ``(h_JBTH, real_BT)``, J = L + 1."""
         for rows, _ in self.rows:
-            seen: list[Tensor] = []
+            stream: list[Tensor] = []
 
-            def observe(layer: int, h_in: Tensor, h_out: Tensor, seen: list[Tensor] = seen) -> None:
-                seen.extend([h_in] * (layer == 0) + [h_out])
+            def observe(layer: int, h_in: Tensor, h_out: Tensor, stream: list[Tensor] = stream) -> None:
+                stream.extend([h_in] * (layer == 0) + [h_out])
 
             self.search.teacher_hidden(rows.batch, observe)
-            yield torch.stack(seen), real(rows.batch)
+            yield torch.stack(stream), real(rows.batch)
 
     def gradients(self, visit: Callable[[int, nn.Module], None]) -> None:
         """Differentiate the mean cross-entropy of the open model with respect to the layers' weights.
 
-        Whole ones of floating point: the search refuses others before anything is loaded.
+        The weights are whole and not quantised: the search refuses others before anything is loaded.
         """
         search = self.search
         reduce = search.trainer.strategy.reduce

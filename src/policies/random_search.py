@@ -1,4 +1,4 @@
-"""Random masks: the control of every search."""
+"""Draw random masks, the control of every search."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Keep = tuple[int, ...]
 
 
 class RandomSearch(OneShot):
-    """The best of N uniform masks by divergence on the calibration rows.
+    """Takes the best of N uniform masks by divergence on the calibration rows.
 
     One mask is the plain random control and is not measured. The masks of a smaller N are among those of a
     larger. At equal budget with a learned mask, ``forward_tokens`` in the two mask files agree.
@@ -33,23 +33,23 @@ class RandomSearch(OneShot):
         super().__init__(**kwargs)
         self.masks = masks
 
-    def drawn(self) -> list[Keep]:
-        """The masks, as kept units: uniform over all of the space, with repetition."""
+    def draws(self) -> list[Keep]:
+        """Return the masks as kept units: uniform over all of the space, with repetition."""
         return [self.space.uniform(self.generator(0, number)) for number in range(self.masks)]
 
     def score(self, probe: Probe) -> Tensor:
-        """The best mask's gates ``[U]``."""
-        masks = self.drawn()
+        """Return the best mask's gates ``[U]``."""
+        masks = self.draws()
         if len(masks) == 1:
             return self.gates(masks[0])
         return self.gates(best_of(masks, lambda keep: probe.divergence(self.gates(keep))))
 
 
 def best_of(masks: Iterable[Keep], measure: Callable[[Keep], float]) -> Keep:
-    """The first mask of the lowest measure; one that is not a number never wins against one that is."""
+    """Return the first mask of the lowest measure; NaN never wins against a number."""
 
     def value(keep: Keep) -> tuple[bool, float]:
-        found = measure(keep)
-        return math.isnan(found), found
+        divergence = measure(keep)
+        return math.isnan(divergence), divergence
 
     return min(masks, key=value)

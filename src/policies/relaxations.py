@@ -14,13 +14,13 @@ TINY = torch.finfo(torch.float32).tiny
 
 
 def gumbel(size: int, generator: torch.Generator) -> Tensor:
-    """Standard Gumbel noise ``[size]`` in float32, kept away from the infinities."""
+    """Return standard Gumbel noise ``[size]`` in float32, kept away from the infinities."""
     u = torch.rand(size, generator=generator).clamp(1e-20, 1 - 1e-7)
     return -torch.log(-torch.log(u))
 
 
 def straight_through(hard_L: Tensor, soft_L: Tensor) -> Tensor:
-    """Value of ``hard_L`` to the last bit, gradient of ``soft_L``."""
+    """Return the value of ``hard_L`` to the last bit, with the gradient of ``soft_L``."""
     return hard_L.detach() + (soft_L - soft_L.detach())
 
 

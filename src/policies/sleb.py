@@ -14,7 +14,7 @@ from src.policies.random_search import best_of
 
 
 class SLEB(OneShot):
-    """Greedy removal with re-evaluation: n rounds, each measuring every layer that is left.
+    """Removes greedily in n rounds, each of which measures every layer that is left.
 
     Of halves (ours) a round removes two that lie side by side, so that those left still pair up.
 
@@ -36,7 +36,7 @@ class SLEB(OneShot):
         self.measure = measure
 
     def score(self, probe: Probe) -> Tensor:
-        """The round ``[U]`` in which each unit goes; the target for those that stay."""
+        """Return the round ``[U]`` in which each unit goes; the target for those that stay."""
         measure = probe.cross_entropy if self.measure == "cross_entropy" else probe.divergence
         rounds = torch.full((self.units,), float(self.target))
         keep = tuple(range(self.units))

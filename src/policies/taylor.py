@@ -16,9 +16,10 @@ PLUS = (0, 1, 2, 3, -2, -1)
 
 
 class Taylor(OneShot):
-    """Score: the sum of ``|w dLoss/dw|`` over a layer's weights, biases excluded.
+    """Scores a layer by the sum of ``|w dLoss/dw|`` over its weights without biases.
 
-    One pass there and back, with a gradient for every weight: memory for a second copy of the layers.
+    It takes one forward and one backward pass, with a gradient for every weight: memory for a second copy of
+    the layers.
 
     Args:
         plus: keep the first four and the last two layers besides (Taylor+).

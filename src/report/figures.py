@@ -229,12 +229,12 @@ def cost(tokens: dict[str, float], seconds: dict[str, float]) -> Figure:
     """Draw tokens and seconds, stage by stage."""
     panels = [("Tokens", tokens, tokens_text), ("Seconds", seconds, "{:,.0f} s".format)]
     panels = [panel for panel in panels if panel[1]]
-    rows = max(len(values) for _, values, _ in panels)
-    figure, axes = _axes(len(panels), 0.8 + 0.38 * rows)
+    bars = max(len(values) for _, values, _ in panels)
+    figure, axes = _axes(len(panels), 0.8 + 0.38 * bars)
     for axis, (title, values, text) in zip(axes, panels, strict=True):
         shades = [SLATE if name.startswith("teacher") else TEAL for name in values]
-        bars = axis.barh(list(values), list(values.values()), color=shades, height=0.58)
-        axis.bar_label(bars, [text(value) for value in values.values()], padding=4)
+        drawn = axis.barh(list(values), list(values.values()), color=shades, height=0.58)
+        axis.bar_label(drawn, [text(value) for value in values.values()], padding=4)
         axis.set_title(title)
         axis.set(xticks=[], xlim=(0, 1.3 * max([*values.values(), 1e-9])))
         axis.spines["bottom"].set_visible(False)

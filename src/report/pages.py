@@ -28,7 +28,7 @@ class Page:
     """What both formats show, in this order."""
 
     title: str
-    rows: list[list[str]]
+    table: list[list[str]]
     notes: list[str]
     pictures: list[Picture]
     example: list[tuple[str, str]]
@@ -73,18 +73,18 @@ ROWS: tuple[tuple[str, str, Callable[[Record], str]], ...] = (
 """Label, key that a model must have, and the text of the cell."""
 
 
-def table_rows(report: Record) -> list[list[str]]:
-    """A heading, then one row a figure; figures that no model has are left out."""
+def table_of(report: Record) -> list[list[str]]:
+    """Return a heading, then a line for each figure; figures that no model has are left out."""
     models = report["models"]
-    rows = [["", *("cut, no recovery" if m["name"] == "cut" else m["name"] for m in models)]]
+    lines = [["", *("cut, no recovery" if m["name"] == "cut" else m["name"] for m in models)]]
     for label, key, cell in ROWS:
         if any(key in model for model in models):
-            rows.append([label, *(cell(model) if key in model else "-" for model in models)])
+            lines.append([label, *(cell(model) if key in model else "-" for model in models)])
     tasks = [(task, metric) for m in models for task, own in m.get("tasks", {}).items() for metric in own]
     for task, metric in dict.fromkeys(tasks):
         scores = (model.get("tasks", {}).get(task, {}).get(metric) for model in models)
-        rows.append([f"{task}, {metric}", *map(_score, scores)])
-    return rows
+        lines.append([f"{task}, {metric}", *map(_score, scores)])
+    return lines
 
 
 def _score(found: Record | None) -> str:

@@ -32,7 +32,7 @@ from src.errors import ConfigError
 from src.files import write_json, write_text
 from src.mask import Mask, git_sha
 from src.report import figures
-from src.report.pages import Page, Picture, headline, html, markdown, notes, printable, table_rows
+from src.report.pages import Page, Picture, headline, html, markdown, notes, printable, table_of
 
 Record = dict[str, Any]
 
@@ -204,7 +204,7 @@ def assemble(run: Run, origin: Record) -> tuple[Record, Page]:
     facts = {key: run.evaluate[key] for key in ("device", "dtype", "threads", "torch")}
     page = Page(
         title=headline(report),
-        rows=table_rows(report),
+        table=table_of(report),
         notes=notes(report),
         pictures=draw(run, report),
         example=[(name, printable(text)) for name, text in prompts + samples] if samples else [],
@@ -233,10 +233,10 @@ def main(argv: list[str]) -> None:
     write_text(directory / "report.md", markdown(page))
     write_text(directory / "report.html", html(page))
     write_json(directory / "report.json", report)
-    table = Table(*page.rows[0])
+    table = Table(*page.table[0])
     for column in table.columns[1:]:
         column.justify = "right"
-    for row in page.rows[1:]:
+    for row in page.table[1:]:
         table.add_row(*row)
     show(table)
     print(f"{page.title}.")

@@ -1,4 +1,4 @@
-"""Small trained additions to the frozen weights, so that a search moves weights while it learns a mask.
+"""Adapters are small trained additions to the frozen weights; a search can train them beside its mask.
 
 A mask that is learned on weights that can move is one that recovers well, not one that is good as it stands
 (TinyFusion, arXiv 2412.01199). peft adds the parameters to the linear maps of the layers. Switched off, they
@@ -40,11 +40,11 @@ FILE = "adapters.safetensors"
 
 
 class Adapters(nn.Module):
-    """Parameters beside the frozen weights of a network, which it does not own.
+    """Holds parameters beside the frozen weights of a network, which it does not own.
 
     Args:
-        lr: their learning rate, in an optimiser group of their own.
-        seed: of their start.
+        lr: learning rate of the adapters, in an optimiser group of their own.
+        seed: seed of their first values.
     """
 
     @checked
@@ -55,11 +55,11 @@ class Adapters(nn.Module):
         self._sums: list[Tensor] = []
 
     def config(self) -> PeftConfig:
-        """What peft adds to which maps."""
+        """Return the settings of peft: what it adds to which linear maps."""
         raise NotImplementedError
 
     def refuse(self, quantize: str | None) -> None:
-        """Refuse weights that they cannot stand beside, before anything is loaded.
+        """Refuse weights that take no such adapters, before anything is loaded.
 
         Raises:
             ConfigError: peft is not installed.
@@ -86,21 +86,21 @@ class Adapters(nn.Module):
         self.weights = nn.ParameterDict({n.replace(".", "/"): p for n, p in self.named_weights()})
 
     def named_weights(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """The parameters under the names that the network gives them."""
+        """Return the parameters under the names that the network gives them."""
         (network,) = self._network
         return ((name, p) for name, p in network.named_parameters() if p.requires_grad)
 
     def moving(self) -> list[nn.Parameter]:
-        """The parameters, as the network holds them."""
+        """Return the parameters in the order of the network."""
         return [p for _, p in self.named_weights()]
 
     def group(self) -> dict[str, Any]:
-        """Their group in an optimiser."""
+        """Return their group for an optimiser."""
         return {"params": self.moving(), "lr": self.lr}
 
     @contextmanager
     def off(self) -> Iterator[None]:
-        """Run the network without them."""
+        """Run the network without adapters in the block."""
         (network,) = self._network
         network.disable_adapters()
         try:
@@ -118,7 +118,7 @@ class Adapters(nn.Module):
                 sum_ += gradient
 
     def surrogate(self, draws: int) -> Tensor:
-        """A zero whose gradient is the mean of those taken, over draws and ranks; they are forgotten.
+        """Return a zero whose gradient is the mean of those taken, over draws and ranks; then drop them.
 
         Every rank gets the same bits, as the mask's own parameters do.
         """
@@ -130,7 +130,7 @@ class Adapters(nn.Module):
     # ------------------------------------------------------------------ records
 
     def save(self, path: Path, mask: Mask) -> None:
-        """Write those of the kept layers, under the names of the cut model; whole or not at all."""
+        """Write the adapters of the kept layers under the names of the cut model; whole or not at all."""
         (network,) = self._network
         state = {name: p.detach().cpu().contiguous() for name, p in self.named_weights()}
         about = {
@@ -143,12 +143,12 @@ class Adapters(nn.Module):
 
 
 class LoRA(Adapters):
-    """A product of two thin matrices beside every linear map of the layers (arXiv 2106.09685).
+    """Adds a product of two thin matrices beside every linear map of the layers (arXiv 2106.09685).
 
     Args:
-        rank: of the product.
-        lr: their learning rate.
-        seed: of their start.
+        rank: rank of the product.
+        lr: learning rate of the adapters.
+        seed: seed of their first values.
     """
 
     @checked
@@ -163,7 +163,7 @@ class LoRA(Adapters):
 
 
 class Scales(Adapters):
-    """A factor on every output channel of every linear map of the layers, from 1 (IA3, arXiv 2205.05638)."""
+    """Puts a factor, at first 1, on every output of every linear map of the layers (arXiv 2205.05638)."""
 
     def refuse(self, quantize: str | None) -> None:
         """As the base class; quantised weights cannot take factors without being rounded again.
@@ -174,7 +174,7 @@ class Scales(Adapters):
         super().refuse(quantize)
         if quantize is not None:
             raise ConfigError(
-                f"model.adapters: factors on '{quantize}' weights are not to be had. Use "
+                f"model.adapters: factors on '{quantize}' weights are not possible. Use "
                 f"src.training.adapters.LoRA, or set model.quantize to null."
             )
 
@@ -185,15 +185,15 @@ class Scales(Adapters):
 
 
 def beside(mask_path: str | Path) -> Path:
-    """Where the adapters of a search lie."""
+    """Return the path of a search's adapters: beside its mask."""
     return Path(mask_path).with_name(FILE)
 
 
 def check_saved(path: Path, mask: Mask) -> dict[str, Any]:
-    """The settings of saved adapters, which are those of ``mask``.
+    """Return the settings of saved adapters, which must belong to ``mask``.
 
     Raises:
-        ConfigError: there are none, or they were trained with another mask.
+        ConfigError: there are no adapters, or they were trained with another mask.
     """
     try:
         with safe_open(path, framework="pt") as file:
@@ -214,7 +214,7 @@ def check_saved(path: Path, mask: Mask) -> dict[str, Any]:
 
 
 def merged(student: PreTrainedModel, mask: Mask, path: Path) -> PreTrainedModel:
-    """The cut model with a search's adapters merged into its weights: a plain model again.
+    """Return the cut model with a search's adapters merged into its weights: a plain model again.
 
     Raises:
         ConfigError: there are no adapters, or they are of another mask or model.

@@ -1,4 +1,4 @@
-"""Lightning's command line as this product uses it: short errors, one tokenizer, early refusals."""
+"""Adapt Lightning's command line: short errors, one tokenizer, early refusals."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ class ShortErrors(LightningArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Add a suggestion; a nested parser raises, so that the outer one can add the key's path."""
-        known = [name for action in self._actions for name in (action.dest, action.dest.split(".")[-1])]
-        hint = _suggestion(message, known)
+        names = [name for action in self._actions for name in (action.dest, action.dest.split(".")[-1])]
+        hint = _suggestion(message, names)
         if not self.exit_on_error:
             super().error(message + hint, ex)
         raise ConfigError(in_short(message + hint)) from ex
@@ -179,10 +179,10 @@ def user_fault(error: BaseException | None) -> ConfigError | None:
     return error
 
 
-def _suggestion(message: str, known: list[str]) -> str:
-    """The nearest key, where jsonargparse's English says that one is unknown."""
+def _suggestion(message: str, names: list[str]) -> str:
+    """Suggest the nearest key, where jsonargparse's message says that one is unknown."""
     unknown = re.search(r"(?:Option|Key|key|arguments?:?) '?(?:--)?([\w.]+)'?", message)
     wrong = "not accepted" in message or "nrecognized" in message or "not expected" in message
     if not (unknown and wrong) or "Did you mean" in message:
         return ""
-    return did_you_mean(unknown.group(1), known)
+    return did_you_mean(unknown.group(1), names)

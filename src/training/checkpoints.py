@@ -48,7 +48,7 @@ _DESCRIPTIONS = {
 
 
 def record(path: str) -> dict[str, Any]:
-    """Everything in a checkpoint but the weights (of a file these too, not read into memory).
+    """Return all of a checkpoint but its weights (of a single file the weights too, mapped, not read).
 
     Raises:
         ConfigError: there is no such checkpoint, it is not whole, or it holds more than tensors and numbers.
@@ -60,14 +60,14 @@ def record(path: str) -> dict[str, Any]:
             if not parts:
                 raise FileNotFoundError("it holds no checkpoint")
             file = parts[0]
-        found = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
-        if not isinstance(found, dict):
-            raise ValueError(f"it holds a {type(found).__name__}")
-        return found
+        content = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+        if not isinstance(content, dict):
+            raise ValueError(f"it holds a {type(content).__name__}")
+        return content
 
 
 def weights(path: str) -> dict[str, Tensor]:
-    """The weights of the LightningModule, whole.
+    """Return the weights of the LightningModule, whole.
 
     Raises:
         ConfigError: as of :func:`record`, or DeepSpeed wrote it, and is not installed.
@@ -166,17 +166,17 @@ def _advice(path: Path) -> str:
 
 
 def newest(path: Path) -> Path | None:
-    """The newest whole checkpoint beside ``path``, one that a killed run was about to replace included."""
+    """Return the newest whole checkpoint beside ``path``, also one that a killed run was replacing."""
     folders = [path.parent, path, path / "checkpoints"]
-    found = [file for folder in folders for file in [*folder.glob("*.ckpt"), *folder.glob(".*.ckpt.*.old")]]
-    for file in sorted(set(found) - {path}, key=lambda file: file.stat().st_mtime, reverse=True):
+    files = [file for folder in folders for file in [*folder.glob("*.ckpt"), *folder.glob(".*.ckpt.*.old")]]
+    for file in sorted(set(files) - {path}, key=lambda file: file.stat().st_mtime, reverse=True):
         if is_whole(file):
             return file
     return None
 
 
 def is_whole(path: Path) -> bool:
-    """Whether a checkpoint can be read."""
+    """Return whether a checkpoint can be read."""
     try:
         with reading(path):
             if path.is_dir():

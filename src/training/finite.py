@@ -1,4 +1,4 @@
-"""A stage stops at the first number that is none, before it reaches a file."""
+"""Stop a stage at the first NaN or infinity, before it reaches a file."""
 
 from __future__ import annotations
 

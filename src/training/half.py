@@ -1,4 +1,4 @@
-"""A trainer of true half precision: what follows it, and what does not."""
+"""Keep noise and gates in float32 under a trainer of true half precision, and load weights in its type."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""Whether a run that is resumed is the run that was saved.
+"""Check that a resumed run is the run that was saved.
 
-A checkpoint notes what its run is: the parent's and the teacher's weights, known by their fingerprints, and
-the settings. A resume compares them by key. What defines the run is refused when it changed, unless the user
-means it and names the key in ``--accept``; what may change (:data:`TOLD`) is told; where things lie, how they
-are logged and what they run on does not matter.
+A checkpoint records the identity of its run: the settings, and fingerprints of the parent's and the teacher's
+weights. A resume compares them key by key. A change of what defines the run is refused, unless the user names
+its key in ``--accept``. A change of a setting in :data:`FREE` is reported. Paths, logging and devices do not
+matter.
 """
 
 from __future__ import annotations
@@ -26,22 +26,22 @@ CONTENT = [
     f"{_TEACHER}.init_args.model",
     f"{_TEACHER}.init_args.revision",
 ]
-"""Names of what is compared by its content."""
-TOLD = [
+"""Keys whose models are compared by content, not by name."""
+FREE = [
     *(f"model.init_args.{key}" for key in ("optimizer", "warmup", "final_lr", "decay", "dtype", "quantize",
                                     "attention", "teacher", "checkpoint_activations")),
     *(f"trainer.{key}" for key in ("max_steps", "max_epochs", "max_time", "precision", "gradient_clip_val",
                                    "gradient_clip_algorithm", "limit_train_batches", "limit_val_batches")),
     "callbacks",
 ]  # fmt: skip
-"""Settings that may change in the middle of a run."""
+"""Settings that may change in the middle of a run; a change of one is reported."""
 _DEFINING = ("trainer.accumulate_grad_batches",)
 _SCHEDULES = ("src.callbacks.TemperatureAnnealing", "src.callbacks.PruningCurriculum")
 
 
 @dataclass(frozen=True)
 class Change:
-    """A key whose value is not the recorded one."""
+    """A key whose value differs from the recorded one."""
 
     key: str
     was: Any
@@ -51,19 +51,19 @@ class Change:
         return f"{self.key} was {self.was} and is now {self.now}"
 
     def among(self, keys: Sequence[str]) -> bool:
-        """Whether one of ``keys`` is this key, or a part of the tree that holds it."""
+        """Return whether one of ``keys`` is this key or one above it."""
         return any(f"{self.key}.".startswith(f"{key}.") for key in keys)
 
 
 class Accepting(Protocol):
-    """What is asked of a data module that is resumed."""
+    """A data module that can be resumed."""
 
     accepted: Sequence[str]
-    """Keys whose change on resume is meant."""
+    """Keys that the user allows to change on resume."""
 
 
 class Resumable(Accepting, Protocol):
-    """What is asked of a module that is resumed."""
+    """A module that can be resumed."""
 
     name: str
     parent_key: str
@@ -76,9 +76,9 @@ class Resumable(Accepting, Protocol):
 
 
 def changes(was: Any, now: Any, key: str = "") -> list[Change]:
-    """The leaves that differ between two trees of dicts.
+    """Return the leaves that differ between two trees of dicts.
 
-    A key that only one of them has is no change: the other was written before there was such a key.
+    A key that only one tree has is no change: the other is older than the key.
     """
     if isinstance(was, dict) and isinstance(now, dict):
         common = [name for name in now if name in was]
@@ -86,32 +86,32 @@ def changes(was: Any, now: Any, key: str = "") -> list[Change]:
     return [] if was == now else [Change(key, was, now)]
 
 
-def settle(found: Sequence[Change], accepted: Sequence[str], fault: str) -> None:
-    """Refuse changes of what defines a run, but for those that are accepted, which are told.
+def settle(differences: Sequence[Change], accepted: Sequence[str], fault: str) -> None:
+    """Refuse changes of what defines a run; only warn of those that the user accepts.
 
     Args:
-        found: the changes.
+        differences: the changes.
         accepted: keys whose change the user means.
         fault: what is wrong with the checkpoint, as a clause.
 
     Raises:
-        ConfigError: names each key, what it was and what it is.
+        ConfigError: names each key with its old and its new value.
     """
-    refused = [change for change in found if not change.among(accepted)]
+    refused = [change for change in differences if not change.among(accepted)]
     if refused:
         raise ConfigError(
             f"ckpt_path: the checkpoint is of {fault}: {'; '.join(map(str, refused))}. Set them back, start "
             f"anew without the checkpoint, or go on all the same with "
             f"--accept {','.join(change.key for change in refused)}."
         )
-    for change in found:
+    for change in differences:
         rank_zero_warn(f"ckpt_path: {change}; accepted, although the checkpoint is of {fault}.")
 
 
 def settings_of(config: dict[str, Any]) -> dict[str, Any]:
-    """The part of an experiment's config, as plain values, that a resume compares."""
+    """Return the part of an experiment's config that a resume compares, as plain values."""
     trainer = config["trainer"]
-    keys = [key.partition(".")[2] for key in (*TOLD, *_DEFINING) if key.startswith("trainer.")]
+    keys = [key.partition(".")[2] for key in (*FREE, *_DEFINING) if key.startswith("trainer.")]
     schedules = {c["class_path"]: c.get("init_args") for c in trainer.get("callbacks") or []
                  if c["class_path"] in _SCHEDULES}  # fmt: skip
     return {
@@ -126,13 +126,13 @@ def settings_of(config: dict[str, Any]) -> dict[str, Any]:
 def check_parent(mask: Mask, name: str, weights: str | None, key: str) -> None:
     """Compare the parent of a recovery with the one that its mask was made for.
 
-    A child of that model, such as a fine-tuned one, can be meant: it is named by a key of its own, and told.
+    A child of that model, such as a fine-tuned one, is allowed if a key of its own names it, with a warning.
 
     Args:
-        mask: which notes the weights it was made for, or only a name.
-        name: of the parent.
-        weights: its fingerprint.
-        key: the key that names it.
+        mask: names the parent it was made for, if possible with a fingerprint.
+        name: Hub id or directory of the parent.
+        weights: fingerprint of the parent.
+        key: the key that names the parent.
 
     Raises:
         ConfigError: the mask's own parent has other weights now.
@@ -151,7 +151,7 @@ def check_parent(mask: Mask, name: str, weights: str | None, key: str) -> None:
 
 
 def note(module: Resumable) -> dict[str, Any]:
-    """What a run is, for its checkpoints: plain values."""
+    """Return the identity of a run as plain values, for its checkpoints."""
     return {
         "parent": module.name,
         "weights": module.weights,
@@ -161,12 +161,12 @@ def note(module: Resumable) -> dict[str, Any]:
 
 
 def check(noted: dict[str, Any] | None, module: Resumable, resumes: bool) -> None:
-    """Compare a run with what its checkpoint noted.
+    """Compare a run with the identity in its checkpoint.
 
     Args:
-        noted: what :func:`note` gave; None in checkpoints from before.
-        module: the run.
-        resumes: whether it goes on, so that settings matter too.
+        noted: the value of :func:`note`; None in checkpoints of earlier versions.
+        module: the module of the run.
+        resumes: whether training goes on, so that settings matter too.
 
     Raises:
         ConfigError: the parent or the teacher has other weights, or a setting that defines the run changed.
@@ -174,16 +174,16 @@ def check(noted: dict[str, Any] | None, module: Resumable, resumes: bool) -> Non
     if noted is None:
         rank_zero_warn("ckpt_path: the checkpoint notes no model and no settings; they are not checked.")
         return
-    found = []
+    differences = []
     if differ(noted["weights"], module.weights):
         was = f"'{noted['parent']}' ({noted['weights']})"
-        found.append(Change(module.parent_key, was, f"'{module.name}' ({module.weights})"))
+        differences.append(Change(module.parent_key, was, f"'{module.name}' ({module.weights})"))
     elif resumes and differ(noted["teacher"], module.teacher_weights):
-        found.append(Change(_TEACHER, noted["teacher"], module.teacher_weights))
+        differences.append(Change(_TEACHER, noted["teacher"], module.teacher_weights))
     settings = changes(noted["settings"], module.settings) if resumes else []
-    told = [change for change in settings if change.among(TOLD)]
-    found += [change for change in settings if not change.among([*TOLD, *CONTENT])]
-    settle(found, module.accepted, "another run")
-    for change in told:
+    reported = [change for change in settings if change.among(FREE)]
+    differences += [change for change in settings if not change.among([*FREE, *CONTENT])]
+    settle(differences, module.accepted, "another run")
+    for change in reported:
         if not change.among(CONTENT):
             rank_zero_warn(f"ckpt_path: {change}; the run goes on with the new value.")

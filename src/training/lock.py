@@ -1,4 +1,4 @@
-"""One run to a directory: the second is refused, instead of the last mask winning."""
+"""Let one run at a time write to a directory, and refuse the second."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from src.files import unwritten
 def lock(directory: str | Path, key: str) -> Iterator[None]:
     """Hold a directory for the block; the lock dies with its process, however that ends.
 
-    It is the process that holds it: workers that it forks do not, and so cannot keep it alive after a kill.
+    The process alone holds it. Workers that it forks do not, so none can keep it alive after a kill.
 
     Args:
-        directory: what the run writes to; made if it is not there.
+        directory: where the run writes; it is made if it does not exist.
         key: what to change to write elsewhere.
 
     Raises:

@@ -1,6 +1,6 @@
-"""What jsonargparse's nested report of a fault comes down to: the key, what was given, what is accepted.
+"""Shorten jsonargparse's nested report of a fault to the key, the value given and the values accepted.
 
-It lists every type of every union on the way to a key. What matters is at the end of the longest path.
+The report lists every type of every union on the way to a key. Its point is at the end of the longest path.
 """
 
 from __future__ import annotations
@@ -23,35 +23,35 @@ _TYPES = {
 
 
 def in_short(message: str) -> str:
-    """One line for a fault of the parser; a message that is no nested report stays as it is."""
+    """Return a fault of the parser in one line; a message that is no nested report stays as it is."""
     if "Parser key" not in message:
         return message
-    said = _said(message)
-    path = max(said, key=lambda found: len(found[0]))[0]
-    texts = [text for at, text in said if at == path and not text.startswith("Expected a path")]
-    given = next((text[13:] for text in texts if text.startswith("Given value: ")), None)
+    lines = _lines(message)
+    path = max(lines, key=lambda line: len(line[0]))[0]
+    texts = [text for at, text in lines if at == path and not text.startswith("Expected a path")]
+    value = next((text[13:] for text in texts if text.startswith("Given value: ")), None)
     accepted = list[str]()
     others = list[str]()
     for text in texts:
         if unknown := re.match(r"Option '([\w.+-]+)' is not accepted\.?(.*)", text):
             return f"{'.'.join(path)}: there is no key '{unknown[1]}'.{unknown[2]}"
         if name := re.match(r"Expected a dot import path string: (.*)", text):
-            accepted, given = [*accepted, "the class_path of a class"], name[1]
+            accepted, value = [*accepted, "the class_path of a class"], name[1]
         elif expected := _EXPECTED.match(text):
             accepted.append(_type(expected[1]))
-            given = expected[2] if expected[2] is not None else given
+            value = expected[2] if expected[2] is not None else value
         elif text and not text.startswith("Given value"):
             others.append(text)
-    wanted = " or ".join(dict.fromkeys(each for each in accepted if each))
-    if not others and wanted:
-        shown = given if given is None or len(given) < 200 else f"{given[:200]} ..."
-        return f"{'.'.join(path)}: '{shown}' given; accepted: {wanted}."
+    choices = " or ".join(dict.fromkeys(each for each in accepted if each))
+    if not others and choices:
+        shown = value if value is None or len(value) < 200 else f"{value[:200]} ..."
+        return f"{'.'.join(path)}: '{shown}' given; accepted: {choices}."
     return f"{'.'.join(path)}: {'; '.join(dict.fromkeys(others)) or 'it cannot be read'}."
 
 
-def _said(message: str) -> list[tuple[tuple[str, ...], str]]:
-    """Each line that says something, with the path of the keys it stands under."""
-    said, stack = list[tuple[tuple[str, ...], str]](), list[tuple[int, str]]()
+def _lines(message: str) -> list[tuple[tuple[str, ...], str]]:
+    """The lines that carry a reason, each with the path of keys above it."""
+    lines, stack = list[tuple[tuple[str, ...], str]](), list[tuple[int, str]]()
     for line in filter(str.strip, message.splitlines()):
         text = line.lstrip(" -")
         indent = len(line) - len(text)
@@ -62,10 +62,10 @@ def _said(message: str) -> list[tuple[tuple[str, ...], str]]:
             stack.append((indent, key[1]))
             text = text[key.end() :]
         if not _NESTED.match(text):
-            said.append((tuple(name for _, name in stack), re.sub(r"\. Got value: Namespace.*$", "", text)))
+            lines.append((tuple(name for _, name in stack), re.sub(r"\. Got value: Namespace.*$", "", text)))
         elif key is not None:
-            said.append((tuple(name for _, name in stack), ""))
-    return said
+            lines.append((tuple(name for _, name in stack), ""))
+    return lines
 
 
 def _type(name: str) -> str:

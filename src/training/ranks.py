@@ -1,7 +1,7 @@
-"""One batch on several ranks: sums and means over all of it.
+"""Take sums and means over a batch that several ranks share.
 
-A rank that averaged over its own tokens would weigh them by how few they are. Here every rank knows how many
-positions the whole batch has, so that the mean of the ranks' losses is the loss of one process that holds all
+A rank that averages over its own tokens weighs them more, the fewer they are. So every rank here knows how
+many positions the whole batch has: the mean of the ranks' losses is the loss of one process that holds all
 rows, and so are their gradients.
 
 Shapes: N entries of this rank.
@@ -17,12 +17,12 @@ from torch import Tensor
 
 
 def world() -> int:
-    """Number of ranks."""
+    """Return the number of ranks."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def total(x: Tensor) -> Tensor:
-    """The sum of ``x`` over the ranks, the same bits on all of them."""
+    """Return the sum of ``x`` over the ranks, the same bits on all of them."""
     if world() > 1:
         x = x.clone()
         dist.all_reduce(x)
@@ -30,7 +30,7 @@ def total(x: Tensor) -> Tensor:
 
 
 def least(number: int, device: torch.device | str) -> int:
-    """The least of the ranks' numbers."""
+    """Return the least of the ranks' numbers."""
     if world() == 1:
         return number
     numbers = torch.tensor(number, device=device)
@@ -39,7 +39,7 @@ def least(number: int, device: torch.device | str) -> int:
 
 
 def most(number: int, device: torch.device | str) -> int:
-    """The greatest of the ranks' numbers."""
+    """Return the greatest of the ranks' numbers."""
     return -least(-number, device)
 
 
@@ -48,8 +48,8 @@ class WholeBatch:
 
     Args:
         positions: supervised positions of this rank.
-        tokens: its tokens that are not padding.
-        device: where the ranks talk.
+        tokens: tokens of this rank that are not padding.
+        device: device on which the ranks communicate.
 
     Attributes:
         share: supervised positions of a rank, on average over the ranks. A sum over this rank's positions is
@@ -65,13 +65,13 @@ class WholeBatch:
         self.share = self.positions / world()
 
     def mean(self, x_N: Tensor) -> Tensor:
-        """Mean over the entries of all ranks."""
+        """Return the mean over the entries of all ranks."""
         if world() == 1:
             return x_N.mean()
         return total(x_N.sum()) / self.positions
 
     def gather(self, x_N: Tensor) -> Tensor:
-        """The entries of all ranks."""
+        """Return the entries of all ranks."""
         if world() == 1:
             return x_N
         sizes = [int(n) for n in total(_one_hot(len(x_N), x_N.device)).tolist()]
@@ -99,7 +99,7 @@ class MicroBatches:
         self.first = self.sum = 0.0
 
     def weigh(self, loss: Tensor, share: float) -> Tensor:
-        """The loss of the next micro-batch, which has ``share`` positions on each rank."""
+        """Return the weighted loss of the next micro-batch, which has ``share`` positions on each rank."""
         self.first = self.first or share
         self.sum += share
         return loss * (share / self.first)

@@ -1,4 +1,4 @@
-"""Schedules as pure functions of progress in [0, 1], so that resuming needs no counters."""
+"""Schedules are pure functions of progress in [0, 1], so that resuming needs no counters."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ def warmup_decay(progress: float, warmup: float, final: float, shape: Decay) -> 
     """
     if progress < warmup:
         return progress / warmup
-    done = min(1.0, (progress - warmup) / max(1e-12, 1 - warmup))
+    decayed = min(1.0, (progress - warmup) / max(1e-12, 1 - warmup))
     if shape == "constant":
         return 1.0
-    fall = 1 - done if shape == "linear" else 0.5 * (1 + math.cos(math.pi * done))
+    fall = 1 - decayed if shape == "linear" else 0.5 * (1 + math.cos(math.pi * decayed))
     return final + (1 - final) * fall
 
 
 def interpolate(progress: float, start: float, end: float, shape: Literal["linear", "exponential"]) -> float:
-    """The value at ``progress`` on the way from ``start`` to ``end``."""
+    """Return the value at ``progress`` on the way from ``start`` to ``end``."""
     progress = min(1.0, max(0.0, progress))
     if shape == "linear":
         return start + (end - start) * progress

@@ -1,7 +1,8 @@
-"""What a parsed experiment may hold, checked whole before anything is built or called.
+"""Check the values of a parsed experiment, all of them, before anything is built or called.
 
-The ranges of this product's constructors are their annotations (:mod:`src.ranges`); those of the trainer are
-listed here, and an optimiser is asked itself, with a parameter of its own. No number is NaN or infinite.
+The ranges of this product's constructors are their annotations (:mod:`src.ranges`). Those of the trainer are
+listed here. An optimiser checks its own, when it is built for a parameter made for that. No number may be NaN
+or infinite.
 """
 
 from __future__ import annotations
@@ -41,13 +42,13 @@ TRAINER = {
     "num_sanity_val_steps": Range(int, 0, MOST, also=(-1,)),
     "reload_dataloaders_every_n_epochs": natural,
 }
-"""Of a trainer's numbers; a switch or a word in their place is the trainer's to judge."""
+"""Ranges of a trainer's numbers; the trainer itself judges a switch or a word in their place."""
 WRITER = {"flush_secs": positive, "max_queue": positive, "purge_step": natural}
-"""Of TensorBoard's writer, which a logger is given without types."""
+"""Ranges of numbers of TensorBoard's writer, which a logger passes on without types."""
 
 
 def check_settings(config: Namespace) -> None:
-    """Refuse an experiment's numbers outside their ranges, and what would be called but builds no part of it.
+    """Refuse numbers outside their ranges, and callables that build no part of an experiment.
 
     Args:
         config: one verb's parsed arguments.
@@ -62,9 +63,9 @@ def check_settings(config: Namespace) -> None:
         raise ConfigError(". ".join(wrong) + ".")
 
 
-def _numbers(prefix: str, given: Mapping[str, Any], ranges: Mapping[str, Range]) -> Iterator[str]:
+def _numbers(prefix: str, values: Mapping[str, Any], ranges: Mapping[str, Range]) -> Iterator[str]:
     for key, accepted in ranges.items():
-        value = given.get(key)
+        value = values.get(key)
         if isinstance(value, str) and value.removeprefix("-").isdecimal():
             value = int(value)  # the parser reads --devices as text
         number = isinstance(value, int | float) and not isinstance(value, bool)
@@ -93,33 +94,34 @@ def _faults(path: str, value: Any) -> Iterator[str]:
 
 def _component(path: str, value: Namespace) -> Iterator[str]:
     module, _, name = value.class_path.rpartition(".")
-    component, given = getattr(import_module(module), name), value.get("init_args") or Namespace()
+    component, arguments = getattr(import_module(module), name), value.get("init_args") or Namespace()
     optimiser = isinstance(component, type) and issubclass(component, Optimizer)
     if not isinstance(component, type) or (path.endswith(".optimizer") and not optimiser):
-        wanted = "an optimiser, such as torch.optim.AdamW" if path.endswith(".optimizer") else "a class"
-        yield f"{path}: '{value.class_path}' given; accepted: {wanted}"
+        kind = "an optimiser, such as torch.optim.AdamW" if path.endswith(".optimizer") else "a class"
+        yield f"{path}: '{value.class_path}' given; accepted: {kind}"
         return
     ranges = ranges_of(component) | ({"lr": above_zero} if optimiser else {})
     below = [
-        *_faults(path, given),
-        *_numbers(f"{path}.", vars(given), ranges),
-        *_absent(path, component, given),
+        *_faults(path, arguments),
+        *_numbers(f"{path}.", vars(arguments), ranges),
+        *_absent(path, component, arguments),
     ]
-    for key, untyped in {**given.as_dict(), **dict(value.get("dict_kwargs") or {})}.items():
+    for key, untyped in {**arguments.as_dict(), **dict(value.get("dict_kwargs") or {})}.items():
         if key in WRITER and untyped is not None and untyped not in WRITER[key]:
             below.append(f"{path}.{key}: {untyped!r} given; accepted: {WRITER[key]}")
-    yield from below if below or not optimiser else _optimiser(path, component, vars(given))
+    yield from below if below or not optimiser else _optimiser(path, component, vars(arguments))
 
 
-def _absent(path: str, component: type, given: Namespace) -> Iterator[str]:
+def _absent(path: str, component: type, arguments: Namespace) -> Iterator[str]:
     """Keys of this product that are null and need a value: the parser lets any key be null."""
-    for key in (key for key, value in vars(given).items() if value is None and key in needs_value(component)):
+    nulls = [key for key, value in vars(arguments).items() if value is None]
+    for key in (key for key in nulls if key in needs_value(component)):
         yield f"{path}.{key}: null given; accepted: a value, or leave the key out"
 
 
-def _optimiser(path: str, component: type[Optimizer], given: dict[str, Any]) -> Iterator[str]:
-    """What an optimiser says of its settings, asked with a parameter of its own."""
+def _optimiser(path: str, component: type[Optimizer], arguments: dict[str, Any]) -> Iterator[str]:
+    """The fault that an optimiser finds in its arguments, if it does."""
     try:
-        component([torch.nn.Parameter(torch.zeros(1))], **given)
+        component([torch.nn.Parameter(torch.zeros(1))], **arguments)
     except Exception as e:  # each has its own
         yield f"{path}: {component.__name__}: {e}"

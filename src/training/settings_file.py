@@ -1,4 +1,4 @@
-"""Files of settings, read with care: a fault in one is told in a line, before any parser takes it up."""
+"""Read files of settings, and report a fault in one line before a parser reads it."""
 
 from __future__ import annotations
 
@@ -79,19 +79,19 @@ def read_settings(path: str, key: str = "--config") -> dict[str, Any]:
         problem = getattr(e, "problem", None) or getattr(e, "reason", None) or str(e).splitlines()[0]
         raise ConfigError(f"{key}: '{path}' is no YAML of plain values: {problem}{where}.") from e
     if not isinstance(settings, dict):
-        found = "nothing" if settings is None else f"a {type(settings).__name__}"
-        raise ConfigError(f"{key}: '{path}' holds {found}; expected a mapping, such as 'model: ...'.")
+        kind = "nothing" if settings is None else f"a {type(settings).__name__}"
+        raise ConfigError(f"{key}: '{path}' holds {kind}; expected a mapping, such as 'model: ...'.")
     return settings
 
 
-def _count(value: Any, key: str, path: str, above: tuple[int, ...], seen: list[int]) -> None:
+def _count(value: Any, key: str, path: str, above: tuple[int, ...], count: list[int]) -> None:
     """Count the values as a parser would meet them, which follows every alias."""
-    seen[0] += 1
-    if seen[0] > _NODES:
+    count[0] += 1
+    if count[0] > _NODES:
         raise ConfigError(f"{key}: the aliases of '{path}' repeat more than {_NODES:,} values.")
     if not isinstance(value, dict | list):
         return
     if id(value) in above:
         raise ConfigError(f"{key}: an alias of '{path}' refers to what it is a part of.")
     for part in [*value, *value.values()] if isinstance(value, dict) else value:
-        _count(part, key, path, (*above, id(value)), seen)
+        _count(part, key, path, (*above, id(value)), count)

@@ -1,4 +1,4 @@
-"""What a search, a recovery and a pass of the teacher share: one model of the Hub, and when it is checked."""
+"""The base of search, recovery and cache: it loads one model of the Hub and checks it in time."""
 
 from __future__ import annotations
 

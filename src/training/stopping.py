@@ -1,8 +1,8 @@
-"""A run that is told to end, by SIGTERM or SIGINT, ends with that said and nothing half kept.
+"""SIGTERM and SIGINT end a run with a message, and leave nothing half-written.
 
-A signal ends a command at once, its temporary files removed, except while a run trains or writes a cache:
-there it is heeded after the batch at hand, when everything is saved (:class:`src.callbacks.StopOnSignal`).
-The status is 128 and the signal's number, so that ``fit ... && export ...`` does not go on. A second signal
+A signal ends a command at once and removes its temporary files. While a run trains or writes a cache it takes
+effect after the present batch, when everything is saved (:class:`src.callbacks.StopOnSignal`). The exit
+status is 128 plus the signal's number, so that ``fit ... && export ...`` does not go on. A second signal
 kills.
 """
 
@@ -26,11 +26,11 @@ AGAIN = 1.0
 
 
 class Stopped(SystemExit):
-    """The run was told to end. Lightning and libraries let it pass, as they let an exit pass.
+    """Ends a run after a signal. Lightning and libraries let it pass, as they let an exit pass.
 
     Args:
-        number: the signal's.
-        where: what was done and how to go on; None: nothing that could be resumed.
+        number: number of the signal.
+        where: how far the run came and how to go on; None if nothing can be resumed.
     """
 
     def __init__(self, number: int, where: str | None = None) -> None:
@@ -45,8 +45,8 @@ ranks: list[Popen[bytes]] = []
 """Processes that this one started as further ranks of its run."""
 
 
-class _Told:
-    """What this process was told."""
+class _Signal:
+    """The signal that this process received, if any."""
 
     number: int | None = None
     since = 0.0
@@ -54,26 +54,26 @@ class _Told:
     """Whether a signal waits for the end of the batch."""
 
 
-def told() -> int | None:
-    """The number of the signal that this process was sent, or None."""
-    return _Told.number
+def received() -> int | None:
+    """Return the number of the signal that this process received, or None."""
+    return _Signal.number
 
 
-def be_told(number: int) -> None:
-    """Take over what another rank was told."""
-    if _Told.number is None:
-        _Told.number, _Told.since = number, time.monotonic()
+def receive(number: int) -> None:
+    """Take over the signal of another rank, unless this process has one."""
+    if _Signal.number is None:
+        _Signal.number, _Signal.since = number, time.monotonic()
 
 
 def patient(wait: bool) -> None:
-    """Let signals wait for the end of the batch, or no longer.
+    """Let signals wait for the end of the batch; or, with false, wait no longer.
 
     Raises:
-        Stopped: no longer, and one has waited.
+        Stopped: ``wait`` is false, and a signal is waiting.
     """
-    _Told.patient = wait
-    if not wait and _Told.number is not None:
-        raise Stopped(_Told.number)
+    _Signal.patient = wait
+    if not wait and _Signal.number is not None:
+        raise Stopped(_Signal.number)
 
 
 @contextmanager
@@ -89,17 +89,17 @@ def heeded() -> Iterator[None]:
             if number == signal.SIGTERM:
                 _default(number)
             return
-        if _Told.number is not None:
-            if time.monotonic() - _Told.since > AGAIN:
+        if _Signal.number is not None:
+            if time.monotonic() - _Signal.since > AGAIN:
                 _default(number)
             return
-        be_told(number)
-        if not _Told.patient:
+        receive(number)
+        if not _Signal.patient:
             raise Stopped(number)
         name = signal.Signals(number).name  # not printed: a handler may interrupt a print
         os.write(2, f"\n{name}: the run stops after this step; a second signal kills it.\n".encode())
 
-    _Told.number, _Told.patient = None, False
+    _Signal.number, _Signal.patient = None, False
     handlers = {number: signal.getsignal(number) for number in SIGNALS}
     ours = {n: handler for n, handler in handlers.items() if handler not in (None, signal.SIG_IGN)}
     try:
@@ -109,11 +109,11 @@ def heeded() -> Iterator[None]:
     finally:
         for number, handler in ours.items():
             signal.signal(number, handler)
-        _Told.number, _Told.patient = None, False
+        _Signal.number, _Signal.patient = None, False
 
 
 def end(stopped: Stopped) -> NoReturn:
-    """End this process, and the ranks it started, as it was told; the first rank says where it stopped."""
+    """End this process and the ranks it started with the signal; the first rank prints where it stopped."""
     for rank in ranks:
         if rank.poll() is None:
             rank.send_signal(stopped.number)

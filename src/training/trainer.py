@@ -1,4 +1,4 @@
-"""Lightning's trainer with checkpoints that are whole, and ends that are complete."""
+"""Lightning's trainer, changed so that checkpoints are whole and a resumed run still writes its result."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Faults of a run that are nobody's mistake in a config: memory that ran out, a process that was lost."""
+"""Report faults that no config causes: memory that ran out, a process that was lost."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def watch_children(children: list[Popen[bytes]], period: float = 1.0) -> None:
 
     def failed() -> str | None:
         for rank, child in enumerate(children, start=1):
-            if (code := child.poll()) in stopping.STATUSES and stopping.told() is None:
+            if (code := child.poll()) in stopping.STATUSES and stopping.received() is None:
                 os.kill(os.getpid(), code - 128)  # one rank alone was told
             if code:
                 return f"the process of local rank {rank} ended with code {child.returncode}"
@@ -89,7 +89,7 @@ def _watch(ended: Callable[[], str | None], children: list[Popen[bytes]], period
     def run() -> None:
         while (what := ended()) is None:
             time.sleep(period)
-        if (number := stopping.told()) is not None:
+        if (number := stopping.received()) is not None:
             time.sleep(GRACE)  # it ends by itself, unless it waits for what has ended already
             os._exit(128 + number)
         print(LOST.format(what=what), file=sys.stderr, flush=True)

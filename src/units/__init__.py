@@ -1,1 +1,1 @@
-"""What can be removed from a decoder, and in which combinations."""
+"""Units are what a mask removes from a decoder; spaces say in which combinations."""

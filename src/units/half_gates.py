@@ -1,4 +1,4 @@
-"""Gates on halves of decoder layers: each multiplies what its half adds to the residual stream.
+"""Gates on halves of decoder layers; each multiplies what its half adds to the residual stream.
 
 A half whose gate is exactly zero is evaluated without autograd, because only its output matters to the gate's
 gradient; where nothing is differentiated and no cache is filled, it does not run at all.
@@ -25,7 +25,7 @@ Forward = Callable[..., Any]
 
 
 class HalfGates:
-    """Gates on the halves of all layers of ``model``; open until :meth:`use` closes some.
+    """Puts gates on the halves of all layers of ``model``; they are open until :meth:`use` closes some.
 
     Modules keep their class, attributes and state-dict keys: only the bound ``forward`` of some is replaced,
     and :meth:`remove` restores it.
@@ -36,7 +36,7 @@ class HalfGates:
 
     Attributes:
         halves: the halves of each layer.
-        evaluated: layers run so far, a half counting half: what a search costs.
+        evaluated: layers run so far, with 0.5 for a half: the cost of a search.
 
     Raises:
         Misfit: the layers do not consist of two halves.
@@ -123,14 +123,14 @@ class HalfGates:
 
         Then it runs without autograd; and where nothing is differentiated and no cache is filled, not at all.
         """
-        form: list[Any] = []  # what the module gave once, empty
+        form: list[Any] = []  # an output of the module, without tokens
 
         def idle(*args: Any, **kwargs: Any) -> Any:
             if form and self._rests(unit):
-                (given,) = form
+                (empty,) = form
                 h = args[0] if args else next(v for v in kwargs.values() if isinstance(v, Tensor))
-                zeros = h.new_zeros(*h.shape[:-1], first(given).shape[-1], dtype=first(given).dtype)
-                return with_first(given, zeros)
+                zeros = h.new_zeros(*h.shape[:-1], first(empty).shape[-1], dtype=first(empty).dtype)
+                return with_first(empty, zeros)
             if self.checkpoint_activations and torch.is_grad_enabled() and not self._closed(unit):
                 return checkpoint(forward, *args, use_reentrant=False, **kwargs)
             with torch.set_grad_enabled(torch.is_grad_enabled() and not self._closed(unit)):

@@ -1,13 +1,13 @@
-"""Halves of decoder layers: attention and feed-forward, found and gated without knowing a family.
+"""Find the halves of decoder layers, attention and feed-forward, without knowing a family.
 
 A layer that adds to the residual stream twice, one addition after the other, consists of two halves:
 
     h' = h + attention(h),    h'' = h' + feed_forward(h')
 
 The *writer* of a half is the module whose output is added. With both writers at zero the layer is the
-identity, to the last bit: by this they are found. A gate multiplies what a writer gives, so a closed half
-adds nothing, and the stream is that of a model without it. Whatever mixes tokens (convolution, state space)
-is called attention here.
+identity, to the last bit; :func:`find_halves` looks for this. A gate multiplies the output of a writer, so a
+closed half adds nothing, and the stream is that of a model without it. Whatever mixes tokens (convolution,
+state space) is called attention here.
 
 Shapes: B batch, T tokens, H hidden, L layers, U = 2 L halves in order of computation.
 """
@@ -40,7 +40,7 @@ class Halves:
     Attributes:
         writers: paths, inside the layer, of the modules that write to the stream.
         half: 0 (attention) or 1 (feed-forward) for the path of each module inside the layer.
-        idle: paths of what need not run where its half adds nothing, outermost modules.
+        idle: paths of the outermost modules that need not run where their half adds nothing.
     """
 
     writers: tuple[str, str]
@@ -48,20 +48,20 @@ class Halves:
     idle: tuple[str, ...]
 
     def of(self, name: str) -> int | None:
-        """The half that a module, or an attribute of one, belongs to; None for the layer itself."""
+        """Return the half that a module or an attribute of one belongs to; None for the layer itself."""
         return self.half.get(name, self.half.get(name.rpartition(".")[0]))
 
 
 class Misfit(ConfigError):
-    """A layer does not consist of two halves."""
+    """Says that a layer does not consist of two halves."""
 
 
 @torch.no_grad()
 def find_halves(model: PreTrainedModel) -> list[Halves]:
-    """The halves of every layer of a model.
+    """Return the halves of every layer of a model.
 
     Raises:
-        Misfit: a layer does not consist of two halves, one after the other; the message says what it does.
+        Misfit: a layer does not consist of two halves, one after the other; the message gives the reason.
     """
     _, layers = decoder_layers(model)
     calls: dict[int, Call] = {}
@@ -73,17 +73,17 @@ def find_halves(model: PreTrainedModel) -> list[Halves]:
 
             stack.callback(layer.register_forward_pre_hook(record, with_kwargs=True).remove)
         model(input_ids=torch.arange(3, 3 + TRIED, device=model.device)[None], use_cache=False)
-    found: dict[int, Halves] = {}
+    halves: dict[int, Halves] = {}
     for kind in alike(layers):  # one trial serves all layers that differ in their weights alone
         index = min(kind)
         try:
-            found |= dict.fromkeys(kind, _Trial(layers[index], *calls[index]).halves())
+            halves |= dict.fromkeys(kind, _Trial(layers[index], *calls[index]).halves())
         except Misfit as e:
             raise Misfit(
                 f"unit: layer {index} of this '{model.config.model_type}' ({type(layers[index]).__name__}) "
                 f"{e}, so its halves cannot go alone. Use whole layers (unit: layer)."
             ) from e
-    return [found[index] for index in range(len(layers))]
+    return [halves[index] for index in range(len(layers))]
 
 
 class _Trial:
@@ -91,17 +91,17 @@ class _Trial:
 
     def __init__(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.layer, self.kwargs = layer, dict(kwargs)
-        given = args[0] if args else self.kwargs.pop("hidden_states")
-        noise = torch.randn(given.shape, generator=torch.Generator().manual_seed(0))
-        self.h, self.rest = given + noise.to(given), args[1:]
+        hidden = args[0] if args else self.kwargs.pop("hidden_states")
+        noise = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(0))
+        self.h, self.rest = hidden + noise.to(hidden), args[1:]
         self.spans = self._spans()
 
-    def run(self, *silent: str, seen: str | None = None) -> tuple[Tensor, Tensor | None]:
-        """The stream behind the layer with modules silenced, and what one module gave."""
+    def run(self, *silent: str, observed: str | None = None) -> tuple[Tensor, Tensor | None]:
+        """Return the stream behind the layer with modules silenced, and the output of one module."""
         outputs: list[Tensor] = []
         with ExitStack() as stack:
-            if seen is not None:
-                module = self.layer.get_submodule(seen)
+            if observed is not None:
+                module = self.layer.get_submodule(observed)
                 hook = module.register_forward_hook(lambda _m, _i, out: outputs.append(first(out)))
                 stack.callback(hook.remove)
             for path in silent:
@@ -114,7 +114,7 @@ class _Trial:
         return out, outputs[-1] if outputs else None
 
     def identity(self, *silent: str) -> bool:
-        """Whether the layer does nothing when these modules are silenced."""
+        """Return whether the layer does nothing when these modules are silenced."""
         return torch.equal(self.run(*silent)[0], self.h)
 
     def halves(self) -> Halves:
@@ -130,8 +130,8 @@ class _Trial:
         raise Misfit("does not add an attention and a feed-forward to the residual stream")
 
     def _sorted(self, attention: str, feed_forward: str) -> Halves:
-        _, usual = self.run(seen=feed_forward)
-        _, alone = self.run(attention, seen=feed_forward)
+        _, usual = self.run(observed=feed_forward)
+        _, alone = self.run(attention, observed=feed_forward)
         if usual is not None and alone is not None and torch.equal(usual, alone):
             raise Misfit("runs attention and feed-forward side by side, on the same stream")
         border, half = self.spans[attention][1], dict[str, int]()

@@ -1,4 +1,4 @@
-"""The kinds of unit a mask can be of, by name: how many there are, their space and their gates."""
+"""The kinds of unit by name, each with its number in a layer, its space and its gates."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ class Kind:
     """A kind of unit.
 
     Attributes:
-        each: units of a layer.
-        spaces: which sets are legal.
-        gates: closes units of a model.
+        each: number of units in a layer.
+        spaces: class of the space of legal sets.
+        gates: class that puts gates on the units of a model.
     """
 
     each: int
@@ -30,7 +30,7 @@ class Kind:
     gates: type[Gates]
 
     def space(self, layers: int, keep: int, pinned: Iterable[int] = ()) -> Space:
-        """The sets that keep as many units as ``keep`` layers have, with those of the ``pinned`` layers."""
+        """Return the space of sets of as many units as ``keep`` layers have, the ``pinned`` among them."""
         units = [self.each * layer + part for layer in pinned for part in range(self.each)]
         return self.spaces(self.each * layers, self.each * keep, units)
 

@@ -151,11 +151,11 @@ class Space:
         return never if unit in self.pinned else row, torch.cat([never[..., :1], into], -1)
 
     def _sums(self, theta: Tensor) -> list[Tensor]:
-        """Log-sums over the ways to keep m of the first units: U + 1 rows ``[..., M]``."""
-        rows = [self._start(theta)]
+        """Log-sums over the ways to keep m of the first units: U + 1 tables ``[..., M]``."""
+        sums = [self._start(theta)]
         for unit in range(self.units):
-            rows.append(torch.stack(self._step(rows[-1], theta, unit)).logsumexp(0))
-        return rows
+            sums.append(torch.stack(self._step(sums[-1], theta, unit)).logsumexp(0))
+        return sums
 
     def _walk(self, kept: list[Tensor]) -> Tensor:
         """From the last unit to the first, by whether each is kept when m up to it are, ``[..., M]``."""

@@ -79,9 +79,9 @@ def test_rows_are_cut_where_the_user_allowed_it_in_every_verb(
     model: Path, mask: Path, corpus_file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(proof, "in_fresh_process", verify)
-    with pytest.warns(UserWarning, match=f"ends at {PLACES}: longer documents are cut there"):
+    with pytest.warns(UserWarning, match=f"ends at {PLACES}: longer documents are truncated there"):
         main(search(model, corpus_file, tmp_path, "--data.init_args.too_long=truncate"))
-    with pytest.warns(UserWarning, match=f"ends at {PLACES}: longer documents are cut there"):
+    with pytest.warns(UserWarning, match=f"ends at {PLACES}: longer documents are truncated there"):
         main(recovery(mask, corpus_file, tmp_path, "--data.init_args.too_long=split"))
     main(["predict", "--config", "configs/cache/topk.yaml", f"--model.init_args.model={model}",
           f"--model.init_args.out={tmp_path / 'cache'}", f"--data.init_args.train={corpus_file}",

@@ -92,7 +92,7 @@ def test_the_ideal_is_that_of_the_benchmark(
 
 
 def test_the_table_is_the_same_everywhere(finished: Path, gathered: dict[str, Any]) -> None:
-    rows = report.table_rows(gathered)
+    rows = report.table_of(gathered)
     assert rows[0] == ["", "teacher", "cut, no recovery", "recovered"]
     page = Cells()
     page.feed((finished / "report.html").read_text())
@@ -140,7 +140,7 @@ def test_a_run_of_plain_text_without_speeds_is_reported(tmp_path: Path, finished
     write_json(tmp_path / "evaluate.json", record)
     Mask("parent", 7, (0, 1, 2), "Random").save(tmp_path / "search/mask.json")
     report.main(["--run", str(tmp_path)])
-    rows = report.table_rows(json.loads((tmp_path / "report.json").read_text()))
+    rows = report.table_of(json.loads((tmp_path / "report.json").read_text()))
     labels = {row[0] for row in rows}
     assert "held-out KL, nats" in labels
     assert not {"exact match", "decode, tokens/s", "items lost / gained"} & labels
