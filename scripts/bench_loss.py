@@ -2,8 +2,7 @@
 
 Both compute the bucket rule on a top-10 signal, with a trained head, on the same inputs; the gradients of the
 hidden states and of the head are compared. Each case runs in a process of its own, whose peak resident memory
-is reset just before the loss (Linux); on a GPU the allocator's peak is taken, after a warm-up. Writes
-``results/loss.json``.
+is reset just before the loss (Linux). Writes ``results/loss.json``.
 """
 
 from __future__ import annotations
@@ -30,8 +29,8 @@ Figures = dict[str, Any]
 class Head:
     """A bare trained linear map, with what a loss asks of an output head."""
 
-    def __init__(self, hidden: int, vocabulary: int, device: str) -> None:
-        self.linear = nn.Linear(hidden, vocabulary, bias=False).to(device)
+    def __init__(self, hidden: int, vocabulary: int) -> None:
+        self.linear = nn.Linear(hidden, vocabulary, bias=False)
         self.vocabulary = vocabulary
         self.parameters = tuple(self.linear.parameters())
         self.sums = True
@@ -49,55 +48,35 @@ def whole(head: Head, hidden_NH: Tensor, signal: TopK) -> Tensor:
     return (kd + signal.log_rest.exp() * (signal.log_rest - outside)).mean()
 
 
-def case(form: str, vocabulary: int, tokens: int, hidden: int, chunk: int, device: str) -> Figures:
-    """Run one case: peak extra memory (bytes), seconds (of the processor, or of the GPU), loss, gradients."""
+def case(form: str, vocabulary: int, tokens: int, hidden: int, chunk: int) -> Figures:
+    """Run one case: peak extra memory (bytes), CPU seconds, loss, gradients as NumPy arrays."""
     torch.manual_seed(0)
-    head = Head(hidden, vocabulary, device)
-    states = (4 * torch.randn(tokens, hidden)).to(device).requires_grad_()
+    head = Head(hidden, vocabulary)
+    states = (4 * torch.randn(tokens, hidden)).requires_grad_()
     classes = (3 * torch.randn(tokens, 11)).log_softmax(-1)
     ids = torch.randint(vocabulary // 10, (tokens, 10)) + torch.arange(10) * (vocabulary // 10)
-    top, rest, ids = (x.to(device) for x in (classes[:, :10], classes[:, 10], ids))
-    signal, labels = TopK(ids, top, rest, rest), ids[:, 0]
+    signal, labels = TopK(ids, classes[:, :10], classes[:, 10], classes[:, 10]), ids[:, 0]
     loss = Distillation(weight="none", chunk_tokens=chunk)
-
-    def work() -> Tensor:
-        value = whole(head, states, signal) if form == "whole" else loss(head, states, labels, signal)["loss"]  # type: ignore[arg-type]
-        value.backward()
-        return value.detach()
-
-    if device == "cpu":
-        forget_peak()
-        before, began = memory("VmRSS"), time.process_time()
-        value = float(work())
-        cost = {"peak_bytes": memory("VmHWM") - before, "cpu_seconds": time.process_time() - began}
-    else:
-        work()
-        states.grad = head.linear.weight.grad = None
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before, began = torch.cuda.memory_allocated(), time.perf_counter()
-        value = float(work())
-        torch.cuda.synchronize()
-        cost = {"peak_bytes": torch.cuda.max_memory_allocated() - before}
-        cost["gpu_seconds"] = time.perf_counter() - began
-    return {**cost, "loss": value, "grads": [states.grad, head.linear.weight.grad]}
-
-
-def child(*given: Any) -> Figures:
-    """A case in this process, whose gradients travel as NumPy arrays."""
-    found = case(*given)
-    return found | {"grads": [gradient.float().cpu().numpy() for gradient in found["grads"]]}
+    forget_peak()
+    before, began = memory("VmRSS"), time.process_time()
+    value = whole(head, states, signal) if form == "whole" else loss(head, states, labels, signal)["loss"]  # type: ignore[arg-type]
+    value.backward()
+    grads = [x.grad.numpy() for x in (states, head.linear.weight) if x.grad is not None]
+    return {
+        "peak_bytes": memory("VmHWM") - before, "cpu_seconds": time.process_time() - began,
+        "loss": value.item(), "grads": grads,
+    }  # fmt: skip
 
 
 def main() -> None:
     args = options(
         __doc__, tokens=(4096, "positions"), hidden=(1024, "size of the hidden states"),
         chunk=(256, "positions projected at once"), vocabularies=([1_000, 32_000, 151_936], "classes"),
-        device=("cpu", "where it runs"), out=(Path("results/loss.json"), "results"),
+        out=(Path("results/loss.json"), "results"),
     )  # fmt: skip
-    rows, sizes = [], (args.tokens, args.hidden, args.chunk, args.device)
+    rows, sizes = [], (args.tokens, args.hidden, args.chunk)
     for vocabulary in args.vocabularies:
-        found = {form: isolated(child, form, vocabulary, *sizes) for form in ("whole", "chunked")}
+        found = {form: isolated(case, form, vocabulary, *sizes) for form in ("whole", "chunked")}
         a, b = found["whole"].pop("grads"), found["chunked"].pop("grads")
         error = max(float(norm(x - y) / norm(x)) for x, y in zip(a, b, strict=True))
         ratio = found["whole"]["peak_bytes"] / found["chunked"]["peak_bytes"]

@@ -28,12 +28,12 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from lightning import Callback, Trainer
+from lightning import Trainer
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from scripts.cache_sizes import sizes
-from scripts.lab.benches import BARE, forget_peak, in_turns, memory, qwen
+from scripts.lab.benches import BARE, Clock, forget_peak, in_turns, memory, qwen
 from scripts.lab.jobs import isolated
 from scripts.lab.results import JSON, TEACHER, add, options, origin, read
 from scripts.ngram_teacher import ngram_rows
@@ -81,21 +81,15 @@ def _demo(folder: Path, count: int, batch_size: int = 32) -> Corpus:
 # ---------------------------------------------------------------------- write
 
 
-class Span(Callback):
+class Span(Clock):
     """CPU seconds of a prediction, from its first batch to the last byte on disk.
 
     What is done once before it, whatever the length of the corpus (a trial of four batches for the projected
     time, a check of the head), does not count.
     """
 
-    seconds = 0.0
-    _began: float | None = None
-
-    def on_predict_batch_start(self, *_: Any) -> None:
-        self._began = self._began or time.process_time()
-
     def teardown(self, *_: Any, **__: Any) -> None:
-        self.seconds = time.process_time() - (self._began or 0.0)
+        self._end()
 
 
 def section_write(args: argparse.Namespace) -> JSON:
@@ -147,7 +141,7 @@ def stepper(vocabulary: int, source: str, form: str, args: argparse.Namespace) -
     ids = torch.randint(vocabulary, (args.rows, args.length))
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
     index = supervised(ids)
-    parent = qwen(vocabulary, args.hidden, 16, 4)
+    parent = qwen(vocabulary, args.hidden, 16)
     student = cut(parent, Mask.by_hand("", 16, range(12)))
     student.train()
     if source == "live int8":

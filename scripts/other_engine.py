@@ -24,37 +24,38 @@ from scripts.lab.results import write
 from src.errors import ConfigError
 from src.models.loading import load_model, load_tokenizer
 
+PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 32, 12, 48
 TOLERANCE = 1e-3
 """Largest difference in the log-probability of a token, in nats; float32 rounding is far below."""
 
 Tokens = list[list[int]]
 
 
-def draw_prompts(model: PreTrainedModel, start: int, count: int, length: int) -> Tokens:
-    """``count`` different openings of ``length`` tokens, written by the model itself from a fixed seed."""
+def draw_prompts(model: PreTrainedModel, start: int) -> Tokens:
+    """Different openings that the model itself writes, from a fixed seed."""
     torch.manual_seed(0)
     generate: Any = model.generate
     drawn = generate(
-        torch.full((4 * count, 1), start),
-        generation_config=GenerationConfig(do_sample=True, max_new_tokens=length - 1, pad_token_id=0),
+        torch.full((4 * PROMPTS, 1), start),
+        generation_config=GenerationConfig(do_sample=True, max_new_tokens=PROMPT_TOKENS - 1, pad_token_id=0),
     )
-    return [list(row) for row in dict.fromkeys(map(tuple, drawn.tolist()))][:count]
+    return [list(row) for row in dict.fromkeys(map(tuple, drawn.tolist()))][:PROMPTS]
 
 
 @torch.no_grad()
-def with_transformers(model: PreTrainedModel, prompts: Tokens, new_tokens: int) -> tuple[Tokens, list[float]]:
+def with_transformers(model: PreTrainedModel, prompts: Tokens) -> tuple[Tokens, list[float]]:
     """Greedy continuations, and the log-probability of each prompt's tokens after the first."""
     generate: Any = model.generate
     model.generation_config = GenerationConfig(pad_token_id=0)  # plain greedy: no stop token, no penalties
     ids_BT = torch.tensor(prompts)
-    out = generate(ids_BT, attention_mask=torch.ones_like(ids_BT), max_new_tokens=new_tokens)
+    out = generate(ids_BT, attention_mask=torch.ones_like(ids_BT), max_new_tokens=NEW_TOKENS)
     log_probs = model(ids_BT).logits[:, :-1].log_softmax(-1)
     scores = log_probs.gather(-1, ids_BT[:, 1:, None]).sum((1, 2))
     return out[:, ids_BT.shape[1] :].tolist(), scores.tolist()
 
 
 def with_ctranslate2(
-    directory: Path, tokenizer: PreTrainedTokenizerBase, prompts: Tokens, new_tokens: int
+    directory: Path, tokenizer: PreTrainedTokenizerBase, prompts: Tokens
 ) -> tuple[Tokens, list[float]]:
     """The same through CTranslate2, converted from the directory alone."""
     try:
@@ -66,26 +67,26 @@ def with_ctranslate2(
         ctranslate2.converters.TransformersConverter(str(directory)).convert(folder, force=True)
         engine = ctranslate2.Generator(folder, device="cpu", compute_type="float32", intra_threads=1)
         results = engine.generate_batch(
-            pieces, beam_size=1, max_length=new_tokens, include_prompt_in_result=False, end_token=[]
+            pieces, beam_size=1, max_length=NEW_TOKENS, include_prompt_in_result=False, end_token=[]
         )
         scores = engine.score_batch(pieces)
     return [r.sequences_ids[0] for r in results], [sum(s.log_probs) for s in scores]
 
 
-def compare(directory: Path, count: int, prompt_tokens: int, new_tokens: int) -> dict[str, Any]:
+def compare(directory: Path) -> dict[str, Any]:
     """Both engines on one exported directory."""
     model, tokenizer = load_model(str(directory)), load_tokenizer(str(directory))
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    prompts = draw_prompts(model, start, count, prompt_tokens)
-    own, own_scores = with_transformers(model, prompts, new_tokens)
-    other, other_scores = with_ctranslate2(directory, tokenizer, prompts, new_tokens)
-    gaps = [abs(a - b) / (prompt_tokens - 1) for a, b in zip(own_scores, other_scores, strict=True)]
+    prompts = draw_prompts(model, start)
+    own, own_scores = with_transformers(model, prompts)
+    other, other_scores = with_ctranslate2(directory, tokenizer, prompts)
+    gaps = [abs(a - b) / (PROMPT_TOKENS - 1) for a, b in zip(own_scores, other_scores, strict=True)]
     return {
         "model": directory.name,
         "family": model.config.model_type,
         "prompts": len(prompts),
         "equal": sum(a == b for a, b in zip(own, other, strict=True)),
-        "new_tokens": new_tokens,
+        "new_tokens": NEW_TOKENS,
         "log_prob_gap": max(gaps),
     }
 
@@ -93,13 +94,10 @@ def compare(directory: Path, count: int, prompt_tokens: int, new_tokens: int) ->
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("directories", nargs="+", type=Path, metavar="EXPORT", help="exported directories")
-    parser.add_argument("--prompts", type=int, default=32, help="prompts for each model (default: 32)")
-    parser.add_argument("--prompt-tokens", type=int, default=12, help="tokens of a prompt (default: 12)")
-    parser.add_argument("--new-tokens", type=int, default=48, help="tokens to continue by (default: 48)")
     parser.add_argument("--out", type=Path, help="write the figures as JSON")
     args = parser.parse_args()
     try:
-        rows = [compare(d, args.prompts, args.prompt_tokens, args.new_tokens) for d in args.directories]
+        rows = [compare(directory) for directory in args.directories]
     except ConfigError as e:
         raise SystemExit(f"error: {e}") from e
     table = Table("model", "family", "equal continuations", "largest gap, nats per token")

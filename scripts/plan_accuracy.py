@@ -24,9 +24,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
 
-from scripts.lab.benches import Clock, forget_peak, memory
+from scripts.lab.benches import Clock, forget_peak, memory, qwen
 from scripts.lab.jobs import isolated
 from scripts.lab.results import add, options
 from src.cli import run
@@ -41,17 +40,14 @@ from src.plan.planner import Planner
 BAR = 0.10
 DOCUMENTS = 64
 SHAPES: dict[str, dict[str, Any]] = {
-    "tiny": {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 4},
-    "tiny-llama": {"model_type": "llama", "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 4},
-    "42M": {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 12},
-    "42M-llama": {
-        "model_type": "llama", "hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 12,
-    },
+    "tiny": {"vocabulary": 8192, "hidden": 16, "layers": 4, "heads": 2},
+    "42M": {"vocabulary": 8192, "hidden": 512, "layers": 12, "heads": 8},
     "129M": {
-        "hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 16, "vocab_size": 16384,
+        "vocabulary": 16384, "hidden": 768, "layers": 16, "heads": 8, "intermediate_size": 2048,
         "tie_word_embeddings": False,
     },
 }  # fmt: skip
+"""Arguments of :func:`scripts.lab.benches.qwen`; a case's model is a shape, or a shape and ``-llama``."""
 CONFIGS = {
     "search": ["configs/search/gumbel_topk.yaml"],
     "recover": ["configs/recover/entropy_kd.yaml"],
@@ -62,51 +58,47 @@ CONFIGS = {
 
 @dataclass(frozen=True)
 class Case:
-    """A stage on a model: ``rows x length`` tokens, further keys of ``model.init_args``, other keys."""
+    """A stage on a model: ``rows x length`` tokens, further keys."""
 
     name: str
     stage: str
     model: str
     rows: int
     length: int
-    model_keys: tuple[str, ...] = ()
     keys: tuple[str, ...] = ()
     default_malloc: bool = False
 
 
-RECOMPUTE = ("checkpoint_activations=true",)
+RECOMPUTE = ("model.init_args.checkpoint_activations=true",)
+ADJACENT = ("model.init_args.scope=cut_adjacent",)
 PACKED = ("data.init_args.packing=documents",)
 CASES = [
     Case("search", "search", "42M", 8, 128),
     Case("search", "search", "42M", 8, 128, default_malloc=True),
     Case("search, activations recomputed", "search", "42M", 8, 128, RECOMPUTE),
-    Case("search, eager attention", "search", "42M", 2, 512, ("attention=eager",)),
-    Case("search, packed rows, Llama", "search", "42M-llama", 4, 256, (), PACKED),
+    Case("search, eager attention", "search", "42M", 2, 512, ("model.init_args.attention=eager",)),
+    Case("search, packed rows, Llama", "search", "42M-llama", 4, 256, PACKED),
     Case("search, wider and deeper", "search", "129M", 4, 128),
     Case("cache", "cache", "129M", 8, 128),
     Case("recovery, cached teacher", "cached", "129M", 2, 128),
     Case("recovery, live teacher", "recover", "42M", 4, 128),
     Case("recovery, live teacher", "recover", "42M", 4, 128, default_malloc=True),
     Case("recovery, activations recomputed", "recover", "42M", 4, 128, RECOMPUTE),
-    Case("recovery, LoRA", "recover", "42M", 4, 128, ("scope=lora",)),
-    Case("recovery, layers beside the cuts", "recover", "42M", 4, 128, ("scope=cut_adjacent",)),
+    Case("recovery, LoRA", "recover", "42M", 4, 128, ("model.init_args.scope=lora",)),
+    Case("recovery, layers beside the cuts", "recover", "42M", 4, 128, ADJACENT),
 ]  # fmt: skip
 
 
 def prepare(work: Path) -> None:
     """Random models with a tokenizer, masks that remove a quarter, and documents longer than any row."""
-    for name, shape in SHAPES.items():
-        heads = 2 if shape["hidden_size"] == 16 else 8
-        keys = {"model_type": "qwen3", "vocab_size": 8192, "tie_word_embeddings": True, **shape}
-        config = AutoConfig.for_model(
-            **keys, num_attention_heads=heads, num_key_value_heads=heads // 2,
-            head_dim=shape["hidden_size"] // heads, pad_token_id=0, eos_token_id=1, bos_token_id=None,
-        )  # fmt: skip
-        AutoModelForCausalLM.from_config(config).save_pretrained(work / name)
-        build_tokenizer().save_pretrained(work / name)
-        layers = shape["num_hidden_layers"]
-        kept = sorted(set(range(layers)) - set(range(layers // 2, layers // 2 + layers // 4)))
-        Mask.by_hand(str(work / name), layers, kept).save(work / f"{name}.json")
+    ids: dict[str, Any] = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": None}
+    for model in {"tiny", "tiny-llama", *(case.model for case in CASES)}:
+        (shape, _, family), path = model.partition("-"), work / model
+        qwen(**SHAPES[shape], model_type=family or "qwen3", **ids).save_pretrained(path)
+        build_tokenizer().save_pretrained(path)
+        layers = SHAPES[shape]["layers"]
+        kept = (i for i in range(layers) if not layers // 2 <= i < layers // 2 + layers // 4)
+        Mask.by_hand(str(path), layers, kept).save(f"{path}.json")
     numbers = random.Random(0)
     with (work / "text.jsonl").open("w") as file:
         for _ in range(DOCUMENTS):
@@ -138,12 +130,7 @@ def arguments(case: Case, work: Path, model: str) -> list[str]:
         keys["data.init_args.validation"] = work / "text.jsonl" if case.stage == "search" else "null"
     keys |= {f"model.init_args.{key}": value for key, value in stages[case.stage].items()}
     argv = [part for config in CONFIGS[case.stage] for part in ("--config", config)]
-    argv += [f"--{key}={value}" for key, value in keys.items()]
-    return [
-        *argv,
-        *(f"--model.init_args.{key}" for key in case.model_keys),
-        *(f"--{key}" for key in case.keys),
-    ]
+    return [*argv, *(f"--{key}={value}" for key, value in keys.items()), *(f"--{key}" for key in case.keys)]
 
 
 def measure(case: Case, work: Path) -> dict[str, float]:
@@ -151,13 +138,13 @@ def measure(case: Case, work: Path) -> dict[str, float]:
     torch.set_num_threads(1)
     verb = "predict" if case.stage == "cache" else "fit"
     run([verb, *arguments(case, work, "tiny-llama" if "llama" in case.model else "tiny")])
-    Clock.began = None
     gc.collect()
     ctypes.CDLL("libc.so.6").malloc_trim(0)
     forget_peak()
     before = memory("VmRSS")
-    run([verb, *arguments(case, work, case.model)])
-    return {"measured": memory("VmHWM") - before, "baseline": before, "cpu_seconds": Clock.seconds}
+    callbacks = run([verb, *arguments(case, work, case.model)]).trainer.callbacks
+    clock = next(found for found in callbacks if isinstance(found, Clock))
+    return {"measured": memory("VmHWM") - before, "baseline": before, "cpu_seconds": clock.seconds}
 
 
 def planned(case: Case, work: Path) -> dict[str, Any]:

@@ -17,11 +17,11 @@ from argparse import Namespace
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import PreTrainedModel
 
 from scripts.lab.benches import in_turns, qwen
 from scripts.lab.results import options, write
@@ -49,33 +49,25 @@ def ladder(args: Namespace) -> dict[str, Step]:
     index = supervised(labels)
     targets = labels.flatten()[index + 1]
     shape = (args.vocabulary, args.hidden, args.layers, 4, args.dtype, args.device)
-    teacher = freeze(qwen(*shape))
+    teacher = OutputHead(freeze(qwen(*shape)))
 
-    def student(trained: bool, lean: bool) -> tuple[PreTrainedModel, GatedLayers, OutputHead]:
+    def rung(
+        say: Callable[[OutputHead], Any],
+        loss: Callable[[OutputHead, Any], Tensor],
+        trained: bool = False,
+        lean: bool = True,
+        teach_once: bool = True,
+    ) -> Step:
         network = qwen(*shape).requires_grad_(trained)
-        return network, GatedLayers(network, skip_closed_autograd=lean), OutputHead(network)
-
-    def whole_kl(network: PreTrainedModel, said: Tensor) -> Tensor:
-        logits = network(input_ids=ids, attention_mask=batch["attention_mask"], use_cache=False).logits
-        kl = F.kl_div(logits.log_softmax(-1), said, log_target=True, reduction="none").sum(-1)
-        return kl.flatten()[index].mean()
-
-    @torch.no_grad()
-    def say() -> Tensor:
-        return teacher(
-            input_ids=ids, attention_mask=batch["attention_mask"], use_cache=False
-        ).logits.log_softmax(-1)
-
-    def naive(trained: bool, lean: bool, teach_once: bool) -> Step:
-        network, gates, _ = student(trained, lean)
+        gates, head = GatedLayers(network, skip_closed_autograd=lean), OutputHead(network)
 
         def step() -> Tensor:
-            total, said = torch.zeros_like(masks[0]), say() if teach_once else None
+            total, said = torch.zeros_like(masks[0]), say(head) if teach_once else None
             for mask in masks:
                 leaf = mask.clone().requires_grad_()
                 with gates.use(leaf):
-                    loss = whole_kl(network, say() if said is None else said)
-                loss.backward()
+                    value = loss(head, say(head) if said is None else said)
+                value.backward()
                 assert leaf.grad is not None
                 total += leaf.grad
             network.zero_grad()
@@ -83,29 +75,30 @@ def ladder(args: Namespace) -> dict[str, Step]:
 
         return step
 
+    def whole(head: OutputHead) -> Tensor:
+        said = head.model(input_ids=ids, attention_mask=batch["attention_mask"], use_cache=False)
+        return said.logits.log_softmax(-1)
+
+    def whole_kl(head: OutputHead, said: Tensor) -> Tensor:
+        kl = F.kl_div(whole(head), said, log_target=True, reduction="none").sum(-1)
+        return kl.flatten()[index].mean()
+
+    def states(head: OutputHead) -> Tensor:
+        return head.hidden(batch).flatten(0, 1)[index]
+
     def ours(k: int | None) -> Step:
-        _, gates, head = student(trained=False, lean=True)
         distillation = Distillation(k=k, weight="none")
+        return rung(
+            torch.no_grad()(lambda head: live_signal(head, states(head), k)),
+            lambda head, said: distillation(head, states(head), targets, said)["loss"],
+        )
 
-        def step() -> Tensor:
-            total = torch.zeros_like(masks[0])
-            with torch.no_grad():
-                signal = live_signal(head, head.hidden(batch).flatten(0, 1)[index], k)
-            for mask in masks:
-                leaf = mask.clone().requires_grad_()
-                with gates.use(leaf):
-                    hidden = head.hidden(batch).flatten(0, 1)[index]
-                loss = distillation(head, hidden, targets, signal)["loss"]
-                total += torch.autograd.grad(loss, leaf)[0]
-            return total
-
-        return step
-
+    naive = partial(rung, torch.no_grad()(lambda _: whole(teacher)), whole_kl)
     return {
         "naive": naive(trained=True, lean=False, teach_once=False),
-        "+ frozen weights": naive(trained=False, lean=False, teach_once=False),
-        "+ one teacher pass for all draws": naive(trained=False, lean=False, teach_once=True),
-        "+ closed layers without autograd": naive(trained=False, lean=True, teach_once=True),
+        "+ frozen weights": naive(lean=False, teach_once=False),
+        "+ one teacher pass for all draws": naive(lean=False),
+        "+ closed layers without autograd": naive(),
         "+ supervised positions, chunked KL, shared teacher": ours(None),
         "top-10 signal (another loss)": ours(10),
     }

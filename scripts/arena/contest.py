@@ -42,10 +42,7 @@ def panels(rows: Sequence[JSON], height: float, **keys: Any) -> tuple[Figure, li
     figure = Figure(figsize=(9.2, height), layout="constrained")
     axes = figure.subplots(1, len(ratios), squeeze=False, **keys)[0]
     shown = {row["kind"]: KINDS[row["kind"]] for row in methods(rows)[1:] if row["kind"]}
-    marks = {
-        methods(rows)[0]["title"]: TEAL,
-        **dict(sorted(shown.items(), key=lambda k: list(KINDS).index(k[0]))),
-    }
+    marks = {methods(rows)[0]["title"]: TEAL, **shown}
     handles = [
         Line2D([], [], color=shade, marker="o", linestyle="", label=name) for name, shade in marks.items()
     ]
@@ -64,14 +61,19 @@ def name_lines(axis: Axes, names: Sequence[JSON]) -> None:
         label.set_color(colour(row))
 
 
+def placed(rows: Sequence[JSON], names: Sequence[JSON]) -> list[tuple[int, JSON]]:
+    """Rows of one ratio, each with the line of its method."""
+    order = [row["variant"] for row in names]
+    return [(order.index(row["variant"]), row) for row in methods(rows)]
+
+
 @styled
 def retention(rows: Sequence[JSON]) -> Figure:
     """Exact match of every method, cut (hollow) and recovered (filled), each with its interval."""
     names = methods(rows)
     figure, each = panels(rows, 0.26 * len(names) + 1.3, sharey=True)
     for axis, own in each:
-        found = {row["variant"]: row for row in own}
-        for line, row in ((i, found[r["variant"]]) for i, r in enumerate(names) if r["variant"] in found):
+        for line, row in placed(own, names):
             shade = colour(row)
             cut, healed = (row[stage]["exact_match"] for stage in ("cut", "recovered"))
             axis.plot(
@@ -96,7 +98,7 @@ def before_and_after(rows: Sequence[JSON]) -> Figure:
     marked = []
     for axis, own in each:
         points: dict[tuple[float, float], list[JSON]] = {}
-        for row in (found for name in methods(rows) for found in own if found["variant"] == name["variant"]):
+        for row in methods(own):
             kl = statistics.mean(run["cut"]["kl"] for run in row["runs"])
             match = statistics.mean(run["recovered"]["exact_match"] for run in row["runs"])
             points.setdefault((round(kl, 5), round(100 * match, 2)), []).append(row)
@@ -143,8 +145,7 @@ def layers(rows: Sequence[JSON], depth: int) -> Figure:
     names = methods(rows)
     figure, each = panels(rows, 0.26 * len(names) + 1.2, sharey=True)
     for axis, own in each:
-        found = {row["variant"]: row for row in own}
-        for line, row in ((i, found[r["variant"]]) for i, r in enumerate(names) if r["variant"] in found):
+        for line, row in placed(own, names):
             masks = {run["search_seed"]: run["removed"] for run in row["runs"]}
             shares = [sum(layer in gone for gone in masks.values()) / len(masks) for layer in range(depth)]
             axis.hlines(line, -0.5, depth - 0.5, color=PALE, linewidth=14)

@@ -28,11 +28,10 @@ def gather(work: Work) -> list[JSON]:
     for run in work.plan.runs:
         if found := collect(work, run, teacher):
             done.setdefault((run.group, run.variant, run.ratio), {})[run.seed] = found
-    names = {(run.group, run.variant): {"title": run.title, "kind": run.kind} for run in work.plan.runs}
     rows = []
     for (group, variant, ratio), runs in done.items():
         name = work.plan.references[group]
-        told = {"group": group, "variant": variant, **names[group, variant], "ratio": ratio}
+        told = {"group": group, "variant": variant, **work.plan.names[group, variant], "ratio": ratio}
         row: JSON = {**told, "reference": name, "runs": [told for told, _ in runs.values()]}
         judged = {seed: judgements for seed, (_, judgements) in runs.items()}
         row |= {stage: figures(judged, stage) for stage in next(iter(judged.values()))}

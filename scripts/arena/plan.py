@@ -83,6 +83,11 @@ class Plan:
     references: Mapping[str, str]
     runs: tuple[Run, ...]
 
+    @property
+    def names(self) -> dict[tuple[str, str], dict[str, str]]:
+        """``title`` and ``kind`` of each variant, by its group and name."""
+        return {(run.group, run.variant): {"title": run.title, "kind": run.kind} for run in self.runs}
+
 
 def nested(dotted: Mapping[str, Any]) -> dict[str, Any]:
     """``{"a.b": 1}`` as ``{"a": {"b": 1}}``."""

@@ -66,20 +66,9 @@ def published(plan: Plan, known: JSON) -> list[JSON]:
     """Rows of the published file that were measured on the same teacher and problems."""
     if known.get("data") != dict(plan.data) or known["teacher"]["path"] != plan.teacher:
         return []
-    origin_then, now = (
-        {key: known[key] for key in ORIGIN},
-        {(run.group, run.variant): run for run in plan.runs},
-    )
-    return [
-        {
-            **origin_then,
-            **row,
-            "title": now[row["group"], row["variant"]].title,
-            "kind": now[row["group"], row["variant"]].kind,
-        }
-        for row in known["rows"]
-        if (row["group"], row["variant"]) in now
-    ]
+    then, names = {key: known[key] for key in ORIGIN}, plan.names
+    named = ((place(row)[:2], row) for row in known["rows"])
+    return [{**then, **row, **names[name]} for name, row in named if name in names]
 
 
 def only(plan: Plan, names: Sequence[str]) -> tuple[Plan, set[Name]]:

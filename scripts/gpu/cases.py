@@ -90,10 +90,8 @@ def settings(args: argparse.Namespace, shape: str, variant: str, stage: str) -> 
         "enable_checkpointing": False,
         "enable_progress_bar": False,
         "enable_model_summary": False,
-        "logger": {
-            "class_path": "lightning.pytorch.loggers.TensorBoardLogger",
-            "init_args": {"save_dir": str(work / "runs"), "name": name, "version": ""},
-        },
+        "logger": False,
+        "default_root_dir": str(work / "runs" / name),
         "limit_predict_batches": 3 if args.tiny else how.rate * args.seconds // (how.batch * how.length),
     }
     if stage != "cache":

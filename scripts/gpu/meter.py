@@ -30,29 +30,11 @@ class Meter(Callback):
         self.steps = self.tokens = 0
         self.began = self.ended = 0.0
 
-    def on_train_batch_start(self, trainer: Trainer, module: LightningModule, *_: Any) -> None:
-        self._begin(module)
-
-    def on_predict_batch_start(self, trainer: Trainer, module: LightningModule, *_: Any) -> None:
-        self._begin(module)
-
-    def on_train_batch_end(self, trainer: Trainer, module: LightningModule, *args: Any) -> None:
-        self._count(trainer, module, args[1])
-
-    def on_predict_batch_end(self, trainer: Trainer, module: LightningModule, *args: Any) -> None:
-        self._count(trainer, module, args[1])
-
-    def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
-        self._write(trainer, module)
-
-    def on_predict_end(self, trainer: Trainer, module: LightningModule) -> None:
-        self._write(trainer, module)
-
-    def _begin(self, module: LightningModule) -> None:
+    def _begin(self, trainer: Trainer, module: LightningModule, *_: Any) -> None:
         if self.steps == 0 and module.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
 
-    def _count(self, trainer: Trainer, module: LightningModule, batch: dict[str, torch.Tensor]) -> None:
+    def _count(self, trainer: Trainer, module: LightningModule, _: Any, batch: Any, *__: Any) -> None:
         self.steps += 1
         if self.steps > self.warmup:
             self.tokens += real_tokens(batch) * trainer.world_size
@@ -76,3 +58,7 @@ class Meter(Callback):
             "reserved_bytes": torch.cuda.max_memory_reserved() if cuda else None,
             "used_bytes": total - free if cuda else None,
         })  # fmt: skip
+
+    on_train_batch_start = on_predict_batch_start = _begin  # type: ignore[assignment]
+    on_train_batch_end = on_predict_batch_end = _count  # type: ignore[assignment]
+    on_train_end = on_predict_end = _write  # type: ignore[assignment]

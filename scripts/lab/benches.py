@@ -20,14 +20,24 @@ BARE: dict[str, Any] = {
 
 
 def qwen(
-    vocabulary: int, hidden: int, layers: int, heads: int = 4, dtype: str = "float32", device: str = "cpu"
+    vocabulary: int,
+    hidden: int,
+    layers: int,
+    heads: int = 4,
+    dtype: str = "float32",
+    device: str = "cpu",
+    **changes: Any,
 ) -> PreTrainedModel:
-    """A Qwen3 from config, with weights large enough that its predictions differ from token to token."""
-    config = AutoConfig.for_model(
-        "qwen3", vocab_size=vocabulary, hidden_size=hidden, intermediate_size=3 * hidden,
-        num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=heads // 2,
-        head_dim=hidden // heads, tie_word_embeddings=True, initializer_range=0.06,
-    )  # fmt: skip
+    """A Qwen3 from config, with weights large enough that its predictions differ from token to token.
+
+    ``changes`` replace keys of its config, ``model_type`` among them.
+    """
+    keys: dict[str, Any] = {
+        "model_type": "qwen3", "vocab_size": vocabulary, "num_hidden_layers": layers, "hidden_size": hidden,
+        "intermediate_size": 3 * hidden, "num_attention_heads": heads, "num_key_value_heads": heads // 2,
+        "head_dim": hidden // heads, "tie_word_embeddings": True, "initializer_range": 0.06,
+    }  # fmt: skip
+    config = AutoConfig.for_model(**keys | changes)
     torch.manual_seed(0)
     with torch.device(device):
         return AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype)).eval()
@@ -54,10 +64,10 @@ class Clock(Callback):
     seconds = 0.0
 
     def _start(self, *_: Any) -> None:
-        Clock.began = Clock.began or time.process_time()
+        self.began = self.began or time.process_time()
 
     def _end(self, *_: Any) -> None:
-        Clock.seconds = time.process_time() - (Clock.began or 0.0)
+        self.seconds = time.process_time() - (self.began or 0.0)
 
     on_train_batch_start = on_predict_batch_start = _start  # type: ignore[assignment]
     on_train_batch_end = on_predict_batch_end = _end  # type: ignore[assignment]

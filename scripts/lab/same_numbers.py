@@ -25,11 +25,11 @@ from rich.table import Table
 from safetensors.torch import load_file
 from torch import Tensor
 
+from scripts.lab.results import TEACHER
 from src.training.checkpoints import weights
 
 ROOT = Path(__file__).parents[2]
 DRIVER = "import json, sys; from src.cli import main; [main(line) for line in json.loads(sys.argv[1])]"
-TEACHER = "assets/arithmetic-teacher"
 SETTINGS: dict[str, dict[str, Any]] = {
     "demo": {"rows": (40000, 256, 500), "search": [], "recover": [], "short": 40},
     "quick": {

@@ -16,7 +16,7 @@ from scripts.lab.pages import fill, table
 from scripts.lab.results import add, options, read, write
 from src.errors import ConfigError
 
-MOST = 3_400
+MOST = 3_300
 """Lines of code of all scripts: no blanks, comments or docstrings."""
 LAYOUT = (
     tokenize.COMMENT,
