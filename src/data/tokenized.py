@@ -83,7 +83,7 @@ class Tokenized(LightningDataModule):
             raise too_long(f"data.max_length is {asked}", model.config.model_type, limit)
         self.tell(
             f"the position table of this '{model.config.model_type}' ends at {limit}: longer documents are "
-            f"cut there, not at data.max_length={asked} (too_long={self.encoder.too_long})"
+            f"truncated there, not at data.max_length={asked} (too_long={self.encoder.too_long})"
         )
         shorter = copy(self.encoder)
         shorter.max_length = limit

@@ -125,8 +125,8 @@ def notes(report: Record) -> list[str]:
 
 def markdown(page: Page) -> str:
     """Write the page as Markdown; its figures are files beside it."""
-    lines = [f"# {page.title}", "", _markdown_row(page.rows[0])]
-    lines += ["|---" + "|---:" * (len(page.rows[0]) - 1) + "|", *map(_markdown_row, page.rows[1:]), ""]
+    lines = [f"# {page.title}", "", _markdown_row(page.table[0])]
+    lines += ["|---" + "|---:" * (len(page.table[0]) - 1) + "|", *map(_markdown_row, page.table[1:]), ""]
     lines += [f"> {note}\n" for note in page.notes]
     for picture in page.pictures:
         lines += [f"![{picture.caption}](figures/{picture.name}.svg)", "", f"*{picture.caption}*", ""]
@@ -147,7 +147,7 @@ def _one_line(text: str) -> str:
 
 def html(page: Page) -> str:
     """Write the page as one HTML file, which loads nothing from elsewhere."""
-    head, *body = ("".join(f"<td>{escape(cell)}</td>" for cell in row) for row in page.rows)
+    head, *body = ("".join(f"<td>{escape(cell)}</td>" for cell in row) for row in page.table)
     images = [base64.b64encode(picture.svg.encode()).decode() for picture in page.pictures]
     parts = [
         f"<h1>{escape(page.title)}</h1>",

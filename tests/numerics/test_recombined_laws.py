@@ -224,6 +224,6 @@ def test_random_masks_are_legal_and_differ_by_the_seed() -> None:
     for seed in range(3):
         policy = RandomSearch(masks=20, seed=seed)
         policy.setup(6, 2, unit="half")
-        drawn.append(policy.drawn())
+        drawn.append(policy.draws())
         assert all(policy.space.legal(kept) for kept in drawn[-1])
     assert drawn[0] != drawn[1] != drawn[2]

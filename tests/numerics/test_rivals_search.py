@@ -81,7 +81,7 @@ def test_sleb_costs_what_the_paper_counts_and_spares_the_ends_unless_told() -> N
 def test_random_search_takes_the_best_of_what_it_draws(masks: int) -> None:
     toy, asked = Toy(), RandomSearch(masks=masks, always_keep=[4], seed=5)
     found = done(asked, toy)
-    sets = [tuple(i for i in range(LAYERS) if i not in keep) for keep in asked.drawn()]
+    sets = [tuple(i for i in range(LAYERS) if i not in keep) for keep in asked.draws()]
     assert len(toy.asked) == (masks if masks > 1 else 0), "the plain control costs nothing"
     assert toy.without("divergence", found) == min(toy.without("divergence", s) for s in sets)
     assert all(len(s) == REMOVE and 4 not in s for s in sets)
@@ -89,15 +89,15 @@ def test_random_search_takes_the_best_of_what_it_draws(masks: int) -> None:
     torch.rand(7)  # the global generator must not matter
     assert done(again, Toy()) == found
     done(other, Toy())
-    assert other.drawn() != asked.drawn()
+    assert other.draws() != asked.draws()
 
 
 def test_more_random_masks_contain_fewer_and_all_masks_are_alike_likely() -> None:
     few, many = RandomSearch(masks=3), RandomSearch(masks=5600)
     few.setup(LAYERS, REMOVE)
     many.setup(LAYERS, REMOVE)
-    drawn = many.drawn()
-    assert drawn[:3] == few.drawn()
+    drawn = many.draws()
+    assert drawn[:3] == few.draws()
     counts = torch.tensor([drawn.count(keep) for keep in set(drawn)])
     assert len(counts) == 56
     assert (counts - 100).abs().max() < 5 * 10  # five standard deviations of each count
