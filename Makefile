@@ -4,6 +4,7 @@ PY     := $(VENV)/bin/python
 CLI    := $(PY) -m src.cli
 RUN    ?= logs/demo
 SEED   ?= 0
+JOBS   ?= 2
 SHARED ?= $(or $(E3_SHARED),../shared)
 TEACHER := assets/arithmetic-teacher
 export TOKENIZERS_PARALLELISM := false
@@ -74,7 +75,7 @@ $(RUN)/benchmark.json: $(RUN)/recovered/config.json
 # ---------------------------------------------------------------- proofs and figures
 
 test: $(VENV)/.installed  ## the tests (<= 10 minutes on 2 cores, no network)
-	$(PY) -m pytest -m "not slow"
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) -m "not slow"
 
 test-full: $(VENV)/.installed  ## the tests and the longer proofs
 	$(PY) -m pytest
