@@ -204,9 +204,9 @@ def test_a_changed_corpus_is_refused_at_resume(tmp_path, small):
     trainer(tmp_path).validate(Recorder(tmp_path / "log"), datamodule=data, ckpt_path=path, verbose=False)
 
 
-@pytest.mark.parametrize(("key", "value"), [("name", "other"), ("split", "test"), ("format", "lines")])
+@pytest.mark.parametrize(("key", "value"), [("name", "other"), ("format", "lines")])
 def test_another_part_or_reading_of_the_same_path_is_refused_at_resume(tmp_path, small, key, value):
-    """The path alone does not say what is read: a place in one split means nothing in another."""
+    """The path alone does not say what is read: a place in one configuration means nothing in another."""
     before = corpus(tmp_path, [{"path": small}])
     next(iter(before.train_dataloader()))
     saved = before.state_dict()

@@ -19,7 +19,7 @@ def test_gradients_added_to_buffers_are_autograds(family: str, monkeypatch: pyte
     head, hidden, labels = OutputHead(tiny_model(family)), torch.randn(9, 32), torch.arange(9)
     teacher, loss = logits(3, 9, VOCAB), Distillation(weight="none", chunk_tokens=4)
     assert head.sums
-    monkeypatch.setattr("src.models.summing.ROWS", 10)
+    monkeypatch.setattr("src.models.summing.SLICE", 10)
     summed = step(loss, head, hidden, labels, dense_signal(teacher))
     monkeypatch.setattr(OutputHead, "sums", False)
     for a, b in zip(summed, step(loss, head, hidden, labels, dense_signal(teacher)), strict=True):

@@ -110,14 +110,13 @@ def test_a_missing_shard_an_incomplete_and_an_absent_cache_are_named(cache: str,
         Cache(str(tmp_path / "half"))
 
 
-@pytest.mark.parametrize(
-    ("field", "vocabulary", "k"), [("vocabulary", 88, 10), ("k", 87, 11), ("k", 87, None)]
-)
+@pytest.mark.parametrize(("field", "vocabulary", "k"), [("k", 88, 11), ("k", 87, 11), ("k", 87, None)])
 def test_what_does_not_fit_the_loss_is_named(
     ws: Workspace, cache: str, field: str, vocabulary: int, k: int | None
 ) -> None:
     corpus = CachedCorpus(tokenizer=ws.model, train=cache)
-    corpus.fits(87, 10)
+    for padded in (87, 88, 128):
+        corpus.fits(padded, 10)  # heads padded to other widths share the vocabulary
     with pytest.raises(ConfigError, match=f"cache: {field}"):
         corpus.fits(vocabulary, k)
 
@@ -264,13 +263,13 @@ def test_cached_teacher_wants_a_cached_corpus_and_gives_its_signal(ws: Workspace
     module = Recorder()
     module.distillation = Distillation(k=4)
     module.head = type("Head", (), {"vocabulary": 87})()
-    module.trainer = type("T", (), {"datamodule": None, "callback_metrics": {}})()
+    module.data = None
     teacher = CachedTeacher(any_teacher=True)
     with pytest.raises(ConfigError, match="CachedCorpus"):
         teacher.setup(module)
-    module.trainer.datamodule = CachedCorpus(tokenizer=ws.model, train=cache)
+    module.data = CachedCorpus(tokenizer=ws.model, train=cache)
     teacher.setup(module)
-    batch = next(iter(module.trainer.datamodule.train_dataloader()))
+    batch = next(iter(module.data.train_dataloader()))
     signal = teacher.signal(batch, torch.arange(len(batch["teacher_ids"])))
     assert signal.ids.shape[1] == 4
     mass = signal.log_probs.exp().sum(-1) + signal.log_rest.exp()
