@@ -45,6 +45,8 @@ TRAINER = {
 """Ranges of a trainer's numbers; the trainer itself judges a switch or a word in their place."""
 WRITER = {"flush_secs": positive, "max_queue": positive, "purge_step": natural}
 """Ranges of numbers of TensorBoard's writer, which a logger passes on without types."""
+TEXT = ("filename_suffix",)
+"""Texts of the same writer."""
 
 
 def check_settings(config: Namespace) -> None:
@@ -109,6 +111,8 @@ def _component(path: str, value: Namespace) -> Iterator[str]:
     for key, untyped in {**arguments.as_dict(), **dict(value.get("dict_kwargs") or {})}.items():
         if key in WRITER and untyped is not None and untyped not in WRITER[key]:
             below.append(f"{path}.{key}: {untyped!r} given; accepted: {WRITER[key]}")
+        if key in TEXT and not isinstance(untyped, str):
+            below.append(f"{path}.{key}: {untyped!r} given; accepted: text")
     yield from below if below or not optimiser else _optimiser(path, component, vars(arguments))
 
 

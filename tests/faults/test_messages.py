@@ -51,6 +51,11 @@ def told(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Any:
             "trainer.precision: '99' given; accepted: 64, 32, 16 or 'transformer-engine'",
         ),
         ("--trainer.logger=Nope", "trainer.logger: 'Nope' given"),
+        (
+            "--trainer.logger.filename_suffix=null",
+            "trainer.logger.filename_suffix: None given; accepted: text",
+        ),
+        ("--trainer.logger.filename_suffix=[1]", "trainer.logger.filename_suffix: [1] given; accepted: text"),
         ("--model.optimizer.lr=x", "model.optimizer.lr: 'x' given; accepted: a number"),
         ("--data.batch_size=[1]", "data.batch_size: '[1]' given; accepted: a whole number"),
         ("--trainer.max_stesp=3", "Did you mean 'trainer.max_steps'?"),
