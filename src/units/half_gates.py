@@ -123,20 +123,23 @@ class HalfGates:
 
         Then it runs without autograd; and where nothing is differentiated and no cache is filled, not at all.
         """
-        form: list[Any] = []  # an output of the module, without tokens
+        form: list[
+            Any
+        ] = []  # an output of the module, without tokens, and its width if it is not the input's
 
         def idle(*args: Any, **kwargs: Any) -> Any:
+            h = args[0] if args else next(v for v in kwargs.values() if isinstance(v, Tensor))
             if form and self._rests(unit):
-                (empty,) = form
-                h = args[0] if args else next(v for v in kwargs.values() if isinstance(v, Tensor))
-                zeros = h.new_zeros(*h.shape[:-1], first(empty).shape[-1], dtype=first(empty).dtype)
-                return with_first(empty, zeros)
+                empty, width = form
+                shape = h.shape if width is None else (*h.shape[:-1], width)
+                return with_first(empty, h.new_zeros(shape, dtype=first(empty).dtype))
             if self.checkpoint_activations and torch.is_grad_enabled() and not self._closed(unit):
                 return checkpoint(forward, *args, use_reentrant=False, **kwargs)
             with torch.set_grad_enabled(torch.is_grad_enabled() and not self._closed(unit)):
                 out = forward(*args, **kwargs)
             if not form:
-                form.append(with_first(out, first(out).new_empty(0, first(out).shape[-1])))
+                width = None if first(out).shape == h.shape else first(out).shape[-1]
+                form.extend((with_first(out, first(out).new_empty(0)), width))
             return out
 
         return idle
