@@ -29,7 +29,39 @@ Observer = Callable[[int, Tensor, Tensor], None]
 """Called as ``observer(layer, h_in_BTH, h_out_BTH)`` after each layer."""
 
 
-class GatedLayers:
+class Gates:
+    """Holds the gates of a model's units while it runs; a subclass puts them where they act.
+
+    Attributes:
+        evaluated: layers run so far: the cost of a search.
+    """
+
+    def __init__(self) -> None:
+        self.evaluated = 0.0
+        self._gates: Tensor | None = None
+        self._values: list[float] = []
+        self._observer: Observer | None = None
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    @contextmanager
+    def use(self, gates_U: Tensor | None, observer: Observer | None = None) -> Iterator[None]:
+        """Run the model under ``gates_U`` (``[U]``, values in [0, 1]; None leaves all open).
+
+        An observer sees the stream before and after each layer.
+        """
+        assert gates_U is None or gates_U.shape == (len(self),), "one gate for each unit"
+        before = self._gates, self._values, self._observer
+        self._gates, self._observer = gates_U, observer
+        self._values = [] if gates_U is None else gates_U.tolist()
+        try:
+            yield
+        finally:
+            self._gates, self._values, self._observer = before
+
+
+class GatedLayers(Gates):
     """Puts gates on the decoder layers of ``model``; they are open until :meth:`use` closes some.
 
     The layers keep their class, attributes and state-dict keys: only their bound ``forward`` is replaced,
@@ -47,32 +79,16 @@ class GatedLayers:
         checkpoint_activations: bool = False,
         skip_closed_autograd: bool = True,
     ) -> None:
+        super().__init__()
         self.path, self.layers = decoder_layers(model)
         self.checkpoint_activations = checkpoint_activations
         self.skip_closed_autograd = skip_closed_autograd
-        self._gates: Tensor | None = None
-        self._values: list[float] = []
-        self.evaluated = 0
-        """Layers run so far; what a search costs."""
-        self._observer: Observer | None = None
         self._plain = False  # whether layers return a tensor; known once one has run
         for index, layer in enumerate(self.layers):
             layer.forward = self._gated_forward(index, layer.forward)
 
     def __len__(self) -> int:
         return len(self.layers)
-
-    @contextmanager
-    def use(self, gates_L: Tensor | None, observer: Observer | None = None) -> Iterator[None]:
-        """Run the model under ``gates_L`` (``[L]``, values in [0, 1]; None leaves all open)."""
-        assert gates_L is None or gates_L.shape == (len(self),), "one gate for each layer"
-        before = self._gates, self._values, self._observer
-        self._gates, self._observer = gates_L, observer
-        self._values = [] if gates_L is None else gates_L.tolist()
-        try:
-            yield
-        finally:
-            self._gates, self._values, self._observer = before
 
     def remove(self) -> None:
         """Give the layers their own ``forward`` back."""

@@ -8,8 +8,8 @@ Shapes: L layers, U = 2 L halves in order of computation.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -17,14 +17,14 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from src.models.gated import Observer
+from src.models.gated import Gates
 from src.models.layers import decoder_layers, first, with_first
 from src.units.halves import find_halves
 
 Forward = Callable[..., Any]
 
 
-class HalfGates:
+class HalfGates(Gates):
     """Puts gates on the halves of all layers of ``model``; they are open until :meth:`use` closes some.
 
     Modules keep their class, attributes and state-dict keys: only the bound ``forward`` of some is replaced,
@@ -36,20 +36,17 @@ class HalfGates:
 
     Attributes:
         halves: the halves of each layer.
-        evaluated: layers run so far, with 0.5 for a half: the cost of a search.
+        evaluated: layers run so far, with 0.5 for a half.
 
     Raises:
         Misfit: the layers do not consist of two halves.
     """
 
     def __init__(self, model: PreTrainedModel, checkpoint_activations: bool = False) -> None:
+        super().__init__()
         self.path, self.layers = decoder_layers(model)
         self.checkpoint_activations = checkpoint_activations
         self.halves = find_halves(model)
-        self.evaluated = 0.0
-        self._gates: Tensor | None = None
-        self._values: list[float] = []
-        self._observer: Observer | None = None
         self._caching = False
         self._restore = ExitStack()
         for index, (layer, halves) in enumerate(zip(self.layers, self.halves, strict=True)):
@@ -69,21 +66,6 @@ class HalfGates:
 
     def __len__(self) -> int:
         return 2 * len(self.layers)
-
-    @contextmanager
-    def use(self, gates_U: Tensor | None, observer: Observer | None = None) -> Iterator[None]:
-        """Run the model under ``gates_U`` (``[U]``, values in [0, 1]; None leaves all open).
-
-        An observer sees the stream before and after each layer.
-        """
-        assert gates_U is None or gates_U.shape == (len(self),), "one gate for each half"
-        before = self._gates, self._values, self._observer
-        self._gates, self._observer = gates_U, observer
-        self._values = [] if gates_U is None else gates_U.tolist()
-        try:
-            yield
-        finally:
-            self._gates, self._values, self._observer = before
 
     def remove(self) -> None:
         """Give the modules their own ``forward`` back."""
