@@ -65,8 +65,14 @@ def ranged(found: JSON, scale: float, digits: int, unit: str = "", sign: str = "
     return f"{value}{unit} [{low}, {high}]"
 
 
+def removed_layers(rows: list[JSON]) -> int:
+    """How many layers each of these rows removes; of halves, as many of both kinds."""
+    gone = rows[0]["runs"][0]["removed"]
+    return len(gone) // 2 if isinstance(gone[0], str) else len(gone)
+
+
 def removed(row: JSON) -> str:
-    """The removed layers, with how many searches found them where they differ."""
+    """The removed units, with how many searches found them where they differ."""
     by_seed = {run["search_seed"]: tuple(run["removed"]) for run in row["runs"]}
     found = Counter(by_seed.values()).most_common()
     counts = [f" ({count}x)" if len(found) > 1 else "" for _, count in found]

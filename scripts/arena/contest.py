@@ -17,7 +17,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, StrMethodFormatter
 from matplotlib.transforms import Bbox
 
-from scripts.arena.cells import JSON
+from scripts.arena.cells import JSON, removed_layers
 from src.report.figures import AMBER, INK, PALE, SLATE, TEAL, styled
 
 KINDS = {"learned": "#7c3aed", "searched": AMBER, "scored": "#0369a1", "fixed": SLATE, "": INK}
@@ -49,7 +49,7 @@ def panels(rows: Sequence[JSON], height: float, **keys: Any) -> tuple[Figure, li
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), fontsize=9)
     each = [[row for row in rows if row["ratio"] == ratio] for ratio in ratios]
     for axis, own in zip(axes, each, strict=True):
-        axis.set_title(f"{len(own[0]['runs'][0]['removed'])} layers removed")
+        axis.set_title(f"{removed_layers(own)} layers removed")
     return figure, list(zip(axes, each, strict=True))
 
 
@@ -139,6 +139,12 @@ def label(axis: Axes, points: dict[tuple[float, float], list[JSON]]) -> None:
             note.remove()
 
 
+def strips(row: JSON) -> Sequence[tuple[str, float, float]]:
+    """What is drawn of a row: layers; or attentions above and feed-forwards below, each half as high."""
+    apart = isinstance(row["runs"][0]["removed"][0], str)
+    return [("a", -0.19, 6.5), ("f", 0.19, 6.5)] if apart else [("", 0.0, 14.0)]
+
+
 @styled
 def layers(rows: Sequence[JSON], depth: int) -> Figure:
     """Which layers each method removes; the share of its searches that remove a layer is its shade."""
@@ -146,13 +152,15 @@ def layers(rows: Sequence[JSON], depth: int) -> Figure:
     figure, each = panels(rows, 0.26 * len(names) + 1.2, sharey=True)
     for axis, own in each:
         for line, row in placed(own, names):
-            masks = {run["search_seed"]: run["removed"] for run in row["runs"]}
-            shares = [sum(layer in gone for gone in masks.values()) / len(masks) for layer in range(depth)]
+            masks = {run["search_seed"]: set(map(str, run["removed"])) for run in row["runs"]}
             axis.hlines(line, -0.5, depth - 0.5, color=PALE, linewidth=14)
-            for share, run in groupby(range(depth), key=shares.__getitem__):
-                first, *others = run
-                end = first + len(others) + 0.5
-                axis.hlines(line, first - 0.5, end, color=colour(row), alpha=share, linewidth=14)
+            for kind, shift, width in strips(row):
+                shares = [sum(f"{i}{kind}" in gone for gone in masks.values()) for i in range(depth)]
+                for share, run in groupby(range(depth), key=shares.__getitem__):
+                    first, *others = run
+                    ends = first - 0.5, first + len(others) + 0.5
+                    shade = share / len(masks)
+                    axis.hlines(line + shift, *ends, color=colour(row), alpha=shade, linewidth=width)
         axis.vlines([i + 0.5 for i in range(depth)], -0.5, len(names) - 0.5, color="white", linewidth=1)
         axis.set(xlim=(-0.6, depth - 0.4), xticks=range(0, depth, 3), xlabel="layer")
         axis.spines[:].set_visible(False)

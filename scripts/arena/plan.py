@@ -11,6 +11,9 @@ from typing import Any
 
 import yaml
 
+Gone = list[Any]
+"""Removed units: layers by number, or halves by layer and kind, such as ``7a`` and ``9f``."""
+
 
 @dataclass(frozen=True)
 class Stage:
@@ -42,7 +45,7 @@ class Run:
         search_seed: seed of the search.
         search: how the mask is found.
         recover: how the cut model is recovered, or None.
-        removed: layers that go, instead of a search.
+        removed: units that go, instead of a search.
         repair: keys of ``LinearPatch`` for a repair of the cut model, or None.
         kind: kind of the method, which its colour shows.
     """
@@ -55,7 +58,7 @@ class Run:
     search_seed: int
     search: Stage
     recover: Stage | None
-    removed: tuple[int, ...] | None = None
+    removed: tuple[Any, ...] | None = None
     repair: Mapping[str, Any] | None = None
     kind: str = ""
 

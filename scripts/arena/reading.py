@@ -34,7 +34,7 @@ class Variant:
         search: dotted keys of the search, above the overlays.
         by_ratio: the same for one share of the layers alone.
         recover: dotted keys of the recovery; False leaves the cut model as it is.
-        removed: the layers that go, instead of a search.
+        removed: the layers, or halves such as ``7a`` and ``9f``, that go, instead of a search.
         repair: keys of ``src.repair.linear_patch.LinearPatch``: the cut models are repaired on the
             validation problems before they are judged or recovered.
         search_once: the mask does not depend on the seed, or one mask is wanted: search with the first seed.
@@ -47,7 +47,7 @@ class Variant:
     search: Mapping[str, Any] | None = None
     by_ratio: Mapping[float, Mapping[str, Any]] | None = None
     recover: Mapping[str, Any] | bool = True
-    removed: tuple[int, ...] | None = None
+    removed: tuple[Any, ...] | None = None
     repair: Mapping[str, Any] | None = None
     search_once: bool = False
     ratios: Mapping[float, list[int]] | None = None

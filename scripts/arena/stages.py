@@ -6,6 +6,7 @@ Searches, caches and recoveries are the product's own commands; only their setti
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 import yaml
 from transformers import PreTrainedModel
 
-from scripts.arena.plan import nested
+from scripts.arena.plan import Gone, nested
 from src.cli import run
 from src.data.arithmetic import SPLITS, write_splits
 from src.data.columns import Columns
@@ -51,22 +52,22 @@ def search(at: str, configs: list[str], settings: JSON) -> JSON:
     """Find a mask."""
     module = command(at, "fit", configs, settings).model
     found = Mask.load(f"{at}/fit/mask.json")
-    learned = set(range(found.num_layers)) - set(module.policy.harden())
+    learned = set(range(found.units)) - set(module.policy.harden())
     return {
-        "removed": list(found.removed),
-        "learned": sorted(learned),
+        "removed": named(found, found.removed),
+        "learned": named(found, sorted(learned)),
         "method": found.method,
         "tokens": found.tokens_seen,
         "metrics": found.metrics,
     }
 
 
-def given(at: str, removed: list[int]) -> JSON:
+def given(at: str, removed: Gone) -> JSON:
     """A mask that needs no search."""
     return {"removed": removed, "learned": removed, "method": "given", "tokens": 0, "metrics": {}}
 
 
-def cut(at: str, model: str, removed: list[int], rows: str, repair: JSON | None = None) -> JSON:
+def cut(at: str, model: str, removed: Gone, rows: str, repair: JSON | None = None) -> JSON:
     """Judge a mask without recovery, the cut model repaired if keys of ``LinearPatch`` are given."""
     parent, wanted = load_model(model), mask(model, removed)
     student = shorten(parent, wanted)
@@ -75,7 +76,7 @@ def cut(at: str, model: str, removed: list[int], rows: str, repair: JSON | None 
     return judge(student, model, rows)
 
 
-def recover(at: str, model: str, removed: list[int], rows: str, configs: list[str], settings: JSON) -> JSON:
+def recover(at: str, model: str, removed: Gone, rows: str, configs: list[str], settings: JSON) -> JSON:
     """Recover a mask and judge the result."""
     mask(model, removed).save(f"{at}/mask.json")
     module = command(at, "fit", configs, {**settings, "model.init_args.mask": f"{at}/mask.json"}).model
@@ -97,10 +98,20 @@ def command(at: str, verb: str, configs: list[str], settings: JSON) -> Any:
     return run([verb, *files])
 
 
-def mask(model: str, removed: list[int]) -> Mask:
-    """The mask of some removed layers."""
+def named(mask: Mask, units: Iterable[int]) -> Gone:
+    """Units as a plan names them: layers by number, halves by layer and kind, such as ``7a`` and ``9f``."""
+    return list(units) if mask.unit == "layer" else [f"{u // 2}{'af'[u % 2]}" for u in units]
+
+
+def mask(model: str, removed: Gone) -> Mask:
+    """The mask of some removed layers or halves."""
     count = num_layers(load_config(model))
-    return Mask(model, count, tuple(i for i in range(count) if i not in removed), "arena")
+    if not any(isinstance(gone, str) for gone in removed):
+        return Mask(model, count, tuple(i for i in range(count) if i not in removed), "arena")
+    halves = [f"{layer}{kind}" for layer in range(count) for kind in "af"]
+    return Mask(
+        model, count, tuple(u for u, h in enumerate(halves) if h not in removed), "arena", unit="half"
+    )
 
 
 @torch.inference_mode()

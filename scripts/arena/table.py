@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from scripts.arena import cells
-from scripts.arena.cells import JSON, Cell
+from scripts.arena.cells import JSON, Cell, removed_layers
 from scripts.arena.defaults import defaults
 from scripts.lab.pages import fill
 from scripts.lab.pages import table as markdown
@@ -77,8 +77,7 @@ def lines(results: JSON) -> list[str]:
         out += ["### In short", "", *defaults(results["rows"]), ""]
     for group, ratio in sections:
         rows = [row for row in results["rows"] if (row["group"], row["ratio"]) == (group, ratio)]
-        count = len(rows[0]["runs"][0]["removed"])
-        out += [f"### {group}: {count} of {teacher['layers']} layers removed", ""]
+        out += [f"### {group}: {removed_layers(rows)} of {teacher['layers']} layers removed", ""]
         if len(groups) == 1:
             rows.sort(key=rank)
         shown = RECOVERED if any("recovered" in row for row in rows) else CUT

@@ -6,12 +6,11 @@ A directory's name ends in the fingerprint of everything that its result depends
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from scripts.arena import stages
-from scripts.arena.plan import Plan, Run, fingerprint
+from scripts.arena.plan import Gone, Plan, Run, fingerprint
 from scripts.lab.jobs import Job
 
 
@@ -77,7 +76,7 @@ class Work:
         about = [run.search.content, own]
         return self.job(f"search {run}", "search", name, about, configs=run.search.configs, settings=settings)
 
-    def cut(self, run: Run, removed: Iterable[int]) -> Job:
+    def cut(self, run: Run, removed: Gone) -> Job:
         """A mask, judged without recovery but with the repair that the run asks for."""
         gone, repair = list(removed), self._repair(run)
         return self.job(
@@ -85,7 +84,7 @@ class Work:
             model=self.plan.teacher, removed=gone, rows=self._rows("test"), repair=repair,
         )  # fmt: skip
 
-    def recover(self, run: Run, removed: Iterable[int]) -> Job:
+    def recover(self, run: Run, removed: Gone) -> Job:
         """A mask, recovered and judged; the same mask under the same recovery is the same job."""
         assert run.recover is not None
         gone = list(removed)
@@ -123,5 +122,5 @@ def weights(model: str) -> str:
     return digest.hexdigest()[:12]
 
 
-def _dashed(layers: list[int]) -> str:
-    return "-".join(map(str, layers))
+def _dashed(units: Gone) -> str:
+    return "-".join(map(str, units))

@@ -16,6 +16,7 @@ from scripts.arena.plan import Plan, Run, nested
 from scripts.arena.reading import read
 from scripts.arena.record import only, record
 from scripts.arena.stages import data as write_data
+from scripts.arena.stages import mask, named
 from scripts.arena.stages import teacher as judge_teacher
 from scripts.arena.table import page
 from scripts.arena.work import Work
@@ -314,3 +315,14 @@ def test_a_default_stands_beside_the_best_of_the_others(
     assert "| last layers | 25.0 % [" in row, "the best of the others, not the first"
     assert "| -62.5 [" in row
     assert row.endswith("| +0.2000 [+0.2000, +0.2000] worse |")
+
+
+@pytest.mark.parametrize("removed", [[1, 4], ["0a", "2a", "0f", "4f"]])
+def test_removed_layers_and_halves_make_the_mask_that_names_them(
+    removed: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("scripts.arena.stages.load_config", lambda _: None)
+    monkeypatch.setattr("scripts.arena.stages.num_layers", lambda _: 6)
+    made = mask("teacher", removed)
+    assert made.depth == 4
+    assert sorted(named(made, made.removed), key=str) == sorted(removed, key=str)
