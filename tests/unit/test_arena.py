@@ -317,7 +317,7 @@ def test_a_default_stands_beside_the_best_of_the_others(
     assert row.endswith("| +0.2000 [+0.2000, +0.2000] worse |")
 
 
-@pytest.mark.parametrize("removed", [[1, 4], ["0a", "2a", "0f", "4f"]])
+@pytest.mark.parametrize("removed", [[1, 4], ["2f", "3a", "5a", "5f"]])
 def test_removed_layers_and_halves_make_the_mask_that_names_them(
     removed: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
