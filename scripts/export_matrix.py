@@ -39,7 +39,9 @@ from src.export.proof import observe_gated, predicted_weights
 from src.files import write_json
 from src.mask import Mask
 from src.models.claims import is_tied
-from src.models.cut import Constraints, attention_implementation, constraints, cut
+from src.models.constraints import Constraints, constraints
+from src.models.cut import cut
+from src.models.cut_config import attention_implementation
 from src.models.cut_rules import forbidden
 from src.models.layers import decoder_layers, num_layers
 from tests.families import tiny_config

@@ -25,7 +25,7 @@ from src.errors import ConfigError
 from src.losses.distill import Distillation
 from src.losses.signals import Signal, live_signal
 from src.mask import Mask, Unit, git_sha
-from src.models.cut import constraints
+from src.models.constraints import constraints
 from src.models.gated import Observer, freeze
 from src.models.head import OutputHead
 from src.models.layers import num_layers

@@ -21,7 +21,8 @@ from src.export.fresh import PROOF_TEXT, Reference, unique_weights
 from src.export.observe import Finding, Observation, compare, observe, proof_tokens
 from src.mask import Mask
 from src.models.claims import is_tied
-from src.models.cut import attention_implementation, cut, renamed, sources
+from src.models.cut import cut, renamed, sources
+from src.models.cut_config import attention_implementation
 from src.models.layers import decoder_layers
 from src.units.kinds import KINDS
 

@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
@@ -33,8 +33,11 @@ class Gates:
     """Holds the gates of a model's units while it runs; a subclass puts them where they act.
 
     Attributes:
+        layers: the decoder layers.
         evaluated: layers run so far: the cost of a search.
     """
+
+    layers: nn.ModuleList
 
     def __init__(self) -> None:
         self.evaluated = 0.0
@@ -43,6 +46,10 @@ class Gates:
         self._observer: Observer | None = None
 
     def __len__(self) -> int:
+        raise NotImplementedError
+
+    def remove(self) -> None:
+        """Give the modules their own ``forward`` back."""
         raise NotImplementedError
 
     @contextmanager

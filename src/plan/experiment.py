@@ -18,7 +18,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from src.data.options import token_count
 from src.errors import ConfigError
 from src.mask import Mask
-from src.models.cut import constraints, cut_config
+from src.models.constraints import constraints
+from src.models.cut_config import cut_config
 from src.models.layers import num_layers
 from src.models.loading import load_config
 from src.plan.shapes import Rows

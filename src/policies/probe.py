@@ -14,9 +14,8 @@ from src.data.batches import Batch, Supervised, real, real_tokens
 from src.errors import ConfigError
 from src.losses.distill import Distillation
 from src.losses.signals import Signal
-from src.models.gated import Observer
+from src.models.gated import Gates, Observer
 from src.training.data import Data
-from src.units.kinds import Gates
 
 LABELS = Distillation(alpha=0.0, weight="none")
 """The plain language-model loss."""

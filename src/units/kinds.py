@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from transformers import PreTrainedModel
 
 from src.mask import Unit
-from src.models.gated import GatedLayers
+from src.models.gated import GatedLayers, Gates
 from src.units.half_gates import HalfGates
 from src.units.spaces import Alternating, AnyOf, Space
-
-Gates = GatedLayers | HalfGates
 
 
 @dataclass(frozen=True)
@@ -22,12 +20,12 @@ class Kind:
     Attributes:
         each: number of units in a layer.
         spaces: class of the space of legal sets.
-        gates: class that puts gates on the units of a model.
+        gates: puts gates on the units of a model.
     """
 
     each: int
     spaces: type[Space]
-    gates: type[Gates]
+    gates: Callable[[PreTrainedModel, bool], Gates]
 
     def space(self, layers: int, keep: int, pinned: Iterable[int] = ()) -> Space:
         """Return the space of sets of as many units as ``keep`` layers have, the ``pinned`` among them."""

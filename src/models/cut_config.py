@@ -1,0 +1,128 @@
+"""The config of a cut model, and models of a config without weights.
+
+A config says everything about a model but its weights, so a cut is first a cut of the config: lists, counts
+and periods follow the kept layers (:mod:`src.models.cut_rules`).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from torch import nn
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
+
+from src.errors import ConfigError
+from src.mask import Mask
+from src.models.claims import blamed, cause
+from src.models.cut_rules import attention_layers, forbidden, lenders, slice_section
+from src.models.layers import num_layers, text_config
+
+
+def cut_config(config: PretrainedConfig, mask: Mask) -> PretrainedConfig:
+    """Return the config of the model that keeps the layers of a mask.
+
+    Raises:
+        ConfigError: the mask is of a model of another depth, or the family forbids the result.
+    """
+    mask.check(num_layers(config), config._name_or_path or config.model_type)
+    return kept_config(config, mask.attention, mask.feed_forward)
+
+
+def kept_config(
+    config: PretrainedConfig, keep: Sequence[int], feed_forward: Sequence[int] | None = None
+) -> PretrainedConfig:
+    """Return the config of the layers ``keep``, with the feed-forwards of other layers if these are named.
+
+    Raises:
+        ConfigError: the family forbids it; the message names the layer that must stay, or the setting.
+    """
+    length = num_layers(config)
+    if why := forbidden(config):
+        raise ConfigError(f"keep: this '{config.model_type}' {why}.")
+    attend = attention_layers(config)
+    if attend and not attend & set(keep):
+        raise ConfigError(
+            f"keep: no attention layer is left, and the cache of a '{config.model_type}' counts tokens in "
+            f"one. Keep at least one of {sorted(attend)}."
+        )
+    for lender, borrowers in lenders(config).items():
+        if lender not in keep and borrowers & set(keep):
+            raise ConfigError(
+                f"keep: layer {lender} is removed, but layers {sorted(borrowers & set(keep))} of this "
+                f"'{config.model_type}' use its keys, values, indices or position. Keep layer {lender} too."
+            )
+    whole = config.to_dict()
+    whole.pop("quantization_config", None)
+    section, path = whole, _text_path(config)
+    for key in path:
+        section = section[key]
+    sliced = slice_section(section, length, keep, feed_forward)
+    section.clear()
+    section.update(sliced)
+    try:
+        new = type(config).from_dict(copy.deepcopy(whole))
+    except (ValueError, StrictDataclassError) as e:
+        why = " ".join(str(e).split())
+        raise ConfigError(f"keep: a '{config.model_type}' config cannot hold this mask: {why}") from e
+    read = new.to_dict()
+    for key in path:
+        read = read[key]
+    for name in ("layer_types", "mlp_layer_types", "layers_block_type"):
+        if name in sliced and read.get(name) != sliced[name]:
+            raise ConfigError(
+                f"keep: the config class of a '{config.model_type}' turns {name} {sliced[name]} into "
+                f"{read.get(name)}, which is not what the kept layers are."
+            )
+    new._attn_implementation = attention_implementation(config)
+    new._experts_implementation = config._experts_implementation
+    new._name_or_path = config._name_or_path
+    return new
+
+
+def weightless(config: PretrainedConfig, family: type[PreTrainedModel] | None = None) -> PreTrainedModel:
+    """Return a model of a config on the meta device, of a class or of the one that stock loading takes.
+
+    Raises:
+        ConfigError: the class cannot be built from the config.
+    """
+    config = copy.deepcopy(config)
+    try:
+        with torch.device("meta"), no_init_weights():
+            made: PreTrainedModel
+            if family is not None:
+                made = family._from_config(config)
+            else:
+                made = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+            return made
+    except Exception as e:  # classes are foreign, and may raise anything
+        raise ConfigError(
+            f"model: AutoModelForCausalLM cannot build a '{config.model_type}' from its own config, so an "
+            f"export could not be loaded: {blamed(config.to_dict(), str(e))}{cause(e)}"
+        ) from e
+
+
+def layer_list(model: PreTrainedModel, path: str) -> nn.ModuleList:
+    """The layers of a model whose class and path are those of another's."""
+    found = model.get_submodule(path)
+    assert isinstance(found, nn.ModuleList)
+    return found
+
+
+def attention_implementation(config: PretrainedConfig) -> dict[str, str | None]:
+    """How the model attends, ``""`` for the whole and by name for its parts; transformers takes this form."""
+    parts = {key: getattr(config, key, None) for key in config.sub_configs}
+    named = {key: part._attn_implementation for key, part in parts.items() if part is not None}
+    return {"": config._attn_implementation, **named}
+
+
+def _text_path(config: PretrainedConfig) -> tuple[str, ...]:
+    """Keys that lead to the text decoder's part of a nested config."""
+    text = text_config(config)
+    for key in config.sub_configs:
+        if getattr(config, key) is text:
+            return (key,)
+    return ()
