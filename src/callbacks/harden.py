@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any, cast
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
-from src.policies.polish import Keep, settle
+from src.policies.polish import settle
 from src.policies.probe import CalibrationProbe
 from src.training.adapters import beside
+from src.units.spaces import Kept
 
 if TYPE_CHECKING:
     from src.search import MaskSearch
@@ -29,7 +30,7 @@ class HardenMask(Callback):
 
     def __init__(self, path: str | None = None) -> None:
         self.path = path
-        self.recent: list[Keep] = []
+        self.recent: list[Kept] = []
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
         search = cast("MaskSearch", module)
@@ -38,10 +39,10 @@ class HardenMask(Callback):
 
     def on_train_batch_end(self, trainer: Trainer, module: LightningModule, *_: Any) -> None:
         policy = cast("MaskSearch", module).policy
-        keep = policy.harden()
-        if keep in self.recent:
-            self.recent.remove(keep)
-        self.recent = [*self.recent, keep][-policy.candidates :]
+        kept = policy.harden()
+        if kept in self.recent:
+            self.recent.remove(kept)
+        self.recent = [*self.recent, kept][-policy.candidates :]
 
     def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
         if trainer.interrupted:
@@ -67,4 +68,4 @@ class HardenMask(Callback):
         return {"recent": self.recent}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.recent = [tuple(keep) for keep in state_dict["recent"]]
+        self.recent = [tuple(kept) for kept in state_dict["recent"]]

@@ -1,9 +1,9 @@
 """The contract of a mask policy: an ask-tell optimiser over which units to remove.
 
-The search asks with :meth:`MaskPolicy.sample`, runs the model under the mask, and tells the losses (and,
-for a policy that wants them, their gradients with respect to the gates) to :meth:`MaskPolicy.surrogate`,
-whose value is differentiated with respect to the policy's own parameters. So pathwise, score-function,
-greedy, random and training-free methods are the same command, and the search knows none of them by name.
+The search asks :meth:`MaskPolicy.sample` for a mask and runs the model under it. It tells the loss to
+:meth:`MaskPolicy.surrogate` and, if the policy needs it, the gradient of the loss with respect to the gates.
+The surrogate's value is differentiated with respect to the policy's own parameters. So pathwise,
+score-function, greedy, random and training-free methods share one command, and the search names none of them.
 
 A policy knows units (layers, or halves of layers) by their numbers alone. The *space* says which sets of them
 are legal (:mod:`src.units.spaces`).
@@ -23,7 +23,7 @@ from src.errors import ConfigError
 from src.mask import Unit
 from src.ranges import Count, Seed, checked
 from src.units.kinds import KINDS
-from src.units.spaces import Space
+from src.units.spaces import Kept, Space
 
 
 class Probe(Protocol):
@@ -205,7 +205,7 @@ class MaskPolicy(nn.Module):
         """Return a zero attached to the parameters, for a policy that does not learn by gradient."""
         return self.logits.sum() * 0.0
 
-    def harden(self) -> tuple[int, ...]:
+    def harden(self) -> Kept:
         """Return the kept units, a set of the space: by default that of the highest logits."""
         return tuple(self.space.argmax(self.logits.detach()).nonzero().flatten().tolist())
 
@@ -216,13 +216,13 @@ class MaskPolicy(nn.Module):
         return keep
 
     def worth(self) -> list[float]:
-        """How much each layer is worth keeping, by which swaps are tried: here the logits."""
+        """Return how much each unit is worth keeping, by which the polish orders swaps: here the logits."""
         return self.logits.tolist()
 
-    def gates(self, keep: Iterable[int]) -> Tensor:
+    def gates(self, kept: Iterable[int]) -> Tensor:
         """Return the gates ``[U]`` of a set of kept units."""
         gates = torch.zeros(self.units, device=self.logits.device)
-        gates[list(keep)] = 1.0
+        gates[list(kept)] = 1.0
         return gates
 
     def generator(self, step: int, draw: int) -> torch.Generator:
@@ -231,7 +231,7 @@ class MaskPolicy(nn.Module):
 
 
 def count_to_remove(layers: int, remove: int | None, ratio: float | None) -> int:
-    """The number of layers to remove, from a count or from a ratio.
+    """Return the number of layers to remove, from a count or from a ratio.
 
     Raises:
         ConfigError: both or neither are given, or the ratio is outside (0, 1).

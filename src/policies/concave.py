@@ -1,11 +1,16 @@
-"""A movable window over depth, after the concave gate of CLP, "The Structural Scalpel" (arXiv 2510.23652).
+"""Learn the place of a contiguous run of layers, after the concave gate of CLP (arXiv 2510.23652).
 
-The abstract names a differentiable concave gate that finds the contiguous segment to cut, and gives no
-formula: **this gate is our reconstruction**. Each segment is a hat, concave in depth and highest at its
-middle; the removed share of a layer is a sigmoid of its height above a water level, and the level is solved
-for, so that exactly n layers are removed at every temperature. A window of fixed level loses mass at the ends
-of the model, where it then looks falsely cheap; this one does not. The other half of CLP, tuning the blocks
-next to the cut, is the scope ``cut_adjacent`` of the recovery (``configs/recover/clp.yaml``).
+CLP's abstract ("The Structural Scalpel") names a differentiable concave gate that finds the contiguous
+segment to remove. It gives no formula, so **this gate is our reconstruction**. A segment of length m with its
+middle at depth c gives layer l the height ``m / 2 - |l - c|``, a concave function of depth. The removed share
+of a layer is ``sigmoid((height - level) / temperature)``. The level is solved for, so that the shares add up
+to exactly n at every temperature. With a fixed level, a segment that reaches over an end of the model would
+remove less than n there, and would look better than it is.
+
+The other half of CLP, training the blocks next to the gap, is the scope ``cut_adjacent`` of a recovery
+(``configs/recover/clp.yaml``).
+
+Shapes: L layers, S segments.
 """
 
 from __future__ import annotations
@@ -20,18 +25,20 @@ from src.errors import ConfigError
 from src.mask import Unit
 from src.policies.base import MaskPolicy, Probe
 from src.ranges import Count, Positive, checked
+from src.units.spaces import Kept
 
 
 class ConcaveGate(MaskPolicy):
-    """Learns the places of contiguous segments; anneal the temperature from about 2 layers to 0.05.
+    """Learns the places of contiguous segments, one number for each.
 
-    Contiguous means among the layers that may be removed. Gates are deterministic: one draw is enough.
+    Contiguous means: among the layers that may be removed. The gates are deterministic, so one draw a step is
+    enough. A callback should anneal the temperature from about 2 layers to 0.05.
 
     Args:
-        segments: how many segments share the layers to remove, in lengths as equal as can be.
-        start: where learning starts: ``scan`` measures segments at every half length on quick calibration
-            rows and takes the best; ``random`` takes one from the seed.
-        temperature: softness of the segments' edges, in layers; a callback anneals it.
+        segments: number of segments; the layers to remove are divided among them as equally as possible.
+        start: first place of the segments. ``scan`` measures places half a length apart on the quick
+            calibration rows and takes the best; ``random`` draws one from the seed.
+        temperature: width of the segments' soft edges, in layers.
         kwargs: ``always_keep``, ``seed``, ``candidates``, ``polish`` of the base class.
     """
 
@@ -67,39 +74,39 @@ class ConcaveGate(MaskPolicy):
         self.place(chosen)
 
     def place(self, starts: list[int]) -> None:
-        """Put the segments' first layers, counted among the free layers, exactly there."""
+        """Set the first layer of each segment, counted among the layers that may be removed."""
         rooms = [len(self.free) - length + 1 for length in lengths(self.target, self.segments)]
         share = torch.tensor([(s + 0.5) / room for s, room in zip(starts, rooms, strict=True)])
         with torch.no_grad():
             self.logits.copy_(torch.logit(share))
 
     def _starts(self, count: int) -> Tensor:
-        """First layer of each segment, a float64 that rounds to 0..(free layers - length)."""
+        """Return the place ``[S]`` of each segment's first layer, float64; rounded, it is legal."""
         sizes = torch.tensor(lengths(count, self.segments))
         return (len(self.free) - sizes + 1) * torch.sigmoid(self.logits.cpu().double()) - 0.5
 
-    def _without(self, starts: list[int] | Tensor) -> tuple[int, ...]:
-        """The kept layers when the first segments, at these places, are removed."""
+    def _without(self, starts: list[int] | Tensor) -> Kept:
+        """Return the kept layers after the first ``len(starts)`` segments are removed at these places."""
         sizes = lengths(self.target, self.segments)[: len(starts)]
-        heights = hats(len(self.free), torch.as_tensor(starts), torch.tensor(sizes))
-        gone = heights.sort(descending=True, stable=True).indices[: sum(sizes)]
+        height_L = heights(len(self.free), torch.as_tensor(starts), torch.tensor(sizes))
+        gone = height_L.sort(descending=True, stable=True).indices[: sum(sizes)]
         removed = {self.free[i] for i in gone.tolist()}
         return tuple(i for i in range(self.num_layers) if i not in removed)
 
     def sample(self, step: int, draw: int) -> Tensor:
-        """Relaxed gates ``[L]`` in [0, 1] whose complements add up to the layers to remove."""
+        """Return relaxed gates ``[L]`` in [0, 1]; their complements add up to the number to remove."""
         sizes = torch.tensor(lengths(self.remove, self.segments))
-        heights = hats(len(self.free), self._starts(self.remove), sizes)
+        height_L = heights(len(self.free), self._starts(self.remove), sizes)
         gates = torch.ones(self.num_layers, device=self.logits.device)
-        gates[self.free] = (1 - flood(heights, self.remove, self.temperature)).to(gates)
+        gates[self.free] = (1 - removed_shares(height_L, self.remove, self.temperature)).to(gates)
         return gates
 
-    def harden(self) -> tuple[int, ...]:
-        """All layers but the highest of the hats: for one segment, the window at the nearest start."""
+    def harden(self) -> Kept:
+        """Return all layers but the n highest: of one segment, those of the nearest whole place."""
         return self._without(self._starts(self.target).detach())
 
     def worth(self) -> list[float]:
-        """The keep probabilities: the logits are not one for each layer."""
+        """Return the keep probabilities, because the logits belong to segments, not to layers."""
         return self.keep_probabilities().tolist()
 
     @torch.no_grad()
@@ -112,17 +119,17 @@ def lengths(count: int, segments: int) -> list[int]:
     return [count // segments + (j < count % segments) for j in range(segments)]
 
 
-def hats(size: int, starts_S: Tensor, lengths_S: Tensor) -> Tensor:
-    """Return the height ``[size]`` of each layer above the edge of its nearest segment; negative outside."""
+def heights(size: int, starts_S: Tensor, lengths_S: Tensor) -> Tensor:
+    """Return how far each layer ``[size]`` lies inside its nearest segment; negative outside."""
     middle_S = starts_S + (lengths_S - 1) / 2
     distance_SL = (torch.arange(size) - middle_S[:, None]).abs()
     return (lengths_S[:, None] / 2 - distance_SL).amax(0)
 
 
-def flood(height_L: Tensor, count: int, tau: float) -> Tensor:
-    """Return ``sigmoid((height - level) / tau)`` at the level where they add up to ``count``, differentiable.
+def removed_shares(height_L: Tensor, count: int, tau: float) -> Tensor:
+    """Return ``sigmoid((height - level) / tau)`` ``[L]``, at the level where they add up to ``count``.
 
-    The level is found by bisection; its implicit gradient is that of one Newton step from there.
+    Bisection finds the level. One Newton step from there gives it its implicit gradient in the heights.
     """
     with torch.no_grad():
         low, high = height_L.min() - 60 * tau, height_L.max() + 60 * tau

@@ -46,4 +46,4 @@ class Exhaustive(OneShot):
         shown = tqdm(
             self.space, "all masks", self.space.size(), disable=getattr(rank_zero_only, "rank", 0) != 0
         )
-        return self.gates(best_of(shown, lambda keep: probe.divergence(self.gates(keep))))
+        return self.gates(best_of(shown, lambda kept: probe.divergence(self.gates(kept))))

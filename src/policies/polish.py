@@ -1,31 +1,34 @@
-"""End a search: choose one mask of those that a policy learned last, and try swaps of its units."""
+"""Choose the final mask of a search: the best of the policy's last masks, improved by swaps of units."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
 from src.policies.base import MaskPolicy, Probe
-from src.units.spaces import Space
+from src.units.spaces import Kept, Space
 
-Keep = tuple[int, ...]
-Measure = Callable[[Keep, bool], float]
+Measure = Callable[[Kept, bool], float]
+"""The divergence of a mask; with True, on the quick rows alone."""
 
 
-def settle(policy: MaskPolicy, probe: Probe, recent: Sequence[Keep]) -> tuple[Keep, dict[str, float]]:
-    """Choose a mask on held-out rows, as far as the policy allows (``candidates``, ``polish``).
+def settle(policy: MaskPolicy, probe: Probe, recent: Sequence[Kept]) -> tuple[Kept, dict[str, float]]:
+    """Choose the search's final mask on held-out rows, within what the policy allows.
+
+    Its ``candidates`` says how many recent masks compete, its ``polish`` whether the best is improved by
+    swaps.
 
     Args:
-        policy: at the end of its run.
+        policy: the policy at the end of its run.
         probe: measures masks.
         recent: the last distinct masks that the policy hardened to, which compete with its last one.
 
     Returns:
-        The kept units, and the figures of a mask file: divergences of what was chosen, of what was learned,
-        of the best candidate, and of the mask while it is soft.
+        The kept units, and the figures of a mask file: the divergences of the chosen mask, of the learned
+        one, of the best candidate and of the soft gates (keep probabilities).
     """
 
-    def measure(keep: Keep, quick: bool = False) -> float:
-        return probe.divergence(policy.gates(keep), quick)
+    def measure(kept: Kept, quick: bool = False) -> float:
+        return probe.divergence(policy.gates(kept), quick)
 
     learned = policy.harden()
     assert policy.space.legal(learned), "a policy must harden to a set of its space"
@@ -42,31 +45,34 @@ def settle(policy: MaskPolicy, probe: Probe, recent: Sequence[Keep]) -> tuple[Ke
 
 
 def polish(
-    keep: Keep, space: Space, measure: Measure, worth: Sequence[float], swaps: int = 64, finalists: int = 8
-) -> Keep:
-    """Go to a neighbouring mask, by one swap, while that lowers ``measure``; steepest swap first.
+    kept: Kept, space: Space, measure: Measure, worth: Sequence[float], swaps: int = 64, finalists: int = 8
+) -> Kept:
+    """Replace a mask by its best neighbour (one swap) for as long as that lowers its divergence.
 
-    A deep model has more swaps than are worth a look (768 where 16 of 64 layers go), so those race that the
-    search itself finds likeliest. Divergence is heavy-tailed over rows, so a few rows cannot tell good masks
-    apart, but they can drop bad ones: the race is run on the quick rows, and only the finalists are measured
-    on all of them.
+    A round has two stages, because a deep model has many swaps (768 where 16 of 64 layers go). First, the
+    swaps that gain most worth are measured on the quick rows. Then the best of these are measured on all
+    rows, and the lowest is taken. Divergence is heavy-tailed over rows: a few rows are enough to drop bad
+    masks, but not to rank good ones.
 
     Args:
-        keep: kept units to start from.
-        space: says what the neighbours of a mask are.
-        measure: what to lower, ``(keep, quick) -> value``.
+        kept: kept units to start from.
+        space: defines the neighbours of a mask.
+        measure: divergence of a mask, on all rows or on the quick ones.
         worth: of keeping each unit, such as the policy's logits.
-        swaps: swaps that race in each round, those that gain most worth first.
-        finalists: swaps measured on all rows in each round.
+        swaps: swaps of each round that are measured on the quick rows.
+        finalists: swaps of each round that are measured on all rows.
+
+    Returns:
+        The kept units of the last mask, none of whose finalists is better.
     """
 
-    def loss_of_worth(swap: Keep) -> float:
-        return sum(worth[out] for out in {*keep} - {*swap}) - sum(worth[back] for back in {*swap} - {*keep})
+    def loss_of_worth(swap: Kept) -> float:
+        return sum(worth[out] for out in {*kept} - {*swap}) - sum(worth[back] for back in {*swap} - {*kept})
 
     while True:
-        racing = sorted(space.neighbours(keep), key=loss_of_worth)[:swaps]
-        race = sorted(racing, key=lambda swap: measure(swap, True))[:finalists]
-        best = min(race, key=lambda swap: measure(swap, False), default=keep)
-        if measure(best, False) >= measure(keep, False):
-            return keep
-        keep = best
+        likely = sorted(space.neighbours(kept), key=loss_of_worth)[:swaps]
+        best_few = sorted(likely, key=lambda swap: measure(swap, True))[:finalists]
+        best = min(best_few, key=lambda swap: measure(swap, False), default=kept)
+        if measure(best, False) >= measure(kept, False):
+            return kept
+        kept = best

@@ -11,8 +11,7 @@ from torch import Tensor
 from src.policies.base import Probe
 from src.policies.one_shot import OneShot
 from src.ranges import Count, checked
-
-Keep = tuple[int, ...]
+from src.units.spaces import Kept
 
 
 class RandomSearch(OneShot):
@@ -33,7 +32,7 @@ class RandomSearch(OneShot):
         super().__init__(**kwargs)
         self.masks = masks
 
-    def draws(self) -> list[Keep]:
+    def draws(self) -> list[Kept]:
         """Return the masks as kept units: uniform over all of the space, with repetition."""
         return [self.space.uniform(self.generator(0, number)) for number in range(self.masks)]
 
@@ -42,14 +41,14 @@ class RandomSearch(OneShot):
         masks = self.draws()
         if len(masks) == 1:
             return self.gates(masks[0])
-        return self.gates(best_of(masks, lambda keep: probe.divergence(self.gates(keep))))
+        return self.gates(best_of(masks, lambda kept: probe.divergence(self.gates(kept))))
 
 
-def best_of(masks: Iterable[Keep], measure: Callable[[Keep], float]) -> Keep:
+def best_of(masks: Iterable[Kept], measure: Callable[[Kept], float]) -> Kept:
     """Return the first mask of the lowest measure; NaN never wins against a number."""
 
-    def value(keep: Keep) -> tuple[bool, float]:
-        divergence = measure(keep)
-        return math.isnan(divergence), divergence
+    def value(kept: Kept) -> tuple[bool, float]:
+        measured = measure(kept)
+        return math.isnan(measured), measured
 
     return min(masks, key=value)

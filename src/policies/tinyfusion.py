@@ -1,19 +1,29 @@
-"""Categorical choices in blocks of layers, learned while adapters train: TinyFusion (arXiv 2412.01199).
+"""TinyFusion (arXiv 2412.01199): a categorical choice in each block of layers, learned while adapters train.
 
-The layers are cut into blocks. In a block of M layers N stay (N:M), and each of the C(M, N) ways to choose
-them is one class of a categorical law. A draw adds Gumbel noise and takes the highest way of each block;
-the backward pass goes through a softmax at a temperature (straight-through). The paper wants a mask that
-recovers well, not one that is good as it stands, so adapters of the weights train along with it
-(``model.adapters``, :mod:`src.training.adapters`); without them this is the law alone.
+The layers are divided into blocks of M neighbours, of which N stay (N:M). Each of the C(M, N) ways to choose
+them is one class of a categorical distribution. A draw adds Gumbel noise to the logits and takes the highest
+way of each block. The backward pass goes through a softmax with a temperature (straight-through).
 
-From the paper and its public code: the blocks, the law, the factor of 100 on the learned numbers, equal
-chances at the start, a temperature from 4 to 0.1, AdamW with a rate of 1e-3 on those numbers, LoRA on all
-linear maps, and the answer, which is the likeliest way of each block. Ours: the divergence from the teacher
-in place of the diffusion loss, a draw for a batch in place of one for each row, no moving average of the
-learned numbers (of 0.999, over thousands of steps), blocks of unequal size where the numbers do not divide,
-and the adapters' rate.
+The paper looks for the mask that recovers best, not for the one that is best before recovery. So adapters of
+the weights train beside the mask (``model.adapters``, :mod:`src.training.adapters`). Without adapters, only
+the distribution is learned.
 
-Shapes: L layers, C ways of one block, M its layers.
+From the paper and its public code:
+
+* the blocks and the distribution, uniform at the start;
+* the factor of 100 on the learned numbers, and a temperature from 4 to 0.1;
+* AdamW with a rate of 1e-3 on these numbers, and LoRA on all linear maps;
+* the result: the likeliest way of each block.
+
+Ours:
+
+* the divergence from the teacher in place of the diffusion loss;
+* one draw for a batch in place of one for each row;
+* no moving average of the learned numbers (theirs is of 0.999, over thousands of steps);
+* blocks of unequal size where the numbers do not divide;
+* the learning rate of the adapters.
+
+Shapes: L layers, M layers of a block, C ways to choose among them.
 """
 
 from __future__ import annotations
@@ -32,22 +42,26 @@ from src.policies.base import MaskPolicy
 from src.policies.concave import lengths
 from src.policies.relaxations import gumbel, straight_through
 from src.ranges import MOST, Positive, Range, checked
+from src.units.spaces import Kept
 
 LIMIT = 10_000
-"""Ways of one block above which its law is refused."""
+"""Most ways that a block may have."""
 
 
 class TinyFusion(MaskPolicy):
-    """A categorical law over the N:M ways of each block of layers; independent blocks, exact counts.
+    """Learns, for each block of layers, the probability of each way to keep N of its M layers.
+
+    The blocks are independent, and every draw removes the exact count.
 
     Args:
-        block: layers of a block, at least; there are as many blocks as that allows and layers to remove.
-        scale: factor on the learned numbers, which makes them logits.
-        temperature: of the softmax; a callback anneals it.
+        block: smallest number of layers in a block. There are as many blocks as this allows, and at most one
+            for each layer to remove.
+        scale: factor from the learned numbers to the logits.
+        temperature: of the softmax; a callback may anneal it.
         kwargs: ``always_keep``, ``seed``, ``candidates``, ``polish`` of the base class.
 
     Raises:
-        ConfigError: a block has too many ways.
+        ConfigError: a block has more than 10,000 ways.
     """
 
     @checked
@@ -71,11 +85,11 @@ class TinyFusion(MaskPolicy):
                 f"policy.block: a block of {sizes[0]} layers of which {gone[0]} go has {ways[0]:,} ways; "
                 f"accepted: up to {LIMIT:,}. Give a smaller block."
             )
-        self.ways = [keeps(m, n) for m, n in zip(sizes, gone, strict=True)]
+        self.ways = [ways_to_keep(m, n) for m, n in zip(sizes, gone, strict=True)]
         self.logits = nn.Parameter(torch.zeros(sum(ways)))  # one for each way of each block
 
     def blocks(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Logits ``[C]`` of each block, and its ways ``[C, M]``, 1 where a layer stays."""
+        """Yield the logits ``[C]`` of each block and its ways ``[C, M]``, 1 where a layer stays."""
         split = self.logits.cpu().split([len(ways) for ways in self.ways])
         for logits_C, ways_CM in zip(split, self.ways, strict=True):
             yield self.scale * logits_C, ways_CM
@@ -95,18 +109,18 @@ class TinyFusion(MaskPolicy):
         return self._gates(chosen)
 
     def _gates(self, blocks: list[Tensor]) -> Tensor:
-        """Gates ``[L]`` from those of each block; layers that may not go are open."""
+        """Return the gates ``[L]`` from those of each block; layers that may not be removed are open."""
         gates = torch.ones(self.num_layers, device=self.logits.device)
         gates[self.free] = torch.cat(blocks).to(gates)
         return gates
 
-    def harden(self) -> tuple[int, ...]:
-        """The layers of each block's likeliest way."""
+    def harden(self) -> Kept:
+        """Return the layers that the likeliest way of each block keeps."""
         gates = self._gates([ways_CM[logits_C.argmax()] for logits_C, ways_CM in self.blocks()])
         return tuple(gates.nonzero()[:, 0].tolist())
 
     def worth(self) -> list[float]:
-        """The keep probabilities: the logits are not one for each layer."""
+        """Return the keep probabilities, because the logits belong to ways, not to layers."""
         return self.keep_probabilities().tolist()
 
     @torch.no_grad()
@@ -116,7 +130,7 @@ class TinyFusion(MaskPolicy):
         ).cpu()
 
 
-def keeps(layers: int, remove: int) -> Tensor:
-    """All ways to remove some layers of a block: ``[C, M]``, 1 where a layer stays."""
+def ways_to_keep(layers: int, remove: int) -> Tensor:
+    """Return all ways to remove ``remove`` layers of a block: ``[C, M]``, 1 where a layer stays."""
     gone = list(itertools.combinations(range(layers), remove))
     return torch.ones(len(gone), layers).scatter(1, torch.tensor(gone).view(len(gone), remove), 0.0)

@@ -11,7 +11,7 @@ import torch
 from src.errors import ConfigError
 from src.policies import ConcaveGate, TinyFusion
 from src.policies.polish import settle
-from src.policies.tinyfusion import keeps
+from src.policies.tinyfusion import ways_to_keep
 from tests.numerics.test_rivals_gates import additive, learn
 
 
@@ -22,7 +22,7 @@ def made(layers: int, remove: int, **keys: object) -> TinyFusion:
 
 
 def test_the_ways_of_a_block_are_all_subsets() -> None:
-    ways = keeps(4, 2)
+    ways = ways_to_keep(4, 2)
     assert len({tuple(row) for row in ways.tolist()}) == math.comb(4, 2) == len(ways)
     assert (ways.sum(1) == 2).all()
 

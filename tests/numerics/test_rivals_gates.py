@@ -10,7 +10,7 @@ from torch import Tensor
 
 from src.errors import ConfigError
 from src.policies import BypassBP, ConcaveGate, HardConcrete, MaskPolicy
-from src.policies.concave import flood
+from src.policies.concave import removed_shares
 
 Cost = Callable[[Tensor], Tensor]
 
@@ -138,7 +138,7 @@ def test_several_segments_share_the_count_even_where_they_meet(places: list[floa
 def test_the_level_has_the_implicit_gradient() -> None:
     height = torch.randn(7, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
     for tau in (2.0, 0.3):
-        assert torch.autograd.gradcheck(lambda h, tau=tau: flood(h, 3, tau), height)
+        assert torch.autograd.gradcheck(lambda h, tau=tau: removed_shares(h, 3, tau), height)
 
 
 class Oracle:
