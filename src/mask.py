@@ -139,14 +139,18 @@ class Mask:
 
     @property
     def reads(self) -> tuple[int, ...]:
-        """For each layer of the cut model, the parent's layer that reads its output; at last the norm."""
+        """For each layer of the cut model, the parent's layer that reads its output; L is the final norm."""
         return (*self.attention[1:], self.num_layers)
 
     @property
     def gaps(self) -> tuple[int, ...]:
-        """Layers of the cut model before a gap: removed layers or halves, and then another kept layer."""
-        behind = enumerate(zip(self.feed_forward[:-1], self.reads[:-1], strict=True))
-        return tuple(position for position, (written, read) in behind if read != written + 1)
+        """Layers of the cut model right before a gap between two kept layers.
+
+        There is a gap behind a layer if its output is read, in the cut model, by another layer of the parent
+        than in the parent itself.
+        """
+        joints = enumerate(zip(self.feed_forward[:-1], self.reads[:-1], strict=True))
+        return tuple(position for position, (writer, reader) in joints if reader != writer + 1)
 
     @property
     def removed(self) -> tuple[int, ...]:

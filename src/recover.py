@@ -1,8 +1,8 @@
 """Recovery distils the cut model from its parent.
 
-The student is a plain, smaller Hugging Face model without gates. It learns from a teacher's
-signal (live or cached) through an entropy-weighted divergence. The teacher lives in no module tree, so no
-checkpoint, optimiser or sharding engine ever sees it.
+The student is a plain, smaller Hugging Face model without gates. It learns from a teacher's signal, live or
+cached. Its loss is a weighted sum of terms, of which the first is an entropy-weighted divergence. The teacher
+is no submodule of the stage, so no checkpoint, optimiser or sharding engine holds it.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from src.training import identity
 from src.training.adapters import beside, check_saved, merged
 from src.training.ranks import MicroBatches, WholeBatch
 from src.training.schedules import Decay, with_warmup
-from src.training.scopes import Scope, recompute, same_layers, scoped
+from src.training.scopes import Scope, check_units, recompute, scoped
 from src.training.stage import Stage
 from src.training.strategies import check_device
 
@@ -45,21 +45,22 @@ class Recovery(Stage):
 
     Args:
         mask: the ``mask.json`` of a search.
-        model: Hub id or directory of the parent; None is the one the mask names.
+        model: Hub id or directory of the parent; None is the one that the mask names.
         teacher: source of the teacher's signal; None runs the parent live.
-        distillation: loss on that signal, the first term; its k and rule are validation's too.
+        distillation: divergence from that signal, the first term of the loss. Validation has its k and rule.
         terms: further terms of the loss, each with a weight; see :class:`src.losses.Objective`.
-        scope: what trains: ``full``, the blocks next to each gap (``cut_adjacent``), or ``lora`` adapters on
-            all linear layers (needs the extra ``lora``), merged on export; what they miss is named.
+        scope: what trains: all weights (``full``), the layers next to removed ones (``cut_adjacent``), or
+            ``lora`` adapters on all linear maps (needs the extra ``lora``), which the export merges. Linear
+            maps that adapters cannot reach stay frozen, and are named in the record.
         lora_rank: rank of the adapters.
         patch: repair of the cut model before it trains; ``adapters`` merges in those that the mask's search
             trained and left beside the mask; None starts from the parent's weights.
         optimizer: optimiser of the weights that train.
-        warmup: share of the run over which the learning rate rises.
-        final_lr: share of the learning rate that is left at the end.
-        decay: shape of its fall.
-        kwargs: how the parent is loaded; see :class:`src.training.stage.Stage`. Without a revision it is the
-            one that the mask names.
+        warmup: share of the run during which the learning rate rises.
+        final_lr: learning rate at the end, as a share of the highest.
+        decay: shape of the learning rate's decay.
+        kwargs: how the parent is loaded; see :class:`src.training.stage.Stage`. The revision is by default
+            the one that the mask names.
     """
 
     @checked
@@ -127,7 +128,7 @@ class Recovery(Stage):
         self.teacher.adopt(parent)
 
     def on_fit_start(self) -> None:
-        """Check the output head and ready the teacher, now that the student is on its device."""
+        """Check the output head and set up the teacher, now that the student is on its device."""
         if not self.engine:
             self.check()
         self.teacher.setup(self)
@@ -135,7 +136,7 @@ class Recovery(Stage):
     # ------------------------------------------------------------------ learning
 
     def step(self, rows: Supervised, whole: WholeBatch | None = None, pairs: Sequence[Pair] = ()) -> Step:
-        """Run teacher and student on this rank's rows of a ``whole`` batch, for the terms that follow."""
+        """Run teacher and student on this rank's rows; return what the terms of the loss may read."""
         batch, index_N = rows.batch, rows.index_N
         with self.teacher.states([theirs for _, theirs in pairs]) as parent:
             signal = self.teacher.signal(batch, index_N)
@@ -197,5 +198,5 @@ class Recovery(Stage):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
-        same_layers(checkpoint["recovery"], self.mask)
+        check_units(checkpoint["recovery"], self.mask)
         self.tokens = checkpoint["recovery"]["tokens"]

@@ -33,7 +33,7 @@ from src.models.sharding import shard
 from src.models.streams import streams
 from src.models.vocabulary import check_vocabulary
 from src.training.data import Data
-from src.training.strategies import NO_PARTS, kind
+from src.training.strategies import UNSHARDABLE, kind
 
 
 class Learner(Protocol):
@@ -149,7 +149,7 @@ class LiveTeacher:
             )
         if self.shard and self.loading.quantize:
             raise ConfigError(
-                f"teacher.shard: {NO_PARTS}. Set it to false (one quantised copy on each rank), or "
+                f"teacher.shard: {UNSHARDABLE}. Set it to false (one quantised copy on each rank), or "
                 f"teacher.quantize to null."
             )
 

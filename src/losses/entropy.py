@@ -1,14 +1,15 @@
-"""Token weights from the teacher's entropy: uncertain tokens, where a chain of reasoning turns, count more.
+"""Weights of tokens from the teacher's entropy: tokens about which the teacher is uncertain count more.
 
-With ``u = H / log V`` in [0, 1], before normalising to mean 1:
+H is the entropy of the teacher's distribution, V the vocabulary, and ``u = H / log V`` lies in [0, 1]. Before
+they are normalised to mean 1, the weights are:
 
-======== ============================ =====================================================
-linear   1 + lambda u                 bounded; lambda = 0 is ``none``
-ratio    u                            easy tokens vanish
-eakd     u_T (1 + u_S) / 2            teacher and student (EA-KD, arXiv 2311.13621, at T = 1)
-topq     1 on the 20 % most uncertain drops the others (arXiv 2506.01939)
-none     1                            control
-======== ============================ =====================================================
+======== ============================ ================================================================
+linear   1 + lambda u                 between 1 and 1 + lambda; lambda = 0 is ``none``
+ratio    u                            near zero for tokens about which the teacher is sure
+eakd     u (1 + u_S) / 2              u_S is that of the student (EA-KD, arXiv 2311.13621, at T = 1)
+topq     1 or 0                       1 for the 20 % of tokens of the highest H (arXiv 2506.01939)
+none     1                            the control
+======== ============================ ================================================================
 """
 
 from __future__ import annotations
@@ -24,13 +25,14 @@ from src.training.ranks import WholeBatch
 
 Weight = Literal["linear", "ratio", "eakd", "topq", "none"]
 TOP = 0.2
+"""Share of the tokens that ``topq`` keeps."""
 
 
 def check_weight(name: str) -> None:
-    """Refuse an unknown weight.
+    """Refuse an unknown kind of weight.
 
     Raises:
-        ConfigError: names the accepted ones.
+        ConfigError: the name is unknown; the message lists those that are accepted.
     """
     if name not in get_args(Weight):
         accepted = ", ".join(get_args(Weight))
@@ -46,17 +48,19 @@ def token_weights(
     mean_entropy: float | None = None,
     whole: WholeBatch | None = None,
 ) -> Tensor:
-    """Weights ``[N]`` with mean 1, without gradient.
+    """Return the weights ``[N]`` of N tokens, without gradient.
+
+    Their mean is 1 over the batch; or over the corpus, if ``mean_entropy`` is given.
 
     Args:
-        name: a row of the table above.
+        name: kind of weight, from the table of this module.
         teacher_N: entropies of the teacher, nats.
-        vocabulary: size of the vocabulary; ``log`` of it is the largest entropy.
+        vocabulary: V; no entropy exceeds its logarithm.
         strength: lambda of ``linear``.
-        student_N: entropies of the student, for ``eakd``.
-        mean_entropy: mean entropy of the whole corpus. With it ``linear`` and ``ratio`` are normalised
-            alike in every batch and micro-batch; without it, each batch has mean 1.
-        whole: the batch that these entropies are a part of, if ranks share one.
+        student_N: entropies of the student, nats; ``eakd`` needs them.
+        mean_entropy: mean entropy of the teacher over the corpus, nats. With it, ``linear`` and ``ratio`` are
+            normalised by the same number in every batch.
+        whole: batch of all ranks that these tokens are a part of; None if they are the whole batch.
     """
     u = teacher_N.detach().float() / math.log(vocabulary)
     if name == "none" or not (len(u) if whole is None else whole.share):

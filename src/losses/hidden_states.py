@@ -1,18 +1,18 @@
 """Hidden-state distillation: each kept layer learns to give the stream that its successor was trained on.
 
-Behind kept layer j of the student stands layer ``reads[j]`` of the parent, which used to read the stream
-behind the removed layers. So that stream, after the gap, is the target of layer j; that of the last layer is
-what the parent's final norm reads.
+In the student, layer j + 1 reads what layer j gives. In the parent, the same layer reads the stream behind
+the gap, that is behind the layers that were removed between the two. That stream of the parent is the target
+of layer j. The target of the last layer is what the parent's final norm reads.
 
     loss = sum over layers j of  mean over positions of  |s_j - t_j|^2 / |t_j|^2
 
-s is the student's and t the parent's stream. The error is relative at each position, because a stream grows
-with depth, and at a few positions (attention sinks) it is a hundred times larger than at the others. Relative
-to a mean over the batch, these positions would be the whole loss, and a batch in pieces another loss.
+Here s is the student's stream and t the parent's. The error is relative at each position, for two reasons. A
+stream grows with depth; and at a few positions (attention sinks) it is a hundred times larger than at others.
+Divided by a mean over the batch, these positions would dominate the loss, and micro-batches would change it.
 
-The term asks for the parent's inner layers, so the teacher must run live. It holds ``[N, H]`` for each layer.
-Layers of a pruned student were compared with the parent's before (TinyBERT, arXiv 1909.10351; Minitron, arXiv
-2407.14679); the target behind the gap and the relative error are ours.
+The term reads inner layers of the parent, so the teacher must run live. It holds ``[N, H]`` for each layer.
+TinyBERT (arXiv 1909.10351) and Minitron (arXiv 2407.14679) compare a pruned student's layers with the
+parent's, too. The target behind the gap and the relative error are ours.
 
 Shapes: N supervised positions, H hidden.
 """
@@ -33,11 +33,11 @@ class HiddenStates(Term):
     """Relative squared error of the kept layers' outputs, summed over layers; logged as ``states``.
 
     Args:
-        layers: which kept layers learn: ``all``, those right before a gap (``cuts``), or some by their number
-            in the parent; negative ones count from the parent's end.
+        layers: kept layers that are compared: ``all``; ``gaps``, those right before a gap; or a list of their
+            numbers in the parent, where a negative number counts from the parent's end.
     """
 
-    def __init__(self, layers: Literal["all", "cuts"] | list[int] = "all") -> None:
+    def __init__(self, layers: Literal["all", "gaps"] | list[int] = "all") -> None:
         self.layers = layers
 
     def pairs(self, mask: Mask) -> tuple[Pair, ...]:
@@ -45,14 +45,14 @@ class HiddenStates(Term):
         every = {layer: (j, mask.reads[j] - 1) for j, layer in enumerate(kept)}
         if self.layers == "all":
             chosen = list(kept)
-        elif self.layers == "cuts":
+        elif self.layers == "gaps":
             chosen = [layer for layer, (_, target) in every.items() if target != layer]
         else:
             chosen = [layer + mask.num_layers * (layer < 0) for layer in self.layers]
         if not chosen or not set(chosen) <= set(kept):
             raise ConfigError(
                 f"terms: HiddenStates.layers: {self.layers} given, which are not layers that the mask keeps. "
-                f"Accepted: all, cuts (layers before a gap), or some of {list(kept)}."
+                f"Accepted: all, gaps (layers before a gap), or some of {list(kept)}."
             )
         return tuple(every[layer] for layer in sorted(set(chosen)))
 
@@ -64,7 +64,7 @@ class HiddenStates(Term):
 
 
 def relative_error(own_NH: Tensor, target_NH: Tensor) -> Tensor:
-    """Sum over positions of ``|own - target|^2 / |target|^2``, in float32."""
+    """Return the sum over positions of ``|own - target|^2 / |target|^2``, in float32."""
     target = target_NH.float()
     size_N = target.square().sum(-1).clamp_min(torch.finfo(torch.float32).tiny)
     return ((own_NH.float() - target).square().sum(-1) / size_N).sum()

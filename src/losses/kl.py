@@ -1,20 +1,21 @@
-"""Forward KL from a teacher's signal to a student's logits, one number per token.
+"""Forward KL divergence from a teacher's signal to a student's logits, one number for each token.
 
-For a top-k signal with teacher mass p inside and r outside, and student mass q and s, the rule says what is
-done about the outside:
+A top-k signal stores the teacher's probabilities p of K tokens, and its mass r outside them. The student has
+the probabilities q of the same tokens, and the mass s outside. A rule defines the divergence:
 
-=========== ===================================== ====================================================
-bucket      sum p log(p/q) + r log(r/s)           the outside is one more class; never above the full KL
-renormalise sum p~ log(p~/q~), both renormalised  blind to the outside
-zero        sum p~ log(p~/q), teacher renorm.     pushes the outside to zero: over-confident
-=========== ===================================== ====================================================
+=========== ========================== ===============================================================
+bucket      sum p log(p/q) + r log(r/s) all tokens outside are one more class; never above the full KL
+renormalise sum p' log(p'/q')           p' and q' are p and q divided by their sums; ignores r and s
+zero        sum p' log(p'/q)            lowest at s = 0, so the student becomes over-confident
+=========== ========================== ===============================================================
 
-All three are the full KL at k = V; the first two are zero at student = teacher (``bucket`` at temperature 1
-only, because the mass outside is extrapolated at others: :mod:`src.losses.signals`).
+At K = V all three are the full KL. ``bucket`` and ``renormalise`` are zero where student and teacher agree.
+For ``bucket`` this holds at temperature 1 only, because r at other temperatures is an extrapolation
+(:mod:`src.losses.signals`).
 
-A rule is a formula on ``[n, K]``; :class:`_Picked` carries its gradient to the vocabulary in place. With
-gradients g for log q and g_s for log s, and G their sum, the logits receive ``g - G q`` inside the top-k
-and ``(g_s / s - G) q`` outside: one buffer ``[n, V]`` in each direction.
+A rule is a formula on ``[n, K]``, differentiated by autograd. :class:`_LogProbs` carries its gradient to the
+logits with one buffer ``[n, V]`` in each direction: with gradients g for log q and g_s for log s, and G the
+sum of all of them, the logits receive ``g - G q`` inside the top-k and ``(g_s / s - G) q`` outside.
 
 Shapes: n tokens of a chunk, V vocabulary, K tokens kept.
 """
@@ -33,13 +34,13 @@ Rule = Literal["bucket", "renormalise", "zero"]
 
 
 def kl(logits_nV: Tensor, signal: Signal, rule: Rule = "bucket", temperature: float = 1.0) -> Tensor:
-    """Divergence ``[n]`` of each token, nats, differentiable in the logits.
+    """Return the divergence ``[n]`` of each token in nats, differentiable in the logits.
 
     Args:
-        logits_nV: the student's, any float type; computed in float32.
-        signal: the teacher's, of the same n tokens.
-        rule: what is done about the mass outside a top-k; a dense signal has none.
-        temperature: of both sides (not multiplied by its square here).
+        logits_nV: the student's logits, of any float type; the divergence is computed in float32.
+        signal: the teacher's signal for the same n tokens.
+        rule: treatment of the mass outside a top-k. A dense signal has no such mass, and no rule.
+        temperature: divides the logits of both sides. The usual factor of its square is left to the caller.
     """
     logits_nV = logits_nV.float() if temperature == 1 else logits_nV.float() / temperature
     if isinstance(signal, Dense):
@@ -49,8 +50,8 @@ def kl(logits_nV: Tensor, signal: Signal, rule: Rule = "bucket", temperature: fl
         dense: Callable[..., Tensor] = _DenseKL.apply
         return dense(logits_nV, log_p)
     log_p, log_r = signal.tempered(temperature, logits_nV.shape[-1])
-    picked: Callable[..., tuple[Tensor, Tensor]] = _Picked.apply
-    log_q, log_s = picked(logits_nV, signal.ids)
+    log_probs: Callable[..., tuple[Tensor, Tensor]] = _LogProbs.apply
+    log_q, log_s = log_probs(logits_nV, signal.ids)
     return RULES[rule](log_p, log_r, log_q, log_s)
 
 
@@ -75,8 +76,8 @@ RULES: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]] = {
 }
 
 
-class _Picked(torch.autograd.Function):
-    """Log-softmax at ``ids [n, K]``, and the logarithm of the mass everywhere else."""
+class _LogProbs(torch.autograd.Function):
+    """Computes the log-softmax at ``ids [n, K]``, and the logarithm of the mass of all other tokens."""
 
     @staticmethod
     def forward(ctx: Any, logits_nV: Tensor, ids_nK: Tensor) -> tuple[Tensor, Tensor]:
@@ -100,7 +101,7 @@ class _Picked(torch.autograd.Function):
 
 
 class _DenseKL(torch.autograd.Function):
-    """``sum_v p (log p - log q)``, whose gradient in the logits is ``q - p``."""
+    """Computes ``sum_v p (log p - log q)``; its gradient in the logits is ``q - p``."""
 
     @staticmethod
     def forward(ctx: Any, logits_nV: Tensor, log_p_nV: Tensor) -> Tensor:

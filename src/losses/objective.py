@@ -1,4 +1,4 @@
-"""A recovery's loss: a weighted sum of terms."""
+"""The loss of a recovery, a weighted sum of terms."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from src.mask import Mask
 
 @dataclass(frozen=True)
 class Weighted:
-    """A term and how much it counts.
+    """A term with its weight in the sum.
 
     Attributes:
-        term: the term.
-        weight: factor on its value.
+        term: one summand.
+        weight: factor on its value, above 0.
     """
 
     term: Term
@@ -33,37 +33,39 @@ class Weighted:
 
 
 class Objective:
-    """The sum of the terms, and the one divergence that the teacher is asked for and validation reports.
+    """Computes the weighted sum of the terms of a loss.
 
     Args:
-        distillation: the first term, with weight 1; None leaves it to ``terms``.
-        terms: further terms; without any, the sum is the distillation (the default one if none is given).
+        distillation: a term of weight 1, the first of the sum; None adds none, unless ``terms`` is empty too.
+        terms: further terms. With neither, the sum is the default distillation.
 
     Attributes:
-        distillation: the divergence among the terms; where none is, the default one.
+        terms: all terms, each with its weight.
+        distillation: the divergence that validation reports, and whose ``k`` the teacher's signal has. It is
+            the distillation among the terms, or the default one if there is none.
 
     Raises:
-        ConfigError: two terms are of one class, and would be logged under one name.
+        ConfigError: two terms are of the same class, so their figures would have the same names.
     """
 
     def __init__(self, distillation: Distillation | None, terms: Sequence[Weighted] | None = None) -> None:
         first = distillation or (None if terms else Distillation())
         self.terms = [*([Weighted(first)] if first else []), *(terms or ())]
         names = [type(each.term).__name__ for each in self.terms]
-        if twice := sorted({name for name in names if names.count(name) > 1}):
+        if repeated := sorted({name for name in names if names.count(name) > 1}):
             raise ConfigError(
-                f"terms: {', '.join(twice)} is given twice (model.distillation is a term too, of weight 1). "
+                f"terms: {', '.join(repeated)} is given twice (model.distillation is a term of weight 1). "
                 f"Give it once; set model.distillation to null to give it another weight among the terms."
             )
-        own = (each.term for each in self.terms if isinstance(each.term, Distillation))
-        self.distillation = next(own, Distillation())
+        divergences = (each.term for each in self.terms if isinstance(each.term, Distillation))
+        self.distillation = next(divergences, Distillation())
 
     def pairs(self, mask: Mask) -> tuple[Pair, ...]:
-        """The layers whose streams the terms compare, each pair once."""
+        """Return the layers whose streams the terms compare, each pair once."""
         return tuple(dict.fromkeys(pair for each in self.terms for pair in each.term.pairs(mask)))
 
     def __call__(self, step: Step) -> dict[str, Tensor]:
-        """The weighted sum as ``loss``; beside it, without gradient, every term's figures by name."""
+        """Return the weighted sum under ``loss``, and the figures of every term by name, without gradient."""
         out: dict[str, Tensor] = {}
         total: Tensor | None = None
         for each in self.terms:

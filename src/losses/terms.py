@@ -1,8 +1,8 @@
 """The contract of a term, one summand of a recovery's loss.
 
-A term sees one :class:`Step` and nothing else: neither the module that trains, nor where the teacher's signal
-comes from. Its value is a mean over the supervised positions of the whole batch, so that padding, packing and
-the split into ranks and micro-batches change nothing.
+A term sees one :class:`Step` and nothing else. It knows neither the module that trains nor the source of the
+teacher's signal. Its value is a mean over the supervised positions of the whole batch, so padding, packing
+and the split into ranks and micro-batches do not change it.
 
 Shapes: N supervised positions, H hidden.
 """
@@ -25,17 +25,18 @@ Pair = tuple[int, int]
 
 @dataclass(frozen=True)
 class Step:
-    """What one batch shows to the terms.
+    """Holds what the terms of a loss may read of one batch.
 
     Attributes:
         head: output head of the student.
         hidden_NH: the student's final hidden states at the supervised positions.
-        labels_N: the tokens that these positions predict.
-        signal: what the teacher says there.
-        mask: which layers of the parent the student keeps.
-        whole: the batch of all ranks that this one is a part of; None: it is on its own.
-        student: the student's stream ``[N, H]`` behind those of its layers that terms ask for.
-        parent: the parent's stream ``[N, H]`` behind those of its layers that terms ask for.
+        labels_N: tokens that these positions predict.
+        signal: the teacher's distribution at these positions.
+        mask: mask by which the student was cut.
+        whole: batch of all ranks that this batch is a part of; None if this batch is the whole.
+        student: residual stream ``[N, H]`` behind layers of the student, by layer; those in
+            :meth:`Term.pairs`.
+        parent: the same of the parent.
     """
 
     head: OutputHead
@@ -49,24 +50,31 @@ class Step:
 
     @property
     def count(self) -> float:
-        """What a sum over this rank's positions is divided by: the mean over the ranks is the whole mean."""
+        """Divisor of a sum over this rank's positions.
+
+        The mean of the ranks' quotients is the mean over the positions of all ranks.
+        """
         return (len(self.hidden_NH) if self.whole is None else self.whole.share) or 1
 
 
 class Term:
-    """One summand of a loss; a subclass says :meth:`loss`, and :meth:`pairs` if it reads inner layers."""
+    """Computes one summand of a loss.
+
+    A subclass defines :meth:`loss`. One that compares inner layers defines :meth:`pairs` too.
+    """
 
     def pairs(self, mask: Mask) -> tuple[Pair, ...]:
-        """The layers whose streams the term compares; none by default.
+        """Return the layers whose streams the term compares; none by default.
 
         Raises:
-            ConfigError: the term cannot be had with this mask.
+            ConfigError: the term is undefined for this mask.
         """
         return ()
 
     def loss(self, step: Step) -> dict[str, Tensor]:
-        """The value under ``loss``; beside it, without gradient, figures to log under their names.
+        """Return the value under ``loss``, and further figures, without gradient, that are logged by name.
 
-        The value's mean over the ranks is its mean over the positions of all of them (:attr:`Step.count`).
+        The mean of the ranks' values must be the mean over all their positions: divide sums by
+        ``step.count``.
         """
         raise NotImplementedError

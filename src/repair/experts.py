@@ -1,12 +1,13 @@
-"""A linear map behind a mixture of experts, held exactly by the experts' own weights.
+"""Fold a linear map of what a mixture of experts writes into the experts' weights, exactly.
 
-Experts e, with gates g_e that depend on the token, write  ``z = sum_e g_e W_e a_e``  to the stream. There is
-no one input that z is linear in, so no regression on a down projection's input. But a map M of z has a place:
+Experts e with routing weights r_e, which depend on the token, write ``z = sum_e r_e W_e a_e`` to the stream.
+z is linear in no single input, so the regression of :mod:`src.repair.fold` on a down projection's input is
+not possible. A linear map M of z, however, can be folded in:
 
-    M z  =  sum_e g_e (M W_e) a_e,    so    W_e <- M W_e    in every expert alike,
+    M z  =  sum_e r_e (M W_e) a_e,    so    W_e <- M W_e    in every expert,
 
-biases and shared experts included. Routing does not change, because it happens before. The weights that take
-M are found by what they do, not by a family's names or layouts.
+and the same for biases and shared experts. Routing stays the same, because it comes before. The weights to
+change are found by experiment (:func:`last_weights`), so no names or layouts of model families are needed.
 
 Shapes: N tokens, H hidden.
 """
@@ -26,20 +27,21 @@ from torch.utils.hooks import RemovableHandle
 from src.models.layers import first
 
 Weights = dict[str, int]
-"""Of some weights of a module: the axis of each, by name, that runs over the hidden channels it writes."""
+"""Weights of a module by name: for each, the axis that runs over the hidden channels that it writes."""
 
 
 @dataclass(frozen=True)
 class Mixture:
-    """A module whose output z is added to the stream and linear in some of its weights; its features are z.
+    """A writer (:class:`src.repair.writers.Writer`) whose output z is linear in some of its weights.
 
-    See :class:`src.repair.writers.Writer`.
+    Its features are z, before the change.
 
     Attributes:
         name: path of the module inside the layer.
-        module: it.
-        scale: factor with which z is added.
-        weights: those that z is linear in, taken together.
+        module: the mixture of experts.
+        scale: factor with which z is added to the stream.
+        weights: the weights that z is linear in, if all change together.
+        constant: false: the features have no constant 1, because biases are among the weights.
     """
 
     name: str
@@ -52,15 +54,15 @@ class Mixture:
         return self.module.register_forward_hook(lambda _m, _a, out: keep(first(out)))
 
     def add(self, delta_FH: Tensor) -> None:
-        """Fold ``M = I + delta^T / scale`` into the weights; with delta = 0 they stay equal."""
+        """Fold ``M = I + delta^T / scale`` into the weights; delta = 0 changes no bit of them."""
         for name, axis in self.weights.items():
-            push(self.module.get_parameter(name).data, axis, delta_FH / self.scale)
+            fold_in(self.module.get_parameter(name).data, axis, delta_FH / self.scale)
 
 
-def push(weight: Tensor, axis: int, delta_HH: Tensor) -> Tensor:
-    """Change ``w`` to ``w + w @ delta`` along an axis, in place, in the precision of delta."""
+def fold_in(weight: Tensor, axis: int, delta_HH: Tensor) -> Tensor:
+    """Change ``w`` to ``w + w @ delta`` along an axis, in place; computed in the precision of delta."""
     rows = weight.movedim(axis, -1)
-    for part in rows if rows.ndim > 2 else [rows]:  # one expert at a time: memory
+    for part in rows if rows.ndim > 2 else [rows]:  # one expert at a time, to save memory
         wide = part.to(delta_HH)
         part.copy_(wide + wide @ delta_HH)
     return weight
@@ -72,27 +74,28 @@ def last_weights(
 ) -> Weights:
     """Return the weights of a module that a linear map of its output can be folded into.
 
-    A weight belongs to them if folding a random M into it turns what it contributes, c, into M c. Each one
-    found is silenced before the next is tried, so that small contributions are not lost in the rounding of
-    large ones. In the end all together must turn the output z into M z.
+    The contribution c of a weight is the output minus the output with that weight at zero. A weight is one of
+    those sought if folding a random M into it changes c to M c. It is then set to zero before the next weight
+    is tried, so that rounding of large contributions does not hide small ones. At the end, M folded into all
+    of them must change the output z to M z.
 
     Args:
-        module: a mixture of experts, or whatever writes to the stream.
-        args: what it was called with, by position.
-        kwargs: the same by name.
+        module: a mixture of experts, or another module that writes to the stream.
+        args: positional arguments of a call of the module.
+        kwargs: named arguments of that call.
         others: ids of parameters that must not change.
-        tolerance: largest relative difference of two equal outputs.
+        tolerance: largest relative difference of outputs that count as equal.
 
     Returns:
-        The weights; none, if they do not make up the output.
+        The weights; none if the output is not linear in them.
     """
 
     def out(weights: dict[str, Tensor]) -> Tensor:
-        given: Tensor = first(functional_call(module, weights, args, kwargs))
-        return given.flatten(0, -2).float()
+        output: Tensor = first(functional_call(module, weights, args, kwargs))
+        return output.flatten(0, -2).float()
 
     def folded(name: str, axis: int) -> Tensor:
-        return push(own[name].detach().clone(), axis, delta_HH)
+        return fold_in(own[name].detach().clone(), axis, delta_HH)
 
     def near(one: Tensor, other: Tensor) -> bool:
         return float((one - other).norm()) < tolerance * float(other.norm())
@@ -102,25 +105,24 @@ def last_weights(
     size = z_NH.shape[-1]
     draws = torch.randn(size, size, generator=torch.Generator().manual_seed(0)) / size**0.5
     delta_HH = draws.to(z_NH)
-    found, silent = Weights(), dict[str, Tensor]()
+    found, zeroed = Weights(), dict[str, Tensor]()
     for name, weight in own.items():
         zero = torch.zeros_like(weight)
-        given_NH = left_NH - out({**silent, name: zero})
+        contribution_NH = left_NH - out({**zeroed, name: zero})
         for axis in [axis for axis, length in enumerate(weight.shape) if length == size]:
-            if near(out({**silent, name: folded(name, axis)}) - left_NH, given_NH @ delta_HH):
-                found[name], silent[name] = axis, zero
-                left_NH = out(silent)
+            if near(out({**zeroed, name: folded(name, axis)}) - left_NH, contribution_NH @ delta_HH):
+                found[name], zeroed[name] = axis, zero
+                left_NH = out(zeroed)
                 break
-    kinds = {_kind(name): axis for name, axis in found.items()}
-    found |= {
-        name: kinds[_kind(name)] for name in own if _kind(name) in kinds
-    }  # of experts that no token chose
+    # Experts that no token is routed to contribute nothing; their weights go with those of the other experts.
+    axes = {_without_expert(name): axis for name, axis in found.items()}
+    found |= {name: axes[_without_expert(name)] for name in own if _without_expert(name) in axes}
     whole = found and near(
         out({name: folded(name, axis) for name, axis in found.items()}), z_NH + z_NH @ delta_HH
     )
     return found if whole else {}
 
 
-def _kind(name: str) -> str:
+def _without_expert(name: str) -> str:
     """Return a weight's name without the number of its expert."""
     return re.sub(r"(^|\.)\d+(?=\.)", r"\1N", name, count=1)

@@ -1,11 +1,11 @@
-"""Find the weights through which a layer writes to the residual stream last, by what they do.
+"""Find the module of a layer that writes to the residual stream last.
 
-A *writer* is a module whose output y reaches the layer's output as it is, up to a factor:
-``out = h_mid + scale * y``. Noise added to y must arrive in ``out``, and nothing else. Two kinds can be
-changed so that the stream moves by ``f @ delta``, for features f that the change leaves as they are:
+A *writer* is a module whose output y is added to the stream, times a factor: ``out = h_mid + scale * y``. It
+is found by experiment: noise that is added to y appears in ``out``, and changes nothing else. A writer has
+features f, and can be changed so that the stream moves by ``f @ delta``. There are two kinds:
 
 * a linear map: f is its input;
-* a mixture of experts, :mod:`src.repair.experts`: f is what it gives before the change.
+* a mixture of experts (:mod:`src.repair.experts`): f is its output before the change.
 
 Shapes: B batch, T tokens, H hidden, F features.
 """
@@ -32,11 +32,11 @@ from src.repair.stream import run
 
 
 class Writer(Protocol):
-    """What :func:`src.repair.fold.fold` changes.
+    """A module that :func:`src.repair.fold.fold` changes.
 
     Attributes:
         name: path of the module inside the layer.
-        constant: whether a last feature that is always 1 belongs to the features, for a bias.
+        constant: whether the last feature is the constant 1, which moves a bias.
     """
 
     @property
@@ -46,11 +46,11 @@ class Writer(Protocol):
     def constant(self) -> bool: ...
 
     def watch(self, keep: Callable[[Tensor], None]) -> RemovableHandle:
-        """Hand the features of each pass to ``keep``."""
+        """Call ``keep`` with the features of each forward pass, until the handle is removed."""
         ...
 
     def add(self, delta_FH: Tensor) -> None:
-        """Move the layer's output by ``f @ delta``."""
+        """Change the weights so that the layer's output moves by ``f @ delta``."""
         ...
 
 
@@ -80,16 +80,16 @@ class Linear:
 
 @dataclass(frozen=True)
 class Call:
-    """What a module was given last, and what it gave."""
+    """The arguments and the output of a module's last call."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     out: Any
 
-    def gives(self, numel: int) -> bool:
-        """Return whether its output, or the head of it, is a tensor of so many numbers."""
-        head = self.out[0] if isinstance(self.out, tuple | list) and self.out else self.out
-        return torch.is_tensor(head) and head.numel() == numel
+    def has_size(self, numel: int) -> bool:
+        """Return whether the output, or the first entry of a tuple, is a tensor of ``numel`` entries."""
+        tensor = self.out[0] if isinstance(self.out, tuple | list) and self.out else self.out
+        return torch.is_tensor(tensor) and tensor.numel() == numel
 
 
 @torch.no_grad()
@@ -98,19 +98,19 @@ def stream_writer(model: PreTrainedModel, index: int, batch: Batch) -> Writer:
 
     Args:
         model: the cut model.
-        index: the layer.
-        batch: rows to try it on; the first is taken.
+        index: number of the layer.
+        batch: rows, of which the first serves for the experiment.
 
     Raises:
-        ConfigError: the layer has neither, because a norm stands in between, or because its experts add what
-            their weights have no part in, such as their own input.
+        ConfigError: the layer has neither. Either a norm follows its last linear map, or its experts add
+            something that is not linear in their weights, such as their own input.
     """
     layers = decoder_layers(model)[1]
     layer, others = layers[index], {id(p) for i, m in enumerate(layers) if i != index for p in m.parameters()}
     tolerance = TOLERANCE[str(model.dtype).removeprefix("torch.")]
     calls = _calls(model, layer, {key: value[:1] for key, value in batch.items()})
     out_BTH = first(calls[""].out)
-    names = reversed([name for name, call in calls.items() if name and call.gives(out_BTH.numel())])
+    names = reversed([name for name, call in calls.items() if name and call.has_size(out_BTH.numel())])
     modules = {name: layer.get_submodule(name) for name in names}
     linears = {name: m for name, m in modules.items() if isinstance(m, nn.Linear | Conv1D)}
     for name, module in linears.items():
@@ -132,12 +132,12 @@ def stream_writer(model: PreTrainedModel, index: int, batch: Batch) -> Writer:
 
 
 def _calls(model: PreTrainedModel, layer: nn.Module, batch: Batch) -> dict[str, Call]:
-    """Return the last call of each module that has weights, in order of their ends; "" is the layer."""
+    """Return the last call of each module that has weights, in the order of their ends; "" is the layer."""
     calls: dict[str, Call] = {}
 
     def record(name: str) -> Callable[..., None]:
         def hook(_: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
-            calls.pop(name, None)  # the order is that of the last calls
+            calls.pop(name, None)  # so that the order is that of the last calls
             calls[name] = Call(args, kwargs, out)
 
         return hook
@@ -151,13 +151,13 @@ def _calls(model: PreTrainedModel, layer: nn.Module, batch: Batch) -> dict[str, 
 
 
 def _scale(layer: nn.Module, calls: dict[str, Call], name: str, tolerance: float) -> float | None:
-    """Return the factor with which what a module gives reaches the layer's output; None if it does not."""
+    """Return the factor with which a module's output is added to the layer's output; None if it is not."""
     call, out_BTH = calls[""], first(calls[""].out)
     noise_BTH = torch.randn(out_BTH.shape, generator=torch.Generator().manual_seed(0)).to(out_BTH)
     noise_BTH *= out_BTH.std()
     shaped = noise_BTH.view(first(calls[name].out).shape)
     hook = layer.get_submodule(name).register_forward_hook(
-        lambda _m, _a, given: with_first(given, first(given) + shaped)
+        lambda _m, _a, output: with_first(output, first(output) + shaped)
     )
     try:
         moved_BTH = (first(layer(*call.args, **call.kwargs)) - out_BTH).float()

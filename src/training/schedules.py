@@ -1,4 +1,7 @@
-"""Schedules are pure functions of progress in [0, 1], so that resuming needs no counters."""
+"""Schedules of a run: pure functions of its progress in [0, 1].
+
+Progress follows from the trainer's step and the tokens seen, so a resumed run needs no counter of its own.
+"""
 
 from __future__ import annotations
 
@@ -16,13 +19,13 @@ Decay = Literal["cosine", "linear", "constant"]
 
 
 def warmup_decay(progress: float, warmup: float, final: float, shape: Decay) -> float:
-    """Learning-rate factor: a linear rise over ``warmup``, then a decay from 1 to ``final``.
+    """Return the factor on the learning rate: it rises linearly from 0 to 1, then decays to ``final``.
 
     Args:
         progress: share of the run that is done, in [0, 1].
-        warmup: share of the run spent rising from 0 to 1.
-        final: factor reached at the end.
-        shape: form of the decay.
+        warmup: share of the run during which the factor rises.
+        final: factor at the end of the run.
+        shape: form of the decay; with ``constant`` the factor stays 1.
     """
     if progress < warmup:
         return progress / warmup
@@ -34,7 +37,7 @@ def warmup_decay(progress: float, warmup: float, final: float, shape: Decay) -> 
 
 
 def interpolate(progress: float, start: float, end: float, shape: Literal["linear", "exponential"]) -> float:
-    """Return the value at ``progress`` on the way from ``start`` to ``end``."""
+    """Return the value between ``start`` and ``end`` at a progress, which is clipped to [0, 1]."""
     progress = min(1.0, max(0.0, progress))
     if shape == "linear":
         return start + (end - start) * progress
@@ -42,10 +45,10 @@ def interpolate(progress: float, start: float, end: float, shape: Literal["linea
 
 
 def total_steps(trainer: Trainer) -> float:
-    """Optimiser steps of the run; infinite if only ``data.max_tokens`` ends it.
+    """Return the number of optimiser steps of the run; infinity if only ``data.max_tokens`` ends it.
 
     Raises:
-        ConfigError: the run has no known end, as a streamed corpus has no length.
+        ConfigError: nothing ends the run, because a streamed corpus has no length.
     """
     steps = trainer.estimated_stepping_batches
     if 0 < steps < math.inf:
@@ -59,7 +62,10 @@ def total_steps(trainer: Trainer) -> float:
 
 
 def share_done(trainer: Trainer, steps: float, total: float) -> float:
-    """Share of the run that is done: its steps of ``total``, or its tokens of ``data.max_tokens`` if more."""
+    """Return the share of the run that is done, in [0, 1].
+
+    It is the larger of two shares: ``steps`` of ``total``, and the tokens seen of ``data.max_tokens``.
+    """
     data, tokens = data_of(trainer), 0.0
     if isinstance(data, Metered) and data.max_tokens:
         tokens = data.tokens_seen / data.max_tokens
@@ -67,7 +73,7 @@ def share_done(trainer: Trainer, steps: float, total: float) -> float:
 
 
 def with_warmup(optimizer: Optimizer, trainer: Trainer, warmup: float, final: float, shape: Decay) -> Any:
-    """What ``configure_optimizers`` returns: the optimiser under :func:`warmup_decay`, step by step."""
+    """Return what ``configure_optimizers`` may: an optimiser whose rate follows :func:`warmup_decay`."""
     total = total_steps(trainer)
 
     def factor(step: int) -> float:

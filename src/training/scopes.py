@@ -1,4 +1,4 @@
-"""What trains in a cut model; and the plain model that a checkpoint of its training holds."""
+"""Scopes: which weights of a cut model train; and the plain model in a checkpoint of that training."""
 
 from __future__ import annotations
 
@@ -17,24 +17,29 @@ from src.training import checkpoints
 Scope = Literal["full", "cut_adjacent", "lora"]
 
 
-def same_layers(recovery: dict[str, Any], mask: Mask) -> None:
-    """Refuse a checkpoint of other layers: cuts of one depth have the same shapes, so shapes cannot tell.
+def check_units(recovery: dict[str, Any], mask: Mask) -> None:
+    """Refuse a checkpoint of another mask. Shapes do not show that: cuts of one depth share them.
+
+    Args:
+        recovery: the record of the recovery in a checkpoint: its kept units, and their kind.
+        mask: the mask that is given.
 
     Raises:
-        ConfigError: names both sets of layers.
+        ConfigError: the checkpoint was trained with other units; the message names both sets.
     """
-    if (tuple(recovery["keep"]), recovery.get("unit", "layer")) != (mask.keep, mask.unit):
+    keep, unit = tuple(recovery["keep"]), recovery.get("unit", "layer")
+    if (keep, unit) != (mask.keep, mask.unit):
         raise ConfigError(
-            f"checkpoint: it does not fit the mask: it was trained with {recovery.get('unit', 'layer')}s "
-            f"{list(recovery['keep'])}, "
-            f"the mask keeps {list(mask.keep)}. Give the mask it was trained with."
+            f"checkpoint: it was trained with {unit}s {list(keep)}, but the mask keeps {mask.unit}s "
+            f"{list(mask.keep)}. Give the mask that it was trained with."
         )
 
 
 def cut_adjacent(mask: Mask) -> set[int]:
-    """Positions, in the cut model, of the blocks on both sides of each cut (CLP, arXiv 2510.23652).
+    """Return the positions, in the cut model, of the layers next to removed ones (CLP, arXiv 2510.23652).
 
-    A recombined block has a cut inside, between its halves.
+    They lie before or behind a gap, or at an end of the model where layers were removed. A recombined layer,
+    whose halves come from two layers of the parent, is one of them too.
     """
     near = {i for gap in mask.gaps for i in (gap, gap + 1)}
     pairs = enumerate(zip(mask.attention, mask.feed_forward, strict=True))
@@ -47,7 +52,7 @@ def cut_adjacent(mask: Mask) -> set[int]:
 
 
 def scoped(student: PreTrainedModel, mask: Mask, scope: Scope, rank: int) -> PreTrainedModel:
-    """Mark what trains in the cut model.
+    """Return the cut model with the weights of a scope trained, the others frozen.
 
     Raises:
         ConfigError: ``lora`` is asked and peft is not installed.
@@ -66,7 +71,7 @@ def recompute(student: PreTrainedModel) -> None:
     """Recompute the layers of a model in the backward pass.
 
     Raises:
-        ConfigError: the family does not offer it.
+        ConfigError: transformers does not offer it for this family.
     """
     try:
         student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -78,23 +83,26 @@ def recompute(student: PreTrainedModel) -> None:
 
 
 def narrower(stored: torch.dtype, trained: torch.dtype) -> bool:
-    """Whether weights that were ``trained`` in one type are rounded when ``stored`` in another."""
+    """Return whether weights that were ``trained`` in one type are rounded when ``stored`` in another."""
     return trained.is_floating_point and torch.promote_types(stored, trained) != stored
 
 
 def load_student(parent: PreTrainedModel, mask: Mask, checkpoint: str) -> PreTrainedModel:
-    """The recovered model as a plain one: the cut parent with a checkpoint's weights, adapters merged.
+    """Return the recovered model as a plain one: the cut parent with a checkpoint's weights, adapters merged.
 
-    The checkpoint may be a file, or a directory that ranks wrote in parts
-    (:mod:`src.training.checkpoints`). Where the
-    parent's type cannot hold what was trained, the model is in float32: nothing is rounded here.
+    Nothing is rounded: if the parent's type cannot hold the trained weights, the model is in float32.
+
+    Args:
+        parent: the model that the mask belongs to.
+        mask: the mask of the recovery.
+        checkpoint: a file, or a directory that ranks wrote in parts (:mod:`src.training.checkpoints`).
 
     Raises:
         ConfigError: the checkpoint is unreadable, not of a recovery, or of another mask.
     """
     try:
         recovery = checkpoints.record(checkpoint)["recovery"]
-        same_layers(recovery, mask)
+        check_units(recovery, mask)
         scope, rank = recovery["scope"], recovery["rank"]
         state = {k.removeprefix("model."): v for k, v in checkpoints.weights(checkpoint).items()}
         student = scoped(cut(parent, mask), mask, scope, rank)

@@ -1,6 +1,6 @@
-"""Lightning's sharding strategies, told by the model which layers to shard; for ``configs/strategy/``.
+"""Lightning's sharding strategies, for the overlays in ``configs/strategy/``.
 
-No class of a layer is named anywhere: the layers are the one list that :mod:`src.models.layers` finds.
+A strategy shards the decoder layers that :mod:`src.models.layers` finds, so no config names a class of layer.
 """
 
 from __future__ import annotations
@@ -41,21 +41,24 @@ if TYPE_CHECKING:
 
 
 def kind(strategy: Strategy) -> str:
-    """What a strategy does to a model: ``single``, ``ddp``, ``fsdp``, ``fsdp2`` or ``deepspeed``."""
+    """Return the kind of a strategy: ``single``, ``ddp``, ``fsdp``, ``fsdp2`` or ``deepspeed``."""
     kinds = {
         ModelParallelStrategy: "fsdp2",
         FSDPStrategy: "fsdp",
         DeepSpeedStrategy: "deepspeed",
         DDPStrategy: "ddp",
     }
-    return next((name for family, name in kinds.items() if isinstance(strategy, family)), "single")
+    return next((name for base, name in kinds.items() if isinstance(strategy, base)), "single")
 
 
 def check_installed(strategy: Any) -> None:
-    """Ask a strategy, as a config names it, whether what it needs is installed, before it is built.
+    """Refuse a strategy whose engine is not installed, before the strategy is built.
+
+    Args:
+        strategy: the value of ``trainer.strategy`` in a config.
 
     Raises:
-        ConfigError: it is not.
+        ConfigError: the engine is not installed; the message names its extra.
     """
     if "class_path" in strategy:
         module, _, name = strategy.class_path.rpartition(".")
@@ -63,7 +66,9 @@ def check_installed(strategy: Any) -> None:
 
 
 SHARDED = ("fsdp", "fsdp2", "deepspeed")
-NO_PARTS = "the bytes of 8- and 4-bit weights cannot be sharded"
+"""Kinds of strategy that divide weights among the ranks."""
+UNSHARDABLE = "the bytes of 8- and 4-bit weights cannot be sharded"
+"""The reason in refusals of quantised weights under such a strategy."""
 
 
 def check_quantised(trainer: Trainer, quantize: str | None, name: str = "FSDP") -> None:
@@ -74,7 +79,7 @@ def check_quantised(trainer: Trainer, quantize: str | None, name: str = "FSDP") 
     """
     if quantize and kind(trainer.strategy) in SHARDED:
         raise ConfigError(
-            f"model.quantize: '{quantize}' with {name}: {NO_PARTS}. Keep one copy on each rank with "
+            f"model.quantize: '{quantize}' with {name}: {UNSHARDABLE}. Keep one copy on each rank with "
             f"configs/strategy/ddp.yaml, or set it to null."
         )
 
@@ -95,10 +100,10 @@ def check_device(trainer: Trainer) -> None:
 
 
 def check_checkpoint(trainer: Trainer, path: Any) -> None:
-    """Refuse a checkpoint that cannot be read, here or at all: some take files, some directories of parts.
+    """Refuse a checkpoint that this strategy cannot read: some read files, others directories of parts.
 
     Raises:
-        ConfigError: names the alternative.
+        ConfigError: it does not exist, is damaged, or was written by a strategy of another form.
     """
     if path is None or path == "last" or "://" in str(path):
         return
@@ -126,55 +131,59 @@ def check_checkpoint(trainer: Trainer, path: Any) -> None:
 
 
 class FSDP2(ModelParallelStrategy):
-    """FSDP2: every process holds a part of every layer; the modules shard themselves in ``configure_model``.
+    """Runs FSDP2: every rank holds a part of every layer. Modules shard themselves in ``configure_model``.
 
     Args:
-        save_distributed_checkpoint: each process writes its part into a directory; or one whole file.
+        save_distributed_checkpoint: whether each rank writes its part into a directory, or one rank a whole
+            file.
     """
 
     def __init__(self, save_distributed_checkpoint: bool = True) -> None:
         super().__init__(tensor_parallel_size=1, save_distributed_checkpoint=save_distributed_checkpoint)
 
     def setup_environment(self) -> None:
-        """One mesh of all processes; Lightning's own choice is one of the nodes."""
+        """Make one mesh of all ranks; Lightning's default size is the number of nodes."""
         self._data_parallel_size = self.num_nodes * self.num_processes
         super().setup_environment()
 
     @property
-    def _saver(self) -> type[Strategy]:
-        """Whose checkpoints are written: plain files where nothing that is trained is in parts (a search)."""
-        parts = any(isinstance(p, DTensor) for p in cast(nn.Module, self.lightning_module).parameters())
-        return ModelParallelStrategy if parts else ParallelStrategy
+    def _checkpoints(self) -> type[Strategy]:
+        """Return the class whose checkpoints are read and written.
+
+        They are plain files where no trained parameter is sharded, as in a search.
+        """
+        sharded = any(isinstance(p, DTensor) for p in cast(nn.Module, self.lightning_module).parameters())
+        return ModelParallelStrategy if sharded else ParallelStrategy
 
     @property
     def lightning_restore_optimizer(self) -> bool:
-        return self._saver is ParallelStrategy
+        return self._checkpoints is ParallelStrategy
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        return self._saver.lightning_module_state_dict(self)
+        return self._checkpoints.lightning_module_state_dict(self)
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        return self._saver.optimizer_state(self, optimizer)
+        return self._checkpoints.optimizer_state(self, optimizer)
 
     def save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        self._saver.save_checkpoint(self, *args, **kwargs)
+        self._checkpoints.save_checkpoint(self, *args, **kwargs)
 
     def load_checkpoint(self, checkpoint_path: _PATH, weights_only: bool | None = None) -> dict[str, Any]:
         with checkpoints.reading(checkpoint_path):
-            return self._saver.load_checkpoint(self, checkpoint_path, weights_only=True)
+            return self._checkpoints.load_checkpoint(self, checkpoint_path, weights_only=True)
 
     def load_model_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self._saver.load_model_state_dict(self, *args, **kwargs)
+        self._checkpoints.load_model_state_dict(self, *args, **kwargs)
 
     def load_optimizer_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self._saver.load_optimizer_state_dict(self, *args, **kwargs)
+        self._checkpoints.load_optimizer_state_dict(self, *args, **kwargs)
 
 
 class FSDP(FSDPStrategy):
-    """The first FSDP, a unit for each decoder layer.
+    """Runs the first FSDP, with each decoder layer wrapped on its own.
 
     Args:
-        sharded_checkpoint: each process writes its part into a directory; or one whole file.
+        sharded_checkpoint: whether each rank writes its part into a directory, or one rank a whole file.
         kwargs: of :class:`lightning.pytorch.strategies.FSDPStrategy`.
     """
 
@@ -187,12 +196,12 @@ class FSDP(FSDPStrategy):
 
     @property
     def mixed_precision_config(self) -> MixedPrecision | None:
-        """As Lightning's, but rotary frequencies and sums over ranks stay in float32."""
+        """Lightning's choice, but buffers (rotary frequencies) and sums over ranks stay in float32."""
         config = super().mixed_precision_config
         return config and replace(config, buffer_dtype=torch.float32, reduce_dtype=torch.float32)
 
     def setup(self, trainer: Trainer) -> None:
-        """Set up, and let gradients be clipped by their norm over all ranks, which the root unit knows."""
+        """Set up, and clip gradients by their norm over all ranks, which the root wrapper computes."""
         super().setup(trainer)
         root = cast("FullyShardedDataParallel", self.model)
 
@@ -204,14 +213,14 @@ class FSDP(FSDPStrategy):
     def _setup_model(self, model: nn.Module) -> nn.Module:
         from torch.distributed.fsdp.wrap import CustomPolicy
 
-        networks = (part for part in model.modules() if isinstance(part, PreTrainedModel))
-        units = {id(layer) for layer in decoder_layers(next(networks))[1]}
-        self.kwargs["auto_wrap_policy"] = CustomPolicy(lambda part: id(part) in units)
+        networks = (module for module in model.modules() if isinstance(module, PreTrainedModel))
+        layers = {id(layer) for layer in decoder_layers(next(networks))[1]}
+        self.kwargs["auto_wrap_policy"] = CustomPolicy(lambda module: id(module) in layers)
         return super()._setup_model(model)
 
 
 class ZeRO(DeepSpeedStrategy):
-    """DeepSpeed's ZeRO. Models are loaded whole, then sharded by the engine.
+    """Runs DeepSpeed's ZeRO. A model is loaded whole on every rank, then sharded by the engine.
 
     Args:
         stage: 2 shards gradients and optimiser states, 3 the weights too.
@@ -221,12 +230,12 @@ class ZeRO(DeepSpeedStrategy):
     @checked
     def __init__(self, stage: Annotated[int, Range(int, 1, 3)] = 2, **kwargs: Any) -> None:
         super().__init__(stage=stage, **kwargs)
-        # With its state in the host's memory DeepSpeed would insist on an optimiser of its own.
+        # With the optimiser's state in the host's memory, DeepSpeed refuses all optimisers but its own.
         cast(dict[str, Any], self.config).setdefault("zero_force_ds_cpu_optimizer", False)
 
     @staticmethod
     def check_installed() -> None:
-        """Called by the command line, which could not tell a constructor's reason from other faults.
+        """Refuse where DeepSpeed is not installed; the parser would hide this message in a constructor's.
 
         Raises:
             ConfigError: DeepSpeed is not installed.
@@ -239,7 +248,7 @@ class ZeRO(DeepSpeedStrategy):
 
     @contextmanager
     def model_sharded_context(self) -> Iterator[None]:
-        """Nothing: weights that are partitioned as they are made cannot be loaded from files."""
+        """Shard nothing yet: weights that are sharded as they are created cannot be loaded from files."""
         self._init_config_if_needed()
         yield
 
@@ -248,7 +257,7 @@ class ZeRO(DeepSpeedStrategy):
             return super().load_checkpoint(checkpoint_path, weights_only=True)
 
     def setup(self, trainer: Trainer) -> None:
-        """Set up; rotary frequencies and a cache's log-probabilities keep their precision."""
+        """Set up, and keep rotary frequencies and a cache's log-probabilities in their own precision."""
         self.precision_plugin.convert_input = lambda data: data  # type: ignore[method-assign]  # of this object
         buffers = {name: x.clone() for name, x in cast(nn.Module, self.model).named_buffers()}
         super().setup(trainer)
@@ -259,10 +268,10 @@ class ZeRO(DeepSpeedStrategy):
             self._keep_whole(cast(Headed, module).head.linear)
 
     def _keep_whole(self, linear: nn.Module) -> None:
-        """Keep the output head in one piece on each rank, and its calls out of the engine's sight.
+        """Keep the output head whole on each rank, without the engine's hooks.
 
-        The loss calls it for a chunk of tokens at a time, and ranks have different numbers of chunks:
-        gathering the head for each would leave ranks waiting for one another for ever.
+        The loss calls the head for a chunk of tokens at a time, and ranks have different numbers of chunks.
+        If each call gathered the head from all ranks, some ranks would wait for ever.
         """
         weights: list[Any] = [*linear.parameters()]
         for hooks in (linear._forward_pre_hooks, linear._forward_hooks):

@@ -1,4 +1,4 @@
-"""Lightning's trainer, changed so that checkpoints are whole and a resumed run still writes its result."""
+"""Lightning's trainer with atomic checkpoints; a run resumed at its last step still writes its result."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from src.training.checkpoints import SafeCheckpointIO
 
 
 class Trainer(lightning.Trainer):
-    """The trainer of every run of the command line.
+    """Trains, validates and predicts for every verb of Lightning's command line.
 
-    It leaves SIGTERM to the command line: Lightning's own answer ends a run with status 0, and starts a
-    collective within a signal handler. Its answer to SLURM's requeue signal stays.
+    SIGTERM is handled by :mod:`src.training.stopping`, because Lightning's own handler ends a run with status
+    0 and starts a collective inside a signal handler. Its handler of SLURM's requeue signal stays.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -36,7 +36,7 @@ class Trainer(lightning.Trainer):
     def save_checkpoint(
         self, filepath: _PATH, weights_only: bool | None = None, storage_options: Any | None = None
     ) -> None:
-        """Write a checkpoint, a file or a directory of parts; the one before stays until this one is whole.
+        """Write a checkpoint, a file or a directory of parts, which replaces the last one only when complete.
 
         Raises:
             ConfigError: it cannot be written.
@@ -48,26 +48,27 @@ class Trainer(lightning.Trainer):
             super().save_checkpoint(stage, weights_only, storage_options)
 
     def _run_stage(self) -> Any:
-        """Run; a fit that is resumed at its last step still does what comes after it, such as hardening.
+        """Run the stage, and end a fit that was resumed at its last step as any other fit ends.
 
-        Lightning skips that, and a run that was killed between its last step and its result would have none.
+        Lightning skips the end of such a fit. A run that is killed between its last step and its result, such
+        as the hardened mask, would never have that result.
         """
         result = super()._run_stage()
-        if self.state.fn == TrainerFn.FITTING and self.fit_loop.restarting:  # so it had nothing to do
+        if self.state.fn == TrainerFn.FITTING and self.fit_loop.restarting:  # no step was left to do
             for saver in self.checkpoint_callbacks:
                 if isinstance(saver, LastCheckpoint):
-                    saver.save(self)  # where this run keeps its own
+                    saver.save(self)  # in the directory of this run, not of the one it resumes
             self.fit_loop.on_run_end()
         return result
 
 
 @contextmanager
 def _whole(path: Path, strategy: Strategy) -> Iterator[Path]:
-    """The temporary name under which all ranks write a checkpoint, which then takes the place of ``path``."""
+    """Give all ranks a temporary path to write a checkpoint to, which is then renamed to ``path``."""
     try:
         if strategy.is_global_zero:
             path.parent.mkdir(parents=True, exist_ok=True)
-            sweep(path.parent)  # which one run alone writes to
+            sweep(path.parent)  # only this run writes there
         stage = Path(strategy.broadcast(str(beside(path, "partial"))))
         try:
             yield stage
@@ -87,7 +88,10 @@ def _whole(path: Path, strategy: Strategy) -> Iterator[Path]:
 
 
 def _disk_fault(error: BaseException | None) -> OSError | None:
-    """The fault of the file system behind an error: writers of PyTorch wrap it, or stumble over it later."""
+    """Return the file system's error behind an exception, or None.
+
+    PyTorch's writers wrap it in one of their own, or raise another while they handle it.
+    """
     while error is not None and not isinstance(error, OSError):
         failures = list(error.failures.values()) if isinstance(error, CheckpointException) else []
         error = failures[0][0] if failures else error.__cause__ or error.__context__

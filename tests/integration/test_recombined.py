@@ -62,7 +62,7 @@ def test_a_recombined_cut_is_recovered_exported_and_reported(
     keys = {
         "trainer.max_steps": 2, "model.init_args.mask": mask_file, "model.init_args.scope": scope,
         "model.init_args.lora_rank": 2,
-        "model.init_args.terms": "[{term: {class_path: src.losses.HiddenStates, init_args: {layers: cuts}}}]",
+        "model.init_args.terms": "[{term: {class_path: src.losses.HiddenStates, init_args: {layers: gaps}}}]",
     }  # fmt: skip
     run(["fit", "--config", "configs/recover/entropy_kd.yaml", *arguments(tmp_path, corpus_file, **keys)])
     checkpoint, out = tmp_path / "recover" / "run" / "checkpoints" / "last.ckpt", tmp_path / "out"
@@ -107,4 +107,4 @@ def test_a_checkpoint_of_halves_fits_no_mask_of_layers(
             ["export", "--mask", str(other), "--checkpoint", str(checkpoint), "--out", str(tmp_path / "out")]
         )
     assert ended.value.code == 2
-    assert "does not fit the mask" in capsys.readouterr().err
+    assert "Give the mask that it was trained with" in capsys.readouterr().err

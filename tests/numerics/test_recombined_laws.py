@@ -92,7 +92,7 @@ def test_whole_layers_are_the_masks_that_do_not_recombine() -> None:
 def test_only_layers_whose_output_is_kept_learn_hidden_states() -> None:
     mask = half_mask(KEEP)
     assert HiddenStates().pairs(mask) == ((0, 0), (1, 1), (2, 3), (3, 5), (4, 6))
-    assert HiddenStates("cuts").pairs(mask) == ((3, 5),)
+    assert HiddenStates("gaps").pairs(mask) == ((3, 5),)
     assert HiddenStates([3, -1]).pairs(mask) == ((2, 3), (4, 6))
     with pytest.raises(ConfigError, match=r"some of \[0, 1, 3, 4, 6\]"):
         HiddenStates([2]).pairs(mask)  # only its attention is kept

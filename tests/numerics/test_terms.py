@@ -117,7 +117,7 @@ def test_it_is_zero_where_student_and_parent_are_one(family: str) -> None:
     ("layers", "pairs"),
     [
         ("all", ((0, 1), (1, 2), (2, 4), (3, 5))),  # keep 0 2 3 5 of 6: before 1, 2, 4 and the norm
-        ("cuts", ((0, 1), (2, 4))),
+        ("gaps", ((0, 1), (2, 4))),
         ([2, -1], ((1, 2), (3, 5))),
     ],
 )
@@ -126,7 +126,7 @@ def test_targets_lie_behind_the_gaps(layers: Any, pairs: Any, mask_file: str) ->
 
 
 def test_a_removed_tail_is_a_gap() -> None:
-    assert HiddenStates("cuts").pairs(Mask("m", 6, (0, 1, 2), "x")) == ((2, 5),)
+    assert HiddenStates("gaps").pairs(Mask("m", 6, (0, 1, 2), "x")) == ((2, 5),)
 
 
 def test_padding_and_packing_change_nothing(mask_file: str, rows: Batch) -> None:
