@@ -7,13 +7,20 @@ from pathlib import Path
 from typing import Any
 
 from lightning import Callback, LightningModule, Trainer
+from safetensors.torch import save_file
 
-from src.files import write_json
+from src.data.distinct import Distinct
+from src.files import whole, write_json
 from src.mask import git_sha
+from src.training.ranks import from_all
 
 
 class StageRecord(Callback):
-    """Writes ``{"tokens", "seconds", "steps", "history"}`` when a stage ends.
+    """Writes ``{"tokens", "distinct_tokens", "seconds", "steps", "history"}`` when a stage ends.
+
+    Tokens are those processed, each time that a row is read. Distinct tokens are those of the rows, read once
+    or often; the names of the rows lie beside it in ``record.rows.safetensors``, so that rows that two
+    stages share count once.
 
     Args:
         path: the JSON file; None is ``record.json`` in the run's log directory.
@@ -34,16 +41,20 @@ class StageRecord(Callback):
             self.history.append((trainer.global_step, float(value)))
 
     def on_fit_end(self, trainer: Trainer, module: LightningModule) -> None:
-        path = self.path or Path(trainer.log_dir or ".") / "record.json"  # log_dir asks all ranks
+        path = Path(self.path or Path(trainer.log_dir or ".") / "record.json")  # log_dir asks all ranks
+        read = Distinct().unite(from_all(module.read.sample))
         if trainer.interrupted or not trainer.is_global_zero:
             return
         record = {
             "tokens": module.tokens,
+            "distinct_tokens": read.tokens,
             "seconds": time.monotonic() - self._since,
             "steps": trainer.global_step,
             "history": self.history,
             "commit": git_sha(),
         }
+        with whole(path.with_suffix(".rows.safetensors")) as partial:
+            save_file({"rows": read.sample}, partial)
         write_json(path, record)
 
     def state_dict(self) -> dict[str, Any]:

@@ -172,9 +172,14 @@ def row_ids(batch: Batch) -> list[int]:
     names = []
     for b, ids in enumerate(batch["input_ids"].cpu()):
         kept = ids[batch["attention_mask"][b].cpu().bool()] if "attention_mask" in batch else ids
-        digest = hashlib.blake2b(kept.numpy().astype("<i8").tobytes(), digest_size=8).digest()
-        names.append(int.from_bytes(digest, "little", signed=True))
+        names.append(name_of(kept))
     return names
+
+
+def name_of(ids_T: Tensor) -> int:
+    """A stable signed 64-bit name of some tokens: a hash."""
+    digest = hashlib.blake2b(ids_T.numpy().astype("<i8").tobytes(), digest_size=8).digest()
+    return int.from_bytes(digest, "little", signed=True)
 
 
 def _divide(rows: list[list[TokenRow]], size: int, rng: random.Random | None) -> list[list[list[TokenRow]]]:

@@ -9,7 +9,7 @@ import io
 import json
 import lzma
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -57,19 +57,29 @@ register()  # zstd and LZ4
 
 
 def read_files(
-    files: list[tuple[int, str]], share: int, shares: int, format: Format | None = None
+    files: Iterable[tuple[int, str]],
+    share: int,
+    shares: int,
+    format: Format | None = None,
+    most: int | None = None,
 ) -> Iterator[Row]:
     """Yield every ``shares``-th row of numbered files, each with its ``WHERE``.
+
+    The reading ends after ``most`` rows of all shares together, if that is given.
 
     Raises:
         ConfigError: a file is empty or damaged, or a row is not what its format promises; names
             both.
     """
+    read = 0
     for number, file in files:
         rows, parse = _READERS[format or _format(file)]
         last = 0
         try:
             for nth, (last, raw) in enumerate(rows(file), start=1):  # rows count, blank lines do not
+                if read == most:
+                    return
+                read += 1
                 if (number + nth) % shares == share:
                     row = parse(raw)
                     if not isinstance(row, dict):

@@ -53,6 +53,10 @@ def _source(part: dict[str, Any] | Source, key: str) -> Source:
     for name in ("path", "split", "name"):
         if not isinstance(value := getattr(source, name), str) and (name == "path" or value is not None):
             raise ConfigError(f"{key}: '{name}' of a part of the mixture is {value!r}; expected text.")
+    if source.rows is not None and (type(source.rows) is not int or source.rows < 1):
+        raise ConfigError(
+            f"{key}: '{source.path}' has rows {source.rows!r}; accepted: a whole number above 0, or null."
+        )
     if not source.path.strip():
         raise ConfigError(f"{key}: a path is empty; name a file, a pattern, a directory or a Hub id.")
     if source.format not in (None, *get_args(Format)):

@@ -44,6 +44,7 @@ class Source:
             starts again, and the epoch ends when each part has been read to its end.
         split: split of a Hub or saved dataset; None is the only one that it has.
         name: configuration of a Hub dataset.
+        rows: read so many of its first rows only, in every epoch; None reads all.
         format: format of the files where the suffix does not tell; ``lines`` (the meaning of
             ``.txt``) makes a document of each line, ``text`` of each file.
     """
@@ -52,6 +53,7 @@ class Source:
     weight: float | None = None
     split: str | None = None
     name: str | None = None
+    rows: int | None = None
     format: Format | None = None
 
 
@@ -66,18 +68,25 @@ def open_source(source: Source, share: int, shares: int) -> IterableDataset:
     files = find_files(source)
     if files is None and Path(source.path).is_dir():
         open_saved(source.path, source.split)  # complains now rather than at the first row
-        saved = {"path": source.path, "split": source.split, "share": share, "shares": shares}
-        return IterableDataset.from_generator(read_saved, gen_kwargs=saved)
+        saved = {"path": source.path, "split": source.split, "rows": source.rows}
+        dealt = {"share": share, "shares": shares}
+        return IterableDataset.from_generator(read_saved, gen_kwargs={**saved, **dealt})
     if files is None:
-        return split_dataset_by_node(_hub(source), rank=share, world_size=shares)
-    if len(files) % shares == 0:
+        data = _hub(source) if source.rows is None else _hub(source).take(source.rows)
+        return split_dataset_by_node(data, rank=share, world_size=shares)
+    if len(files) % shares == 0 and source.rows is None:
         files, share, shares = files[share::shares], 0, 1
-    keys = {"files": list(enumerate(files)), "share": share, "shares": shares}
-    return IterableDataset.from_generator(read_files, gen_kwargs={**keys, "format": source.format})
+    # Of a list each entry is read on its own; what counts rows over all files wants them together.
+    together = list if source.rows is None else tuple
+    keys = {"files": together(enumerate(files)), "share": share, "shares": shares}
+    keys |= {"format": source.format, "most": source.rows}
+    return IterableDataset.from_generator(read_files, gen_kwargs=keys)
 
 
-def read_saved(path: str, split: str | None, share: int, shares: int) -> Iterator[Row]:
-    """Yield every ``shares``-th row of a saved dataset, each with its ``WHERE``.
+def read_saved(
+    path: str, split: str | None, share: int, shares: int, rows: int | None = None
+) -> Iterator[Row]:
+    """Yield every ``shares``-th row of a saved dataset (of its first ``rows``), each with its ``WHERE``.
 
     Raises:
         ConfigError: it is empty, or a row cannot be read; names both.
@@ -85,7 +94,7 @@ def read_saved(path: str, split: str | None, share: int, shares: int) -> Iterato
     data = open_saved(path, split)
     if not len(data):
         raise ConfigError(f"{path} is empty; a corpus holds at least one document.")
-    for number in range(share, len(data), shares):
+    for number in range(share, min(len(data), rows or len(data)), shares):
         try:
             row = data[number]
         except UNREADABLE as e:

@@ -11,6 +11,7 @@ from lightning import Trainer
 from torch import Tensor, nn
 
 from src.data.batches import Batch, Supervised, real, real_tokens
+from src.data.distinct import Distinct
 from src.errors import ConfigError
 from src.losses.distill import Distillation
 from src.losses.signals import Signal
@@ -25,6 +26,7 @@ class Measured(Protocol):
     """The module whose model a probe measures."""
 
     tokens: int
+    read: Distinct
     calibration_batches: int
     num_layers: int
     gates: Gates
@@ -78,6 +80,7 @@ class CalibrationProbe:
         for number, batch in enumerate(search.data.val_dataloader()):
             if number == search.calibration_batches:
                 break
+            search.read.add(batch)
             batch = search.transfer_batch_to_device(batch, search.device, 0)
             rows = Supervised.of(batch)
             self.rows.append((rows, search.teacher_signal(rows)))

@@ -65,7 +65,8 @@ ROWS: tuple[tuple[str, str, Callable[[Record], str]], ...] = (
     ("held-out KL, nats", "kl", lambda m: f"{m['kl']:.4f}"),
     ("top-1 agreement", "agreement", lambda m: f"{m['agreement']:.2%}"),
     ("perplexity", "perplexity", lambda m: f"{m['perplexity']:.3f}"),
-    ("tokens spent", "tokens", lambda m: tokens_text(m["tokens"])),
+    ("distinct tokens read", "distinct_tokens", lambda m: tokens_text(m["distinct_tokens"])),
+    ("tokens processed", "tokens", lambda m: tokens_text(m["tokens"])),
     ("seconds spent", "seconds", lambda m: f"{m['seconds']:,.0f}"),
     ("prefill, tokens/s", "prefill", _speed("prefill")),
     ("decode, tokens/s", "decode", _speed("decode")),
@@ -104,8 +105,10 @@ def headline(report: Record) -> str:
     if "decode" in student:
         parts.append("decoding {speedup:.2f}x as fast (ideal {ideal:.2f}x)".format(**student["decode"]))
     training = report["teacher_training_tokens"]
-    if training and "tokens" in student:
-        parts.append(f"for {student['tokens'] / training:.1%} of the teacher's training tokens")
+    read = student.get("distinct_tokens", student.get("tokens"))
+    if training and read:
+        times = f", read {student['tokens'] / read:.1f} times" if student["tokens"] > 1.05 * read else ""
+        parts.append(f"for {read / training:.1%} of the teacher's training tokens{times}")
     return ", ".join(parts)
 
 

@@ -4,7 +4,7 @@ A run is a directory that the stages have written into. What the report reads, a
 
 =======================  ===========================================================================
 ``search/mask.json``     the search, as it ends (needed)
-``search/record.json``   its tokens, seconds and course (the callback ``StageRecord``)
+``search/record.json``   its tokens, seconds and course (callback ``StageRecord``); the rows read lie beside
 ``search/gates.json``    its keep probabilities, one row of L numbers a step (``SearchMonitor``)
 ``recover/record.json``  tokens, seconds and course of the recovery (``StageRecord``)
 ``evaluate.json``        ``evaluate --teacher T --model RUN/cut RUN/recovered ... --out`` (needed)
@@ -18,16 +18,20 @@ A model goes by the last part of its directory's path, or by as many as tell it 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from os.path import abspath
 from pathlib import Path
 from typing import Any, NoReturn
 
 from rich.table import Table
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
 
 from src.benchmark import PHASES
 from src.command import Parser, show
+from src.data.distinct import Distinct
 from src.errors import ConfigError
 from src.files import write_json, write_text
 from src.mask import Mask, git_sha
@@ -48,6 +52,7 @@ class Run:
     gates: Record
     recover: Record
     benchmark: Record
+    read: dict[str, Tensor]
 
     @classmethod
     def read(cls, directory: Path) -> Run:
@@ -70,6 +75,7 @@ class Run:
             gates=_read(directory / "search" / "gates.json"),
             recover=_read(directory / "recover" / "record.json"),
             benchmark=_read(directory / "benchmark.json"),
+            read=_rows(directory),
         )
 
 
@@ -83,6 +89,15 @@ def _read(path: Path) -> Record:
     if not isinstance(found, dict):
         raise ConfigError(f"--run: '{path}' holds a {type(found).__name__}; expected an object.")
     return found
+
+
+def _rows(directory: Path) -> dict[str, Tensor]:
+    """The rows that search and recovery have read, where their records name them."""
+    files = {stage: directory / stage / "record.rows.safetensors" for stage in ("search", "recover")}
+    try:
+        return {stage: load_file(file)["rows"] for stage, file in files.items() if file.exists()}
+    except (OSError, KeyError, SafetensorError) as e:
+        raise ConfigError(f"--run: cannot read the rows of a stage: {e}") from e
 
 
 def _not_a_number(name: str) -> NoReturn:
@@ -111,9 +126,14 @@ def gather(run: Run) -> Record:
         costs = {"teacher": run.training.get(key), "cut": spent.get("search")}
         if "search" in spent and "recover" in spent:
             costs["recovered"] = spent["search"] + spent["recover"]
-        for model in models:
-            if (cost := costs.get(model["name"])) is not None:
-                model[key] = cost
+        _add(models, key, costs)
+    stages_of = {"cut": ["search"], "recovered": ["search", "recover"]}
+    text = {
+        name: Distinct().unite(run.read[stage] for stage in needed).tokens
+        for name, needed in stages_of.items()
+        if all(stage in run.read for stage in needed)
+    }
+    _add(models, "distinct_tokens", text)
     last = models[-1]
     return {
         "models": models,
@@ -128,6 +148,13 @@ def gather(run: Run) -> Record:
         "ideal_speedup": last["decode"]["ideal"] if "decode" in last else None,
         "commands": {s: vars(run)[s]["command"] for s in stages if "command" in vars(run)[s]},
     }
+
+
+def _add(models: list[Record], key: str, values: Mapping[str, Any]) -> None:
+    """Add a figure to the models of those names."""
+    for model in models:
+        if (value := values.get(model["name"])) is not None:
+            model[key] = value
 
 
 def distinct(paths: Sequence[str]) -> list[str]:

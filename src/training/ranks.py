@@ -10,10 +10,13 @@ Shapes: N entries of this rank.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+T = TypeVar("T")
 
 
 def world() -> int:
@@ -27,6 +30,15 @@ def total(x: Tensor) -> Tensor:
         x = x.clone()
         dist.all_reduce(x)
     return x
+
+
+def from_all(mine: T) -> list[T]:
+    """Return what each rank has, in the order of the ranks; anything that can be pickled."""
+    if world() == 1:
+        return [mine]
+    gathered = [mine] * world()
+    dist.all_gather_object(gathered, mine)
+    return gathered
 
 
 def least(number: int, device: torch.device | str) -> int:

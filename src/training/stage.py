@@ -10,6 +10,8 @@ from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from transformers import PreTrainedModel
 
+from src.data.batches import Batch
+from src.data.distinct import Distinct
 from src.models.fingerprint import weights_fingerprint
 from src.models.head import OutputHead
 from src.models.loading import Dtype, Loading, Quantization
@@ -17,6 +19,7 @@ from src.models.vocabulary import check_vocabulary
 from src.training import identity
 from src.training.data import Data, data_of
 from src.training.finite import FiniteOnly
+from src.training.ranks import from_all
 from src.training.strategies import kind
 
 
@@ -49,6 +52,8 @@ class Stage(LightningModule):
         self.name, self.loading = model, Loading(revision, dtype, quantize, attention)
         self.checkpoint_activations = checkpoint_activations
         self.tokens = 0
+        self.read = Distinct()
+        """Documents that this rank has learned from or been judged by, however often."""
         self.weights: str | None = None
         """Fingerprint of the model's weights, once they are loaded."""
         self.settings: dict[str, Any] = {}
@@ -97,6 +102,9 @@ class Stage(LightningModule):
         self.head.check()
         check_vocabulary(self.data.tokenizer, self.head.model, self.name, self.revision)
 
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        self.read.add(batch)
+
     @property
     def teacher_weights(self) -> str | None:
         """Fingerprint of the weights whose signal is learned."""
@@ -105,6 +113,7 @@ class Stage(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Note what the run is."""
         checkpoint["identity"] = identity.note(self)
+        checkpoint["read"] = self.read.unite(from_all(self.read.sample)).sample
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse the checkpoint of another run.
@@ -114,6 +123,8 @@ class Stage(LightningModule):
         """
         resumes = self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING
         identity.check(checkpoint.get("identity"), self, resumes)
+        if "read" in checkpoint:  # checkpoints of an earlier form do not say
+            self.read.unite([checkpoint["read"]])
 
     def on_validation_start(self) -> None:
         """Get ready too when validation is all that runs."""

@@ -46,6 +46,7 @@ def fit(config: str, out: Path, kill: bool = False, *extra: str, **paths: str) -
 
 
 def same(one: dict[str, Any], other: dict[str, Any]) -> None:
+    assert torch.equal(one["read"], other["read"])
     assert one["state_dict"].keys() == other["state_dict"].keys()
     for key, value in one["state_dict"].items():
         assert torch.equal(value, other["state_dict"][key]), key

@@ -8,6 +8,7 @@ import json
 import lzma
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -72,6 +73,16 @@ def test_shares_of_every_form_are_disjoint_and_complete(tmp_path, form, shares):
     source = written(tmp_path, form)
     seen = [row["text"][0] for i in range(shares) for row in open_source(source, i, shares).iter(1)]
     assert sorted(seen) == TEXTS
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("shares", [1, 3, 4])
+def test_the_first_rows_are_the_same_for_any_number_of_shares(tmp_path, form, shares):
+    source = written(tmp_path, form)
+    every = [row["text"][0] for row in open_source(source, 0, 1).iter(1)]
+    first = replace(source, rows=7)
+    seen = [row["text"][0] for i in range(shares) for row in open_source(first, i, shares).iter(1)]
+    assert sorted(seen) == sorted(every[:7])
 
 
 @pytest.mark.parametrize("form", ["gz", "zst", "parquet", "saved", "glob"])
