@@ -6,10 +6,12 @@ from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
+from safetensors.torch import load_file
 
 from scripts.arena.bootstrap import Array, Interval, interval, verdict
 from scripts.arena.plan import Run
 from scripts.arena.work import Work
+from src.data.distinct import Distinct
 from src.evaluate.flips import flips
 
 JSON = dict[str, Any]
@@ -58,9 +60,11 @@ def collect(work: Work, run: Run, teacher: JSON) -> tuple[JSON, JSON] | None:
     told["search"] = {key: found[key] for key in ("tokens", "metrics", *COST)}
     told |= {stage: judgement(result, teacher) for stage, result in judged.items()}
     if run.recover is not None:
-        told["recovery"] = {
-            key: judged["recovered"][key] for key in ("tokens", "steps", "fit_seconds", *COST)
-        }
+        recovered = judged["recovered"]
+        told["recovery"] = {key: recovered[key] for key in ("tokens", "steps", "fit_seconds", *COST)}
+        files = [result["rows"] for result in (found, recovered) if "rows" in result]
+        if len(files) == 2:  # what a search and its recovery share counts once
+            told["distinct_tokens"] = Distinct().unite(load_file(file)["rows"] for file in files).tokens
     return told, judged
 
 

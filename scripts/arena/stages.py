@@ -58,6 +58,7 @@ def search(at: str, configs: list[str], settings: JSON) -> JSON:
         "learned": named(found, sorted(learned)),
         "method": found.method,
         "tokens": found.tokens_seen,
+        **read(at),
         "metrics": found.metrics,
     }
 
@@ -85,8 +86,14 @@ def recover(at: str, model: str, removed: Gone, rows: str, configs: list[str], s
         "tokens": module.tokens,
         "steps": record["steps"],
         "fit_seconds": record["seconds"],
+        **read(at),
         **judge(module.model.eval(), model, rows),
     }
+
+
+def read(at: str) -> JSON:
+    """Where the names of the rows lie that a search or recovery has read."""
+    return {"rows": str(Path(at, "fit", "record.rows.safetensors"))}
 
 
 def command(at: str, verb: str, configs: list[str], settings: JSON) -> Any:

@@ -6,12 +6,16 @@ A directory's name ends in the fingerprint of everything that its result depends
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from scripts.arena import stages
 from scripts.arena.plan import Gone, Plan, Run, fingerprint
 from scripts.lab.jobs import Job
+
+TEXT = {split: f"data.init_args.{split}" for split in ("train", "validation")}
+"""Keys of an experiment for the text of a split; a plan may say ``{train: 620, validation: 128}`` there."""
 
 
 class Work:
@@ -70,8 +74,9 @@ class Work:
             "data.init_args.tokenizer": self.plan.teacher,
             "data.init_args.seed": run.search_seed,
         }
-        where = {f"data.init_args.{split}": self._rows(split) for split in ("train", "validation")}
-        settings = {**run.search.settings, **own, **where}
+        told = run.search.settings
+        where = {key: self._part(told.get(key), split) for split, key in TEXT.items()}
+        settings = {**told, **own, **where}
         name = f"{100 * run.ratio:g}-s{run.search_seed}"
         about = [run.search.content, own]
         return self.job(f"search {run}", "search", name, about, configs=run.search.configs, settings=settings)
@@ -98,8 +103,9 @@ class Work:
         if repair:
             path = "src.repair.linear_patch.LinearPatch"
             own["model.init_args.patch"] = {"class_path": path, "init_args": repair}
-        train = f"{cache.at}/cache" if cache else self._rows("train")
-        settings = {**run.recover.settings, **own, "data.init_args.train": train}
+        told = run.recover.settings
+        train = f"{cache.at}/cache" if cache else self._part(told.get(TEXT["train"]), "train")
+        settings = {**told, **own, TEXT["train"]: train}
         about = [run.recover.content, own, gone, self.plan.cache and self.plan.cache.content]
         return self.job(
             f"recover {run}", "recover", f"{_dashed(gone)}-s{run.seed}", about, model=self.plan.teacher,
@@ -108,6 +114,12 @@ class Work:
 
     def _repair(self, run: Run) -> dict[str, Any] | None:
         return {"data": self._rows("validation"), **run.repair} if run.repair else None
+
+    def _part(self, rows: Mapping[str, int] | None, split: str) -> Any:
+        """The problems of a split, or so many of the first of each split that a plan names."""
+        if not rows:
+            return self._rows(split)
+        return [{"path": self._rows(name), "rows": count} for name, count in rows.items()]
 
     def _rows(self, split: str) -> str:
         return str(self.data.at / f"{split}.jsonl")
