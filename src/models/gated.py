@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from src.models.layers import decoder_layers, first, with_first
+from src.models.layers import Arguments, decoder_layers, first, stream_in, with_first, with_stream
+from src.models.prefixes import Prefixes
 
 Observer = Callable[[int, Tensor, Tensor], None]
 """Called as ``observer(layer, h_in_BTH, h_out_BTH)`` after each layer."""
@@ -34,9 +35,12 @@ class Gates:
 
     Attributes:
         layers: the decoder layers.
+        each: number of units in a layer.
         evaluated: layers run so far: the cost of a search.
+        plain: whether they return the stream alone; known once the open model has run.
     """
 
+    each: int
     layers: nn.ModuleList
 
     def __init__(self) -> None:
@@ -44,28 +48,56 @@ class Gates:
         self._gates: Tensor | None = None
         self._values: list[float] = []
         self._observer: Observer | None = None
+        self._prefixes: Prefixes | None = None
+        self.plain = False
 
     def __len__(self) -> int:
-        raise NotImplementedError
+        return self.each * len(self.layers)
 
     def remove(self) -> None:
         """Give the modules their own ``forward`` back."""
         raise NotImplementedError
 
     @contextmanager
-    def use(self, gates_U: Tensor | None, observer: Observer | None = None) -> Iterator[None]:
+    def use(
+        self, gates_U: Tensor | None, observer: Observer | None = None, prefixes: Prefixes | None = None
+    ) -> Iterator[None]:
         """Run the model under ``gates_U`` (``[U]``, values in [0, 1]; None leaves all open).
 
-        An observer sees the stream before and after each layer.
+        Args:
+            gates_U: the gates.
+            observer: sees the stream before and after each layer.
+            prefixes: of the batch that runs, without gradients: each unit in front of where they begin does
+                not run. The layers must hand on the stream alone (:func:`resumes`).
         """
         assert gates_U is None or gates_U.shape == (len(self),), "one gate for each unit"
-        before = self._gates, self._values, self._observer
-        self._gates, self._observer = gates_U, observer
+        assert prefixes is None or observer is None, "an observer sees every layer"
+        before = self._gates, self._values, self._observer, self._prefixes
+        self._gates, self._observer, self._prefixes = gates_U, observer, prefixes
         self._values = [] if gates_U is None else gates_U.tolist()
+        if prefixes is not None:
+            prefixes.begin(self._values or [1.0] * len(self))
         try:
             yield
         finally:
-            self._gates, self._values, self._observer = before
+            self._gates, self._values, self._observer, self._prefixes = before
+
+    def _in_turn(self, index: int, run: Callable[..., Any], arguments: Arguments) -> Tensor:
+        """Run the units of a layer in turn, from the stream that is remembered in front of one.
+
+        Args:
+            index: the layer.
+            run: runs one unit of it alone; called with the unit and the layer's arguments.
+            arguments: the layer's; their stream has no meaning where the pass begins behind this layer.
+        """
+        assert self._prefixes is not None, "there is something to begin at"
+        assert not torch.is_grad_enabled(), "a gradient passes through every unit"
+        h_BTH = stream_in(*arguments)
+        for unit in range(self.each * index, self.each * (index + 1)):
+            if unit >= self._prefixes.start:
+                args, kwargs = with_stream(self._prefixes.stream(unit, h_BTH), *arguments)
+                h_BTH = first(run(unit, *args, **kwargs))
+        return h_BTH
 
 
 class GatedLayers(Gates):
@@ -80,6 +112,8 @@ class GatedLayers(Gates):
         skip_closed_autograd: evaluate hard-zero layers without autograd (the default; off only to compare).
     """
 
+    each = 1
+
     def __init__(
         self,
         model: PreTrainedModel,
@@ -90,12 +124,8 @@ class GatedLayers(Gates):
         self.path, self.layers = decoder_layers(model)
         self.checkpoint_activations = checkpoint_activations
         self.skip_closed_autograd = skip_closed_autograd
-        self._plain = False  # whether layers return a tensor; known once one has run
         for index, layer in enumerate(self.layers):
             layer.forward = self._gated_forward(index, layer.forward)
-
-    def __len__(self) -> int:
-        return len(self.layers)
 
     def remove(self) -> None:
         """Give the layers their own ``forward`` back."""
@@ -104,14 +134,19 @@ class GatedLayers(Gates):
 
     def _gated_forward(self, index: int, forward: Callable[..., Any]) -> Callable[..., Any]:
         def gated(*args: Any, **kwargs: Any) -> Any:
-            gates, h_in = self._gates, args[0] if args else kwargs["hidden_states"]
+            if self._prefixes is not None:
+                return self._in_turn(index, step, (args, kwargs))
+            return step(index, *args, **kwargs)
+
+        def step(index: int, *args: Any, **kwargs: Any) -> Any:
+            gates, h_in = self._gates, stream_in(args, kwargs)
             if self._skips(index, kwargs):
                 return h_in
             self.evaluated += 1
             if gates is None:
                 out = forward(*args, **kwargs)
                 self._observe(index, h_in, out)
-                self._plain = isinstance(out, Tensor)
+                self.plain = isinstance(out, Tensor)
                 return out
             closed = self._values[index] == 0.0
             if closed and self.skip_closed_autograd:
@@ -132,11 +167,35 @@ class GatedLayers(Gates):
         """Whether a layer need not run: it is closed, nothing reads its output, and it fills no cache."""
         closed = bool(self._values) and self._values[index] == 0.0
         read = torch.is_grad_enabled() or self._observer is not None
-        return closed and not read and self._plain and kwargs.get("past_key_values") is None
+        return closed and not read and self.plain and kwargs.get("past_key_values") is None
 
     def _observe(self, index: int, h_in: Tensor, out: Any) -> None:
         if self._observer is not None:
             self._observer(index, h_in, first(out))
+
+
+@torch.no_grad()
+def resumes(gates: Gates, run: Callable[[], Tensor]) -> bool:
+    """Whether a pass of the open model that begins at any unit ends as the whole pass does, to the last bit.
+
+    It does not where a layer hands on more than the stream, such as keys and values that others borrow, or
+    returns more than it.
+
+    Args:
+        gates: of the model.
+        run: runs it on a few tokens; returns its final hidden states.
+    """
+    with gates.use(None):
+        expected = run()
+    if not gates.plain:
+        return False
+    prefixes = Prefixes()
+    with gates.use(None, prefixes=prefixes):
+        equal = torch.equal(run(), expected)
+    for one in prefixes.apart():
+        with gates.use(None, prefixes=one):
+            equal = equal and torch.equal(run(), expected)
+    return equal
 
 
 def freeze(model: PreTrainedModel) -> PreTrainedModel:

@@ -11,6 +11,8 @@ from src.errors import ConfigError
 from src.models.cut_rules import LAYER_COUNTS
 
 Named = tuple[str, nn.ModuleList]
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+"""Of a module, by position and by name."""
 
 
 def text_config(config: PretrainedConfig) -> PretrainedConfig:
@@ -84,6 +86,17 @@ def first(out: Any) -> Tensor:
     """Return the hidden states in a module's output, which they are or which they begin."""
     hidden: Tensor = out if isinstance(out, Tensor) else out[0]
     return hidden
+
+
+def stream_in(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """Return the hidden states in a layer's arguments."""
+    hidden: Tensor = args[0] if args else kwargs["hidden_states"]
+    return hidden
+
+
+def with_stream(hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
+    """Return a layer's arguments with other hidden states."""
+    return ((hidden, *args[1:]), kwargs) if args else ((), {**kwargs, "hidden_states": hidden})
 
 
 def with_first(out: Any, hidden: Tensor) -> Any:

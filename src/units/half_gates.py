@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from src.models.gated import Gates
-from src.models.layers import decoder_layers, first, with_first
+from src.models.layers import decoder_layers, first, stream_in, with_first
 from src.units.halves import find_halves
 
 Forward = Callable[..., Any]
@@ -42,18 +42,23 @@ class HalfGates(Gates):
         Misfit: the layers do not consist of two halves.
     """
 
+    each = 2
+
     def __init__(self, model: PreTrainedModel, checkpoint_activations: bool = False) -> None:
         super().__init__()
         self.path, self.layers = decoder_layers(model)
         self.checkpoint_activations = checkpoint_activations
         self.halves = find_halves(model)
         self._caching = False
+        self._alone: int | None = None
         self._restore = ExitStack()
         for index, (layer, halves) in enumerate(zip(self.layers, self.halves, strict=True)):
             note = layer.register_forward_pre_hook(self._note, with_kwargs=True)
             see = layer.register_forward_hook(self._see(index), with_kwargs=True)
             self._restore.callback(note.remove)
             self._restore.callback(see.remove)
+            layer.forward = self._layer(index, layer.forward)
+            self._restore.callback(delattr, layer, "forward")
             for path in dict.fromkeys((*halves.idle, *halves.writers)):
                 unit, module = 2 * index + halves.half[path], layer.get_submodule(path)
                 forward: Forward = module.forward
@@ -63,9 +68,6 @@ class HalfGates(Gates):
                     forward = self._gated(unit, forward)
                 module.forward = forward
                 self._restore.callback(delattr, module, "forward")
-
-    def __len__(self) -> int:
-        return 2 * len(self.layers)
 
     def remove(self) -> None:
         """Give the modules their own ``forward`` back."""
@@ -77,12 +79,35 @@ class HalfGates(Gates):
     def _see(self, index: int) -> Callable[..., None]:
         def see(_: Any, args: Any, kwargs: dict[str, Any], out: Any) -> None:
             if self._observer is not None:
-                self._observer(index, args[0] if args else kwargs["hidden_states"], first(out))
+                self._observer(index, stream_in(args, kwargs), first(out))
+            self.plain = isinstance(out, Tensor)
 
         return see
 
+    def _layer(self, index: int, forward: Forward) -> Forward:
+        """The forward of a layer: along remembered streams it runs one half at a time, the other at rest."""
+
+        def layer(*args: Any, **kwargs: Any) -> Any:
+            return (
+                forward(*args, **kwargs)
+                if self._prefixes is None
+                else self._in_turn(index, half, (args, kwargs))
+            )
+
+        def half(unit: int, *args: Any, **kwargs: Any) -> Any:
+            if self._values and self._values[unit] == 0.0:
+                return stream_in(args, kwargs)
+            self._alone = unit
+            try:
+                return forward(*args, **kwargs)
+            finally:
+                self._alone = None
+
+        return layer
+
     def _closed(self, unit: int) -> bool:
-        return self._gates is not None and self._values[unit] == 0.0
+        """Whether a half adds nothing: by its gate, or because the other half runs alone."""
+        return self._alone not in (None, unit) or (self._gates is not None and self._values[unit] == 0.0)
 
     def _rests(self, unit: int) -> bool:
         """Whether a half need not run: it is closed, nothing is differentiated, no cache is filled."""
@@ -94,6 +119,8 @@ class HalfGates(Gates):
         def gated(*args: Any, **kwargs: Any) -> Any:
             out = forward(*args, **kwargs)
             self.evaluated += 0.0 if self._rests(unit) else 0.5
+            if self._alone not in (None, unit):
+                return with_first(out, torch.zeros_like(first(out)))
             if self._gates is None or (self._values[unit] == 1.0 and not self._gates.requires_grad):
                 return out
             return with_first(out, first(out) * self._gates[unit].to(first(out).dtype))

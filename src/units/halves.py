@@ -23,14 +23,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from src.errors import ConfigError
-from src.models.layers import decoder_layers, first, with_first
+from src.models.layers import Arguments, decoder_layers, first, with_first
 from src.models.structure import alike
 
 TRIED = 8
 """Tokens of the pass that finds the writers."""
-
-Call = tuple[tuple[Any, ...], dict[str, Any]]
-"""Arguments of a module, by position and by name."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +61,7 @@ def find_halves(model: PreTrainedModel) -> list[Halves]:
         Misfit: a layer does not consist of two halves, one after the other; the message gives the reason.
     """
     _, layers = decoder_layers(model)
-    calls: dict[int, Call] = {}
+    calls: dict[int, Arguments] = {}
     with ExitStack() as stack:
         for index, layer in enumerate(layers):
 
