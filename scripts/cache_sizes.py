@@ -31,9 +31,8 @@ def sizes(rows: Rows) -> dict[str, Any]:
         found[precision] = {
             "bytes_per_position": len(data) / len(rows.entropy),
             "columns": {name: round(size, 2) for name, size in columns.items()},
-            "added_kl_mean": float(added.mean()),
-            "added_kl_p99": float(added.quantile(0.99)),
-        }
+            "added_kl_mean": float(added.mean()), "added_kl_p99": float(added.quantile(0.99)),
+        }  # fmt: skip
     return {
         "positions": len(rows.entropy), "mean_entropy": float(rows.entropy.mean()),
         "mass_in_top_k": float(1 - np.exp(rows.log_rest).mean()), **found,

@@ -16,8 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from scripts.lab.results import write
@@ -81,14 +79,11 @@ def compare(directory: Path) -> dict[str, Any]:
     own, own_scores = with_transformers(model, prompts)
     other, other_scores = with_ctranslate2(directory, tokenizer, prompts)
     gaps = [abs(a - b) / (PROMPT_TOKENS - 1) for a, b in zip(own_scores, other_scores, strict=True)]
+    equal = sum(a == b for a, b in zip(own, other, strict=True))
     return {
-        "model": directory.name,
-        "family": model.config.model_type,
-        "prompts": len(prompts),
-        "equal": sum(a == b for a, b in zip(own, other, strict=True)),
-        "new_tokens": NEW_TOKENS,
-        "log_prob_gap": max(gaps),
-    }
+        "model": directory.name, "family": model.config.model_type, "prompts": len(prompts),
+        "equal": equal, "new_tokens": NEW_TOKENS, "log_prob_gap": max(gaps),
+    }  # fmt: skip
 
 
 def main() -> None:
@@ -100,11 +95,10 @@ def main() -> None:
         rows = [compare(directory) for directory in args.directories]
     except ConfigError as e:
         raise SystemExit(f"error: {e}") from e
-    table = Table("model", "family", "equal continuations", "largest gap, nats per token")
     for row in rows:
-        equal = f"{row['equal']} of {row['prompts']} x {row['new_tokens']} tokens"
-        table.add_row(row["model"], row["family"], equal, f"{row['log_prob_gap']:.1e}")
-    Console().print(table)
+        equal = f"{row['equal']} of {row['prompts']} continuations of {NEW_TOKENS} tokens are equal"
+        gap = f"log-probabilities differ by {row['log_prob_gap']:.1e} nats per token"
+        print(f"{row['model']} ({row['family']}): {equal}, {gap}")
     if args.out:
         write(args.out, {"engine": "ctranslate2", "models": rows})
     if any(row["equal"] < row["prompts"] or row["log_prob_gap"] > TOLERANCE for row in rows):

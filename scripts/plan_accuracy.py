@@ -157,11 +157,9 @@ def planned(case: Case, work: Path) -> dict[str, Any]:
     traced = planner.trace()
     flops = traced.flops * planner.steps
     return {
-        "parameters": traced.parent,
-        "parts": found.parts,
-        "planned": found.total,
+        "parameters": traced.parent, "parts": found.parts, "planned": found.total,
         "planned_cpu_seconds": planner.device.seconds(flops, "float32"),
-    }
+    }  # fmt: skip
 
 
 def compare(case: Case, work: Path) -> dict[str, Any]:
