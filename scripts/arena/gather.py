@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 from safetensors.torch import load_file
 
-from scripts.arena.bootstrap import Array, Interval, interval, verdict
 from scripts.arena.plan import Run
 from scripts.arena.work import Work
 from src.data.distinct import Distinct
 from src.evaluate.flips import flips
+from src.evaluate.intervals import Array, Interval, interval, verdict
 
 JSON = dict[str, Any]
 Row = tuple[str, str, float]

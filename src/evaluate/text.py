@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from src.errors import ConfigError
+from src.evaluate.intervals import interval
 from src.losses.signals import FLOOR
 from src.models.vocabulary import within
 
@@ -29,7 +31,7 @@ def held_out(
     teacher: PreTrainedModel | None,
     batches: Iterable[dict[str, Tensor]],
     chunk: int = 1024,
-) -> dict[str, float]:
+) -> dict[str, Any]:
     """Measure divergence, agreement and loss, as means over the supervised tokens of all batches.
 
     The models' own logits are judged, over the student's whole vocabulary, in float32.
@@ -42,12 +44,13 @@ def held_out(
 
     Returns:
         ``loss`` (nats), ``perplexity``, ``tokens``; beside a teacher also ``kl`` (nats, teacher to
-        student), ``agreement`` and ``teacher_loss``.
+        student) and its ``kl_interval`` of 95 %, ``agreement`` and ``teacher_loss``.
 
     Raises:
         ConfigError: nothing is supervised.
     """
-    sums = row_sums(student, teacher, batches, chunk).sum(0)
+    sums_RC = row_sums(student, teacher, batches, chunk)
+    sums = sums_RC.sum(0)
     tokens = int(sums[-1])
     if tokens == 0:
         raise ConfigError("--data: no row has a supervised token. Check --answer and --max-length.")
@@ -60,7 +63,9 @@ def held_out(
     figures = {"loss": loss, "perplexity": math.exp(loss), "tokens": tokens}
     if teacher is None:
         return figures
-    return figures | {"kl": kl, "agreement": agreement, "teacher_loss": teacher_loss}
+    ends = interval(sums_RC[None, :, 2].numpy(), sums_RC[:, -1].numpy())
+    figures |= {"kl": kl, "agreement": agreement, "teacher_loss": teacher_loss}
+    return {**figures, "kl_interval": [ends["low"], ends["high"]]}
 
 
 @torch.inference_mode()

@@ -16,6 +16,7 @@ import sys
 import time
 from typing import Any
 
+import numpy as np
 from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -29,6 +30,7 @@ from src.errors import ConfigError
 from src.evaluate import tasks
 from src.evaluate.flips import flips
 from src.evaluate.generate import greedy, new_tokens, stop_tokens
+from src.evaluate.intervals import interval
 from src.evaluate.text import held_out
 from src.files import write_json
 from src.models.loading import load_tokenizer, shared_positions
@@ -61,8 +63,8 @@ def exact_match(
         positions: tokens that prompt and answer may have together.
 
     Returns:
-        ``exact_match``, ``correct`` (one bool a row), ``texts`` (what was generated), ``new_tokens``,
-        ``seconds``.
+        ``exact_match`` and its ``exact_match_interval`` of 95 %, ``correct`` (one bool a row), ``texts``
+        (what was generated), ``new_tokens``, ``seconds``.
 
     Raises:
         ConfigError: a reference has no final answer, or there are too few positions.
@@ -82,8 +84,10 @@ def exact_match(
     new = greedy(model, prompts, limit, stop_tokens(model, tokenizer), batch_size)
     texts = tokenizer.batch_decode(new, skip_special_tokens=True)
     correct = [final_answer(text) == want for text, want in zip(texts, wanted, strict=True)]
+    ends = interval(np.array([correct], dtype=float), np.ones(len(correct)))
     return {
         "exact_match": sum(correct) / len(correct),
+        "exact_match_interval": [ends["low"], ends["high"]],
         "correct": correct,
         "texts": texts,
         "new_tokens": sum(map(len, new)),

@@ -45,7 +45,13 @@ def printable(text: str, also: str = "\n\t") -> str:
 
 def _match(m: Record) -> str:
     kept = f"  ({m['retention']:.1%} kept)" if "retention" in m else ""
-    return f"{m['exact_match']:.1%}{kept}"
+    return f"{m['exact_match']:.1%}{_ends(m, 'exact_match', 100, 1)}{kept}"
+
+
+def _ends(m: Record, figure: str, scale: float, digits: int) -> str:
+    """The ends of a figure's 95 % interval, where it has one that is more than a point."""
+    low, high = m.get(f"{figure}_interval", (0.0, 0.0))
+    return f" [{scale * low:.{digits}f}, {scale * high:.{digits}f}]" if low < high else ""
 
 
 def _speed(phase: str) -> Callable[[Record], str]:
@@ -62,7 +68,7 @@ ROWS: tuple[tuple[str, str, Callable[[Record], str]], ...] = (
     ("parameters", "parameters", lambda m: f"{m['parameters']:,}"),
     ("exact match", "exact_match", _match),
     ("items lost / gained", "flips", lambda m: "{lost} / {gained}  (p = {p:.2g})".format(**m["flips"])),
-    ("held-out KL, nats", "kl", lambda m: f"{m['kl']:.4f}"),
+    ("held-out KL, nats", "kl", lambda m: f"{m['kl']:.4f}{_ends(m, 'kl', 1, 4)}"),
     ("top-1 agreement", "agreement", lambda m: f"{m['agreement']:.2%}"),
     ("perplexity", "perplexity", lambda m: f"{m['perplexity']:.3f}"),
     ("distinct tokens read", "distinct_tokens", lambda m: tokens_text(m["distinct_tokens"])),

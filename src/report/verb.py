@@ -105,8 +105,8 @@ def _not_a_number(name: str) -> NoReturn:
 
 
 _JUDGED = (
-    *("path", "layers", "parameters", "exact_match", "retention", "flips"),
-    *("kl", "agreement", "loss", "perplexity", "tasks"),
+    *("path", "layers", "parameters", "exact_match", "exact_match_interval", "retention", "flips"),
+    *("kl", "kl_interval", "agreement", "loss", "perplexity", "tasks"),
 )
 
 

@@ -1,11 +1,11 @@
-"""Intervals and verdicts of the arena."""
+"""Intervals by resampling, and the verdicts that they allow."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
 
-from scripts.arena.bootstrap import interval, verdict
+from src.evaluate.intervals import MANY, interval, verdict
 
 
 def test_the_interval_of_a_share_is_the_binomials() -> None:
@@ -34,3 +34,12 @@ def test_verdicts() -> None:
     assert verdict(ends(0.0, 0.0), True) == verdict(ends(0.0, 0.3), False) == "tied"
     assert verdict(ends(0.1, 0.2), True) == verdict(ends(-0.2, -0.1), False) == "better"
     assert verdict(ends(0.1, 0.2), False) == verdict(ends(-0.2, -0.1), True) == "worse"
+
+
+def test_of_many_items_the_interval_is_the_one_that_resampling_tends_to() -> None:
+    rng = np.random.default_rng(3)
+    sizes = rng.integers(1, 9, MANY + 1).astype(float)
+    sums = rng.exponential(sizes)[None]
+    many, resampled = interval(sums, sizes), interval(sums[:, :-1], sizes[:-1], 2_000)
+    for end in ("value", "low", "high"):
+        assert many[end] == pytest.approx(resampled[end], rel=1e-3)
