@@ -93,7 +93,7 @@ def whole(path: str | Path, replace: bool = True) -> Iterator[Path]:
 
 
 def beside(path: Path, suffix: str) -> Path:
-    """This process's temporary name beside ``path``."""
+    """Return this process's temporary name beside ``path``."""
     return path.with_name(f".{path.name}.{os.getpid()}.{suffix}")
 
 
@@ -157,7 +157,7 @@ def _flush(path: Path) -> None:
 
 
 def _runs(process: int) -> bool:
-    """Whether another process of that number runs; a file with our own was left by an older process."""
+    """Return whether another process of this number runs. A file with our own number is an older one's."""
     if process == os.getpid():
         return False
     try:

@@ -58,7 +58,7 @@ class Range:
         return whole and above and below
 
     def __call__(self, text: str) -> Any:
-        """The number of an option's text, as ``type`` of argparse.
+        """Return the number that an option's text stands for; a range is a ``type`` of argparse.
 
         Raises:
             ArgumentTypeError: it is none, or outside.
@@ -121,7 +121,7 @@ def _ranges(init: Callable[..., None]) -> dict[str, Range]:
 
 @cache
 def ranges_of(component: type) -> dict[str, Range]:
-    """The range of each parameter of a class, those it passes on to its bases too."""
+    """Return the range of each parameter of a class, those it passes on to its bases too."""
     own = [vars(base)["__init__"] for base in component.__mro__ if "__init__" in vars(base)]
     guarded = [init.__wrapped__ for init in reversed(own) if hasattr(init, "__wrapped__")]
     return {name: accepted for init in guarded for name, accepted in _ranges(init).items()}

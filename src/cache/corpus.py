@@ -14,7 +14,7 @@ from src.errors import ConfigError
 from src.models.fingerprint import tokenizer_fingerprint
 from src.models.loading import load_tokenizer
 from src.ranges import Count, Seed, checked
-from src.training.identity import changes, settle
+from src.training.identity import changes, refuse_changes
 
 
 class CachedCorpus(LightningDataModule):
@@ -51,11 +51,11 @@ class CachedCorpus(LightningDataModule):
         self.batch_size, self.seed = batch_size, seed
         self.train_cache = Cache(train)
         self.val_cache = Cache(validation) if validation else None
-        found = tokenizer_fingerprint(self.tokenizer)
+        own = tokenizer_fingerprint(self.tokenizer)
         for cache in self.caches:
-            if found != cache.about.tokenizer:
+            if own != cache.about.tokenizer:
                 raise ConfigError(
-                    f"data: tokenizer: '{tokenizer}' has fingerprint {found}, but '{cache.path}' was written "
+                    f"data: tokenizer: '{tokenizer}' has fingerprint {own}, but '{cache.path}' was written "
                     f"with {cache.about.tokenizer}. Use the tokenizer of '{cache.about.teacher}'."
                 )
         if corpus is not None and corpus != self.train_cache.corpus:
@@ -71,8 +71,8 @@ class CachedCorpus(LightningDataModule):
 
         Args:
             vocabulary: number of the student's logits.
-            k: tokens that the loss compares; None is all.
-            tempered: whether it needs the mass outside them at another temperature.
+            k: tokens that the loss compares at each position; None is the whole vocabulary.
+            tempered: whether the loss needs the mass outside these tokens at another temperature than 1.
 
         Raises:
             ConfigError: names the field.
@@ -93,19 +93,22 @@ class CachedCorpus(LightningDataModule):
                 )
 
     def train_dataloader(self) -> CachedLoader:
-        """Shuffled; every iteration is the next epoch."""
+        """Return the training batches, shuffled; each iteration over the loader is one epoch."""
         return self._loader(self.train_cache, shuffle=True)
 
     def val_dataloader(self) -> CachedLoader | list[Any]:
-        """Each document once, or nothing."""
+        """Return the batches of the validation cache, in order; none without such a cache."""
         return self._loader(self.val_cache, shuffle=False) if self.val_cache else []
 
     def test_dataloader(self) -> CachedLoader | list[Any]:
-        """As :meth:`val_dataloader`."""
+        """Return the same as :meth:`val_dataloader`."""
         return self.val_dataloader()
 
     def state_dict(self) -> dict[str, Any]:
-        """Note the teacher and the validation, which a resume must keep; the loader notes its position."""
+        """Return what must be the same on resume: the teacher and the validation cache.
+
+        The position is in the state of the loader.
+        """
         validation = self.val_cache and {
             "corpus": self.val_cache.corpus,
             "teacher": self.val_cache.about.weights,
@@ -113,14 +116,14 @@ class CachedCorpus(LightningDataModule):
         return {"train": {"teacher": self.train_cache.about.weights}, "validation": validation}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Refuse to go on from another teacher's signal, or with another validation.
+        """Refuse a resume with the signal of another teacher, or with another validation cache.
 
         Raises:
             ConfigError: names the keys.
         """
         if self.trainer is None or self.trainer.state.fn == TrainerFn.FITTING:
-            found = changes(state_dict, self.state_dict(), "data.init_args")
-            settle(found, self.accepted, "another cache")
+            differences = changes(state_dict, self.state_dict(), "data.init_args")
+            refuse_changes(differences, self.accepted, "another cache")
 
     def _loader(self, cache: Cache, shuffle: bool) -> CachedLoader:
         rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)

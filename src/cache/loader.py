@@ -70,7 +70,7 @@ class CachedLoader:
             start += count
 
     def _order(self) -> list[int]:
-        """The shards of the epoch."""
+        """Return the numbers of the shards in the order of the epoch."""
         shards = list(range(len(self.cache.shards)))
         if self.shuffle:
             self._rng(0).shuffle(shards)
@@ -80,7 +80,7 @@ class CachedLoader:
         return np.random.default_rng([self.seed, self.epoch, stream])
 
     def _plan(self, rows: Rows, rng: np.random.Generator) -> list[Array]:
-        """The documents of each batch: neighbours in length, in shuffled order."""
+        """Return the numbers of each batch's documents; they are of similar length, the batches shuffled."""
         order = rng.permutation(len(rows.lengths)) if self.shuffle else np.arange(len(rows.lengths))
         order = order[np.argsort(rows.lengths[order], kind="stable")]
         batches = [order[i : i + self.batch_size] for i in range(0, len(order), self.batch_size)]
@@ -116,10 +116,10 @@ class CachedLoader:
         self.done = self._place(state_dict["done"], state_dict["world"])
 
     def _place(self, done: int, world: int) -> int:
-        """How far this rank is when each of ``world`` ranks has done so many batches of the epoch.
+        """Return the batches this rank has done when each of ``world`` ranks has done ``done`` of the epoch.
 
-        Shards begin together on all ranks, so a place may lie between two batches of more ranks; the earlier
-        is taken.
+        All ranks begin a shard together. Where the place lies between two batches of this number of ranks, it
+        is the earlier one.
         """
         here = 0
         for index in self._order():
@@ -132,7 +132,7 @@ class CachedLoader:
 
 
 def collate(rows: Rows, chosen: Array, pad_id: int) -> Batch:
-    """A batch of documents: ``[B, T]`` token tensors and the flat signal of their supervised positions.
+    """Return a batch of documents: token tensors ``[B, T]``, and the flat signal of supervised positions.
 
     Args:
         rows: rows of a shard.
@@ -160,7 +160,7 @@ def collate(rows: Rows, chosen: Array, pad_id: int) -> Batch:
 
 
 def _ranges(starts: Array, sizes: Array) -> Array:
-    """``[start, start + size)`` of each pair, end to end."""
+    """Return the integers of all ranges ``[start, start + size)``, one range after the other."""
     ends = np.cumsum(sizes)
     ranges: Array = np.arange(ends[-1]) + np.repeat(starts - (ends - sizes), sizes)
     return ranges

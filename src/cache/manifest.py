@@ -127,7 +127,7 @@ class Manifest:
         return sum(s.bytes for s in self.shards) / max(1, self.positions)
 
     def with_shard(self, shard: Shard) -> Manifest:
-        """The manifest with one more shard."""
+        """Return the manifest with one more shard."""
         return replace(self, shards=(*self.shards, shard))
 
     def save(self, cache: str) -> None:
@@ -164,7 +164,7 @@ class Manifest:
 
 
 def fetch(file: str) -> bytes | None:
-    """The bytes of a file or URL; None if there is none.
+    """Return the bytes of a file or URL; None if there is none.
 
     Raises:
         ConfigError: it is out of reach.
@@ -179,7 +179,7 @@ def fetch(file: str) -> bytes | None:
 
 
 def sizes(files: list[str]) -> list[int | None]:
-    """Bytes of files or URLs of one file system; None for those that are not there.
+    """Return the sizes in bytes of files or URLs of one file system; None for those that are missing.
 
     Raises:
         ConfigError: they are out of reach.
@@ -187,15 +187,15 @@ def sizes(files: list[str]) -> list[int | None]:
     if not files:
         return []
     system, _ = fsspec.core.url_to_fs(files[0])
-    found: list[int | None] = []
+    lengths: list[int | None] = []
     for file in files:
         try:
-            found.append(system.size(system._strip_protocol(file)))
+            lengths.append(system.size(system._strip_protocol(file)))
         except FileNotFoundError:
-            found.append(None)
+            lengths.append(None)
         except Exception as e:  # each file system has errors of its own
             raise ConfigError(f"cache: '{file}' cannot be read: {type(e).__name__}: {e}.") from e
-    return found
+    return lengths
 
 
 REMEDY = "Restore it from a copy, or delete the directory and write the cache again."

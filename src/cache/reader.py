@@ -52,14 +52,14 @@ class Cache:
 
     def _check_sizes(self) -> None:
         """Check that every shard is there and whole, now rather than in the middle of a run."""
-        found = sizes([f"{self.path}/{name}" for name, _ in self.shards])
-        for (name, shard), size in zip(self.shards, found, strict=True):
+        lengths = sizes([f"{self.path}/{name}" for name, _ in self.shards])
+        for (name, shard), size in zip(self.shards, lengths, strict=True):
             if size != shard.bytes:
-                told = "is missing" if size is None else f"has {size:,} bytes, not {shard.bytes:,}"
-                raise ConfigError(f"cache: '{self.path}/{name}' {told}. {REMEDY}")
+                fault = "is missing" if size is None else f"has {size:,} bytes, not {shard.bytes:,}"
+                raise ConfigError(f"cache: '{self.path}/{name}' {fault}. {REMEDY}")
 
     def read(self, index: int) -> Rows:
-        """The rows of a shard.
+        """Return the rows of a shard.
 
         Raises:
             ConfigError: the file is missing or damaged.

@@ -72,7 +72,7 @@ class Rows:
 
 
 def documents(batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The documents of a padded or packed batch, as flat ``tokens``, ``supervised``, ``lengths``, ``counts``.
+    """Return the documents of a batch, flat: ``tokens``, ``supervised``, ``lengths``, ``counts``.
 
     A document without a supervised position is left out: it teaches nothing, and has no signal.
     """
@@ -98,7 +98,7 @@ def documents(batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 def rows_of(batch: dict[str, Tensor], signal: TopK | None) -> Rows:
-    """The rows of a batch with the signal of its supervised positions, in order (k = 0 without one)."""
+    """Return the rows of a batch with its signal (k = 0 without one), in order."""
     tokens, supervised, lengths, counts = (x.cpu().numpy() for x in documents(batch))
     corpus = tokens.astype(np.int32), supervised, lengths, counts
     if signal is None:
@@ -141,7 +141,7 @@ def encode(rows: Rows, precision: Precision) -> bytes:
 
 
 def decode(data: bytes, k: int) -> Rows:
-    """The rows in Parquet bytes."""
+    """Return the rows in Parquet bytes."""
     table = pq.read_table(pa.BufferReader(data), use_threads=False).combine_chunks()
 
     def column(name: str) -> tuple[Array, Array]:

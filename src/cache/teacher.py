@@ -101,7 +101,7 @@ class CacheTeacher(Stage):
 
     @torch.no_grad()
     def signal(self, batch: dict[str, Tensor]) -> TopK:
-        """What the teacher says at the supervised positions of a batch."""
+        """Return what the teacher says at the supervised positions of a batch."""
         index_N = supervised(batch["labels"], batch.get("position_ids"))
         hidden_NH = self.head.hidden(batch).flatten(0, 1)[index_N]
         signal = live_signal(self.head, hidden_NH, self.k, self.chunk_tokens)
@@ -109,7 +109,7 @@ class CacheTeacher(Stage):
         return signal
 
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> Rows:
-        """The documents of a batch with their signal; without one for the first ``skip`` batches.
+        """Return the documents of a batch with their signal; without one for the first ``skip`` batches.
 
         Raises:
             ConfigError: the model says something that is not finite.

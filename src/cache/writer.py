@@ -226,7 +226,7 @@ class CacheWriter(BasePredictionWriter):
 
 
 def describe(trainer: Trainer, teacher: Teacher, precision: Precision) -> Manifest:
-    """The manifest of what is about to be written, still without shards."""
+    """Return the manifest of a new part, without shards."""
     corpus = cast(Rendered, data_of(trainer))
     return Manifest(
         teacher=teacher.name,
@@ -245,12 +245,12 @@ def describe(trainer: Trainer, teacher: Teacher, precision: Precision) -> Manife
     )
 
 
-def _as_noted(wanted: Manifest, found: Manifest) -> Manifest:
-    """The wanted manifest, with the found value where an older cache lacks one that can be compared."""
-    compared = differ(found.weights, wanted.weights) is not None
+def _as_noted(wanted: Manifest, existing: Manifest) -> Manifest:
+    """Return the wanted manifest, with the existing values where an older cache has none to compare."""
+    compared = differ(existing.weights, wanted.weights) is not None
     return replace(
         wanted,
-        compute=found.compute and wanted.compute,
-        day=found.day and wanted.day,
-        weights=wanted.weights if compared else found.weights,
+        compute=existing.compute and wanted.compute,
+        day=existing.day and wanted.day,
+        weights=wanted.weights if compared else existing.weights,
     )

@@ -39,7 +39,7 @@ class StopOnSignal(Checkpoint):
         raise Stopped(number)
 
     def on_train_epoch_end(self, trainer: Trainer, module: LightningModule) -> None:
-        """No longer wait once the last step is saved: what follows it, such as hardening, may take long."""
+        """Stop waiting for a batch to end once the last step is saved: what follows it may take long."""
         if trainer.global_step == trainer.max_steps or trainer.should_stop:
             stopping.patient(False)
 
@@ -63,7 +63,7 @@ class StopOnSignal(Checkpoint):
 
 
 def _agreed(trainer: Trainer) -> int:
-    """The signal that any rank received, or 0; all ranks stop after the same batch."""
+    """Return the signal that any rank received, or 0; all ranks stop after the same batch."""
     number = most(stopping.received() or 0, trainer.strategy.root_device)
     if number:
         stopping.receive(number)

@@ -49,16 +49,16 @@ def problem(rng: random.Random) -> dict[str, str]:
 
 
 def _step(rng: random.Random, total: int, name: str, item: str) -> tuple[str, list[str], int]:
-    """One operation on the running total: its sentence, its worked lines and the new total."""
+    """Return one operation on the running total: its sentence, its worked lines and the new total."""
     kind = rng.choice(("gain", "loss", "times", "boxes"))
     if kind == "times" and total * 3 < MAX_TOTAL:
         factor, verb = rng.choice(((2, "double"), (3, "triple")))
         return f"The {item} {verb}.", [f"{total} * {factor} = {total * factor}."], total * factor
     if kind == "boxes" and total + 81 < MAX_TOTAL:
         boxes, each = rng.randint(2, 9), rng.randint(2, 9)
-        found = boxes * each
-        lines = [f"{boxes} * {each} = {found}.", f"{total} + {found} = {total + found}."]
-        return f"{name} gets {boxes} boxes of {each}.", lines, total + found
+        product = boxes * each
+        lines = [f"{boxes} * {each} = {product}.", f"{total} + {product} = {total + product}."]
+        return f"{name} gets {boxes} boxes of {each}.", lines, total + product
     if kind == "gain" and total + 60 < MAX_TOTAL:
         n = rng.randint(2, 60)
         return rng.choice(GAIN).format(name=name, n=n), [f"{total} + {n} = {total + n}."], total + n
@@ -70,7 +70,7 @@ def _step(rng: random.Random, total: int, name: str, item: str) -> tuple[str, li
 
 
 def split_of(row: dict[str, str]) -> str:
-    """The split a problem belongs to, from a hash of its question: 90 % train, 5 % and 5 %."""
+    """Return the split a problem belongs to, from a hash of its question: 90 % train, 5 % and 5 %."""
     bucket = zlib.crc32(row["question"].encode()) % 20
     return "validation" if bucket == 0 else "test" if bucket == 1 else "train"
 
@@ -86,13 +86,13 @@ def problems(split: str, count: int, seed: int) -> Iterator[dict[str, str]]:
 
 
 def final_answer(text: str) -> str | None:
-    """The number after the last ``####``, without thousands separators, or None."""
-    found = re.findall(r"####\s*(-?[0-9][0-9,]*(?:\.[0-9]+)?)", text)
-    return found[-1].replace(",", "") if found else None
+    """Return the number after the last ``####``, without thousands separators, or None."""
+    numbers = re.findall(r"####\s*(-?[0-9][0-9,]*(?:\.[0-9]+)?)", text)
+    return numbers[-1].replace(",", "") if numbers else None
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """A lossless word-level fast tokenizer over the task's closed vocabulary, digits apart.
+    """Return a lossless word-level fast tokenizer over the task's closed vocabulary, digits apart.
 
     A token carries the space before it, as in byte-level BPE, so that decoding restores the text.
     """

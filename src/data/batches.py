@@ -154,7 +154,7 @@ def pack(rows: list[TokenRow], size: int) -> list[list[TokenRow]]:
 
 
 def real(batch: Batch) -> Tensor:
-    """Which tokens ``[B, T]`` of a batch are not padding."""
+    """Return which tokens ``[B, T]`` of a batch are not padding."""
     if "attention_mask" in batch:
         return batch["attention_mask"].bool()
     inside = batch["position_ids"] > 0
@@ -163,12 +163,12 @@ def real(batch: Batch) -> Tensor:
 
 
 def real_tokens(batch: Batch) -> int:
-    """Tokens of a batch that are not padding."""
+    """Return the number of tokens of a batch that are not padding."""
     return int(real(batch).sum())
 
 
 def row_ids(batch: Batch) -> list[int]:
-    """A stable 64-bit name of each row's tokens, whatever its padding, batch, order or corpus."""
+    """Return a stable 64-bit name of each row's tokens, whatever its padding, batch, order or corpus."""
     names = []
     for b, ids in enumerate(batch["input_ids"].cpu()):
         kept = ids[batch["attention_mask"][b].cpu().bool()] if "attention_mask" in batch else ids

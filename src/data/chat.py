@@ -72,7 +72,7 @@ def _turn(message: Any, where: str, roles: dict[str, str]) -> Turn:
 
 
 def _content(content: Any, where: str) -> str:
-    """The text of a message; its parts, if it has such, one after the other."""
+    """Return the text of a message; if it is a list of parts, the parts joined."""
     if not isinstance(content, list):
         return checked(content, f"{where}: a message's content")
     texts = list[str]()
@@ -86,18 +86,18 @@ def _content(content: Any, where: str) -> str:
 
 
 def read_tools(tools: Any, where: str) -> list[Any]:
-    """The tools of a row, from a list or its JSON.
+    """Return the tools of a row, from a list or its JSON.
 
     Raises:
         ConfigError: they are neither.
     """
     try:
-        found = json.loads(tools) if isinstance(tools, str) else tools
+        parsed = json.loads(tools) if isinstance(tools, str) else tools
     except json.JSONDecodeError as e:
         raise ConfigError(f"{where}: the tools of a chat are no JSON: {e.msg}, column {e.colno}.") from e
-    if not isinstance(found, list):
-        raise ConfigError(f"{where}: the tools of a chat are {type(found).__name__}; expected a list.")
-    return found
+    if not isinstance(parsed, list):
+        raise ConfigError(f"{where}: the tools of a chat are {type(parsed).__name__}; expected a list.")
+    return parsed
 
 
 def render(
@@ -108,7 +108,7 @@ def render(
     rendering: Rendering,
     raw: str,
 ) -> tuple[str, list[Span] | None]:
-    """The text of a chat, and the characters that the assistant wrote in the turns that are its ``own``.
+    """Return the text of a chat, and the spans of what the assistant wrote in the turns that are its ``own``.
 
     Whatever chance a template asks for follows from ``raw``, what the row says.
 
@@ -160,7 +160,7 @@ _PASSES = "the chat template passes over {}. Use another tokenizer, or leave suc
 
 
 def _answer(turn: Turn) -> str:
-    """What the assistant says after its thoughts, which templates drop from the turns of the past."""
+    """Return what the assistant says after its thoughts, which templates drop from the turns of the past."""
     return str(turn["content"]).rpartition("</think>")[2].strip()
 
 
@@ -176,7 +176,7 @@ def _marked(turn: Turn, own: bool) -> Turn:
 
 
 def _called(turns: list[Turn], at: int, plain: str, apply: Any) -> Span | None:
-    """The span of a turn with tool calls: what stands where plain words of the assistant would stand."""
+    """Return the span of a turn with tool calls: what stands in the place of the assistant's words."""
     words = {"role": "assistant", "content": _OPEN}
     try:
         head, mark, tail = apply([*turns[:at], words, *turns[at + 1 :]]).partition(_OPEN)
@@ -203,7 +203,7 @@ def _wrap(text: str) -> str:
 
 
 def _unmark(rendered: str) -> tuple[str, list[Span]]:
-    """The rendered text without marks, and the marked spans.
+    """Return the rendered text without marks, and the marked spans.
 
     Tags around a reasoning that the template kept are the assistant's own words too.
     """

@@ -53,17 +53,17 @@ class Columns:
         return [c for c in (self.text, self.prompt, self.answer, self.messages) if c is not None]
 
     def of(self, row: Row) -> Columns:
-        """The columns to read from ``row``: these, or the first well-known ones that it has.
+        """Return the columns to read from ``row``: these, or the first well-known ones that it has.
 
         Raises:
             ConfigError: the row lacks them, or fills one that conditions the answer and is not read.
         """
         layout = _layout(self, tuple(row))
         if layout is None:
-            found = ", ".join(f"'{name}'" for name in row if name != WHERE)
+            present = ", ".join(f"'{name}'" for name in row if name != WHERE)
             wanted = " and ".join(f"'{name}'" for name in self.names) or "any column known by name"
             raise ConfigError(
-                f"{row[WHERE]} lacks {wanted}; found: {found or 'nothing'}. Set data.columns to the "
+                f"{row[WHERE]} lacks {wanted}; found: {present or 'nothing'}. Set data.columns to the "
                 f"names of 'text', of 'prompt' and 'answer', or of 'messages'."
             )
         columns, conditions, _ = layout
@@ -76,7 +76,7 @@ class Columns:
         return columns
 
     def unread(self, row: Row) -> tuple[str, ...]:
-        """The columns of ``row`` that are not read."""
+        """Return the columns of ``row`` that are not read."""
         layout = _layout(self, tuple(row))
         return () if layout is None else layout[2]
 
@@ -112,7 +112,7 @@ _CONDITIONS = (
 
 
 def filled(value: Any) -> bool:
-    """Whether a column says something: not null, blank or empty."""
+    """Return whether a column has content: it is not null, blank or empty."""
     return bool(value.strip() if isinstance(value, str) else value is not None and value not in ([], {}))
 
 
@@ -120,7 +120,7 @@ def filled(value: Any) -> bool:
 def _layout(
     columns: Columns, names: tuple[str, ...]
 ) -> tuple[Columns, tuple[str, ...], tuple[str, ...]] | None:
-    """The columns to read, those that must be empty, those not read; None if a needed one lacks."""
+    """Return the columns to read, those that must be empty, those not read; None if one is missing."""
     kinds = (
         replace(columns, text=k.text, prompt=k.prompt, answer=k.answer, messages=k.messages) for k in _KNOWN
     )

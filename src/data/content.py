@@ -18,7 +18,7 @@ _BLOCKS, _BLOCK = 16, 1 << 14
 
 
 def described(sources: list[Source]) -> list[dict[str, Any]]:
-    """The parts of a mixture as plain values, each with the fingerprint of its content.
+    """Return the parts of a mixture as plain values, each with the fingerprint of its content.
 
     Raises:
         ConfigError: there is no such file or dataset.
@@ -30,7 +30,7 @@ def described(sources: list[Source]) -> list[dict[str, Any]]:
 
 
 def alike(was: list[dict[str, Any]], now: list[dict[str, Any]]) -> bool:
-    """Whether two mixtures are the same; their names are compared where a content is not known."""
+    """Return whether two mixtures are the same; their names are compared where a content is not known."""
     if len(was) != len(now):
         return False
     for pair in zip(was, now, strict=True):

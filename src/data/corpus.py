@@ -35,7 +35,7 @@ from src.data.tokenized import Tokenized
 from src.errors import ConfigError
 from src.models.fingerprint import tokenizer_fingerprint
 from src.ranges import Count, Range, Seed, checked
-from src.training.identity import Change, changes, settle
+from src.training.identity import Change, changes, refuse_changes
 
 
 class Corpus(Tokenized):
@@ -100,11 +100,11 @@ class Corpus(Tokenized):
             self.rendering.day = self.trainer.strategy.broadcast(self.rendering.day)
         self._loader: Loader | None = None
         self._resume: list[State] | None = None
-        self._told.clear()
+        self._warnings.clear()
         self._apart = False  # whether the model was seen to keep packed documents apart
 
     def loader(self, split: Literal["train", "validation"], shuffle: bool, **options: Any) -> Loader:
-        """The loader of a split; ``options`` are those of :class:`src.data.loader.Loader`."""
+        """Return the loader of a split; ``options`` are those of :class:`src.data.loader.Loader`."""
         apart = split == "validation" and self.held_out > 0
         sources = self.train if split == "train" or apart else self.validation
         if split == "validation":  # each document once: a weight would repeat those of small parts
@@ -116,7 +116,10 @@ class Corpus(Tokenized):
         return Loader(recipe, **options)
 
     def train_dataloader(self) -> Loader:
-        """Shuffled, from where a checkpoint left off; every iteration is the next epoch."""
+        """Return the training batches, shuffled, from the position of a checkpoint on.
+
+        Each iteration over the loader is one epoch.
+        """
         keys = {**self._ranks(), "max_tokens": self.max_tokens}
         if self._loader is not None:  # asked for again during a fit
             keys["position"] = self._loader.position
@@ -130,22 +133,22 @@ class Corpus(Tokenized):
         return self._loader
 
     def val_dataloader(self) -> Loader | list[Any]:
-        """Every document once, not shuffled; no loader if nothing is held out or named."""
+        """Return the validation batches, each document once, in order; none without validation documents."""
         if not self.validation and not self.held_out:
             return []
         return self.loader("validation", shuffle=False, **self._ranks())
 
     def test_dataloader(self) -> Loader | list[Any]:
-        """As :meth:`val_dataloader`: the final judgement on tasks is that of ``evaluate``."""
+        """Return the same as :meth:`val_dataloader`; tasks are judged by ``evaluate``."""
         return self.val_dataloader()
 
     def predict_dataloader(self) -> Loader:
-        """An epoch of the training documents, not shuffled, for a pass of the teacher."""
+        """Return the training batches of one epoch, in order, to write a cache from."""
         return self.loader("train", shuffle=False, mark=True, **self._ranks())
 
     @property
     def statistics(self) -> Statistics:
-        """What this rank was trained on so far."""
+        """Counts of what this rank was trained on so far."""
         return self._loader.statistics if self._loader else Statistics()
 
     @property
@@ -154,7 +157,7 @@ class Corpus(Tokenized):
         return self._loader.position["tokens"] if self._loader else 0
 
     def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
-        """Called by Lightning as a batch is handed to the model: in training, the position moves.
+        """Move the position behind a training batch: Lightning calls this as it hands the batch to the model.
 
         Raises:
             ConfigError: rows are packed and the model does not keep their documents apart.
@@ -179,11 +182,11 @@ class Corpus(Tokenized):
             for logger in trainer.loggers:
                 logger.log_metrics({f"data/{key}": n for key, n in numbers.items()}, step=step)
         for fate in counts.fates():
-            self.tell(fate)
+            self.warn_once(fate)
 
     @cached_property
     def order(self) -> dict[str, Any]:
-        """What decides the documents and their order: settings, and the contents of tokenizer and corpora."""
+        """Settings and fingerprints (tokenizer, corpora) that determine the documents and their order."""
         noted = {
             "tokenizer": tokenizer_fingerprint(self.tokenizer), "train": described(self.train),
             "validation": described(self.validation), **self._order,
@@ -191,7 +194,7 @@ class Corpus(Tokenized):
         return cast(dict[str, Any], json.loads(json.dumps(noted)))  # plain values, as a checkpoint holds
 
     def state_dict(self) -> dict[str, Any]:
-        """The positions of all ranks, and what their meaning depends on; called on every rank."""
+        """Return the positions of all ranks, and the settings they depend on. Every rank must call it."""
         if self._loader is None:
             return {}
         positions: list[Any] = [self._loader.position]
@@ -201,14 +204,14 @@ class Corpus(Tokenized):
         return {"order": self.order, "rendering": self.rendering.record, "positions": positions}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from saved positions, in a fit, on any number of ranks; validation has no position.
+        """Resume a fit from saved positions, on any number of ranks; validation has no position.
 
         Raises:
             ConfigError: the order of the documents would be another; names the keys.
         """
         if self.trainer is not None and self.trainer.state.fn != TrainerFn.FITTING:
             return
-        settle(self._changes(state_dict["order"]), self.accepted, "other rows, or of another order")
+        refuse_changes(self._changes(state_dict["order"]), self.accepted, "other rows, or of another order")
         if "rendering" in state_dict:
             self.rendering.resume(state_dict["rendering"], self.named_day)
         self._resume = redistribute(state_dict["positions"], self._ranks()["world"])

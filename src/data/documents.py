@@ -67,7 +67,7 @@ def read_document(row: Row, columns: Columns, separator: str, rendering: Renderi
 
 
 def _chat(row: Row, columns: Columns, where: str, rendering: Rendering, unread: tuple[str, ...]) -> Document:
-    """The rendered chat; of prompt and answer, only the answer's turns are supervised."""
+    """Return the rendered chat; of prompt and answer, only the answer's turns are supervised."""
     parts = [(row[name], role) for name, role in zip(columns.names, ("user", "assistant"), strict=False)]
     if columns.messages is None:  # a text beside a list of messages is one message
         parts = [([{"role": r, "content": p}] if isinstance(p, str) else p, r) for p, r in parts]
@@ -92,6 +92,6 @@ def _chat(row: Row, columns: Columns, where: str, rendering: Rendering, unread: 
 
 
 def _given(row: Row, name: str | None) -> Any:
-    """What a column that a row need not have says; None if it says nothing."""
+    """Return what a column that a row need not have says; None if it says nothing."""
     value = None if name is None else row.get(name)
     return value if filled(value) else None

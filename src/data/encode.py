@@ -135,7 +135,7 @@ class Encoder:
         return labels
 
     def _tokens(self, encoded: BatchEncoding, i: int, text: str, span: Span) -> tuple[int, int]:
-        """The half-open range of the tokens inside a span of characters."""
+        """Return the half-open range of the tokens inside a span of characters."""
         start, end = span
         first = self._token_from(encoded, i, start, end)
         if first is None:
@@ -148,7 +148,7 @@ class Encoder:
         return first, len(encoded.input_ids[i]) if last is None else last
 
     def _stop(self, encoded: BatchEncoding, i: int, text: str, last: int) -> int:
-        """The end of an answer with the special token that closes it: behind it, or behind spaces."""
+        """Return the end of an answer with the special token that closes it: behind it, or behind spaces."""
         ids, at = encoded.input_ids[i], last
         while at < len(ids) and ids[at] not in self.special:
             covered = encoded.token_to_chars(i, at)
@@ -158,7 +158,7 @@ class Encoder:
         return at + 1 if at < len(ids) else last
 
     def _token_from(self, encoded: BatchEncoding, i: int, start: int, end: int) -> int | None:
-        """The token of the first character in ``[start, end)`` that has one."""
+        """Return the token of the first character in ``[start, end)`` that has one."""
         tokens = (encoded.char_to_token(i, position) for position in range(start, end))
         return next((token for token in tokens if token is not None), None)
 

@@ -98,12 +98,12 @@ def read_files(
 
 
 def reason(error: Exception) -> str:
-    """The first line of an error's message, or its kind."""
+    """Return the first line of an error's message, or its kind."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), repr(error))
 
 
 def _lines(file: str) -> Iterator[tuple[int, bytes]]:
-    """Numbered lines that are not blank, without their ends."""
+    """Yield numbered lines that are not blank, without their ends."""
     # Remote files of fsspec read no line of limited length; a buffered reader of them does.
     with fsspec.open(file, "rb", compression="infer") as opened, io.BufferedReader(opened) as stream:
         number = 0
@@ -121,7 +121,7 @@ def _lines(file: str) -> Iterator[tuple[int, bytes]]:
 
 
 def _objects(file: str) -> Iterator[tuple[int, bytes]]:
-    """Numbered lines of JSON objects, not those of an array or of an object on several lines."""
+    """Yield numbered lines of JSON objects, not those of an array or of an object on several lines."""
     for nth, (number, line) in enumerate(_lines(file)):
         bare = line.strip().removeprefix(b"\xef\xbb\xbf")
         if nth == 0 and bare.startswith(b"["):
@@ -182,20 +182,20 @@ _READERS: dict[Format, tuple[Callable[[str], Iterator[tuple[int, Any]]], Callabl
 
 
 def suffix(file: str) -> str:
-    """The suffix that tells the format of a file, before that of a compression."""
+    """Return the suffix that tells the format of a file, before that of a compression."""
     path = Path(file)
     return path.with_suffix("").suffix if path.suffix in SUFFIXES else path.suffix
 
 
 def _format(file: str) -> Format:
-    found = suffix(file)
-    if found not in SUFFIXED:
+    ending = suffix(file)
+    if ending not in SUFFIXED:
         known = ", ".join([*SUFFIXED, *(f".jsonl{c}" for c in SUFFIXES)])
         raise ConfigError(
-            f"{file}: the suffix '{found}' does not say what the file holds; known: {known}. "
-            f"Set 'format' of the source.{did_you_mean(found, SUFFIXED)}"
+            f"{file}: the suffix '{ending}' does not say what the file holds; known: {known}. "
+            f"Set 'format' of the source.{did_you_mean(ending, SUFFIXED)}"
         )
-    return SUFFIXED[found]
+    return SUFFIXED[ending]
 
 
 def _kind(value: Any) -> str:

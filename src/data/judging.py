@@ -22,7 +22,7 @@ Rows = Sequence[dict[str, Any]]
 
 
 def read_rows(path: str, limit: int | None = None, split: str | None = None) -> Rows:
-    """The first ``limit`` rows of a file, a Hub id or a saved dataset, each with its ``WHERE``.
+    """Return the first ``limit`` rows of a file, a Hub id or a saved dataset, each with its ``WHERE``.
 
     Args:
         path: what to read.
@@ -38,14 +38,14 @@ def read_rows(path: str, limit: int | None = None, split: str | None = None) -> 
 
 @dataclass(frozen=True)
 class Judged:
-    """Rows as tokens, and what became of the others.
+    """Rows as tokens, and counts of the rows that are left out.
 
     Attributes:
         rows: tokens and labels of the rows that have a supervised token.
-        numbers: place of each among the rows that were read, from 0.
-        read: how many were read.
-        left_out: how many of them are not judged, by reason.
-        truncated: how many of those judged lost their end to ``max_length``.
+        numbers: number of each of them among the rows that were read, from 0.
+        read: number of rows that were read.
+        left_out: number of rows that are not judged, by reason.
+        truncated: number of judged rows that are longer than ``max_length`` and lost their end.
         unread: columns that are not read.
     """
 
@@ -77,7 +77,7 @@ def judged(
     supervise: Literal["all", "answer"] = "answer",
     max_length: int = sys.maxsize,
 ) -> Judged:
-    """Encode rows, and count those that have no supervised token within ``max_length``.
+    """Encode rows; count those without a supervised token within ``max_length``, and leave them out.
 
     Raises:
         ConfigError: a row lacks a column, or has one that conditions the answer and is not read; names the
@@ -110,17 +110,17 @@ def encode(
     supervise: Literal["all", "answer"] = "answer",
     max_length: int = sys.maxsize,
 ) -> list[TokenRow]:
-    """Tokens and labels of every row that has a supervised token within ``max_length``; as :func:`judged`."""
+    """Return the rows of :func:`judged`, without the counts."""
     return judged(tokenizer, rows, columns, supervise, max_length).rows
 
 
 def prompt(row: TokenRow) -> list[int]:
-    """The tokens before the first supervised one."""
+    """Return the tokens before the first supervised one."""
     first = next(at for at, label in enumerate(row.labels) if label != IGNORE)
     return row.ids[:first]
 
 
 def batches(rows: list[TokenRow], batch_size: int, pad: int) -> Iterator[Batch]:
-    """Right-padded batches of rows of similar length."""
+    """Return batches of rows of similar length, padded on the right."""
     padded = Padded(batch_size, sys.maxsize, pad)
     return map(padded.collate, padded.plan(rows, None))

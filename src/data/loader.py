@@ -50,13 +50,13 @@ def across_ranks() -> Agree:
 
 
 def start() -> State:
-    """The position before the first batch of the first epoch."""
+    """Return the position before the first batch of the first epoch."""
     counts = asdict(Statistics())
     return {"epoch": 0, **_epoch(LANES), "tokens": 0, "finished": False, "statistics": counts}
 
 
 def _epoch(lanes: int) -> State:
-    """The part of a position that tells the place in an epoch, at its start."""
+    """Return the part of a position that is the place in an epoch, at the epoch's start."""
     return {"turn": 0, "lanes": [None] * lanes}
 
 
@@ -180,7 +180,7 @@ class Loader:
             yield None, here
 
     def _first(self) -> Batch:
-        """The first batch of the epoch, for a rank that has run out of its own."""
+        """Return the first batch of the epoch, for a rank that has run out of its own."""
         batch, _ = next(self._items({**self.position, **_epoch(len(self.position["lanes"]))}, workers=0))
         if batch is None:
             raise ConfigError(

@@ -23,7 +23,7 @@ _POWERS = {"K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}
 
 
 def sources(given: Sources | None, key: str) -> list[Source]:
-    """The parts of a mixture, from a path or a list.
+    """Return the parts of a mixture, from a path or a list.
 
     Raises:
         ConfigError: the weights make no mixture.
@@ -84,7 +84,7 @@ def check_weights(sources: list[Source], key: str) -> None:
 
 
 def token_count(tokens: int | str | None) -> int | None:
-    """A number of tokens, or None for no limit.
+    """Return a number of tokens from a number or a text such as 500M; None is no limit.
 
     Raises:
         ConfigError: it is no positive number.
@@ -96,7 +96,9 @@ def token_count(tokens: int | str | None) -> int | None:
 
 
 def amount(text: str) -> int:
-    """A count in figures or in short, as an option's ``type``; K, M, B, T stand for 1e3, 1e6, 1e9, 1e12.
+    """Return the count that a text such as 2000000 or 500M stands for; K, M, B, T are 1e3, 1e6, 1e9, 1e12.
+
+    It serves as the ``type`` of an option.
 
     Raises:
         ArgumentTypeError: it is no positive number.
@@ -154,7 +156,7 @@ def add_columns(parser: argparse.ArgumentParser) -> None:
 
 
 def read_columns(args: argparse.Namespace) -> Columns:
-    """The columns that those options name."""
+    """Return the columns that the options of :func:`add_columns` name."""
     return Columns(
         args.text, args.prompt, args.answer, args.messages, args.input, args.system, ignore=tuple(args.ignore)
     )

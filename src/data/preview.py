@@ -81,12 +81,12 @@ def read_corpus(config: Path, changes: list[str]) -> Corpus:
 
 
 def _parent(model: str | None, mask: str | None) -> str | None:
-    """The model whose tokenizer is used, as ``fit`` finds it: named, or by the mask of a recovery."""
+    """Return the model whose tokenizer is used, as ``fit`` finds it: named, or by the mask of a recovery."""
     return Mask.load(mask).model if model is None and mask and Path(mask).is_file() else model
 
 
 def documents(loader: Loader) -> Iterator[tuple[list[int], list[int]]]:
-    """The token ids and labels of each document, without padding and out of its packed row."""
+    """Yield the token ids and labels of each document, without padding and out of its packed row."""
     for batch in loader:
         loader.handed()
         for row in range(len(batch["input_ids"])):
@@ -104,7 +104,7 @@ def _bounds(row: dict[str, Tensor]) -> list[tuple[int, int]]:
 
 
 def marked(tokenizer: PreTrainedTokenizerBase, ids: list[int], labels: list[int], marks: Marks) -> str:
-    """The text of a document, its supervised runs between ``marks``."""
+    """Return the text of a document, its supervised runs between ``marks``."""
     text = ""
     runs = groupby(zip(ids, labels, strict=True), key=lambda pair: pair[1] != IGNORE)
     for supervised, run in runs:

@@ -41,7 +41,7 @@ class Corpora:
     apart: bool = False
 
     def wants(self, document: Document) -> bool:
-        """Whether the document is on the side of the held-out split that is read here."""
+        """Return whether a document belongs to the side of the held-out split that is read."""
         return (zlib.crc32(document.raw.encode()) < self.held_out * 2**32) == self.apart
 
 
@@ -76,7 +76,7 @@ class Reader(Iterator[Document]):
                 return document
 
     def states(self) -> list[State]:
-        """The positions of the parts; a reader made with them goes on from here."""
+        """Return the positions of the parts; a reader made with them goes on from here."""
         return [part.state() for part in self.parts]
 
     def _furthest_behind(self) -> _Part:
@@ -113,7 +113,7 @@ class _Part:
         self.rows = self.data.iter(batch_size=1)  # iter(data) would divide the rows again among workers
 
     def next(self) -> Row | None:
-        """The next row; None at the end, where a weighted source starts again if it has any."""
+        """Return the next row; None at the end, where a weighted source starts again if it has any."""
         try:
             batch = next(self.rows, None)
         except ConfigError:

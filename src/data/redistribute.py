@@ -18,7 +18,7 @@ from src.errors import ConfigError
 
 
 def redistribute(positions: list[State], world: int) -> list[State]:
-    """The positions of ``world`` ranks that go on where those of the ranks ``positions`` stopped.
+    """Return the positions of ``world`` ranks that go on where those of the ranks ``positions`` stopped.
 
     Raises:
         ConfigError: the shares cannot be divided by so many ranks.

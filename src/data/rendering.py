@@ -44,7 +44,7 @@ class Rendering:
         self.tokenizer, self.day = tokenizer, day or date.today()
 
     def __call__(self, turns: list[Turn], seed: str, **inputs: Any) -> str:
-        """The text of a chat.
+        """Return the text of a chat.
 
         Args:
             turns: its messages.
@@ -80,7 +80,7 @@ class Rendering:
 
 
 def parse_day(text: str | None) -> date | None:
-    """The day that a user names.
+    """Return the day that a user names.
 
     Raises:
         ConfigError: there is no such day.

@@ -103,7 +103,7 @@ def read_saved(
 
 
 def find_files(source: Source) -> list[str] | None:
-    """The files of a source in order; None if it is a saved dataset or on the Hub.
+    """Return the files of a source in order; None if it is a saved dataset or on the Hub.
 
     Raises:
         ConfigError: there is none, or it is not to be opened.
@@ -131,7 +131,7 @@ def find_files(source: Source) -> list[str] | None:
 
 
 def _found(path: str) -> tuple[list[str] | None, str]:
-    """What is at a path, and what is missing if that is nothing."""
+    """Return what is at a path; or, if nothing is, what is missing."""
     folder = Path(path)
     several = any(sign in path for sign in "*?[") and not folder.is_file()
     if folder.is_dir():
@@ -149,7 +149,7 @@ def _found(path: str) -> tuple[list[str] | None, str]:
 
 
 def _inside(folder: Path) -> list[str]:
-    """The files of a folder, without hidden ones (of editors and tools), and of one split only."""
+    """Return the files of a folder, without hidden ones (of editors and tools), and of one split only."""
     files, splits = list[str](), set[str]()
     for file in sorted(_walk(folder)):
         name = file.relative_to(folder)
@@ -165,7 +165,7 @@ def _inside(folder: Path) -> list[str]:
 
 
 def _walk(folder: Path) -> Iterator[Path]:
-    """All that is no folder, at any depth; one that cannot be read is an error, not empty."""
+    """Yield all files below a folder; a folder that cannot be read is an error."""
 
     def fail(error: OSError) -> None:
         raise error
@@ -207,7 +207,7 @@ def _hub(source: Source) -> IterableDataset:
 
 
 def _choose(path: str, split: str | None, splits: list[str]) -> str:
-    """The split that is asked for, or the only one."""
+    """Return the split that is asked for, or the only one."""
     if split is None and len(splits) != 1:
         raise ConfigError(
             f"data: '{path}' has the splits {', '.join(splits)}. Name one: 'split' of the source, or --split."

@@ -69,7 +69,7 @@ class Statistics:
         return Statistics(*(_sum(a, b) for a, b in pairs))
 
     def numbers(self) -> dict[str, float]:
-        """The counts by name, and the share of padding as ``waste``."""
+        """Return the counts by name, and the share of padding as ``waste``."""
         numbers = {k: float(v) for k, v in asdict(self).items() if isinstance(v, int)}
         return {**numbers, "waste": self.padding / max(1, self.tokens + self.padding)}
 

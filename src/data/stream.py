@@ -101,7 +101,8 @@ class _Block:
 
     def __init__(self, reader: Reader, encoder: Encoder, size: int, tokens: int) -> None:
         self.reader, self.encoder, self.size, self.tokens = reader, encoder, size, tokens
-        self.read = self.found = 0
+        self.read = 0
+        self.length = 0  # tokens of the rows so far
         self.rows: list[TokenRow] = []
         self.dropped: list[str] = []
         self.unread = set[str]()
@@ -110,7 +111,7 @@ class _Block:
     def advance(self, chunks: int) -> None:
         """Read and encode so many chunks of documents, unless the block is complete before."""
         for _ in range(chunks):
-            if self.ended or (self.read >= self.size and self.found >= self.tokens):
+            if self.ended or (self.read >= self.size and self.length >= self.tokens):
                 return
             wanted = min(_CHUNK, self.size - self.read) if self.read < self.size else _CHUNK
             documents = list(islice(self.reader, wanted))
@@ -118,13 +119,13 @@ class _Block:
             self.read += len(documents)
             for document, rows in zip(documents, self.encoder(documents), strict=True):
                 self.rows += rows
-                self.found += sum(len(row.ids) for row in rows)
+                self.length += sum(len(row.ids) for row in rows)
                 self.dropped += [] if rows else [document.where]
                 self.unread.update(document.unread)
 
     def finish(self) -> _Block:
         """Read and encode what is left."""
-        while not (self.ended or (self.read >= self.size and self.found >= self.tokens)):
+        while not (self.ended or (self.read >= self.size and self.length >= self.tokens)):
             self.advance(1)
         return self
 

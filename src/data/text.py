@@ -12,7 +12,7 @@ _HALF = re.compile("[\ud800-\udfff]")
 
 
 def checked(value: Any, what: str) -> str:
-    """The value, if it is such a text.
+    """Return a value if it is a text that can be encoded and is not too large.
 
     Raises:
         ConfigError: it is none; says what was found.

@@ -61,16 +61,16 @@ class Tokenized(LightningDataModule):
             "max_length": max_length, "too_long": too_long, "bos": bos, "eos": eos,
         }  # fmt: skip
         """The settings that decide the rows, by key."""
-        self._told: set[str] = set()
+        self._warnings: set[str] = set()
 
-    def tell(self, what: str) -> None:
+    def warn_once(self, what: str) -> None:
         """Warn of something, once a run."""
-        if what not in self._told:
+        if what not in self._warnings:
             rank_zero_warn(f"data: {what}.")
-            self._told.add(what)
+            self._warnings.add(what)
 
     def fitted(self) -> Encoder:
-        """The encoder; where the model's table of positions ends earlier than a row, so does a document.
+        """Return the encoder, its rows no longer than the model's table of positions.
 
         Raises:
             ConfigError: the user does not allow documents to be cut.
@@ -81,7 +81,7 @@ class Tokenized(LightningDataModule):
             return self.encoder
         if self.encoder.too_long == "error":
             raise too_long(f"data.max_length is {asked}", model.config.model_type, limit)
-        self.tell(
+        self.warn_once(
             f"the position table of this '{model.config.model_type}' ends at {limit}: longer documents are "
             f"truncated there, not at data.max_length={asked} (too_long={self.encoder.too_long})"
         )
@@ -90,7 +90,7 @@ class Tokenized(LightningDataModule):
         return shorter
 
     def model(self) -> PreTrainedModel | None:
-        """The model that the batches go to; None before there is one."""
+        """Return the model that the batches go to; None before there is one."""
         if self.trainer is None or self.trainer.lightning_module is None:
             return None
         module = self.trainer.lightning_module

@@ -55,12 +55,12 @@ _SHRINK = 0.8
 
 @lru_cache
 def _parameters(forward: Callable[..., object]) -> frozenset[str]:
-    """Names that ``forward`` takes: families with ALiBi, say, know no ``position_ids``."""
+    """Return the names of ``forward``'s parameters; a model with ALiBi, say, has no ``position_ids``."""
     return frozenset(inspect.signature(forward).parameters)
 
 
 def stop_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """Tokens that end a text: the tokenizer's and all that the checkpoint declares (often several)."""
+    """Return the tokens that end a text: the tokenizer's, and all that the checkpoint declares."""
     declared = getattr(model.generation_config, "eos_token_id", None)
     declared = declared if isinstance(declared, list) else [declared]
     return frozenset(i for i in (*declared, tokenizer.eos_token_id) if i is not None)

@@ -61,11 +61,11 @@ def load_tasks(names: Sequence[str], include: str | None = None, data_dir: str =
         _check_known(names, manager.all_tasks)
         for name in names:
             try:
-                found = manager.load([name])
+                loaded = manager.load([name])
             except Exception as e:  # a task is a program: templates, functions, downloads
                 raise _unreadable(name, e, data_dir) from e
-            group = found["groups"].get(name)
-            tasks += found["tasks"].values() if group is None else [group]
+            group = loaded["groups"].get(name)
+            tasks += loaded["tasks"].values() if group is None else [group]
     return tasks
 
 
@@ -142,7 +142,7 @@ def ask(
     judge = harness("evaluator").simple_evaluate
     try:
         with contextlib.redirect_stdout(sys.stderr):
-            found: dict[str, Any] = judge(model=lm, tasks=tasks, task_manager=manager, **options)
-            return found
+            results: dict[str, Any] = judge(model=lm, tasks=tasks, task_manager=manager, **options)
+            return results
     except ValueError as e:
         raise ConfigError(f"--tasks: the lm-evaluation-harness refuses: {_first_line(e)}.") from e

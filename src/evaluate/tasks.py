@@ -31,14 +31,14 @@ def main(args: argparse.Namespace, argv: list[str]) -> None:
     names = [name.strip() for name in args.tasks.split(",") if name.strip()]
     tasks = load_tasks(names, args.include_path, args.data_dir)
     tokenizer = load_tokenizer(args.teacher or args.model[0])
-    results, found = list[dict[str, Any]](), dict[str, Any]()
+    results, output = list[dict[str, Any]](), dict[str, Any]()
     for result, model in each_model(args, tokenizer):
-        found = ask(model, tokenizer, tasks, args.num_fewshot, args.limit, args.batch_size)
-        results.append(result | {"tasks": scores(found)})
+        output = ask(model, tokenizer, tasks, args.num_fewshot, args.limit, args.batch_size)
+        results.append(result | {"tasks": scores(output)})
     if args.teacher:
         for result in results[1:]:
             compare(result["tasks"], results[0]["tasks"])
-    facts = describe(found)
+    facts = describe(output)
     show(summary(results, facts))
     if args.out:
         for metric in (m for r in results for metrics in r["tasks"].values() for m in metrics.values()):
@@ -50,10 +50,10 @@ def main(args: argparse.Namespace, argv: list[str]) -> None:
         write_json(args.out, figures | origin | {"seconds": time.monotonic() - began})
 
 
-def scores(found: dict[str, Any]) -> Scores:
+def scores(output: dict[str, Any]) -> Scores:
     """Collect all metrics by task and the harness's names: ``acc``, ``exact_match,strict`` (a filter)."""
     out: Scores = {}
-    for task, values in found["results"].items():
+    for task, values in output["results"].items():
         for key, value in values.items():
             metric, comma, kind = key.partition(",")
             if not comma or metric.endswith("_stderr"):
@@ -61,7 +61,7 @@ def scores(found: dict[str, Any]) -> Scores:
             entry: dict[str, Any] = {"score": float(value)}
             if isinstance(error := values.get(f"{metric}_stderr,{kind}"), float):
                 entry["stderr"] = error
-            samples = (s for s in found["samples"].get(task, []) if s["filter"] == kind and metric in s)
+            samples = (s for s in output["samples"].get(task, []) if s["filter"] == kind and metric in s)
             given = [sample[metric] for sample in samples]
             # Right or wrong, and the score their mean: log-likelihoods and F1 counts are neither.
             if given and all(x in (0, 1) for x in given) and math.isclose(sum(given) / len(given), value):
@@ -81,16 +81,16 @@ def compare(student: Scores, teacher: Scores) -> None:
                 own["flips"] = flips(own["correct"], other["correct"])
 
 
-def describe(found: dict[str, Any]) -> dict[str, dict[str, Any]]:
+def describe(output: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Describe each task: shots, documents, version, data, and the metrics of which less is better."""
     keys, facts = ("dataset_path", "dataset_name", "dataset_kwargs"), dict[str, dict[str, Any]]()
-    for task in found["results"]:
-        config = found["configs"].get(task, {})
-        better = found["higher_is_better"].get(task, {})
+    for task in output["results"]:
+        config = output["configs"].get(task, {})
+        better = output["higher_is_better"].get(task, {})
         facts[task] = {
-            "shots": found["n-shot"].get(task),
-            "documents": found["n-samples"].get(task, {}).get("effective"),
-            "version": found["versions"].get(task),
+            "shots": output["n-shot"].get(task),
+            "documents": output["n-samples"].get(task, {}).get("effective"),
+            "version": output["versions"].get(task),
             "data": {key: config[key] for key in keys if config.get(key)},
             "less_is_better": [metric for metric, more in better.items() if more is False],
         }
@@ -98,7 +98,7 @@ def describe(found: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def summary(results: list[dict[str, Any]], facts: dict[str, dict[str, Any]]) -> Table:
-    """One row for each task, metric and model; the first model is the teacher, if there is one."""
+    """Return a table with a row for each task, metric and model; a teacher is the first model."""
     table = Table(title="public tasks")
     for heading in ("task", "metric", "model"):
         table.add_column(heading, overflow="fold")

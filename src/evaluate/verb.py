@@ -112,14 +112,14 @@ def main(argv: list[str]) -> None:
     columns, tokenizer = read_columns(args), load_tokenizer(args.teacher or args.model[0])
     positions = shared_positions([*([args.teacher] if args.teacher else []), *args.model], args.max_length)
     read = read_rows(args.data, args.limit, args.split)
-    found = judged(tokenizer, read, columns, args.supervise, min(args.max_length, positions))
-    if not found.rows:
-        raise ConfigError(f"--data: {found} of '{args.data}' can be judged. See --answer and --max-length.")
-    rows = [read[number] for number in found.numbers]
+    encoded = judged(tokenizer, read, columns, args.supervise, min(args.max_length, positions))
+    if not encoded.rows:
+        raise ConfigError(f"--data: {encoded} of '{args.data}' can be judged. See --answer and --max-length.")
+    rows = [read[number] for number in encoded.numbers]
     task = not args.no_exact_match and _reference(rows[0], columns) is not None
     teacher, results = None, list[dict[str, Any]]()
     for result, model in each_model(args, tokenizer):
-        text = batches(found.rows, args.batch_size, tokenizer.pad_token_id or 0)
+        text = batches(encoded.rows, args.batch_size, tokenizer.pad_token_id or 0)
         result |= held_out(model, teacher, text)
         if task:
             new, size = args.max_new_tokens, args.batch_size
@@ -133,22 +133,22 @@ def main(argv: list[str]) -> None:
             if right := results[0]["exact_match"]:
                 result["retention"] = result["exact_match"] / right
             result["flips"] = flips(result["correct"], results[0]["correct"])
-    show(summary(results, f"{found} of {args.data}"))
+    show(summary(results, f"{encoded} of {args.data}"))
     if args.out:
         origin = provenance("evaluate", argv, model) | {"seconds": time.monotonic() - began}
         prompts = [row[columns.of(row).prompt or ""] for row in rows[:3]] if task else []
-        figures = _record(results, teacher is not None) | found.record | {"prompts": prompts}
+        figures = _record(results, teacher is not None) | encoded.record | {"prompts": prompts}
         write_json(args.out, figures | origin)
 
 
 def _reference(row: dict[str, Any], columns: Columns) -> str | None:
-    """The final answer of a row, if it has an answer that ends in one."""
+    """Return the final answer of a row, if it has an answer that ends in one."""
     answer = row.get(columns.of({WHERE: "the row", **row}).answer or "")
     return final_answer(answer) if isinstance(answer, str) else None
 
 
 def summary(results: list[dict[str, Any]], title: str) -> Table:
-    """One row a model; each figure that has one beside its ratio to the first row's, the teacher's."""
+    """Return a table with a row for each model, and the ratio of each figure to the teacher's."""
     table = Table(title=title)
     table.add_column("model", overflow="fold")
     for heading in ["layers", "parameters", "exact match", "lost / gained", "KL", "agreement", "perplexity"]:

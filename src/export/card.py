@@ -26,7 +26,7 @@ NO_SCORES = "Not evaluated yet.\n"
 
 
 def front_matter(card: Path) -> dict[str, Any]:
-    """The YAML block at the head of a model card; empty if there is none, or none that can be read."""
+    """Return the YAML block at the head of a model card; empty if there is none, or none that can be read."""
     try:
         text = card.read_bytes().decode("utf-8", "replace")
         match = re.match(r"---\r?\n(.*?)\r?\n---", text, re.DOTALL)
@@ -37,7 +37,7 @@ def front_matter(card: Path) -> dict[str, Any]:
 
 
 def public_name(model: str) -> str:
-    """The Hub id, or the name of a local directory without the path to it."""
+    """Return the Hub id, or the name of a local directory without the path to it."""
     return Path(model).name if Path(model).exists() else model
 
 
@@ -139,7 +139,7 @@ A fresh process loaded this directory with stock `AutoModelForCausalLM` and foun
 
 
 def _training(recovery: dict[str, Any] | None, repair: str | None) -> dict[str, str | None]:
-    """The card's facts about changes of the weights after the cut."""
+    """Return the card's facts about changes of the weights after the cut."""
     if recovery is None:
         kept = "none: the kept layers hold the parent's weights" + (", but for the repair" if repair else "")
         return {"Repair": repair, "Recovery": kept}
@@ -152,7 +152,7 @@ def _training(recovery: dict[str, Any] | None, repair: str | None) -> dict[str, 
 
 
 def scores_table(evaluation: dict[str, Any], directory: Path) -> str:
-    """This model's figures beside its parent's, from the JSON that ``evaluate --out`` writes.
+    """Return this model's figures beside its parent's, from the JSON that ``evaluate --out`` writes.
 
     Raises:
         ConfigError: the evaluation has no teacher, or did not judge this directory.

@@ -93,7 +93,7 @@ def _matching(source: Path, patterns: tuple[str, ...]) -> set[Path]:
 
 
 def _settings(file: Path) -> dict[str, Any]:
-    """The content of a ``*_config.json``; empty for every other file."""
+    """Return the content of a ``*_config.json``; empty for every other file."""
     if not file.name.endswith("config.json"):
         return {}
     try:

@@ -100,7 +100,7 @@ class Distillation(Term):
         return {"loss": loss / count, **dict(zip(("kd", "ce"), means, strict=False))}
 
     def loss(self, step: Step) -> dict[str, Tensor]:
-        """The objective as a term: ``loss``, ``kd`` and, where it takes part, ``ce``."""
+        """Return the objective as a term: ``loss``, ``kd`` and, where it takes part, ``ce``."""
         return self(step.head, step.hidden_NH, step.labels_N, step.signal, step.whole)
 
     def _weights(
@@ -123,7 +123,7 @@ class Distillation(Term):
 
 
 def _sum(weights_n: Tensor, losses_n: Tensor) -> Tensor:
-    """Weighted sum in float32: autocast would take the products of ``@`` in half precision."""
+    """Return the weighted sum in float32; autocast would compute the products of ``@`` in half precision."""
     return (weights_n * losses_n).sum()
 
 

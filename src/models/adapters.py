@@ -39,12 +39,12 @@ def adapted(student: PreTrainedModel, rank: int) -> PreTrainedModel:
 
 
 def unwrapped(model: nn.Module) -> PreTrainedModel:
-    """The plain model within one that peft has adapted, the adapters merged into its weights."""
+    """Return the plain model within one that peft has adapted, the adapters merged into its weights."""
     return cast(Wrapped, model).merge_and_unload()
 
 
 def out_of_reach(model: PreTrainedModel) -> str:
-    """The matrices within the layers of an adapted model that have no adapter; empty if all have one.
+    """Return the matrices within the layers of an adapted model that have no adapter; empty if all have one.
 
     Routed experts are one tensor for all of them, no linear layer, and hold most weights of such a model;
     peft adapts those of some families (Mixtral) and not of others (GPT-OSS).

@@ -119,7 +119,7 @@ def check_weights(model: PreTrainedModel, info: dict[str, Any], name: str) -> No
     count, at = len(layers), re.compile(re.escape(path) + r"\.(\d+)\.(.+)")
 
     def by_layer(keys: Iterable[str]) -> dict[int, set[str]]:
-        """Names within each layer, by its index; names outside the layers are under -1."""
+        """Return the names of weights by layer; those outside the layers are under -1."""
         names: dict[int, set[str]] = {}
         for key in keys:
             index, within = match.groups() if (match := at.match(key)) else ("-1", key)
@@ -148,7 +148,7 @@ def _depth(name: str, claimed: int, held: int) -> str:
 
 
 def is_tied(model: PreTrainedModel) -> bool:
-    """Whether input and output embeddings are one tensor."""
+    """Return whether input and output embeddings are one tensor."""
     outputs: nn.Module | None = model.get_output_embeddings()
     if outputs is None:
         return False
@@ -189,7 +189,7 @@ def blamed(section: dict[str, Any], message: str) -> str:
 
 
 def _words(section: dict[str, Any]) -> list[tuple[str, str]]:
-    """The texts in a config with their keys, without those that any message may hold."""
+    """Return the texts in a config with their keys, without those that any message may hold."""
     texts: list[tuple[str, str]] = []
     for key, value in section.items():
         if isinstance(value, dict):

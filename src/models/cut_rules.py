@@ -154,7 +154,7 @@ def slice_section(
 
 
 def _rescaled(scale: float, length: int, kept: int) -> float:
-    """The scale whose quotient by the root of the new depth is, to the last bit, that of the parent."""
+    """Return the scale whose quotient by the root of the new depth equals the parent's to the bit."""
     quotient = scale / math.sqrt(length)
     guess = quotient * math.sqrt(kept)
     near = (guess, math.nextafter(guess, math.inf), math.nextafter(guess, 0.0))

@@ -78,7 +78,7 @@ def _find(name: str, file: str, revision: str | None) -> Path | None:
 
 
 def _places(size: int) -> list[int]:
-    """The places to read: all of a small tensor."""
+    """Return the places to read: all of a small tensor."""
     if size <= _PLACES * _BYTES:
         return [*range(0, size, _BYTES)]
     return [(size - _BYTES) * i // (_PLACES - 1) for i in range(_PLACES)]

@@ -164,7 +164,7 @@ class GatedLayers(Gates):
         return gated
 
     def _skips(self, index: int, kwargs: dict[str, Any]) -> bool:
-        """Whether a layer need not run: it is closed, nothing reads its output, and it fills no cache."""
+        """Return whether a layer need not run: it is closed, its output is not read, it fills no cache."""
         closed = bool(self._values) and self._values[index] == 0.0
         read = torch.is_grad_enabled() or self._observer is not None
         return closed and not read and self.plain and kwargs.get("past_key_values") is None

@@ -66,7 +66,7 @@ def decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
 
 
 def _nearest(model: PreTrainedModel, lists: list[Named]) -> list[Named]:
-    """The lists with weights that lie the fewest steps inside the model's decoder."""
+    """Return the lists with weights that lie the fewest steps inside the model's decoder."""
     decoder = model.get_decoder()
     inside = {id(module) for module in decoder.modules()}
     own = [(n, m) for n, m in lists if id(m) in inside and any(True for _ in m.parameters())]

@@ -59,7 +59,7 @@ def load_config(name: str, revision: str | None = None) -> PretrainedConfig:
 
 
 def _config(name: str, revision: str | None) -> PretrainedConfig:
-    """The config of any model, as transformers reads it."""
+    """Return the config of any model, as transformers reads it."""
     try:
         raw, _ = PretrainedConfig.get_config_dict(name, revision=revision)
         claims.check_counts(raw, name)
@@ -83,7 +83,7 @@ def _config(name: str, revision: str | None) -> PretrainedConfig:
 
 
 def _read_config(name: str, revision: str | None) -> PretrainedConfig:
-    """The config of a decoder, without what points to code of its author."""
+    """Return the config of a decoder, without what points to code of its author."""
     config = _config(name, revision)
     architectures = config.architectures or []
     if not isinstance(architectures, list) or not all(isinstance(a, str) for a in architectures):
@@ -218,7 +218,7 @@ def numbers(name: str, dtype: Dtype, revision: str | None = None) -> str:
 
 
 def _torch_dtype(name: str, config: PretrainedConfig, dtype: Dtype) -> torch.dtype:
-    """The type itself; for ``auto`` that of most numbers in the files, or else that of the config."""
+    """Return the type itself; for ``auto`` that of most numbers in the files, or else that of the config."""
     if dtype != "auto":
         return cast(torch.dtype, getattr(torch, dtype))
     return cast(torch.dtype, claims.stored_dtype(name) or config.dtype or torch.float32)

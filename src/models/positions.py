@@ -1,4 +1,4 @@
-"""Models that look positions up in a table refuse what is longer than the table.
+"""Refuse sequences longer than a model's table of positions.
 
 Rotary positions go on for ever. A table, learned (GPT-2, OPT) or computed once (GPT-J, CTRL), has a last
 entry: a longer sequence is an ``IndexError`` on a CPU, and on a GPU an assertion that kills the process.
@@ -34,7 +34,7 @@ def position_limit(model: PreTrainedModel) -> int | None:
 
 
 def _tables(model: PreTrainedModel) -> Iterator[tuple[int, int]]:
-    """Each possible table of positions: its entries, and how many of them precede the first token's."""
+    """Yield each possible table of positions: its entries, and how many of them precede the first token's."""
     words = model.get_input_embeddings()
     for module in decoder(model).modules():
         if isinstance(module, nn.Embedding) and module is not words:
@@ -46,9 +46,9 @@ def _tables(model: PreTrainedModel) -> Iterator[tuple[int, int]]:
 
 
 def guard(model: PreTrainedModel) -> PreTrainedModel:
-    """Let a model refuse, in words, a sequence beyond its table of positions; return the model.
+    """Return the model, which from now on refuses a sequence longer than its table of positions.
 
-    The check is a hook on the decoder, so it is there for whatever runs the model.
+    A hook on the decoder checks the length before each forward pass, and raises a :class:`ConfigError`.
     """
     limit, family = position_limit(model), model.config.model_type
     if limit is None:
@@ -69,7 +69,7 @@ def guard(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def too_long(excess: str, family: str, limit: int) -> ConfigError:
-    """Return the refusal of what is longer than a table of positions; ``excess`` names it and its length."""
+    """Return the error for what is longer than a table of positions; ``excess`` names it and its length."""
     return ConfigError(
         f"{excess}, and the position table of this '{family}' ends at {limit}. Lower the length: "
         f"data.max_length of a run; --max-length, --max-new-tokens, --prompt-tokens or --proof-tokens."

@@ -56,7 +56,7 @@ class Sources:
         return traits
 
     def _of(self, pair: tuple[int, int], layer: int, name: str) -> tuple[int, ...]:
-        """The layers of a pair that ``name`` comes from: that of its half, or both if it is of no half."""
+        """Return the layers of a pair that ``name`` comes from: its half's, or both if it is of no half."""
         if pair[0] == pair[1]:
             return pair
         half = self.halves[layer].of(name)

@@ -70,7 +70,7 @@ def check_vocabulary(
 
 
 def _difference(ours: PreTrainedTokenizerBase, theirs: PreTrainedTokenizerBase) -> str | None:
-    """In what another tokenizer differs; it may have more tokens, at ids that ours never gives."""
+    """Return in what another tokenizer differs; more tokens, at ids that ours never gives, do not count."""
     ids = theirs.get_vocab()
     padding = None if ours.pad_token == ours.eos_token else ours.pad_token  # never looked at
     other = [

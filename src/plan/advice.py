@@ -82,10 +82,10 @@ def advise(planner: Planner, disk: float | None = None) -> Advice:
     cache_fits = disk is None or planner.cache.expected <= disk
     refused: list[Estimate] = []
     for mode, strategy, checkpoint, offload in ways(stage, planner.ranks, cache_fits):
-        found = planner.way(mode, strategy, checkpoint, offload)
-        if found.fits:
-            return Advice(found, tuple(_options(found, planner)), _reason(found, refused, planner))
-        refused.append(found)
+        estimate = planner.way(mode, strategy, checkpoint, offload)
+        if estimate.fits:
+            return Advice(estimate, tuple(_options(estimate, planner)), _reason(estimate, refused, planner))
+        refused.append(estimate)
     least = min(refused, key=lambda e: e.total)
     largest = max(least.parts, key=lambda part: least.parts[part])
     knobs = [
@@ -111,7 +111,7 @@ def label(e: Estimate) -> str:
 
 
 def _options(e: Estimate, planner: Planner) -> Iterator[str]:
-    """The options that a way adds to the command line; its overlays bring the rest."""
+    """Yield the options that a way adds to the command line; its overlays bring the rest."""
     s = e.setting
     if s.strategy != "single":
         yield f"--config configs/strategy/{s.strategy}.yaml"
@@ -125,9 +125,9 @@ def _options(e: Estimate, planner: Planner) -> Iterator[str]:
         yield "--config configs/cache/recover.yaml"
 
 
-def _reason(found: Estimate, refused: list[Estimate], planner: Planner) -> str:
-    why = _WHY[planner.experiment.stage, found.setting.mode]
-    reason = f"{why[0].upper()}{why[1:]}; {_gib(found.total)} of {_gib(planner.device.memory)}."
+def _reason(estimate: Estimate, refused: list[Estimate], planner: Planner) -> str:
+    why = _WHY[planner.experiment.stage, estimate.setting.mode]
+    reason = f"{why[0].upper()}{why[1:]}; {_gib(estimate.total)} of {_gib(planner.device.memory)}."
     if refused:
         short = min(refused, key=lambda e: e.total)
         reason += (

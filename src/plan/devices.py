@@ -82,7 +82,7 @@ def _machine_memory() -> int:
 
 
 def _matmul_tflops(size: int = 768, seconds: float = 0.3) -> float:
-    """Speed of float32 matrix products on this machine's CPU, with as many threads as torch uses."""
+    """Return the speed of float32 matrix products on this machine's CPU, on all of torch's threads."""
     a, runs = torch.ones(size, size), 0
     torch.mm(a, a)
     began = time.perf_counter()

@@ -148,7 +148,7 @@ class Experiment:
         return f"mask: '{self.model.get('mask')}' does not exist yet; give"
 
     def student_parameters(self) -> int | None:
-        """Number of weights after the cut; None where nothing is cut."""
+        """Return the number of weights after the cut; None where nothing is cut."""
         if self.mask is None:
             return None
         config = cut_config(load_config(self.name, self.model.get("revision")), self.mask)
@@ -157,11 +157,11 @@ class Experiment:
         return sum(p.numel() for p in model.parameters())
 
     def tokens(self, ranks: int, given: int | None) -> tuple[int, int]:
-        """Tokens of the run, at most, and its steps.
+        """Return the most tokens of the run, and its steps.
 
         Args:
             ranks: devices.
-            given: ``--tokens``, which goes before the config.
+            given: tokens that ``--tokens`` gives in place of the config's; None gives none.
 
         Raises:
             ConfigError: nothing says when the run ends.
@@ -179,7 +179,7 @@ class Experiment:
         return int(steps) * step, int(steps)
 
     def module(self, checkpoint: bool = False, precision: str | None = None) -> LightningModule:
-        """A fresh module, no weights loaded, attached to a trainer.
+        """Return a new module attached to a trainer, without weights.
 
         Args:
             checkpoint: whether activations are recomputed.

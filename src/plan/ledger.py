@@ -126,7 +126,7 @@ def _grouped(a: Tensor, b: Tensor, *_: Any, **__: Any) -> int:
 
 
 def _grouped_shape(a: Tensor, b: Tensor, offs: Tensor, *_: Any, **__: Any) -> Tensor:
-    """What the experts' product returns; torch knows it for bfloat16 only."""
+    """Return what the experts' product returns; torch knows it for bfloat16 only."""
     return a.new_empty(*([a.shape[0]] if b.ndim == 3 else [offs.shape[0], a.shape[0]]), b.shape[-1])
 
 

@@ -53,7 +53,7 @@ class Setting:
 
 
 def strategy_name(strategy: Any, ranks: int) -> str:
-    """The overlay that a trainer's ``strategy`` is.
+    """Return the name of the strategy overlay that matches a trainer's ``strategy``.
 
     Raises:
         ConfigError: it is none of them.
@@ -78,7 +78,7 @@ def memory(trace: Trace, at: Setting, device: Device) -> dict[str, int]:
 
 
 def _moment(peak: dict[str, int], trace: Trace, at: Setting, gathered: bool) -> dict[str, int]:
-    """Bytes of one rank at a peak of a whole device; ``gathered``: while sharded layers are in use."""
+    """Return one rank's bytes at a peak of a whole device; ``gathered`` while sharded layers are in use."""
     part = {key: peak.get(key, 0) for key in ("teacher", "student", "gradients", "optimiser")}
     loose = {key: peak.get(key, 0) for key in ("activations", "loss chunk")}
     copy = at.mode if at.mode in ("int8", "nf4") else None
@@ -109,6 +109,6 @@ def _moment(peak: dict[str, int], trace: Trace, at: Setting, gathered: bool) -> 
 
 
 def _sharded(whole: int, weights: Weights, ranks: int, gathered: bool) -> int:
-    """A rank's part; while ``gathered``, with two layers and the root whole."""
+    """Return a rank's part; while ``gathered``, with two layers and the root whole."""
     more = min(weights.whole, weights.root + 2 * weights.layer) if gathered and whole else 0
     return whole // ranks + more - more // ranks

@@ -76,7 +76,7 @@ class Planner:
 
     @property
     def configured(self) -> Estimate:
-        """The config as it stands."""
+        """Cost of the config as it stands."""
         model, stage = self.experiment.model, self.experiment.stage
         source = model.get("teacher")
         name = source.class_path.split(".")[-1] if source else None
@@ -96,7 +96,14 @@ class Planner:
     def way(
         self, mode: Mode, strategy: str, checkpoint: bool | None = None, offload: bool = False
     ) -> Estimate:
-        """A form of the teacher under a strategy's overlay, whose precision and checkpointing it takes."""
+        """Return the cost of a form of the teacher under a strategy's overlay.
+
+        Args:
+            mode: form of the teacher, such as int8 or cached.
+            strategy: name of the overlay, which sets the precision on several GPUs.
+            checkpoint: whether activations are recomputed; None follows the overlay and the config.
+            offload: whether the optimiser's state lies in the memory of the host.
+        """
         stage, (precision, recompute) = self.experiment.stage, overlay(strategy)
         one = stage != "recover" and mode in ("int8", "nf4")
         setting = Setting(
@@ -116,7 +123,7 @@ class Planner:
         )
 
     def estimate(self, setting: Setting, checkpoint: bool, precision: str | None) -> Estimate:
-        """Cost of a setting; no precision leaves it to the config."""
+        """Return the cost of a setting; None as precision is the config's."""
         traced = self.trace(checkpoint, precision)
         used = str(precision or self.experiment.trainer.precision or "32-true")
         setting = replace(setting, half="bf16" in used or used.startswith("16"))
@@ -134,7 +141,7 @@ class Planner:
         )
 
     def trace(self, checkpoint: bool | None = None, precision: str | None = None) -> Trace:
-        """The trace of a variant; settings share it."""
+        """Return the trace of a step with or without recomputation, in a precision; it is made once."""
         key = (self.recomputes if checkpoint is None else checkpoint, precision)
         if key not in self._traces:
             module = self.experiment.module(*key)

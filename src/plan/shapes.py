@@ -18,7 +18,7 @@ class Rows:
     packed: bool
 
     def batch(self) -> Batch:
-        """A batch as the data module makes them, every row full and every token supervised."""
+        """Return a batch as the data module makes them, every row full and every token supervised."""
         ids_BT = torch.ones(self.count, self.length, dtype=torch.long)
         if not self.packed:
             return {"input_ids": ids_BT, "attention_mask": torch.ones_like(ids_BT), "labels": ids_BT.clone()}

@@ -73,7 +73,7 @@ class PlannedTeacher:
         return TopK(torch.zeros(size, k, dtype=torch.long), log_probs, entropy, entropy.clone())
 
     def states(self, layers: Sequence[int]) -> AbstractContextManager[dict[int, Tensor]]:
-        """The stream's tensors; a source without a model refuses as it does in a run."""
+        """Return the stream's tensors; a source without a model refuses as it does in a run."""
         if self.head is None:
             return self.source.states(layers)
         return streams(self.head.model, layers)

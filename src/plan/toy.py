@@ -17,14 +17,14 @@ from torch import Tensor, nn
 
 
 class Toy:
-    """A made-up divergence.
+    """Computes the made-up divergence of this module.
 
     Args:
-        layers: L.
-        seed: of the costs.
+        layers: number of layers L.
+        seed: of the random costs a.
         spread: standard deviation of the logarithms of the costs.
-        strength: c.
-        reach: rho.
+        strength: c in the formula.
+        reach: rho in the formula.
         noise: standard deviation of the logarithm of a batch's factors on the costs.
     """
 
@@ -44,7 +44,7 @@ class Toy:
         self.near_LL, self.strength, self.noise = strength * near_LL, strength, noise
 
     def divergence(self, gates_L: Tensor, noisy: bool = False) -> Tensor:
-        """The divergence under gates, differentiable; noisy as on one batch, or its expectation."""
+        """Return the divergence under gates, differentiable: that of one noisy batch, or its expectation."""
         cost_L = self.cost_L
         if noisy:
             draw_L = torch.randn(len(cost_L), generator=self.generator)
@@ -55,16 +55,16 @@ class Toy:
 
 
 class TooMany(Exception):
-    """A policy measures more than a plan follows."""
+    """A policy makes more measurements than a plan counts."""
 
 
 class CountingProbe:
-    """Answers a policy from a toy, and counts what the real answers would cost.
+    """A probe that answers a policy with a toy's values, and counts what real measurements would cost.
 
     Args:
-        layers: L.
+        layers: number of layers L.
         batches: calibration batches.
-        limit: measurements after which counting is given up.
+        limit: most measurements that are counted; one more raises :class:`TooMany`.
 
     Attributes:
         forward: passes of one batch through the whole model so far; a backward pass counts as one more.
@@ -76,15 +76,15 @@ class CountingProbe:
         self.signals()
 
     def signals(self) -> None:
-        """The teacher's signals of all batches."""
+        """Count the teacher's pass over all batches, which a probe makes first."""
         self.forward += self.batches
 
     def divergence(self, gates_L: Tensor, quick: bool = False) -> float:
-        """The toy's divergence."""
+        """Return the toy's divergence, and count the passes of a real one."""
         return self._measure(gates_L, quick, "kl")
 
     def cross_entropy(self, gates_L: Tensor) -> float:
-        """The toy's divergence, too."""
+        """Return the toy's divergence in place of a cross-entropy, and count its passes."""
         return self._measure(gates_L, False, "ce")
 
     def _measure(self, gates_L: Tensor, quick: bool, what: str) -> float:
@@ -98,16 +98,16 @@ class CountingProbe:
         return self._known[key]
 
     def mean(self, sums: Tensor, counts: Tensor) -> Tensor:
-        """One rank's mean."""
+        """Return ``sums / counts``: a plan has one rank."""
         return sums / counts
 
     def states(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Noise of the right form."""
+        """Yield one batch of noise of the right shape, and count the passes of a real stream."""
         self.forward += self.batches
         yield torch.randn(self.layers + 1, 1, 4, 8), torch.ones(1, 4, dtype=torch.bool)
 
     def gradients(self, visit: Callable[[int, nn.Module], None]) -> None:
-        """Noise of the right form."""
+        """Visit layers with noise as gradients, and count the passes of real ones."""
         self.forward += 3 * self.batches
         for layer in range(self.layers):
             module = nn.Linear(2, 2)

@@ -40,7 +40,7 @@ def main(argv: list[str]) -> None:
 
 
 def summary(planner: Planner, configured: Estimate, advice: Advice) -> dict[str, Any]:
-    """The plan as plain values: counts, bytes, operations and hours."""
+    """Return the plan as plain values: counts, bytes, operations and hours."""
     traced, device, experiment = planner.trace(), planner.device, planner.experiment
     size = planner.cache
     return {

@@ -54,15 +54,15 @@ class Weights:
         )
 
     def held(self, quantize: Quantization | None) -> int:
-        """Bytes under a quantisation."""
+        """Return the bytes of all weights under a quantisation; None is none."""
         return {None: self.whole, "int8": self.int8, "nf4": self.nf4}[quantize]
 
 
 def tensors(model: nn.Module) -> list[Tensor]:
-    """Parameters, tied ones once, and buffers."""
+    """Return the parameters (tied ones once) and the buffers of a model."""
     return [*model.parameters(), *model.buffers()]
 
 
 def size(model: nn.Module) -> int:
-    """Bytes of :func:`tensors`."""
+    """Return the bytes of all :func:`tensors` of a model."""
     return sum(x.nbytes for x in tensors(model))

@@ -42,7 +42,7 @@ class Probe(Protocol):
         """Return the mean cross-entropy (nats per supervised token) under ``gates_L`` on the labels."""
 
     def states(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Give the open model's residual stream, a batch at a time: ``(h_JBTH, real_BT)``.
+        """Yield the open model's residual stream, a batch at a time: ``(h_JBTH, real_BT)``.
 
         J = L + 1: ``h[l]`` enters layer l, and ``h[L]`` leaves the last layer, before the final norm.
         ``real`` is false at padding.

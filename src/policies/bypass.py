@@ -59,7 +59,7 @@ class BypassBP(MaskPolicy):
             self.logits[self.free] = self._budget() / len(self.free)
 
     def _budget(self) -> int:
-        """Number of free units to keep."""
+        """Return the number of free units to keep."""
         return len(self.free) - self.closed
 
     def initialise(self, probe: Probe) -> None:
@@ -81,7 +81,7 @@ class BypassBP(MaskPolicy):
         return gates
 
     def surrogate(self, gates_DL: Tensor, losses_D: Tensor, grads_DL: Tensor | None) -> Tensor:
-        """A scalar whose gradient is the paper's estimate of the gradient of the expected loss."""
+        """Return a scalar whose gradient is the paper's estimate of the gradient of the expected loss."""
         finite = losses_D.isfinite()
         if not finite.any():
             return self.nothing()

@@ -73,7 +73,7 @@ class GumbelTopK(MaskPolicy):
         self.init_scale, self.temperature = init_scale, temperature
 
     def setup(self, num_layers: int, remove: int, pinned: Iterable[int] = (), unit: Unit = "layer") -> None:
-        """As the base class.
+        """Set up as the base class does.
 
         Raises:
             ConfigError: the start compares the stream before and after whole layers, and halves are asked.

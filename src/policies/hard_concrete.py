@@ -49,7 +49,7 @@ class HardConcrete(MaskPolicy):
         self.multipliers = nn.Parameter(torch.zeros(2))
 
     def sample(self, step: int, draw: int) -> Tensor:
-        """Relaxed gates ``[U]`` in [0, 1]; the units that may not go are open."""
+        """Return relaxed gates ``[U]`` in [0, 1]; the units that may not go are open."""
         u = torch.rand(len(self.free), generator=self.generator(step, draw)).clamp(1e-6, 1 - 1e-6)
         noise = (torch.log(u) - torch.log1p(-u)).to(self.logits)
         concrete = torch.sigmoid((noise + self.logits[self.free]) / TEMPERATURE)

@@ -57,7 +57,7 @@ class Contiguous(OneShot):
     """
 
     def setup(self, num_layers: int, remove: int, pinned: Iterable[int] = (), unit: Unit = "layer") -> None:
-        """As the base class.
+        """Set up as the base class does.
 
         Raises:
             ConfigError: no run of this length is free of layers that must stay.

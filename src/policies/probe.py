@@ -23,7 +23,7 @@ LABELS = Distillation(alpha=0.0, weight="none")
 
 
 class Measured(Protocol):
-    """The module whose model a probe measures."""
+    """What a probe asks of the module whose model it measures; a search has all of it."""
 
     tokens: int
     read: Distinct
@@ -44,16 +44,16 @@ class Measured(Protocol):
         """Device of the model."""
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        """Bring a batch to that device."""
+        """Move a batch to a device, as every LightningModule can."""
 
     def teacher_hidden(self, batch: Batch, observer: Observer | None = None) -> Tensor:
-        """Run the model as the teacher."""
+        """Return the teacher's final hidden states: gates open, adapters off."""
 
     def parents_weights(self) -> AbstractContextManager[None]:
-        """Switch off what moves the weights."""
+        """Switch the adapters off, if there are any."""
 
     def spent(self, batch: Batch, layers: float) -> None:
-        """Count a pass."""
+        """Count a pass of a batch through some layers in the budget of the search."""
 
     def teacher_signal(self, rows: Supervised) -> Signal:
         """Return the teacher's signal on a batch."""
@@ -61,14 +61,15 @@ class Measured(Protocol):
     def divergence(
         self, rows: Supervised, signal: Signal, gates_U: Tensor | None, by: Distillation | None = None
     ) -> Tensor:
-        """Return the loss of the model under gates."""
+        """Return the loss of the model under gates, against the teacher's signal on the same rows."""
 
 
 class CalibrationProbe:
-    """Measures on the first ``calibration_batches`` validation batches, with the teacher's signal kept.
+    """Measures masks on the first ``calibration_batches`` validation batches.
 
-    It averages results over ranks, so that all ranks decide alike, and remembers them for each mask. A quick
-    measurement takes the first quarter of the batches: enough to drop bad masks, not to rank good ones.
+    The teacher's signal on these rows is computed once. Results are means over all ranks, so all ranks decide
+    alike, and a mask that was measured before is not measured again. A quick measurement takes the first
+    quarter of the batches, which is enough to drop bad masks, but not to rank good ones.
 
     Args:
         search: the search whose model is measured; its trainer must be attached.
@@ -94,15 +95,15 @@ class CalibrationProbe:
         self._known: dict[tuple[Any, ...], float] = {}
 
     def divergence(self, gates_L: Tensor, quick: bool = False) -> float:
-        """Mean divergence (nats per token) of the model under ``gates_L`` from the teacher, as exported."""
+        """Return the mean divergence (nats per token) from the teacher to the model, adapters off."""
         return self._measure(gates_L, quick, None)
 
     def adapted(self, gates_L: Tensor) -> float:
-        """:meth:`divergence` of the model with what the search's adapters have learned."""
+        """Return the same as :meth:`divergence` with the search's adapters on."""
         return self._measure(gates_L, False, None, adapted=True)
 
     def cross_entropy(self, gates_L: Tensor) -> float:
-        """Mean cross-entropy (nats per supervised token) of the model under ``gates_L`` on the labels."""
+        """Return the mean cross-entropy (nats per supervised token) of the model on the labels."""
         return self._measure(gates_L, False, LABELS)
 
     @torch.no_grad()
@@ -125,7 +126,7 @@ class CalibrationProbe:
 
     @torch.no_grad()
     def states(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Give the open model's residual stream, a batch at a time: ``(h_JBTH, real_BT)``, J = L + 1."""
+        """Yield the open model's residual stream, a batch at a time: ``(h_JBTH, real_BT)``, J = L + 1."""
         for rows, _ in self.rows:
             stream: list[Tensor] = []
 

@@ -19,7 +19,7 @@ def unit_kl(probe: Probe, units: int) -> Tensor:
 
 
 def block_influence(probe: Probe, num_layers: int) -> Tensor:
-    """``1 - mean cos(h_l, h_{l+1})`` ``[L]`` over real calibration tokens (ShortGPT, arXiv 2403.03853)."""
+    """Return ``1 - mean cos(h_l, h_{l+1})`` ``[L]`` over calibration tokens (ShortGPT, arXiv 2403.03853)."""
     total, count = torch.zeros(num_layers), torch.zeros(num_layers)
     for h_JBTH, real_BT in probe.states():
         h_JNH = h_JBTH[:, real_BT].float()

@@ -105,22 +105,22 @@ def last_weights(
     size = z_NH.shape[-1]
     draws = torch.randn(size, size, generator=torch.Generator().manual_seed(0)) / size**0.5
     delta_HH = draws.to(z_NH)
-    found, zeroed = Weights(), dict[str, Tensor]()
+    linear, zeroed = Weights(), dict[str, Tensor]()
     for name, weight in own.items():
         zero = torch.zeros_like(weight)
         contribution_NH = left_NH - out({**zeroed, name: zero})
         for axis in [axis for axis, length in enumerate(weight.shape) if length == size]:
             if near(out({**zeroed, name: folded(name, axis)}) - left_NH, contribution_NH @ delta_HH):
-                found[name], zeroed[name] = axis, zero
+                linear[name], zeroed[name] = axis, zero
                 left_NH = out(zeroed)
                 break
     # Experts that no token is routed to contribute nothing; their weights go with those of the other experts.
-    axes = {_without_expert(name): axis for name, axis in found.items()}
-    found |= {name: axes[_without_expert(name)] for name in own if _without_expert(name) in axes}
-    whole = found and near(
-        out({name: folded(name, axis) for name, axis in found.items()}), z_NH + z_NH @ delta_HH
+    axes = {_without_expert(name): axis for name, axis in linear.items()}
+    linear |= {name: axes[_without_expert(name)] for name in own if _without_expert(name) in axes}
+    whole = linear and near(
+        out({name: folded(name, axis) for name, axis in linear.items()}), z_NH + z_NH @ delta_HH
     )
-    return found if whole else {}
+    return linear if whole else {}
 
 
 def _without_expert(name: str) -> str:

@@ -52,14 +52,14 @@ _STYLE: dict[RcKeyType, Any] = {
 
 
 def colours(names: Sequence[str]) -> list[str]:
-    """The colour of each model; models that are neither teacher, cut nor recovered get their own."""
+    """Return the colour of each model; models that are neither teacher, cut nor recovered get their own."""
     known = {"teacher": SLATE, "cut": AMBER, "recovered": TEAL}
     others = iter(_OTHERS * len(names))
     return [known.get(name) or next(others) for name in names]
 
 
 def _short(names: Sequence[str], room: int = 24) -> list[str]:
-    """Names that fit under a bar; the end of a long one tells most."""
+    """Return names that fit under a bar: long ones lose their beginning."""
     return [name if len(name) <= room else "..." + name[3 - room :] for name in names]
 
 
@@ -76,7 +76,7 @@ def styled(draw: Callable[P, T]) -> Callable[P, T]:
 
 @styled
 def svg(figure: Figure) -> str:
-    """The SVG text of a figure; equal figures give equal text."""
+    """Return the SVG text of a figure; equal figures give equal text."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", bbox_inches="tight", metadata={"Date": None})
     return buffer.getvalue()
@@ -243,7 +243,7 @@ def cost(tokens: dict[str, float], seconds: dict[str, float]) -> Figure:
 
 
 def tokens_text(count: float) -> str:
-    """A count of tokens in few characters: 960, 12.3 k, 4.56 M, 1.20 B."""
+    """Return a count of tokens in few characters: 960, 12.3 k, 4.56 M, 1.20 B."""
     for unit, name in ((1e9, " B"), (1e6, " M"), (1e3, " k")):
         if count >= unit:
             return f"{count / unit:.3g}{name}"

@@ -36,7 +36,7 @@ class Page:
 
 
 def printable(text: str, also: str = "\n\t") -> str:
-    """The text with each character that no page can hold replaced; those of ``also`` stay."""
+    """Return the text with each character that no page can hold replaced; those of ``also`` stay."""
     return "".join(c if c.isprintable() or c in also else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
@@ -94,10 +94,10 @@ def table_of(report: Record) -> list[list[str]]:
     return lines
 
 
-def _score(found: Record | None) -> str:
-    if found is None:
+def _score(record: Record | None) -> str:
+    if record is None:
         return "-"
-    return f"{found['score']:.4g}" + (f"  ({found['ratio']:.1%} kept)" if "ratio" in found else "")
+    return f"{record['score']:.4g}" + (f"  ({record['ratio']:.1%} kept)" if "ratio" in record else "")
 
 
 def headline(report: Record) -> str:
@@ -120,13 +120,13 @@ def headline(report: Record) -> str:
 
 def notes(report: Record) -> list[str]:
     """List what a reader of the speeds must beware of."""
-    found = [
+    verdicts = [
         verdict(model["name"], phase, model["batch_size"], model[phase])
         for model in report["models"][1:]
         for phase in PHASES
         if phase in model
     ]
-    return [note for note in found if note is not None]
+    return [note for note in verdicts if note is not None]
 
 
 # ---------------------------------------------------------------------- the pages

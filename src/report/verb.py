@@ -81,14 +81,14 @@ class Run:
 
 def _read(path: Path) -> Record:
     try:
-        found = json.loads(path.read_text(), parse_constant=_not_a_number)
+        content = json.loads(path.read_text(), parse_constant=_not_a_number)
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, RecursionError) as e:
         raise ConfigError(f"--run: cannot read '{path}': {e}") from e
-    if not isinstance(found, dict):
-        raise ConfigError(f"--run: '{path}' holds a {type(found).__name__}; expected an object.")
-    return found
+    if not isinstance(content, dict):
+        raise ConfigError(f"--run: '{path}' holds a {type(content).__name__}; expected an object.")
+    return content
 
 
 def _rows(directory: Path) -> dict[str, Tensor]:
@@ -158,7 +158,7 @@ def _add(models: list[Record], key: str, values: Mapping[str, Any]) -> None:
 
 
 def distinct(paths: Sequence[str]) -> list[str]:
-    """A name for each model: the last parts of its path, as few as tell it from the other ones."""
+    """Return a name for each model: the last parts of its path, as few as tell it from the other ones."""
     parts = [Path(printable(path, "")).parts or ("model",) for path in paths]
 
     def name(at: int) -> str:

@@ -166,7 +166,7 @@ class Scales(Adapters):
     """Puts a factor, at first 1, on every output of every linear map of the layers (arXiv 2205.05638)."""
 
     def refuse(self, quantize: str | None) -> None:
-        """As the base class; quantised weights cannot take factors without being rounded again.
+        """Refuse what the base class refuses, and quantised weights: factors would round them again.
 
         Raises:
             ConfigError: see the base class; or the weights are quantised.

@@ -48,7 +48,7 @@ class ShortErrors(LightningArgumentParser):
     def parse_args(  # type: ignore[override]  # argparse has overloads, and jsonargparse none
         self, args: Sequence[str] | None = None, *more: Any, **keys: Any
     ) -> Namespace:
-        """As jsonargparse does; on the way to a nested parser it writes a null as Python's None."""
+        """Parse as jsonargparse does, which writes a null as Python's None on the way to a nested parser."""
         if not self.exit_on_error and isinstance(args, list):
             args = [arg.removesuffix("None") + "null" if str(arg).endswith("=None") else arg for arg in args]
         return super().parse_args(args, *more, **keys)
@@ -165,7 +165,7 @@ def _shows_progress(callback: Any) -> bool:
 
 
 def user_fault(error: BaseException | None) -> ConfigError | None:
-    """The user's fault behind an error: jsonargparse wraps what a constructor raises."""
+    """Return the user's fault behind an error: jsonargparse wraps what a constructor raises."""
     while error is not None and not isinstance(error, ConfigError):
         if isinstance(error, OSError) and error.errno in _DISK:
             name = f"'{error.filename}'" if error.filename else "the directory of the run"

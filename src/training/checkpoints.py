@@ -132,7 +132,7 @@ def reading(path: _PATH) -> Iterator[None]:
 
 
 def _states_of_deepspeed() -> list[Any]:
-    """The classes that DeepSpeed saves beside tensors and numbers: records without code to run."""
+    """Return the classes that DeepSpeed saves beside tensors and numbers: records without code to run."""
     try:
         from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
         from deepspeed.runtime.zero.config import ZeroStageEnum
@@ -143,7 +143,7 @@ def _states_of_deepspeed() -> list[Any]:
 
 
 def _first(error: BaseException) -> BaseException:
-    """What went wrong on the first rank that failed."""
+    """Return what went wrong on the first rank that failed."""
     failures = list(error.failures.values()) if isinstance(error, CheckpointException) else []
     return failures[0][0] if failures else error
 

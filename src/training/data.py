@@ -35,5 +35,5 @@ class Metered(Protocol):
 
 
 def data_of(trainer: Trainer) -> object:
-    """The data module of a trainer, None if it has none; Lightning sets the attribute undeclared."""
+    """Return the data module of a trainer, None if it has none; Lightning sets the attribute undeclared."""
     return getattr(trainer, "datamodule", None)

@@ -14,7 +14,7 @@ _TYPES: dict[str, Dtype] = {"bf16-true": "bfloat16", "16-true": "float16"}
 
 
 def true_half(module: LightningModule) -> Dtype | None:
-    """The type of the weights that the trainer's precision asks for, if it is one of true half precision."""
+    """Return the weights' type under a trainer of true half precision; None under any other."""
     return None if module._trainer is None else _TYPES.get(module.trainer.precision)
 
 

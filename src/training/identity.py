@@ -41,7 +41,7 @@ _SCHEDULES = ("src.callbacks.TemperatureAnnealing", "src.callbacks.PruningCurric
 
 @dataclass(frozen=True)
 class Change:
-    """A key whose value differs from the recorded one."""
+    """A key with its recorded value and its present one, which differ."""
 
     key: str
     was: Any
@@ -51,19 +51,19 @@ class Change:
         return f"{self.key} was {self.was} and is now {self.now}"
 
     def among(self, keys: Sequence[str]) -> bool:
-        """Return whether one of ``keys`` is this key or one above it."""
+        """Return whether one of ``keys`` is this key or contains it."""
         return any(f"{self.key}.".startswith(f"{key}.") for key in keys)
 
 
 class Accepting(Protocol):
-    """A data module that can be resumed."""
+    """What a resume asks of a data module."""
 
     accepted: Sequence[str]
     """Keys that the user allows to change on resume."""
 
 
 class Resumable(Accepting, Protocol):
-    """A module that can be resumed."""
+    """What a resume asks of a stage: names and fingerprints of its models, and its settings."""
 
     name: str
     parent_key: str
@@ -78,7 +78,7 @@ class Resumable(Accepting, Protocol):
 def changes(was: Any, now: Any, key: str = "") -> list[Change]:
     """Return the leaves that differ between two trees of dicts.
 
-    A key that only one tree has is no change: the other is older than the key.
+    A key that only one tree has does not count, because the other tree may be older than that key.
     """
     if isinstance(was, dict) and isinstance(now, dict):
         common = [name for name in now if name in was]
@@ -86,26 +86,28 @@ def changes(was: Any, now: Any, key: str = "") -> list[Change]:
     return [] if was == now else [Change(key, was, now)]
 
 
-def settle(differences: Sequence[Change], accepted: Sequence[str], fault: str) -> None:
-    """Refuse changes of what defines a run; only warn of those that the user accepts.
+def refuse_changes(differences: Sequence[Change], accepted: Sequence[str], kind: str) -> None:
+    """Refuse changes between a checkpoint and a run, except those that the user accepts.
+
+    An accepted change gives a warning.
 
     Args:
-        differences: the changes.
-        accepted: keys whose change the user means.
-        fault: what is wrong with the checkpoint, as a clause.
+        differences: all changes of what defines the run.
+        accepted: keys that the user allows to change (``--accept``).
+        kind: what the checkpoint is of, for the message, such as "another run".
 
     Raises:
-        ConfigError: names each key with its old and its new value.
+        ConfigError: a change is not accepted; names each such key with its old and its new value.
     """
     refused = [change for change in differences if not change.among(accepted)]
     if refused:
         raise ConfigError(
-            f"ckpt_path: the checkpoint is of {fault}: {'; '.join(map(str, refused))}. Set them back, start "
+            f"ckpt_path: the checkpoint is of {kind}: {'; '.join(map(str, refused))}. Set them back, start "
             f"anew without the checkpoint, or go on all the same with "
             f"--accept {','.join(change.key for change in refused)}."
         )
     for change in differences:
-        rank_zero_warn(f"ckpt_path: {change}; accepted, although the checkpoint is of {fault}.")
+        rank_zero_warn(f"ckpt_path: {change}; accepted, although the checkpoint is of {kind}.")
 
 
 def settings_of(config: dict[str, Any]) -> dict[str, Any]:
@@ -126,13 +128,13 @@ def settings_of(config: dict[str, Any]) -> dict[str, Any]:
 def check_parent(mask: Mask, name: str, weights: str | None, key: str) -> None:
     """Compare the parent of a recovery with the one that its mask was made for.
 
-    A child of that model, such as a fine-tuned one, is allowed if a key of its own names it, with a warning.
+    Another model, such as a fine-tuned child of it, is allowed with a warning if the user names it.
 
     Args:
-        mask: names the parent it was made for, if possible with a fingerprint.
+        mask: the mask, which names the model that it was made for.
         name: Hub id or directory of the parent.
         weights: fingerprint of the parent.
-        key: the key that names the parent.
+        key: the config's key that names the parent: the model's, or that of the mask.
 
     Raises:
         ConfigError: the mask's own parent has other weights now.
@@ -183,7 +185,7 @@ def check(noted: dict[str, Any] | None, module: Resumable, resumes: bool) -> Non
     settings = changes(noted["settings"], module.settings) if resumes else []
     reported = [change for change in settings if change.among(FREE)]
     differences += [change for change in settings if not change.among([*FREE, *CONTENT])]
-    settle(differences, module.accepted, "another run")
+    refuse_changes(differences, module.accepted, "another run")
     for change in reported:
         if not change.among(CONTENT):
             rank_zero_warn(f"ckpt_path: {change}; the run goes on with the new value.")

@@ -50,7 +50,7 @@ def in_short(message: str) -> str:
 
 
 def _lines(message: str) -> list[tuple[tuple[str, ...], str]]:
-    """The lines that carry a reason, each with the path of keys above it."""
+    """Return the lines that carry a reason, each with the path of keys above it."""
     lines, stack = list[tuple[tuple[str, ...], str]](), list[tuple[int, str]]()
     for line in filter(str.strip, message.splitlines()):
         text = line.lstrip(" -")

@@ -76,7 +76,7 @@ def _numbers(prefix: str, values: Mapping[str, Any], ranges: Mapping[str, Range]
 
 
 def _faults(path: str, value: Any) -> Iterator[str]:
-    """The faults below one key, in the order of the file."""
+    """Yield the faults below one key, in the order of the file."""
     if isinstance(value, float) and not math.isfinite(value):
         yield f"{path}: {value} given; accepted: a number that is finite"
     elif isinstance(value, list | tuple):
@@ -124,7 +124,7 @@ def _absent(path: str, component: type, arguments: Namespace) -> Iterator[str]:
 
 
 def _optimiser(path: str, component: type[Optimizer], arguments: dict[str, Any]) -> Iterator[str]:
-    """The fault that an optimiser finds in its arguments, if it does."""
+    """Yield the fault that an optimiser finds in its arguments, if it does."""
     try:
         component([torch.nn.Parameter(torch.zeros(1))], **arguments)
     except Exception as e:  # each has its own

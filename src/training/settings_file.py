@@ -46,7 +46,7 @@ def _named(argv: Sequence[str]) -> Iterator[tuple[str, str]]:
 
 
 def read_settings(path: str, key: str = "--config") -> dict[str, Any]:
-    """The settings in a YAML file.
+    """Return the settings in a YAML file.
 
     Args:
         path: the file.

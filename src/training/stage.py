@@ -59,7 +59,7 @@ class Stage(LightningModule):
         self.settings: dict[str, Any] = {}
         """The experiment as the command line gives it, which checkpoints note."""
         self.accepted: Sequence[str] = ()
-        """Keys whose change on resume is meant."""
+        """Keys that the user allows to change on resume."""
 
     @property
     def revision(self) -> str | None:
@@ -67,7 +67,7 @@ class Stage(LightningModule):
         return self.loading.revision
 
     def load(self, dtype: Dtype | None = None) -> PreTrainedModel:
-        """Load the model, in another type than its own if one is given; note what tells its weights apart."""
+        """Load the model, in ``dtype`` if one is given; set the fingerprint of its weights."""
         model = replace(self.loading, dtype=dtype or self.loading.dtype).load(self.name)
         self.weights = weights_fingerprint(self.name, self.revision)
         return model
@@ -84,7 +84,7 @@ class Stage(LightningModule):
         return [FiniteOnly()]
 
     def setup(self, stage: str) -> None:
-        """Ask again, for who uses a Trainer directly: the command line asks before it starts processes."""
+        """Refuse what cannot work here too, for a Trainer without the command line, which refuses earlier."""
         self.refuse(self.trainer, data_of(self.trainer))
 
     @property
@@ -94,7 +94,7 @@ class Stage(LightningModule):
 
     @property
     def engine(self) -> bool:
-        """Whether an engine takes the weights away after ``configure_model``."""
+        """Whether an engine (FSDP, DeepSpeed) shards the weights after ``configure_model``."""
         return self._trainer is not None and kind(self.trainer.strategy) in ("fsdp", "deepspeed")
 
     def check(self) -> None:
@@ -107,11 +107,11 @@ class Stage(LightningModule):
 
     @property
     def teacher_weights(self) -> str | None:
-        """Fingerprint of the weights whose signal is learned."""
+        """Fingerprint of the teacher's weights."""
         return self.weights
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Note what the run is."""
+        """Record the identity of the run."""
         checkpoint["identity"] = identity.note(self)
         checkpoint["read"] = self.read.unite(from_all(self.read.sample)).sample
 
@@ -127,10 +127,10 @@ class Stage(LightningModule):
             self.read.unite([checkpoint["read"]])
 
     def on_validation_start(self) -> None:
-        """Get ready too when validation is all that runs."""
+        """Set up as for a fit if only validation runs."""
         if self.trainer.state.fn != TrainerFn.FITTING:
             self.on_fit_start()
 
     def on_test_start(self) -> None:
-        """Get ready as for a fit."""
+        """Set up as for a fit, because only the test runs."""
         self.on_fit_start()

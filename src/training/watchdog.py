@@ -36,7 +36,7 @@ _GONE = ("closed by peer", "reset by peer", "Broken pipe", "remote process exite
 
 
 def explain(error: BaseException | None) -> str | None:
-    """One message for memory that ran out, or for a connection that another rank left; else None."""
+    """Return one message for memory that ran out, or for a connection that another rank left; else None."""
     while error is not None:
         reason = re.sub(r"^\[[^]]*\] ", "", str(error).partition("\n")[0]).partition(". ")[0][:160]
         if isinstance(error, MemoryError | torch.OutOfMemoryError) or _says(error, _OUT):
