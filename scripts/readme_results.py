@@ -38,21 +38,17 @@ def curve(demo: JSON) -> Figure:
     axes = figure.subplots()
     runs = [run for row in demo["rows"] for run in row["runs"]]
     for seed in sorted({run["seed"] for run in runs}):
-        points = sorted(
-            (100 * spent(demo, run), 100 * run["recovered"]["exact_match"])
-            for run in runs
-            if run["seed"] == seed
-        )
+        own = [run for run in runs if run["seed"] == seed]
+        points = sorted((100 * spent(demo, run), 100 * run["recovered"]["exact_match"]) for run in own)
         axes.plot(*zip(*points, strict=True), "o-", color=TEAL, alpha=0.9 if len(points) > 1 else 0.5)
     lines = {
         "teacher, 16 layers": (demo["teacher"], SLATE),
         "12 layers, not recovered": (runs[0]["cut"], AMBER),
     }
     for name, (judged, shade) in lines.items():
-        axes.axhline(100 * judged["exact_match"], color=shade, linestyle="--", linewidth=1.2)
-        axes.annotate(
-            name, (0.5, 100 * judged["exact_match"]), (0, 4), textcoords="offset points", color=shade
-        )
+        height = 100 * judged["exact_match"]
+        axes.axhline(height, color=shade, linestyle="--", linewidth=1.2)
+        axes.annotate(name, (0.5, height), (0, 4), textcoords="offset points", color=shade)
     axes.annotate("12 layers, recovered", (2.2, 93), color=TEAL)
     axes.set_xscale("log")
     titles = {row["title"]: float(row["title"].split()[0]) for row in demo["rows"]}
@@ -148,18 +144,13 @@ def fight_lines(fight: JSON, ratio: float = 0.25) -> list[str]:
     tokens = statistics.median(run["recovery"]["tokens"] for row in rows for run in row["runs"])
     cost = cells.cost("search", lambda search: search["metrics"]["forward_tokens"], tokens_text)
     columns = cells.method, cells.nats("cut"), cells.percent("cut"), cells.percent("recovered"), cost
-    table_rows = [
-        [cell(row) for cell in columns]
-        for row in sorted(rows, key=lambda row: float(row["cut"]["kl"]["value"]))
-    ]  # fmt: skip
+    ranked = sorted(rows, key=lambda row: float(row["cut"]["kl"]["value"]))
+    head = "method | KL of the cut, nats | exact match of the cut | recovered | search, forward tokens"
     return [
         f"**The fair fight.** {ratio:.0%} of the layers, every method with the same recovery on "
         f"{tokens_text(tokens)} tokens; 95 % intervals.",
         "",
-        *table(
-            "method | KL of the cut, nats | exact match of the cut | recovered | search, forward tokens",
-            table_rows,
-        ),
+        *table(head, ([cell(row) for cell in columns] for row in ranked)),
         "",
         "More ratios, costs and verdicts: [docs/fair_fight.md](docs/fair_fight.md). `make fair-fight`.",
     ]

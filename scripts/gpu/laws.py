@@ -119,11 +119,7 @@ def gradients(model: PreTrainedModel) -> dict[str, Any]:
 
 def gate_gradient(model: PreTrainedModel, batch: dict[str, Tensor], layers: int, skip: bool) -> Tensor:
     """Gradient ``[L]`` of the search's loss at a mask that removes every fourth layer."""
-    gates, head, loss = (
-        GatedLayers(model, skip_closed_autograd=skip),
-        OutputHead(model),
-        Distillation(weight="none"),
-    )
+    gates, head = GatedLayers(model, skip_closed_autograd=skip), OutputHead(model)
     leaf = torch.tensor([float(i % 4 != 2) for i in range(layers)], device=model.device, requires_grad=True)
     index = supervised(batch["labels"])
     try:
@@ -131,8 +127,8 @@ def gate_gradient(model: PreTrainedModel, batch: dict[str, Tensor], layers: int,
             signal = live_signal(head, head.hidden(batch).flatten(0, 1)[index], 10)
         with gates.use(leaf):
             hidden_NH = head.hidden(batch).flatten(0, 1)[index]
-        value = loss(head, hidden_NH, batch["labels"].flatten()[index + 1], signal)["loss"]
-        return torch.autograd.grad(value, leaf)[0]
+        labels, loss = batch["labels"].flatten()[index + 1], Distillation(weight="none")
+        return torch.autograd.grad(loss(head, hidden_NH, labels, signal)["loss"], leaf)[0]
     finally:
         gates.remove()
 

@@ -63,10 +63,7 @@ def lines(out: Path, given: dict[str, Any]) -> list[list[str]]:
         [*recover, train, held_out, *given["recover"], *lora],
         cache,
         [*recover, *from_cache, *given["recover"], short, "--trainer.logger.init_args.name=cached"],
-        *(
-            ["export", "--mask", mask, "--out", f"{out}/export/{name}", *options]
-            for name, options in made.items()
-        ),
+        *(["export", "--mask", mask, "--out", f"{out}/export/{name}", *made[name]] for name in made),
         [*judge, "--model", *(f"{out}/export/{name}" for name in made), "--out", f"{out}/evaluate.json"],
     ]
 
@@ -88,16 +85,13 @@ def run(tree: Path, out: Path, given: dict[str, Any]) -> None:
             done = subprocess.run([sys.executable, *words], cwd=tree, env=env, stdout=log, stderr=log)
         if done.returncode:
             print((out / "log.txt").read_text()[-3000:])
-            raise SystemExit(
-                f"{tree}: a command ended with status {done.returncode}; its last words are above"
-            )
+            raise SystemExit(f"{tree}: a command ended with {done.returncode}; its last words are above")
 
 
 def git(*words: str) -> str:
     """What git says."""
-    return subprocess.run(
-        ["git", "-C", str(ROOT), *words], check=True, capture_output=True, text=True
-    ).stdout.strip()
+    done = subprocess.run(["git", "-C", str(ROOT), *words], check=True, capture_output=True, text=True)
+    return done.stdout.strip()
 
 
 @contextmanager
