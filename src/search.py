@@ -25,33 +25,31 @@ from src.errors import ConfigError
 from src.losses.distill import Distillation
 from src.losses.signals import Signal, live_signal
 from src.mask import Mask, Unit, git_sha
-from src.models.constraints import constraints
 from src.models.gated import Observer, freeze
 from src.models.head import OutputHead
-from src.models.layers import num_layers
-from src.models.loading import load_config
 from src.models.sharding import shard
 from src.policies import MaskPolicy
-from src.policies.base import count_to_remove
 from src.policies.draws import Draw, over_ranks
-from src.ranges import Count, Range, checked, inside_unit
+from src.ranges import Count, Range, checked
 from src.teachers import TeacherSource
 from src.training.adapters import Adapters
 from src.training.half import float32_by_default, true_half
 from src.training.ranks import WholeBatch
-from src.training.stage import Stage
+from src.training.sized import Sized
 from src.training.strategies import check_quantised, kind
+from src.units.amount import Budget
 from src.units.kinds import KINDS
 
 
-class MaskSearch(Stage):
-    """Learns a mask for one model.
+class MaskSearch(Sized):
+    """Learns a mask for one model, or one for each of several budgets.
+
+    Draws take turns among the budgets. Then the loss is the mean of the logarithms of their divergences,
+    because that of the largest removal would drown the others.
 
     Args:
         model: Hub id or directory of the model to shorten.
         policy: how masks are drawn and learned.
-        remove: layers to remove; give this or ``ratio``.
-        ratio: share of the layers to remove, in (0, 1), rounded to the nearest count.
         unit: what is removed: whole layers (``layer``), or attentions and feed-forwards apart, as many of
             both (``half``); the halves that stay pair up into ordinary layers again.
         teacher: another source of the teacher's signal; None is the student with open gates.
@@ -60,7 +58,7 @@ class MaskSearch(Stage):
         optimizer: optimiser of the policy's logits, and of the adapters in a group of their own.
         adapters: small additions to the weights that train while the mask is learned; None moves no weight.
         calibration_batches: validation batches that score layers and choose among the last masks.
-        kwargs: how the one copy of the weights is loaded; see :class:`src.training.stage.Stage`.
+        kwargs: how much to remove; see :class:`src.training.sized.Sized`.
     """
 
     @checked
@@ -68,8 +66,6 @@ class MaskSearch(Stage):
         self,
         model: str,
         policy: MaskPolicy,
-        remove: int | None = None,
-        ratio: Annotated[float, inside_unit] | None = None,
         unit: Unit = "layer",
         teacher: TeacherSource | None = None,
         distillation: Distillation | None = None,
@@ -84,16 +80,16 @@ class MaskSearch(Stage):
         self.distillation = distillation or Distillation(weight="none")
         self.optimizer, self.calibration_batches = optimizer, calibration_batches
         self.adapters = adapters
-        config = load_config(model, self.revision)
-        self.commit: str | None = getattr(config, "_commit_hash", None)
-        """Revision of the Hub that was loaded, by which mask and card pin the parent."""
-        self.num_layers = num_layers(config)
-        count = count_to_remove(self.num_layers, remove, ratio)
-        limits = constraints(config)
+        most = self.budgets[-1].remove
+        if len(self.budgets) > 1 and not policy.any_count:
+            raise ConfigError(
+                f"model.budgets: {type(policy).__name__} chooses for one count alone. Set model.ratio in its "
+                f"place, or choose another policy, such as src.policies.GumbelTopK."
+            )
         try:
-            policy.setup(self.num_layers, count, limits.pinned(self.num_layers, count), unit)
+            policy.setup(self.num_layers, most, self.limits.pinned(self.num_layers, most), unit)
         except ConfigError as e:
-            raise ConfigError(f"{e} {limits.reason}".strip()) from e
+            raise ConfigError(f"{e} {self.limits.reason}".strip()) from e
         self.forward_tokens = 0.0
         """Tokens passed through all layers; a backward pass through the activations counts as another."""
 
@@ -191,6 +187,11 @@ class MaskSearch(Stage):
 
     # ------------------------------------------------------------------ learning
 
+    def aimed(self, budget: Budget, held: Iterable[int] = ()) -> AbstractContextManager[None]:
+        """Let the policy draw and harden masks of a budget, which keep the units ``held`` besides."""
+        pinned = KINDS[self.unit].of(self.limits.pinned(self.num_layers, budget.remove))
+        return self.policy.aimed(budget.remove, {*pinned, *held})
+
     def draw(self, rows: Supervised, signal: Signal, number: int, whole: WholeBatch | None = None) -> Draw:
         """Draw a mask and measure it; its graph is freed before this returns.
 
@@ -200,7 +201,9 @@ class MaskSearch(Stage):
             number: which draw of the step this is.
             whole: the batch of all ranks.
         """
-        gates_U = self.policy.sample(self.trainer.global_step, number)
+        step = self.trainer.global_step
+        with self.aimed(self.budgets[(step + number) % len(self.budgets)]):
+            gates_U = self.policy.sample(step, number)
         leaf_U, grad_U = gates_U.detach().requires_grad_(self.policy.needs_gradient), None
         moving = [] if self.adapters is None else self.adapters.moving()
         inputs = [*([leaf_U] if self.policy.needs_gradient else []), *moving]
@@ -224,16 +227,22 @@ class MaskSearch(Stage):
         self.tokens += whole.tokens
         losses_D, grads_DU = over_ranks(drawn)
         self.log("train/kl", losses_D.mean(), prog_bar=True)
+        if len(self.budgets) > 1 and grads_DU is not None:
+            grads_DU = grads_DU / losses_D[:, None].clamp_min(torch.finfo(losses_D.dtype).tiny)
         loss = self.policy.surrogate(torch.stack([each.gates_U for each in drawn]), losses_D, grads_DU)
         return loss if self.adapters is None else loss + self.adapters.surrogate(self.draws)
 
     def validation_step(self, batch: Batch, _: int) -> None:
         rows = Supervised.of(batch)
         whole = WholeBatch(len(rows), real_tokens(batch), self.device)
-        gates_U = self.policy.gates(self.policy.harden())
         with self.parents_weights():
-            loss = self.divergence(rows, self.teacher_signal(rows), gates_U, whole=whole)
-        self.log("val/kl", loss, prog_bar=True, batch_size=whole.positions, sync_dist=True)
+            signal = self.teacher_signal(rows)
+            for budget in self.budgets:
+                with self.aimed(budget):
+                    gates_U = self.policy.gates(self.policy.harden())
+                loss = self.divergence(rows, signal, gates_U, whole=whole)
+                for name in dict.fromkeys([budget.suffix, *([""] if budget is self.budgets[-1] else [])]):
+                    self.log(f"val/kl{name}", loss, prog_bar=True, batch_size=whole.positions, sync_dist=True)
 
     test_step = validation_step
 

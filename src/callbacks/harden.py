@@ -2,19 +2,44 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
+from src.mask import Mask
+from src.policies.base import Probe
 from src.policies.polish import settle
 from src.policies.probe import CalibrationProbe
 from src.training.adapters import beside
+from src.units.amount import Budget
 from src.units.spaces import Kept
 
 if TYPE_CHECKING:
     from src.search import MaskSearch
+
+
+def choose(
+    search: MaskSearch, probe: Probe, recent: Sequence[Kept]
+) -> Iterator[tuple[Budget, Kept, dict[str, float]]]:
+    """Choose the final mask of each budget on held-out rows, that of the largest removal first.
+
+    Args:
+        search: at the end of its run.
+        probe: measures masks.
+        recent: the last distinct masks that the policy hardened to, of all budgets.
+
+    Yields:
+        A budget, its kept units, and the figures of its mask file.
+    """
+    policy, held = search.policy, tuple[int, ...]()
+    for budget in reversed(search.budgets):
+        with search.aimed(budget, held):
+            chosen, figures = settle(policy, probe, [kept for kept in recent if policy.space.legal(kept)])
+        held = chosen if search.nested else ()
+        yield budget, chosen, figures
 
 
 class HardenMask(Callback):
@@ -23,6 +48,9 @@ class HardenMask(Callback):
     The policy's own answer is final unless it asks for more: that its last distinct masks compete on
     held-out rows (``candidates``), and that single swaps are tried until none helps (``polish``). All of it
     counts in the budget.
+
+    A search with several budgets ends with a file for each, such as ``mask-0.25.json``; ``mask.json`` is then
+    that of the largest removal.
 
     Args:
         path: where to write the mask; None is ``mask.json`` in the run's log directory.
@@ -38,31 +66,44 @@ class HardenMask(Callback):
             search.policy.initialise(CalibrationProbe(search))
 
     def on_train_batch_end(self, trainer: Trainer, module: LightningModule, *_: Any) -> None:
-        policy = cast("MaskSearch", module).policy
-        kept = policy.harden()
-        if kept in self.recent:
-            self.recent.remove(kept)
-        self.recent = [*self.recent, kept][-policy.candidates :]
+        search = cast("MaskSearch", module)
+        for budget in search.budgets:
+            with search.aimed(budget):
+                kept = search.policy.harden()
+            same_size = [other for other in self.recent if len(other) == len(kept)]
+            others = [other for other in self.recent if len(other) != len(kept)]
+            newest = [*(other for other in same_size if other != kept), kept]
+            self.recent = others + newest[-search.policy.candidates :]
 
     def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
         if trainer.interrupted:
             return
         search = cast("MaskSearch", module)
-        probe = CalibrationProbe(search)
-        chosen, figures = settle(search.policy, probe, self.recent)
-        if search.adapters is not None:
-            figures["kl_adapted"] = probe.adapted(search.policy.gates(chosen))
-        metrics = {**figures, "forward_tokens": search.forward_tokens}
-        mask = search.mask(chosen, metrics)
-        for key, value in metrics.items():
-            for logger in trainer.loggers:
-                logger.log_metrics({f"mask/{key}": value}, trainer.global_step)
-        path = Path(self.path or Path(trainer.log_dir or ".") / "mask.json")  # log_dir asks all ranks
-        if trainer.is_global_zero:
-            mask.save(path)
+        probe, curve = CalibrationProbe(search), list[dict[str, Any]]()
+        for budget, kept, figures in list(choose(search, probe, self.recent)):
             if search.adapters is not None:
-                search.adapters.save(beside(path), mask)
-            rank_zero_info(f"{mask}; held-out KL {metrics['kl']:.4f}, written to {path}")
+                figures["kl_adapted"] = probe.adapted(search.policy.gates(kept))
+            metrics = {**figures, "forward_tokens": search.forward_tokens}
+            for key, value in metrics.items():
+                for logger in trainer.loggers:
+                    logger.log_metrics({f"mask/{key}{budget.suffix}": value}, trainer.global_step)
+            written = self._write(trainer, search, budget, search.mask(kept, metrics))
+            found = {"share": budget.share, "removed": budget.remove, "kl": metrics["kl"], "mask": written}
+            curve.insert(0, found)
+        if len(curve) > 1:
+            search.figures["budgets"] = curve
+
+    def _write(self, trainer: Trainer, search: MaskSearch, budget: Budget, mask: Mask) -> str:
+        """Write the files of a budget; return the name of the mask's."""
+        last = Path(self.path or Path(trainer.log_dir or ".") / "mask.json")  # log_dir asks all ranks
+        own = last.with_stem(last.stem + budget.suffix)
+        for path in dict.fromkeys([own, *([last] if budget is search.budgets[-1] else [])]):
+            if trainer.is_global_zero:
+                mask.save(path)
+                if search.adapters is not None:
+                    search.adapters.save(beside(path), mask)
+        rank_zero_info(f"{mask}; held-out KL {mask.metrics['kl']:.4f}, written to {own}")
+        return own.name
 
     def state_dict(self) -> dict[str, Any]:
         return {"recent": self.recent}

@@ -18,9 +18,10 @@ from src.training.ranks import from_all
 class StageRecord(Callback):
     """Writes ``{"tokens", "distinct_tokens", "seconds", "steps", "history"}`` when a stage ends.
 
-    Tokens are those processed, each time that a row is read. Distinct tokens are those of the rows, read once
-    or often; the names of the rows lie beside it in ``record.rows.safetensors``, so that rows that two
-    stages share count once.
+    What the stage itself found stands beside these, such as the KL of each budget of a search. Tokens are
+    those processed, each time that a row is read. Distinct tokens are those of the rows, read once or often;
+    the names of the rows lie beside it in ``record.rows.safetensors``, so that rows that two stages share
+    count once.
 
     Args:
         path: the JSON file; None is ``record.json`` in the run's log directory.
@@ -52,6 +53,7 @@ class StageRecord(Callback):
             "steps": trainer.global_step,
             "history": self.history,
             "commit": git_sha(),
+            **getattr(module, "figures", {}),
         }
         with whole(path.with_suffix(".rows.safetensors")) as partial:
             save_file({"rows": read.sample}, partial)

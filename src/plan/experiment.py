@@ -23,10 +23,10 @@ from src.models.cut_config import cut_config
 from src.models.layers import num_layers
 from src.models.loading import load_config
 from src.plan.shapes import Rows
-from src.policies.base import count_to_remove
 from src.search import MaskSearch
 from src.training.arguments import PruneCLI, ShortErrors
 from src.training.stage import Stage
+from src.units.amount import Amount
 
 
 class _ParseOnly(PruneCLI):
@@ -133,12 +133,10 @@ class Experiment:
         if given.is_file() and self.ratio is None:
             return Mask.load(given)
         config = load_config(self.name, self.model.get("revision"))
-        layers, remove, ratio = num_layers(config), self.model.get("remove"), self.model.get("ratio")
-        if self.ratio is not None:
-            remove, ratio = None, self.ratio
-        elif self.stage == "recover":
+        layers = num_layers(config)
+        if self.ratio is None and self.stage == "recover":
             raise ConfigError(f"{self._missing} --ratio 0.25 to plan without it.")
-        count = count_to_remove(layers, remove, ratio)
+        count = self.amount.of(layers)[-1].remove
         free = sorted(set(range(layers)) - constraints(config).pinned(layers, count))
         gone = {free[int((i + 0.5) * len(free) / count)] for i in range(min(count, len(free)))}
         return Mask.by_hand(self.name, layers, (i for i in range(layers) if i not in gone))
@@ -146,6 +144,13 @@ class Experiment:
     @property
     def _missing(self) -> str:
         return f"mask: '{self.model.get('mask')}' does not exist yet; give"
+
+    @property
+    def amount(self) -> Amount:
+        """How much goes: as ``--ratio`` says, or the config."""
+        if self.ratio is not None:
+            return Amount(ratio=self.ratio)
+        return Amount(*(self.model.get(key) for key in ("remove", "ratio", "budgets")))
 
     def student_parameters(self) -> int | None:
         """Return the number of weights after the cut; None where nothing is cut."""

@@ -163,7 +163,7 @@ class Planner:
             return 0.0
         module = self.experiment.module()
         assert isinstance(module, MaskSearch)
-        return calibration(module.policy, module.calibration_batches) or 0.0
+        return calibration(module) or 0.0
 
     @property
     def cache(self) -> CacheSize:

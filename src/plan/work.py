@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from src.callbacks.harden import choose
 from src.plan.toy import CountingProbe, TooMany
-from src.policies import MaskPolicy
-from src.policies.polish import settle
+from src.search import MaskSearch
 
 # Bytes of a stored value, and those measured after compression at V = 151,936 (docs/teacher_cache.md).
 _RAW = {"float32": (4, 4), "float16": (2, 2), "compact": (1, 2)}
@@ -38,26 +38,23 @@ def cache_size(tokens: int, positions: int, k: int, precision: str = "float16") 
     return CacheSize(raw, int(positions * each))
 
 
-def calibration(policy: MaskPolicy, batches: int) -> float | None:
+def calibration(search: MaskSearch) -> float | None:
     """Count the passes of a batch that a search makes before its first step and after its last.
 
     The policy and the polishing are run on a made-up divergence; what they ask for is counted.
 
-    Args:
-        policy: set up for the model's units.
-        batches: calibration batches.
-
     Returns:
         None for a policy that measures too much to follow, such as all masks.
     """
+    policy, batches = search.policy, search.calibration_batches
     probe = CountingProbe(policy.units, batches)
     try:
         policy.initialise(probe)
         probe.signals()
         policy.remove = policy.target
-        chosen, _ = settle(policy, probe, ())
-        # Further candidates are other masks of the same size.
-        probe.forward += batches * len(chosen) / policy.units * (policy.candidates - 1)
+        for _, chosen, _ in choose(search, probe, ()):
+            # Further candidates are other masks of the same size.
+            probe.forward += batches * len(chosen) / policy.units * (policy.candidates - 1)
     except TooMany:
         return None
     return probe.forward

@@ -14,6 +14,7 @@ Shapes: D draws, U units (L layers where a method takes whole layers only).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import ClassVar, Protocol, cast
 
 import torch
@@ -76,6 +77,9 @@ class MaskPolicy(nn.Module):
 
     needs_gradient = True
     """Whether :meth:`surrogate` wants the losses' gradients with respect to the gates."""
+
+    any_count = False
+    """Whether what is learned ranks the units for every count alike, so that one search serves several."""
 
     differentiates_weights = False
     """Whether :meth:`initialise` needs gradients of the weights from the probe."""
@@ -155,7 +159,7 @@ class MaskPolicy(nn.Module):
                 f"{num_layers - len(kept)} may be removed. Accepted: 1 to {most}."
             )
         self.num_layers, self.target, self.remove = num_layers, remove, remove
-        self.kind, self.pinned = KINDS[unit], frozenset(kept)
+        self.kind, self.pinned, self.held = KINDS[unit], frozenset(kept), frozenset[int]()
         self.space = self.spare(remove)
         self.units = self.space.units
         self.free = [u for u in range(self.units) if u not in self.space.pinned]
@@ -163,7 +167,24 @@ class MaskPolicy(nn.Module):
 
     def spare(self, remove: int) -> Space:
         """Return the space of masks without so many layers, or without as many halves as these have."""
-        return self.kind.space(self.num_layers, self.num_layers - remove, self.pinned)
+        return self.kind.space(self.num_layers, self.num_layers - remove, self.pinned).holding(self.held)
+
+    @contextmanager
+    def aimed(self, remove: int, held: Iterable[int] = ()) -> Iterator[None]:
+        """Draw and harden masks of a smaller count within the block.
+
+        Args:
+            remove: layers to remove in the end, at most those of :meth:`setup`. While a curriculum has come
+                to fewer, a draw removes these.
+            held: units that stay besides the pinned.
+        """
+        before = self.target, self.remove, self.held, self.space
+        self.target, self.remove, self.held = remove, min(remove, self.remove), frozenset(held)
+        self.space = self.spare(remove)
+        try:
+            yield
+        finally:
+            self.target, self.remove, self.held, self.space = before
 
     @property
     def closed(self) -> int:
@@ -228,19 +249,3 @@ class MaskPolicy(nn.Module):
     def generator(self, step: int, draw: int) -> torch.Generator:
         """Return a generator that depends on (seed, step, draw) only."""
         return torch.Generator().manual_seed(((self.seed * 1_000_003 + step) * 10_007 + draw) % 2**63)
-
-
-def count_to_remove(layers: int, remove: int | None, ratio: float | None) -> int:
-    """Return the number of layers to remove, from a count or from a ratio.
-
-    Raises:
-        ConfigError: both or neither are given, or the ratio is outside (0, 1).
-    """
-    if (remove is None) == (ratio is None):
-        raise ConfigError("give exactly one of model.remove (a count) and model.ratio (a share).")
-    if ratio is None:
-        assert remove is not None
-        return remove
-    if not 0 < ratio < 1:
-        raise ConfigError(f"model.ratio: {ratio} given; accepted: above 0 and below 1, such as 0.25.")
-    return max(1, round(layers * ratio))

@@ -54,6 +54,7 @@ class GumbelTopK(MaskPolicy):
     """
 
     works_on = ("layer", "half")
+    any_count = True
 
     @checked
     def __init__(

@@ -200,6 +200,23 @@ def gate_map(keep_SL: Sequence[Sequence[float]]) -> Figure:
 
 
 @styled
+def budgets(curve: Sequence[dict[str, Any]], num_layers: int) -> Figure:
+    """Draw the divergence of each budget's mask from the teacher against the layers that it removes."""
+    figure, (axis,) = _axes(1, 2.8)
+    removed, values = [each["removed"] for each in curve], [each["kl"] for each in curve]
+    axis.plot(removed, values, color=AMBER, linewidth=2, marker="o")
+    for x, value in zip(removed, values, strict=True):
+        axis.annotate(f"{value:.4f}", (x, value), xytext=(0, 7), textcoords="offset points", ha="center")
+    if min(values) > 0 and max(values) > 20 * min(values):
+        axis.set_yscale("log")
+    axis.margins(x=0.08, y=0.2)
+    axis.set_title("KL from the teacher against what is removed, one search")
+    axis.set(xlabel=f"layers removed, of {num_layers}", ylabel="nats per token", xticks=removed)
+    axis.grid(visible=True)
+    return figure
+
+
+@styled
 def speed(names: Sequence[str], measured: Sequence[dict[str, Any]]) -> Figure:
     """Draw the measured speed-up of every student, with quartiles, beside its ideal."""
     figure, axes = _axes(2, 0.9 + 0.5 * len(names), sharex=True)

@@ -28,7 +28,7 @@ class Page:
     """What both formats show, in this order."""
 
     title: str
-    table: list[list[str]]
+    tables: list[list[list[str]]]
     notes: list[str]
     pictures: list[Picture]
     example: list[tuple[str, str]]
@@ -94,6 +94,15 @@ def table_of(report: Record) -> list[list[str]]:
     return lines
 
 
+def budgets_of(report: Record) -> list[list[str]]:
+    """Return a heading, then a line for each budget of the search: its mask and that mask's KL."""
+    rows = [["budget", "layers removed", "KL, nats", "mask"]]
+    for each in report["budgets"]:
+        removed = f"{each['removed']} of {report['num_layers']}"
+        rows.append([f"{each['share']:g}", removed, f"{each['kl']:.4f}", each["mask"]])
+    return rows
+
+
 def _score(record: Record | None) -> str:
     if record is None:
         return "-"
@@ -134,8 +143,10 @@ def notes(report: Record) -> list[str]:
 
 def markdown(page: Page) -> str:
     """Write the page as Markdown; its figures are files beside it."""
-    lines = [f"# {page.title}", "", _markdown_row(page.table[0])]
-    lines += ["|---" + "|---:" * (len(page.table[0]) - 1) + "|", *map(_markdown_row, page.table[1:]), ""]
+    lines = [f"# {page.title}", ""]
+    for heading, *rows in page.tables:
+        lines += [_markdown_row(heading), "|---" + "|---:" * (len(heading) - 1) + "|"]
+        lines += [*map(_markdown_row, rows), ""]
     lines += [f"> {note}\n" for note in page.notes]
     for picture in page.pictures:
         lines += [f"![{picture.caption}](figures/{picture.name}.svg)", "", f"*{picture.caption}*", ""]
@@ -156,13 +167,10 @@ def _one_line(text: str) -> str:
 
 def html(page: Page) -> str:
     """Write the page as one HTML file, which loads nothing from elsewhere."""
-    head, *body = ("".join(f"<td>{escape(cell)}</td>" for cell in row) for row in page.table)
     images = [base64.b64encode(picture.svg.encode()).decode() for picture in page.pictures]
     parts = [
         f"<h1>{escape(page.title)}</h1>",
-        f"<table><thead><tr>{head}</tr></thead><tbody>",
-        *(f"<tr>{row}</tr>" for row in body),
-        "</tbody></table>",
+        *map(_html_table, page.tables),
         *(f'<p class="note">{escape(note)}</p>' for note in page.notes),
         *(
             f'<figure><img alt="{escape(picture.caption)}" src="data:image/svg+xml;base64,{image}">'
@@ -176,6 +184,12 @@ def html(page: Page) -> str:
         parts += ["</dl>"]
     facts = [f"{key} <code>{escape(str(value))}</code>" for key, value in page.origin.items()]
     return _TEMPLATE.format(title=escape(page.title), body="\n".join(parts), origin=" &middot; ".join(facts))
+
+
+def _html_table(table: list[list[str]]) -> str:
+    head, *body = ("".join(f"<td>{escape(cell)}</td>" for cell in row) for row in table)
+    rows = "\n".join(f"<tr>{row}</tr>" for row in body)
+    return f"<table><thead><tr>{head}</tr></thead><tbody>\n{rows}\n</tbody></table>"
 
 
 _TEMPLATE = """<!doctype html>

@@ -4,7 +4,7 @@ A run is a directory that the stages have written into. What the report reads, a
 
 =======================  ===========================================================================
 ``search/mask.json``     the search, as it ends (needed)
-``search/record.json``   its tokens, seconds and course (callback ``StageRecord``); the rows read lie beside
+``search/record.json``   its tokens, seconds, course and budgets (``StageRecord``); the rows read lie beside
 ``search/gates.json``    its keep probabilities, one row of L numbers a step (``SearchMonitor``)
 ``recover/record.json``  tokens, seconds and course of the recovery (``StageRecord``)
 ``evaluate.json``        ``evaluate --teacher T --model RUN/cut RUN/recovered ... --out`` (needed)
@@ -36,7 +36,17 @@ from src.errors import ConfigError
 from src.files import write_json, write_text
 from src.mask import Mask, git_sha
 from src.report import figures
-from src.report.pages import Page, Picture, headline, html, markdown, notes, printable, table_of
+from src.report.pages import (
+    Page,
+    Picture,
+    budgets_of,
+    headline,
+    html,
+    markdown,
+    notes,
+    printable,
+    table_of,
+)
 
 Record = dict[str, Any]
 
@@ -144,6 +154,7 @@ def gather(run: Run) -> Record:
         "removed_layers": list(run.mask.removed) if run.mask.unit == "layer" else run.mask.missing,
         "num_layers": run.mask.num_layers,
         "search_kl": run.mask.metrics.get("kl"),
+        "budgets": run.search.get("budgets", []),
         "decode_speedup": last["decode"]["speedup"] if "decode" in last else None,
         "ideal_speedup": last["decode"]["ideal"] if "decode" in last else None,
         "commands": {s: vars(run)[s]["command"] for s in stages if "command" in vars(run)[s]},
@@ -198,6 +209,9 @@ def draw(run: Run, report: Record) -> list[Picture]:
     models = report["models"]
     names = [model["name"] for model in models]
     drawn = [("layers", f"What the search removed: {run.mask.missing}.", figures.mask_strip(run.mask))]
+    if curve := report["budgets"]:
+        what = "What each budget of the search costs, on its calibration rows."
+        drawn.append(("budgets", what, figures.budgets(curve, report["num_layers"])))
     if keys := [key for key in figures.QUALITIES if all(key in model for model in models)]:
         what = "What is kept, on the same held-out rows."
         drawn.append(("quality", what, figures.quality(names, models, keys)))
@@ -231,7 +245,7 @@ def assemble(run: Run, origin: Record) -> tuple[Record, Page]:
     facts = {key: run.evaluate[key] for key in ("device", "dtype", "threads", "torch")}
     page = Page(
         title=headline(report),
-        table=table_of(report),
+        tables=[table_of(report), *([budgets_of(report)] if report["budgets"] else [])],
         notes=notes(report),
         pictures=draw(run, report),
         example=[(name, printable(text)) for name, text in prompts + samples] if samples else [],
@@ -260,12 +274,13 @@ def main(argv: list[str]) -> None:
     write_text(directory / "report.md", markdown(page))
     write_text(directory / "report.html", html(page))
     write_json(directory / "report.json", report)
-    table = Table(*page.table[0])
-    for column in table.columns[1:]:
-        column.justify = "right"
-    for row in page.table[1:]:
-        table.add_row(*row)
-    show(table)
+    for heading, *rows in page.tables:
+        table = Table(*heading)
+        for column in table.columns[1:]:
+            column.justify = "right"
+        for row in rows:
+            table.add_row(*row)
+        show(table)
     print(f"{page.title}.")
     for note in page.notes:
         print(f"note: {note}")

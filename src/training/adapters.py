@@ -185,8 +185,10 @@ class Scales(Adapters):
 
 
 def beside(mask_path: str | Path) -> Path:
-    """Return the path of a search's adapters: beside its mask."""
-    return Path(mask_path).with_name(FILE)
+    """Return the path of a search's adapters: beside its mask, for each of several budgets under its name."""
+    path, file = Path(mask_path), Path(FILE)
+    budget = path.stem.removeprefix("mask") if path.stem.startswith("mask-") else ""
+    return path.with_name(f"{file.stem}{budget}{file.suffix}")
 
 
 def check_saved(path: Path, mask: Mask) -> dict[str, Any]:

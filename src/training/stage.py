@@ -56,6 +56,8 @@ class Stage(LightningModule):
         """Documents that this rank has learned from or been judged by, however often."""
         self.weights: str | None = None
         """Fingerprint of the model's weights, once they are loaded."""
+        self.figures: dict[str, Any] = {}
+        """What the stage found, for its record."""
         self.settings: dict[str, Any] = {}
         """The experiment as the command line gives it, which checkpoints note."""
         self.accepted: Sequence[str] = ()

@@ -29,8 +29,11 @@ class Kind:
 
     def space(self, layers: int, keep: int, pinned: Iterable[int] = ()) -> Space:
         """Return the space of sets of as many units as ``keep`` layers have, the ``pinned`` among them."""
-        units = [self.each * layer + part for layer in pinned for part in range(self.each)]
-        return self.spaces(self.each * layers, self.each * keep, units)
+        return self.spaces(self.each * layers, self.each * keep, self.of(pinned))
+
+    def of(self, layers: Iterable[int]) -> list[int]:
+        """Return the units of some layers."""
+        return [self.each * layer + part for layer in layers for part in range(self.each)]
 
     def gate(self, model: PreTrainedModel, checkpoint_activations: bool = False) -> Gates:
         """Put gates on the units of a model, all open."""

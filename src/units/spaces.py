@@ -55,6 +55,10 @@ class Space:
         """Whether ``unit`` may be kept when ``before`` units in front of it are; both broadcast to [U, K]."""
         raise NotImplementedError
 
+    def holding(self, units: Iterable[int]) -> Space:
+        """The part of this space whose sets keep these units besides."""
+        return type(self)(self.units, self.keep, self.pinned | {*units})
+
     def neighbours(self, kept: Kept) -> Iterator[Kept]:
         """The legal sets that one small change makes of a legal set."""
         raise NotImplementedError

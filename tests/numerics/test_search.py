@@ -12,10 +12,10 @@ from src.data.arithmetic import build_tokenizer, problems
 from src.errors import ConfigError
 from src.losses.distill import Distillation
 from src.policies import GumbelTopK
-from src.policies.base import count_to_remove
 from src.policies.polish import polish
 from src.search import MaskSearch
 from src.teachers import LiveTeacher
+from src.units.amount import Amount, Budget
 from src.units.spaces import AnyOf
 
 
@@ -98,13 +98,13 @@ def test_the_budget_counts_tokens_and_passes(teacher_dir: str, batch: dict[str, 
     ("layers", "ratio", "count"), [(16, 0.25, 4), (36, 0.25, 9), (5, 0.01, 1), (7, 0.5, 4)]
 )
 def test_ratio_to_count(layers: int, ratio: float, count: int) -> None:
-    assert count_to_remove(layers, None, ratio) == count
+    assert Amount(ratio=ratio).of(layers) == (Budget(count),)
 
 
 def test_exactly_one_of_count_and_ratio() -> None:
     for given in ((None, None), (2, 0.5)):
         with pytest.raises(ConfigError, match="exactly one"):
-            count_to_remove(8, *given)
+            Amount(*given)
 
 
 def test_polish_reaches_a_local_optimum_and_measures_finalists_only() -> None:
@@ -139,7 +139,7 @@ def test_the_mask_pins_the_revision_of_the_hub_that_was_loaded(
     teacher_dir: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Without it a model card names a parent that may have changed since."""
-    from src import search as module
+    from src.training import sized as module
 
     plain = module.load_config
 

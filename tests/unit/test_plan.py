@@ -25,6 +25,7 @@ from src.plan.trace import Trace
 from src.plan.weights import Weights
 from src.plan.work import cache_size, calibration
 from src.policies import GumbelTopK
+from src.search import MaskSearch
 from tests.planning import (
     CACHE,
     HEADS,
@@ -148,20 +149,25 @@ def test_operations_are_those_of_the_real_model(plan: Make) -> None:
     assert plan(CACHE).trace().flops == counter.get_total_flops() - projection
 
 
-def test_calibration_counts_what_the_policy_asks() -> None:
-    rows = 8
-    plain = GumbelTopK(init="zeros", candidates=1, polish=False)
-    plain.setup(L, 1)
+def test_calibration_counts_what_the_policy_asks(tmp_path: Path) -> None:
+    rows, model = 8, write_config(tmp_path / "model.json")
+
+    def passes(init: Any, polish: bool = False, **keys: Any) -> float:
+        policy = GumbelTopK(init=init, candidates=1, polish=polish)
+        counted = calibration(MaskSearch(model, policy, calibration_batches=rows, **keys))
+        assert counted is not None
+        return counted
+
     signals, soft, hard = 2 * rows, rows, rows * (L - 1) / L
-    assert calibration(plain, rows) == pytest.approx(signals + soft + hard)
-    scored = GumbelTopK(init="kl", candidates=1, polish=False)
-    scored.setup(L, 1)
+    assert passes("zeros", remove=1) == pytest.approx(signals + soft + hard)
     quick = L * 2 * (L - 1) / L  # each layer bypassed in turn, on a quarter of the rows
-    assert calibration(scored, rows) == pytest.approx(signals + quick + soft + hard)
-    halves = GumbelTopK(init="kl", candidates=1, polish=False)
-    halves.setup(L, 1, unit="half")
-    quick = 2 * L * 2 * (2 * L - 1) / (2 * L)  # each half in turn: twice as many, each nearly a whole pass
-    assert calibration(halves, rows) == pytest.approx(signals + quick + soft + hard)
+    assert passes("kl", remove=1) == pytest.approx(signals + quick + soft + hard)
+    halves = 2 * L * 2 * (2 * L - 1) / (2 * L)  # each half in turn: twice as many, each nearly a whole pass
+    assert passes("kl", remove=1, unit="half") == pytest.approx(signals + halves + soft + hard)
+    several = {"budgets": [1 / L, 2 / L]}
+    both = soft + hard + soft + rows * (L - 2) / L  # of each budget the soft mask and the hard one
+    assert passes("kl", **several) == pytest.approx(signals + quick + both)
+    assert passes("kl", True, **several, nested=True) < passes("kl", True, **several), "fewer neighbours"
 
 
 def test_a_step_of_halves_costs_what_one_of_layers_does(plan: Make) -> None:

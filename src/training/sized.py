@@ -1,0 +1,51 @@
+"""The base of a stage that removes a part of its model, and is told how much."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+from src.errors import ConfigError
+from src.models.constraints import constraints
+from src.models.layers import num_layers
+from src.models.loading import load_config
+from src.ranges import checked, inside_unit
+from src.training.stage import Stage
+from src.units.amount import Amount
+
+
+class Sized(Stage):
+    """A stage that is told in one of several ways how many layers go; the others are None.
+
+    Args:
+        model: Hub id or directory of the model to shorten.
+        remove: layers to remove.
+        ratio: share of the layers to remove, in (0, 1), rounded to the nearest count.
+        budgets: several such shares: one search ends with a mask for each.
+        nested: whether of these masks a larger removal contains the smaller ones. The largest is chosen
+            first, and each smaller one keeps all that it keeps.
+        kwargs: how the one copy of the weights is loaded; see :class:`src.training.stage.Stage`.
+    """
+
+    @checked
+    def __init__(
+        self,
+        model: str,
+        remove: int | None = None,
+        ratio: Annotated[float, inside_unit] | None = None,
+        budgets: Sequence[float] | None = None,
+        nested: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(model, **kwargs)
+        config = load_config(model, self.revision)
+        self.commit: str | None = getattr(config, "_commit_hash", None)
+        """Revision of the Hub that was loaded, by which mask and card pin the parent."""
+        self.num_layers, self.limits = num_layers(config), constraints(config)
+        self.budgets = Amount(remove, ratio, budgets).of(self.num_layers)
+        """What is removed, the smallest removal first; one search ends with a mask for each."""
+        self.nested = nested
+        if nested and budgets is None:
+            raise ConfigError(
+                "model.nested: true given; it orders the masks of model.budgets. Set these too."
+            )

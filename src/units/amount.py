@@ -1,0 +1,83 @@
+"""How much of a model a search removes: a count of layers, a share, or several shares."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+from src.errors import ConfigError
+
+
+@dataclass(frozen=True, order=True)
+class Budget:
+    """What one mask removes.
+
+    Attributes:
+        remove: layers; of halves as many of both kinds.
+        share: the share among ``budgets`` that asks for it; None in a search for one mask.
+    """
+
+    remove: int
+    share: float | None = None
+
+    @property
+    def suffix(self) -> str:
+        """What tells files and figures of this budget from those of the others, such as ``-0.25``."""
+        return "" if self.share is None else f"-{self.share:g}"
+
+
+@dataclass(frozen=True)
+class Amount:
+    """How much to remove, said in one of several ways.
+
+    Attributes:
+        remove: layers.
+        ratio: share of the layers, in (0, 1), rounded to the nearest count.
+        budgets: several such shares, each of which gets a mask of its own.
+
+    Raises:
+        ConfigError: not exactly one of them is given, or a share is outside (0, 1).
+    """
+
+    remove: int | None = None
+    ratio: float | None = None
+    budgets: Sequence[float] | None = None
+
+    def __post_init__(self) -> None:
+        if sum(value is not None for value in vars(self).values()) != 1:
+            raise ConfigError(
+                "give exactly one of model.remove (a count), model.ratio (a share) and model.budgets "
+                "(several shares); set the others to null."
+            )
+        for key, shares in (("ratio", self.ratio), ("budgets", self.budgets)):
+            listed = [shares] if isinstance(shares, float | int) else shares
+            if listed is not None and not (listed and all(0 < share < 1 for share in listed)):
+                raise ConfigError(
+                    f"model.{key}: {shares} given; accepted: above 0 and below 1, such as "
+                    f"{0.25 if key == 'ratio' else [0.125, 0.25]}."
+                )
+
+    def of(self, layers: int) -> tuple[Budget, ...]:
+        """Return the budgets for a model of so many layers, the smallest removal first.
+
+        Raises:
+            ConfigError: two shares are the same count.
+        """
+        if self.remove is not None:
+            return (Budget(self.remove),)
+        if self.budgets is None:
+            assert self.ratio is not None
+            return (Budget(_count(layers, self.ratio)),)
+        budgets = sorted(Budget(_count(layers, share), share) for share in self.budgets)
+        for one, other in pairwise(budgets):
+            if one.remove == other.remove:
+                raise ConfigError(
+                    f"model.budgets: {one.share:g} and {other.share:g} both remove {one.remove} of {layers} "
+                    f"layers. Give shares that lie further apart."
+                )
+        return tuple(budgets)
+
+
+def _count(layers: int, share: float) -> int:
+    return max(1, round(layers * share))
