@@ -11,7 +11,7 @@ export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-full headline mask-quality fair-fight ablations search-step teacher-cache \
+.PHONY: help setup demo test test-full headline mask-quality budgets fair-fight ablations search-step teacher-cache \
 	data-pipeline linear-patch export-matrix other-engine plan-accuracy scale gpu-checks results lint types teacher \
 	tensorboard clean
 
@@ -85,6 +85,9 @@ headline: $(VENV)/.installed  ## recovered accuracy against token budget, 3 seed
 
 mask-quality: $(VENV)/.installed  ## learned masks against all C(16, 4) -> results/mask_quality.json
 	$(PY) -m scripts.mask_quality
+
+budgets: $(VENV)/.installed  ## one search for several budgets against a search for each -> results/budgets.json (resumable)
+	$(PY) -m scripts.budgets
 
 fair-fight: $(VENV)/.installed  ## every method under one recovery -> results/fair_fight.json, docs/fair_fight.md (resumable)
 	$(PY) -m scripts.arena configs/arena/fair_fight.yaml --jobs 2
