@@ -11,7 +11,7 @@ export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-full headline mask-quality budgets fair-fight ablations search-step teacher-cache \
+.PHONY: help setup demo shorten test test-full headline mask-quality budgets fair-fight ablations search-step teacher-cache \
 	data-pipeline linear-patch export-matrix other-engine plan-accuracy scale gpu-checks results lint types teacher \
 	tensorboard clean
 
@@ -71,6 +71,17 @@ $(RUN)/evaluate.json: $(RUN)/cut/config.json $(RUN)/recovered/config.json
 
 $(RUN)/benchmark.json: $(RUN)/recovered/config.json
 	$(CLI) benchmark --baseline $(TEACHER) --model $(RUN)/cut $(RUN)/recovered --out $@
+
+# ---------------------------------------------------------------- a model of your own
+
+option = $(if $($(1)),--$(2) '$($(1))')
+
+shorten: $(VENV)/.installed  ## a model of your own: MODEL=NAME TRAIN=TEXT [HELD_OUT=TEXT RATIO=0.25 UNIT=half METHOD=sleb TOKENS=5M OUT=DIR DRY=1]
+	$(if $(and $(MODEL),$(TRAIN)),,$(error give MODEL=NAME and TRAIN=TEXT, such as: make shorten MODEL=Qwen/Qwen3-0.6B TRAIN=my.jsonl))
+	@$(CLI) shorten --model '$(MODEL)' --train '$(TRAIN)' --seed $(SEED) $(call option,HELD_OUT,held-out) \
+	  $(call option,RATIO,ratio) $(call option,REMOVE,remove) $(call option,UNIT,unit) $(call option,METHOD,method) \
+	  $(call option,TOKENS,tokens) $(call option,OUT,out) $(call option,SEARCH,search) $(call option,RECOVER,recover) \
+	  $(if $(filter command line,$(origin RUN)),--run '$(RUN)') $(if $(DRY),--dry-run)
 
 # ---------------------------------------------------------------- proofs and figures
 

@@ -130,14 +130,15 @@ def gather(run: Run) -> Record:
     ]
     _add_speeds(models, run.benchmark)
     stages = ("search", "recover", "evaluate", "benchmark")
+    recovered = next((name for name in reversed(names) if name not in ("teacher", "cut")), "recovered")
     seconds = {name: vars(run)[name]["seconds"] for name in stages if "seconds" in vars(run)[name]}
     tokens = {name: vars(run)[name]["tokens"] for name in stages if "tokens" in vars(run)[name]}
     for key, spent in (("tokens", tokens), ("seconds", seconds)):
         costs = {"teacher": run.training.get(key), "cut": spent.get("search")}
         if "search" in spent and "recover" in spent:
-            costs["recovered"] = spent["search"] + spent["recover"]
+            costs[recovered] = spent["search"] + spent["recover"]
         _add(models, key, costs)
-    stages_of = {"cut": ["search"], "recovered": ["search", "recover"]}
+    stages_of = {"cut": ["search"], recovered: ["search", "recover"]}
     text = {
         name: Distinct().unite(run.read[stage] for stage in needed).tokens
         for name, needed in stages_of.items()

@@ -1,0 +1,1 @@
+"""Shorten a model with one command: its settings, its stages, and the verb."""

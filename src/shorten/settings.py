@@ -1,0 +1,113 @@
+"""Settings for a model of any size, each with its reason: a measurement, the machine, or a rule of thumb."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from src.errors import ConfigError
+from src.models.loading import load_config, longest_row
+from src.plan.advice import Advice, advise
+from src.plan.devices import FILE, device
+from src.plan.experiment import Experiment
+from src.plan.planner import Planner
+from src.shorten.text import LONGEST, Text
+
+SEARCH, RECOVER = "configs/search/gumbel_topk.yaml", "configs/recover/entropy_kd.yaml"
+MEASURED_AT, RATE = 1.6e6, 7e-4
+"""Weights of the model on which the learning rate is measured, and that rate."""
+PASSES = 8
+"""Times that a small corpus is read."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One setting.
+
+    Attributes:
+        stage: ``search`` or ``recover``.
+        option: the option of ``fit``.
+        value: its value.
+        reason: why this one.
+    """
+
+    stage: str
+    option: str
+    value: Any
+    reason: str
+
+    @property
+    def argv(self) -> tuple[str, ...]:
+        """The setting on a command line."""
+        return f"--{self.option}", str(self.value)
+
+
+def weights(model: str) -> int:
+    """Number of weights of a model, of which only the config is read."""
+    with torch.device("meta"):
+        return sum(p.numel() for p in AutoModelForCausalLM.from_config(load_config(model)).parameters())
+
+
+def choose(model: str, text: Text, tokens: int | None) -> Iterator[Choice]:
+    """Choose what depends on model, text and machine alone.
+
+    Args:
+        model: Hub id or directory.
+        text: figures of the training text.
+        tokens: tokens that a recovery processes, if the user says so.
+    """
+    count, gpu = weights(model), torch.cuda.is_available()
+    longest = min(LONGEST, longest_row(model) or LONGEST)
+    length = min(longest, -(-text.length // 64) * 64)
+    why = f"95 % of {text.documents:,} documents have at most {text.length} tokens"
+    rows = max(1, 32 * 256 // length)
+    for stage in ("search", "recover"):
+        yield Choice(stage, "data.init_args.max_length", length, why)
+        share = rows if stage == "recover" else max(1, rows // 2)
+        yield Choice(
+            stage, "data.init_args.batch_size", share, "about 8 k tokens a step, half of them in a search"
+        )
+    if gpu:
+        yield Choice(
+            "search", "model.init_args.dtype", "bfloat16", "the weights do not move; half the memory"
+        )
+        yield Choice("recover", "trainer.precision", "bf16-mixed", "fast on a GPU; the weights stay float32")
+    rate = float(f"{RATE * min(1.0, MEASURED_AT / count) ** 0.5:.1e}")
+    rule = f"{RATE:g} is measured at {MEASURED_AT / 1e6:g} M weights; it falls with the root of more (a rule)"
+    yield Choice("recover", "model.init_args.optimizer.init_args.lr", rate, rule)
+    passes = PASSES if text.whole else 1
+    budget = tokens or passes * text.tokens
+    steps = max(20, round(budget / (rows * min(length, text.tokens / text.documents))))
+    read = "as --tokens says" if tokens else f"{passes} x {text.tokens / 1e3:,.0f} k tokens of text"
+    yield Choice("recover", "trainer.max_steps", steps, f"about {budget / 1e6:,.3g} M tokens: {read}")
+    every = max(5, steps // 5)
+    yield Choice("recover", "trainer.val_check_interval", every, "five looks at the held-out rows")
+
+
+def fitted(config: str, argv: Sequence[str], ratio: float) -> tuple[Advice | None, str]:
+    """Ask the planner for the simplest way to run a stage on this machine.
+
+    Returns:
+        its advice (None where this GPU is not known), and where the stage would run.
+    """
+    name = _device()
+    if name is None:
+        return None, f"{torch.cuda.get_device_name()}, of which {FILE.name} knows nothing"
+    advice = advise(Planner(Experiment(["--config", config, *argv], ratio), device(name)))
+    if advice.best is None:
+        raise ConfigError(f"--model: {advice.reason}")
+    return advice, name
+
+
+def _device() -> str | None:
+    """This machine's entry among the known devices."""
+    if not torch.cuda.is_available():
+        return "cpu"
+    title = torch.cuda.get_device_name().lower()
+    known = json.loads(FILE.read_text())["devices"]
+    return next((name for name in sorted(known, key=len, reverse=True) if name in title), None)

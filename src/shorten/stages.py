@@ -1,0 +1,90 @@
+"""Stages of a run, each a command that runs again only when what it depends on has changed.
+
+What was done is written to ``stages.json``: for each stage the digest of its command, of the facts it rests
+on, and of the stages before it. An interrupted stage goes on; one whose digest is another starts anew.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from src.files import write_json
+from src.training import stopping
+
+DONE, BEGUN = "done", "begun"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One command of ``src.cli``.
+
+    Attributes:
+        name: of the stage.
+        argv: the command's arguments.
+        product: the file that it writes last.
+        after: names of the stages whose products it reads.
+        facts: fingerprints of what else it reads.
+        folder: what an interrupted command leaves there it resumes from; None if it starts anew each time.
+    """
+
+    name: str
+    argv: tuple[str, ...]
+    product: Path
+    after: tuple[str, ...] = ()
+    facts: tuple[str | None, ...] = ()
+    folder: Path | None = None
+
+    @property
+    def command(self) -> str:
+        """The command as a user types it."""
+        return shlex.join(["python", "-m", "src.cli", *self.argv])
+
+
+def digests(stages: Sequence[Stage]) -> dict[str, str]:
+    """The digest of each stage: equal digests, equal products."""
+    found: dict[str, str] = {}
+    for stage in stages:
+        about = [stage.argv, stage.facts, [found[name] for name in stage.after]]
+        found[stage.name] = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:24]
+    return found
+
+
+def work_through(stages: Sequence[Stage], log: Path) -> None:
+    """Run the stages that are not done; each command's output goes to the screen.
+
+    Raises:
+        SystemExit: a stage failed; with its status.
+        Stopped: a signal asked for the end; the stage was told and has ended.
+    """
+    done: dict[str, list[str]] = json.loads(log.read_text()) if log.exists() else {}
+    for stage, digest in zip(stages, digests(stages).values(), strict=True):
+        if done.get(stage.name) == [DONE, digest] and stage.product.exists():
+            print(f"{stage.name}: done already, {stage.product}")
+            continue
+        if stage.folder is not None and done.get(stage.name) not in ([BEGUN, digest], [DONE, digest]):
+            shutil.rmtree(stage.folder, ignore_errors=True)
+        write_json(log, done := {**done, stage.name: [BEGUN, digest]})
+        print(f"\n{stage.name}: {stage.command}", flush=True)
+        if status := _status(stage):
+            print(f"{stage.name} has failed; the same command goes on here.", file=sys.stderr)
+            raise SystemExit(status)
+        write_json(log, done := {**done, stage.name: [DONE, digest]})
+
+
+def _status(stage: Stage) -> int:
+    """Run a stage; a signal to this process reaches it, and it ends first."""
+    child = subprocess.Popen([sys.executable, "-m", "src.cli", *stage.argv])
+    try:
+        return child.wait()
+    except stopping.Stopped as stop:
+        child.send_signal(stop.number)
+        child.wait()
+        raise stopping.Stopped(stop.number, f"stopped in {stage.name}; the same command goes on") from stop

@@ -1,0 +1,195 @@
+"""Shorten a model of your own with one command: ``python -m src.cli shorten --model M --train FILE``.
+
+It looks at model, text and machine, prints the settings that it chooses with their reasons, and runs the five
+stages: search, recovery, export, judgement, report. The same command again goes on where it was interrupted;
+a stage whose inputs have not changed is not run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+from pathlib import Path
+
+from rich.table import Table
+from transformers.utils import logging
+
+from src.command import Parser, show
+from src.data.content import fingerprint
+from src.data.options import amount
+from src.data.sources import Source
+from src.errors import ConfigError, did_you_mean
+from src.files import write_json
+from src.models.fingerprint import weights_fingerprint
+from src.ranges import inside_unit, positive
+from src.shorten.settings import RECOVER, SEARCH, Choice, choose, fitted
+from src.shorten.stages import Stage, work_through
+from src.shorten.text import JUDGED, SHARE, hold_out, look
+
+POLICIES = Path(__file__).parents[2] / "configs" / "policy"
+
+
+def main(argv: list[str]) -> None:
+    """Choose, tell, run."""
+    args = _parse(argv)
+    logging.disable_progress_bar()
+    run = Path(args.run or f"logs/shorten/{Path(args.model).name}")
+    judged = args.held_out or str(run / "held_out.jsonl")
+    if not args.held_out and not Path(judged).exists():
+        hold_out(args.model, args.train, Path(judged))
+    choices, options, notes = settled(args, run)
+    _tell(args.model, choices, notes)
+    found = stages(args, run, judged, options)
+    if args.dry_run:
+        print("\n".join(stage.command for stage in found))
+        return
+    work_through(found, run / "stages.json")
+
+
+def settled(args: argparse.Namespace, run: Path) -> tuple[list[Choice], dict[str, list[str]], list[str]]:
+    """The settings of this run: those that it began with, or chosen now.
+
+    Returns:
+        the choices, the options of each stage, and what the planner says.
+    """
+    about = {key: str(value) for key, value in vars(args).items() if key not in ("run", "dry_run")}
+    kept = run / "settings.json"
+    if kept.exists() and (known := json.loads(kept.read_text()))["about"] == about:
+        return [Choice(*each) for each in known["choices"]], known["options"], known["notes"]
+    choices, notes = list(choose(args.model, look(args.model, args.train), args.tokens)), list[str]()
+    options: dict[str, list[str]] = {}
+    for stage, config in (("search", SEARCH), ("recover", RECOVER)):
+        own = [part for choice in choices if choice.stage == stage for part in choice.argv]
+        own += [*_what(args)] if stage == "search" else []
+        own += shlex.split(getattr(args, stage))
+        advice, where = fitted(config, [*own, "--model.init_args.model", args.model], args.ratio)
+        if advice is None or advice.best is None:
+            notes.append(f"{stage}: not planned on {where}")
+        else:
+            hours = (
+                f"{advice.best.hours:.1f} hours"
+                if advice.best.hours > 1
+                else f"{60 * advice.best.hours:.0f} minutes"
+            )
+            notes.append(f"{stage} on {where}, about {hours} by its operations: {advice.reason}")
+            own += [part for option in advice.options for part in shlex.split(option)]
+        options[stage] = own
+    listed = [[c.stage, c.option, c.value, c.reason] for c in choices]
+    write_json(kept, {"about": about, "choices": listed, "options": options, "notes": notes})
+    return choices, options, notes
+
+
+def _what(args: argparse.Namespace) -> list[str]:
+    """Options of the search that say what is removed, and how it is chosen."""
+    given = ["--model.init_args.ratio", str(args.ratio)]
+    if args.remove is not None:
+        given = ["--model.init_args.ratio", "null", "--model.init_args.remove", str(args.remove)]
+    return [*given, "--model.init_args.unit", args.unit]
+
+
+def stages(args: argparse.Namespace, run: Path, judged: str, options: dict[str, list[str]]) -> list[Stage]:
+    """The stages in order."""
+    mask, cut, out = run / "search/mask.json", run / "cut", Path(args.out or run / "recovered")
+    facts = (
+        weights_fingerprint(args.model),
+        *(fingerprint(Source(path)) for path in (args.train, args.held_out) if path),
+    )
+    method = ["--config", str(POLICIES / f"{args.method}.yaml")] if args.method else []
+    search = [SEARCH, *method, "--model.init_args.model", args.model, *options["search"]]
+    recover = [RECOVER, "--model.init_args.mask", str(mask), *options["recover"]]
+    export = ["export", "--mask", str(mask), "--force", "--out"]
+    last = str(run / "recover/checkpoints/last.ckpt")
+    both, scores, speeds = [str(cut), str(out)], run / "evaluate.json", run / "benchmark.json"
+    judge = [
+        "evaluate",
+        "--teacher",
+        args.model,
+        "--data",
+        judged,
+        "--limit",
+        str(JUDGED),
+        "--out",
+        str(scores),
+    ]
+    race = ["benchmark", "--baseline", args.model, "--out", str(speeds)]
+    exported = ("cut", "export")
+    return [
+        Stage("search", _fit(args, run, "search", search), mask, (), facts, run / "search"),
+        Stage(
+            "recover", _fit(args, run, "recover", recover), run / "recover/record.json",
+            ("search",), facts, run / "recover",
+        ),
+        Stage("cut", (*export, str(cut)), cut / "config.json", ("search",)),
+        Stage("export", (*export, str(out), "--checkpoint", last), out / "config.json", ("recover",)),
+        Stage("evaluate", (*judge, "--model", *both), scores, exported),
+        Stage("benchmark", (*race, "--model", *both), speeds, exported),
+        Stage("report", ("report", "--run", str(run)), run / "report.html", ("evaluate", "benchmark")),
+    ]  # fmt: skip
+
+
+def _fit(args: argparse.Namespace, run: Path, stage: str, own: list[str]) -> tuple[str, ...]:
+    """A ``fit`` into the run's directory, which goes on from its last checkpoint if there is one."""
+    held = (
+        {"data.init_args.validation": args.held_out} if args.held_out else {"data.init_args.held_out": SHARE}
+    )
+    logger = {"save_dir": run, "name": stage, "version": ""}
+    keys = {
+        "data.init_args.train": args.train, "data.init_args.tokenizer": args.model, **held,
+        **{f"trainer.logger.init_args.{key}": value for key, value in logger.items()},
+        "seed_everything": args.seed, "ckpt_path": "last",
+    }  # fmt: skip
+    return (
+        "fit",
+        "--config",
+        *own,
+        *(part for key, value in keys.items() for part in (f"--{key}", str(value))),
+    )
+
+
+def _tell(model: str, choices: list[Choice], notes: list[str]) -> None:
+    table = Table(title=f"Settings for {model}")
+    for heading in ("stage", "option", "value", "because"):
+        table.add_column(heading, overflow="fold")
+    for choice in choices:
+        table.add_row(choice.stage, choice.option, str(choice.value), choice.reason)
+    show(table)
+    print("\n".join(notes))
+
+
+def _parse(argv: list[str]) -> argparse.Namespace:
+    parser = Parser("shorten", "Shorten a model with one command: search, recover, export, judge, report.")
+    add = parser.add_argument
+    add("--model", required=True, metavar="NAME", help="Hub id or directory")
+    add(
+        "--train", required=True, metavar="TEXT", help="file, pattern, directory, URL or Hub id to learn from"
+    )
+    add("--held-out", metavar="TEXT", help=f"rows to judge by (default: {SHARE:.0%} of the text, kept apart)")
+    add(
+        "--ratio",
+        type=inside_unit,
+        default=0.25,
+        metavar="X",
+        help="share of the layers to remove (default: 0.25)",
+    )
+    add("--remove", type=positive, metavar="N", help="layers to remove, instead of a share")
+    add(
+        "--unit",
+        default="layer",
+        choices=("layer", "half"),
+        help="whole layers, or attentions and feed-forwards apart",
+    )
+    add("--method", metavar="NAME", help="an overlay of configs/policy/ (default: Gumbel-TopK)")
+    add("--tokens", type=amount, metavar="N", help="tokens that the recovery processes, such as 5M")
+    add("--out", metavar="DIR", help="the new model (default: <run>/recovered)")
+    add("--run", metavar="DIR", help="where all else goes (default: logs/shorten/<model>)")
+    add("--seed", type=int, default=0)
+    add("--search", default="", metavar="OPTIONS", help="further options of the search's fit, quoted")
+    add("--recover", default="", metavar="OPTIONS", help="further options of the recovery's fit, quoted")
+    add("--dry-run", action="store_true", help="print settings and commands, run nothing")
+    args = parser.parse_args(argv)
+    known = sorted(path.stem for path in POLICIES.glob("*.yaml"))
+    if args.method is not None and args.method not in known:
+        hint = did_you_mean(args.method, known)
+        raise ConfigError(f"--method: '{args.method}' given; accepted: {', '.join(known)}.{hint}")
+    return args
