@@ -8,7 +8,6 @@ from __future__ import annotations
 import importlib
 import os
 import sys
-import warnings
 from typing import Any
 
 from src.errors import ConfigError, did_you_mean
@@ -72,7 +71,7 @@ def run(argv: list[str]) -> Any:
         args=argv,
         parser_class=ShortErrors,
         trainer_class=Trainer,
-        trainer_defaults={"callbacks": [StopOnSignal()]},
+        trainer_defaults={"callbacks": [StopOnSignal()], "enable_model_summary": False},
         save_config_callback=SaveConfig,
         auto_configure_optimizers=False,
         subclass_mode_model=True,
@@ -94,11 +93,9 @@ def main(argv: list[str] | None = None) -> None:
 def _run_to_the_end(argv: list[str]) -> None:
     from src.training import watchdog
     from src.training.arguments import user_fault
+    from src.training.quiet import quieten
 
-    # Lightning's advice about workers and precision is noise on the small machines the demo runs on.
-    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-    # The arguments are handed over so that tests can call this; Lightning suspects a mistake.
-    warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
+    quieten()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     watchdog.watch_parent()
     try:

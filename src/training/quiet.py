@@ -1,0 +1,39 @@
+"""Keep advice and notices of libraries off the user's screen; what they warn of in earnest stays."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import warnings
+
+from transformers.utils import logging as transformers_logging
+
+ADVICE = ("💡", "GPU available:", "TPU available:", "HPU available:", "Seed set to", "`Trainer.fit` stopped:")
+"""How messages of Lightning begin that say nothing about the run."""
+NOTICES = (
+    r".*does not have many workers.*",  # on the small machines that the demo is made for, they only cost
+    r".*treespec, LeafSpec.*",  # between Lightning and torch
+    r".*there is no last checkpoint available.*",  # a run that may be resumed begins anew
+    r"LightningCLI's args parameter.*",  # the arguments are handed over, so that tests can call it
+    r".*Checkpoint directory .* exists and is not empty.*",  # as when a run is resumed
+)
+"""Warnings of libraries to their developers, or about what is meant."""
+
+
+def advice(record: logging.LogRecord) -> bool:
+    """Whether a message is to be shown."""
+    return not record.getMessage().lstrip().startswith(ADVICE)
+
+
+def quieten() -> None:
+    """Hide advice and notices; show a warning as one line, without the source line that raised it."""
+    import lightning.pytorch  # makes its handlers, if nothing has yet
+
+    for name in (lightning.pytorch.__name__, "lightning.fabric"):
+        for handler in logging.getLogger(name).handlers:
+            handler.addFilter(advice)
+    for notice in NOTICES:
+        warnings.filterwarnings("ignore", message=notice)
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
+    if not sys.stderr.isatty():  # a bar that is no terminal's is a heap of its states
+        transformers_logging.disable_progress_bar()

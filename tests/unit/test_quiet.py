@@ -1,0 +1,40 @@
+"""Advice of libraries stays off the screen; a warning is one line; what matters is shown."""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+import sys
+
+PROGRAM = """
+import warnings
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from src.training.quiet import quieten
+quieten()
+rank_zero_info("💡 Tip: buy something")
+rank_zero_info("GPU available: False, used: False")
+rank_zero_info("the layers that go are 2 and 3")
+rank_zero_warn("The 'train_dataloader' does not have many workers which may be a bottleneck.")
+rank_zero_warn("data: a document was truncated.")
+warnings.warn("`isinstance(treespec, LeafSpec)` is deprecated", FutureWarning)
+warnings.warn("the loss is not finite")
+"""
+
+
+def test_only_what_matters_is_shown_and_each_on_one_line() -> None:
+    shown = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=True)
+    assert (shown.stdout + shown.stderr).splitlines() == [
+        "the layers that go are 2 and 3",
+        "warning: data: a document was truncated.",
+        "warning: the loss is not finite",
+    ]
+
+
+def test_the_filter_asks_for_beginnings_alone() -> None:
+    from src.training.quiet import advice
+
+    def record(text: str) -> logging.LogRecord:
+        return logging.LogRecord("x", logging.INFO, "", 0, text, None, None)
+
+    assert not advice(record("\n💡 Tip"))
+    assert advice(record("resume, as GPU available: says"))
