@@ -19,6 +19,7 @@ STOREYS = [
     ("policies",),
     ("search", "recover", "pretrain", "teachers", "callbacks", "repair", "linear_patch"),
     ("command", "export", "evaluate", "plan", "report", "benchmark"),
+    ("shorten",),
     ("cli",),
 ]
 """From the ground up: a module imports from its own storey and from those below (DESIGN.md, section 6)."""
