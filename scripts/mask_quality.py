@@ -26,7 +26,7 @@ from scripts.lab.results import JSON, TEACHER, options, write
 from src.data.arithmetic import problems
 from src.data.batches import supervised
 from src.data.columns import Columns
-from src.data.judging import batches, encode
+from src.data.judging import batches, judged
 from src.files import write_json
 from src.losses.distill import Distillation
 from src.losses.signals import live_signal
@@ -55,7 +55,7 @@ class HeldOut:
         model, tokenizer = freeze(load_model(TEACHER)), load_tokenizer(TEACHER)
         self.gates, self.head = KINDS["half"].gate(model), OutputHead(model)
         self.dense, self.kept = Distillation(k=None, weight="none"), kept
-        documents = encode(tokenizer, list(problems("test", rows, seed)), Columns(), supervise="all")
+        documents = judged(tokenizer, list(problems("test", rows, seed)), Columns(), "all").rows
         self.parts = []
         for batch in batches(documents, 64, tokenizer.pad_token_id):
             index = supervised(batch["labels"])

@@ -42,6 +42,16 @@ THINKING = (  # thoughts are kept in the last turn and dropped from the earlier 
 )
 SPECIAL = ["<pad>", "<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|start|>", "<|end_header|>", "<|eot|>"]
 SPECIAL += ["<start_of_turn>", "<end_of_turn>"]
+USER, SAID = {"role": "user", "content": "Hi?"}, {"role": "assistant", "content": "Yes."}
+TOOLS = [{"type": "function", "function": {"name": "add", "description": "adds", "parameters": {}}}]
+CALL = [{"type": "function", "function": {"name": "add", "arguments": {"a": 2}}}]
+CALLING = (  # as Qwen's
+    "{% if tools %}<|im_start|>system\n"
+    "{% for t in tools %}{{ t | tojson }}{{ '\n' }}{% endfor %}<|im_end|>\n{% endif %}"
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}{% for c in m.tool_calls or [] %}"
+    "{{ '\n' if m.content or not loop.first else '' }}<tool_call>\n{{ c.function | tojson }}\n</tool_call>"
+    "{% endfor %}<|im_end|>\n{% endfor %}"
+)
 
 
 def byte_tokenizer(template: str | None = None) -> PreTrainedTokenizerFast:

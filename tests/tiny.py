@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
+from src.data.arithmetic import build_tokenizer, problems
 from src.mask import Mask
 
 LAYERS, VOCAB, WINDOW = 7, 97, 4
@@ -146,3 +147,14 @@ def tiny_ids(batch: int = 2, tokens: int = 13, seed: int = 0) -> torch.Tensor:
     """Return token ids ``[batch, tokens]`` without special tokens, longer than every window."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(3, VOCAB, (batch, tokens), generator=generator)
+
+
+def problem_rows(count: int, prompt: int = 0) -> dict[str, torch.Tensor]:
+    """Return a padded batch of problems; the first ``prompt`` tokens of each are not supervised."""
+    tokenizer = build_tokenizer()
+    tokenizer.padding_side = "right"
+    texts = [row["question"] for row in problems("train", count, 0)]
+    batch = tokenizer(texts, return_tensors="pt", padding=True, return_token_type_ids=False)
+    labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+    labels[:, :prompt] = -100
+    return {**batch, "labels": labels}

@@ -18,7 +18,7 @@ from scripts.arena.plan import Gone, nested
 from src.cli import run
 from src.data.arithmetic import SPLITS, write_splits
 from src.data.columns import Columns
-from src.data.judging import batches, encode, read_rows
+from src.data.judging import batches, judged, read_rows
 from src.evaluate.text import ROW_SUMS, row_sums
 from src.evaluate.verb import exact_match
 from src.files import write_text
@@ -130,7 +130,7 @@ def judge(student: PreTrainedModel, model: str, rows: str) -> JSON:
     """
     tokenizer, read = load_tokenizer(model), read_rows(rows)
     columns = Columns(prompt="question", answer="answer")
-    encoded = encode(tokenizer, read, columns, "all")
+    encoded = judged(tokenizer, read, columns, "all").rows
     text = batches(encoded, 64, tokenizer.pad_token_id or 0)
     sums_RC = row_sums(student, load_model(model), text)
     answers = exact_match(student, tokenizer, read)

@@ -10,7 +10,7 @@ from scripts.lab.results import TEACHER
 from scripts.scale.converge import fight
 from src.data.arithmetic import problems
 from src.data.documents import Columns
-from src.data.judging import batches, encode
+from src.data.judging import batches, judged
 from src.evaluate.text import held_out
 from src.models.loading import Quantization, load_model, load_tokenizer
 
@@ -20,11 +20,11 @@ FORMS: tuple[Quantization | None, ...] = (None, "int8", "nf4")
 def measure(work: Path) -> dict[str, Any]:
     """KL from the float32 teacher to each form of it, and recovered scores."""
     tokenizer, rows = load_tokenizer(TEACHER), list(problems("test", 256, 9))
-    encoded, signals = encode(tokenizer, rows, Columns(), "all"), {}
+    encoded, signals = judged(tokenizer, rows, Columns(), "all").rows, {}
     for form in FORMS:
         text = batches(encoded, 64, tokenizer.pad_token_id)
-        judged = held_out(load_model(TEACHER, quantize=form), load_model(TEACHER), text)
-        signals[form or "float32"] = {key: judged[key] for key in ("kl", "agreement", "tokens")}
+        figures = held_out(load_model(TEACHER, quantize=form), load_model(TEACHER), text)
+        signals[form or "float32"] = {key: figures[key] for key in ("kl", "agreement", "tokens")}
     found = fight("configs/arena/teachers.yaml", "teachers", work)
     runs = [
         {"seed": run["seed"], "teacher": row["variant"], "exact_match": run["recovered"]["exact_match"]}

@@ -103,17 +103,6 @@ def judged(
     )
 
 
-def encode(
-    tokenizer: PreTrainedTokenizerBase,
-    rows: Rows,
-    columns: Columns,
-    supervise: Literal["all", "answer"] = "answer",
-    max_length: int = sys.maxsize,
-) -> list[TokenRow]:
-    """Return the rows of :func:`judged`, without the counts."""
-    return judged(tokenizer, rows, columns, supervise, max_length).rows
-
-
 def prompt(row: TokenRow) -> list[int]:
     """Return the tokens before the first supervised one."""
     first = next(at for at, label in enumerate(row.labels) if label != IGNORE)

@@ -24,7 +24,7 @@ from src.command import Parser, each_model, provenance, show
 from src.data.arithmetic import final_answer
 from src.data.columns import Columns
 from src.data.formats import WHERE
-from src.data.judging import Rows, batches, encode, judged, prompt, read_rows
+from src.data.judging import Rows, batches, judged, prompt, read_rows
 from src.data.options import COLUMN_OPTIONS, add_columns, read_columns
 from src.errors import ConfigError
 from src.evaluate import tasks
@@ -77,7 +77,7 @@ def exact_match(
             f"--answer: that of {rows[at].get(WHERE, f'row {at + 1}')} does not end in '#### <number>', so "
             f"there is nothing to match. Add --no-exact-match."
         )
-    encoded = encode(tokenizer, rows, columns)
+    encoded = judged(tokenizer, rows, columns).rows
     prompts = [prompt(row) for row in encoded]
     longest = max(len(row.ids) - len(start) for row, start in zip(encoded, prompts, strict=True))
     limit = new_tokens(prompts, positions, max_new_tokens, longest + 32)

@@ -9,85 +9,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 
-from src.cli import main
 from src.mask import Mask
 from src.models.fingerprint import weights_fingerprint
-
-STEPS = 2
-CONFIGS = {"search": "configs/search/gumbel_topk.yaml", "recover": "configs/recover/entropy_kd.yaml"}
-
-
-@pytest.fixture(scope="module")
-def child(teacher_dir: str, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A model of the teacher's shape and tokenizer with other weights, as fine-tuning leaves them."""
-    path = tmp_path_factory.mktemp("child") / "child"
-    shutil.copytree(teacher_dir, path)
-    model = AutoModelForCausalLM.from_pretrained(path)
-    with torch.no_grad():
-        for weight in model.parameters():
-            weight.mul_(1.01)
-    model.save_pretrained(path)
-    return str(path)
-
-
-def copy(source: str, target: Path) -> str:
-    """The same bytes under another name."""
-    shutil.copytree(source, target) if Path(source).is_dir() else shutil.copyfile(source, target)
-    return str(target)
-
-
-class Run:
-    """A search or a recovery of two steps that another one resumes."""
-
-    def __init__(self, stage: str, out: Path, model: str, corpus: str, **settings: str) -> None:
-        self.out = out
-        base = {
-            "model.init_args.model": model, "data.init_args.train": corpus,
-            "data.init_args.validation": corpus, "data.init_args.batch_size": "3",
-            "trainer.accelerator": "cpu", "trainer.limit_val_batches": "0",
-            "trainer.max_steps": str(STEPS), "trainer.logger.init_args.save_dir": str(out),
-            "trainer.logger.init_args.version": "run", "trainer.enable_progress_bar": "false",
-        }  # fmt: skip
-        if stage == "search":
-            base |= {"model.init_args.calibration_batches": "1", "model.init_args.draws": "2",
-                     "model.init_args.policy.init_args.candidates": "1",
-                     "model.init_args.policy.init_args.polish": "false"}  # fmt: skip
-        self.arguments = ["fit", "--config", CONFIGS[stage]]
-        saver = {"class_path": "src.callbacks.LastCheckpoint",
-                 "init_args": {"every_n_train_steps": 1, "save_last": True, "dirpath": str(out)}}  # fmt: skip
-        callbacks = [saver, *([{"class_path": "src.callbacks.HardenMask"}] if stage == "search" else [])]
-        self.settings = {**base, **settings, "trainer.callbacks": json.dumps(callbacks)}
-        self.checkpoint = str(out / "last.ckpt")
-
-    def fit(self, **changes: str) -> None:
-        main([*self.arguments, *(f"--{key}={value}" for key, value in {**self.settings, **changes}.items())])
-
-    def resume(self, **changes: str) -> None:
-        self.fit(**{"ckpt_path": self.checkpoint, "trainer.max_steps": str(STEPS + 1), **changes})
-
-
-def key(name: str) -> str:
-    return f"model.init_args.{name}"
+from tests.faults.resuming import Run, copy, key
 
 
 @pytest.fixture(scope="module")
 def search(tmp_path_factory: pytest.TempPathFactory, teacher_dir: str, corpus_file: str) -> Run:
     """A search that was stopped after two steps."""
     run = Run("search", tmp_path_factory.mktemp("search"), teacher_dir, corpus_file)
-    run.fit()
-    return run
-
-
-@pytest.fixture(scope="module")
-def recovery(tmp_path_factory: pytest.TempPathFactory, teacher_dir: str, corpus_file: str) -> Run:
-    """A recovery that was stopped after two steps; its mask names the model."""
-    out = tmp_path_factory.mktemp("recovery")
-    mask = Mask(teacher_dir, 6, (0, 2, 3, 5), "test", fingerprint=weights_fingerprint(teacher_dir))
-    mask.save(out / "mask.json")
-    run = Run("recover", out, teacher_dir, corpus_file, **{key("mask"): str(out / "mask.json")})
-    del run.settings[key("model")]
     run.fit()
     return run
 
@@ -292,117 +223,3 @@ def test_checkpoint_and_mask_note_the_weights_as_plain_values(search: Run, teach
 def test_a_mask_without_a_fingerprint_is_read(tmp_path: Path) -> None:
     (tmp_path / "mask.json").write_text('{"model": "m", "num_layers": 2, "keep": [0], "method": "by hand"}')
     assert Mask.load(tmp_path / "mask.json").fingerprint is None
-
-
-# ---------------------------------------------------------------------- export
-
-
-def export(out: Path, mask: Path, *more: str) -> str:
-    """Export; the card."""
-    main(["export", "--mask", str(mask), "--out", str(out), *more])
-    return (out / "README.md").read_text()
-
-
-def not_exported(out: Path, mask: Path, capsys: pytest.CaptureFixture[str], *more: str) -> str:
-    """The complaint of an export that writes nothing."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit, match="2"):
-        main(["export", "--mask", str(mask), "--out", str(out), *more])
-    assert not out.exists()
-    return capsys.readouterr().err
-
-
-@pytest.fixture
-def mask(teacher_dir: str, tmp_path: Path) -> Path:
-    """A mask of the teacher that notes its weights."""
-    return made(teacher_dir, tmp_path / "mask.json")
-
-
-def made(model: str, path: Path) -> Path:
-    """A mask that notes the weights of its model."""
-    Mask(model, 6, (0, 2, 3, 5), "test", fingerprint=weights_fingerprint(model)).save(path)
-    return path
-
-
-def test_a_mask_of_another_model_is_refused(
-    teacher_dir: str,
-    child: str,
-    mask: Path,
-    corpus_file: str,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    said = not_exported(tmp_path / "out", mask, capsys, "--model", child)
-    for words in ("--mask: it was made for", teacher_dir, child, "--any-parent"):
-        assert words in said
-    out = ["--out", str(tmp_path / "out")]
-    with pytest.raises(SystemExit, match="2"):
-        main(["patch", "--mask", str(mask), "--model", child, "--data", corpus_file, *out])
-    assert "--mask: it was made for" in capsys.readouterr().err
-
-
-def test_a_parent_that_was_replaced_is_refused(
-    teacher_dir: str, child: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    parent = copy(teacher_dir, tmp_path / "parent")
-    mask = made(parent, tmp_path / "mask.json")
-    shutil.copyfile(Path(child, "model.safetensors"), Path(parent, "model.safetensors"))
-    assert "another model" in not_exported(tmp_path / "out", mask, capsys)
-
-
-def test_a_checkpoint_of_another_parent_is_refused_whatever_is_said_of_the_mask(
-    recovery: Run, child: str, mask: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    own = ["--model", child, "--checkpoint", recovery.checkpoint]
-    for more in (own, [*own, "--any-parent"]):
-        assert "--checkpoint: it was trained under" in not_exported(tmp_path / "out", mask, capsys, *more)
-    theirs = made(child, tmp_path / "child.json")
-    assert "--checkpoint: it was trained under" in not_exported(tmp_path / "out", theirs, capsys, *own)
-
-
-@pytest.mark.slow
-def test_a_child_that_is_meant_goes_by_its_own_name(
-    teacher_dir: str, child: str, mask: Path, tmp_path: Path
-) -> None:
-    card = export(tmp_path / "out", mask, "--model", child, "--any-parent")
-    written = Mask.load(tmp_path / "out" / "mask.json")
-    assert f"| Parent | `{Path(child).name}` |" in card
-    assert f"| Mask made for | `{Path(teacher_dir).name}` |" in card
-    assert (written.model, written.fingerprint) == (child, weights_fingerprint(child))
-    config = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert config["depth_pruning"]["parent"] == Path(child).name
-
-
-@pytest.mark.slow
-def test_a_moved_parent_keeps_its_name(teacher_dir: str, mask: Path, tmp_path: Path) -> None:
-    card = export(tmp_path / "out", mask, "--model", copy(teacher_dir, tmp_path / "moved"))
-    assert Mask.load(tmp_path / "out" / "mask.json").model == teacher_dir
-    assert f"| Parent | `{Path(teacher_dir).name}` |" in card
-
-
-@pytest.mark.slow
-def test_a_recovery_of_a_child_vouches_for_the_mask_that_it_used(
-    recovery: Run, child: str, mask: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    corpus = recovery.settings["data.init_args.train"]
-    run = Run("recover", tmp_path, child, corpus, **{key("mask"): str(mask)})
-    with pytest.warns(UserWarning, match="is recovered with a mask made for"):
-        run.fit()
-    theirs = ["--checkpoint", run.checkpoint]
-    assert "--checkpoint: it was trained under" in not_exported(tmp_path / "out", mask, capsys, *theirs)
-    assert f"| Parent | `{Path(child).name}` |" in export(tmp_path / "out", mask, "--model", child, *theirs)
-
-
-@pytest.mark.slow
-def test_old_masks_and_checkpoints_are_exported_and_told_to_be_unchecked(
-    recovery: Run, child: str, mask_file: str, tmp_path: Path
-) -> None:
-    saved = torch.load(recovery.checkpoint, weights_only=True)
-    del saved["identity"]
-    torch.save(saved, tmp_path / "old.ckpt")
-    with pytest.warns(UserWarning, match="it notes no parent"):
-        export(tmp_path / "a", Path(mask_file), "--checkpoint", str(tmp_path / "old.ckpt"))
-    with pytest.warns(UserWarning, match="cannot be told"):
-        card = export(tmp_path / "b", Path(mask_file), "--model", child)
-    assert Mask.load(tmp_path / "b" / "mask.json").model == child
-    assert f"| Parent | `{Path(child).name}` |" in card

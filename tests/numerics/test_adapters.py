@@ -12,7 +12,6 @@ from safetensors import safe_open
 from torch import Tensor
 
 from src.cli import main, run
-from src.data.arithmetic import build_tokenizer, problems
 from src.data.batches import Supervised
 from src.export.verb import main as export
 from src.mask import Mask
@@ -23,6 +22,7 @@ from src.recover import Recovery
 from src.search import MaskSearch
 from src.training.adapters import Adapters, LoRA, Scales, beside, merged
 from tests.planning import SEARCH
+from tests.tiny import problem_rows
 
 pytest.importorskip("peft")
 Batch = dict[str, Tensor]
@@ -31,11 +31,7 @@ KINDS = [LoRA, Scales]
 
 @pytest.fixture(scope="module")
 def rows() -> Batch:
-    tokenizer = build_tokenizer()
-    tokenizer.padding_side = "right"
-    texts = [row["question"] for row in problems("train", 4, 0)]
-    batch = tokenizer(texts, return_tensors="pt", padding=True, return_token_type_ids=False)
-    return {**batch, "labels": batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)}
+    return problem_rows(4)
 
 
 class Still:

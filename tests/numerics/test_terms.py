@@ -3,43 +3,26 @@
 from __future__ import annotations
 
 import itertools
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from src.cli import main, run
-from src.data.arithmetic import build_tokenizer, problems
 from src.data.batches import Supervised, supervised
-from src.errors import ConfigError
-from src.export.verb import main as export
 from src.losses import CrossEntropy, Distillation, HiddenStates, Weighted
 from src.mask import Mask
 from src.models.cut import cut
-from src.models.loading import load_model
 from src.models.streams import streams
 from src.recover import Recovery
-from src.teachers import LiveTeacher
-from src.training.scopes import load_student
-from tests.planning import LENGTH, RECOVER, H, L, planner_of
-from tests.tiny import FAMILIES, LAYERS, tiny_ids, tiny_model
+from tests.tiny import FAMILIES, LAYERS, problem_rows, tiny_ids, tiny_model
 
 Batch = dict[str, Tensor]
-STATES = {"term": {"class_path": "src.losses.HiddenStates"}, "weight": 10.0}
-REMOVED = {"term": {"class_path": "src.losses.HiddenStates", "init_args": {"layers": [1]}}}
 
 
 @pytest.fixture(scope="module")
 def rows() -> Batch:
-    tokenizer = build_tokenizer()
-    tokenizer.padding_side = "right"
-    texts = [row["question"] for row in problems("train", 5, 0)]
-    batch = tokenizer(texts, return_tensors="pt", padding=True, return_token_type_ids=False)
-    labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
-    labels[:, :3] = -100  # a prompt
-    return {**batch, "labels": labels}
+    return problem_rows(5, prompt=3)
 
 
 def recovery(mask: str, *terms: Weighted, **keys: Any) -> Recovery:
@@ -217,123 +200,3 @@ def test_validation_and_cache_ask_the_one_distillation(mask_file: str) -> None:
     assert Recovery(mask_file, terms=[alone(), Weighted(own, 0.1)]).distillation is own
     assert Recovery(mask_file, terms=[alone()], distillation=own).distillation is own
     assert Recovery(mask_file, terms=[alone()]).distillation.k == 10
-
-
-# ---------------------------------------------------------------- through the commands
-
-
-def fit(out: Path, teacher: str, corpus: str, mask: str, *more: str) -> Any:
-    keys = {
-        "model.init_args.model": teacher, "model.init_args.mask": mask, "data.init_args.train": corpus,
-        "data.init_args.validation": corpus, "data.init_args.batch_size": 4, "trainer.max_steps": 3,
-        "trainer.limit_val_batches": 0, "trainer.accelerator": "cpu", "trainer.log_every_n_steps": 1,
-        "trainer.logger.init_args.save_dir": out, "trainer.logger.init_args.version": "run",
-    }  # fmt: skip
-    given = ["fit", "--config", "configs/recover/entropy_kd.yaml", *(f"--{k}={v}" for k, v in keys.items())]
-    return run([*given, *more])
-
-
-@pytest.mark.parametrize("scope", ["full", "cut_adjacent", "lora"])
-def test_in_every_scope_it_trains_is_logged_and_exports(
-    scope: str, tmp_path: Path, teacher_dir: str, corpus_file: str, mask_file: str
-) -> None:
-    """By its overlay, beside the config's distillation; proven after the export."""
-    done = fit(
-        tmp_path, teacher_dir, corpus_file, mask_file, f"--model.init_args.scope={scope}",
-        "--config", "configs/recover/hidden_states.yaml",
-    )  # fmt: skip
-    figures = done.trainer.callback_metrics
-    assert {"train/loss", "train/kd", "train/states"} <= figures.keys()
-    assert figures["train/states"] > 0
-    moved = {n for n, p in done.model.named_parameters() if p.requires_grad and p.grad is not None}
-    assert moved == {n for n, p in done.model.named_parameters() if p.requires_grad}
-    checkpoint = str(tmp_path / "recover" / "run" / "checkpoints" / "last.ckpt")
-    ids = torch.arange(3, 23)[None]
-    back = load_student(load_model(teacher_dir), Mask.load(mask_file), checkpoint)
-    torch.testing.assert_close(back(ids).logits, done.model.model.eval()(ids).logits, rtol=1e-4, atol=1e-5)
-    export(["--mask", mask_file, "--checkpoint", checkpoint, "--out", str(tmp_path / "out")])
-    assert torch.equal(load_model(str(tmp_path / "out"))(ids).logits, back(ids).logits)
-
-
-def test_the_loss_falls_on_the_streams_too(
-    tmp_path: Path, teacher_dir: str, corpus_file: str, mask_file: str, rows: Batch
-) -> None:
-    terms = f"--model.init_args.terms=[{STATES}]"
-    done = fit(
-        tmp_path, teacher_dir, corpus_file, mask_file, terms, "--model.init_args.distillation=null",
-        "--trainer.max_steps=30", "--model.init_args.optimizer.init_args.lr=0.01",
-    )  # fmt: skip
-    before = recovery(mask_file, alone()).losses(Supervised.of(rows))["states"]
-    assert done.model.losses(Supervised.of(rows))["states"] < before / 2
-
-
-@pytest.mark.parametrize(
-    ("more", "told"),
-    [
-        ([f"--model.init_args.terms=[{STATES}, {STATES}]"], "HiddenStates is given twice"),
-        ([f"--model.init_args.terms=[{STATES | {'weight': 0}}]"], "weight: 0"),
-        (
-            [f"--model.init_args.terms=[{STATES}]", "--model.init_args.teacher.init_args.model=other"],
-            "teacher.model",
-        ),
-        (
-            [f"--model.init_args.terms=[{STATES}]", "--model.init_args.teacher=src.teachers.CachedTeacher"],
-            "CachedTeacher",
-        ),
-        ([f"--model.init_args.terms=[{REMOVED}]"], "layers that the mask keeps"),
-        (["--model.init_args.terms=[{term: src.losses.HidenStates}]"], "HidenStates"),
-    ],
-)  # fmt: skip
-def test_what_cannot_work_is_refused_before_anything_is_loaded(
-    more: list[str], told: str, tmp_path: Path, teacher_dir: str, corpus_file: str, mask_file: str,
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
-    monkeypatch.setattr("src.models.loading.load_model", None)
-    keys = {
-        "model.init_args.model": teacher_dir, "model.init_args.mask": mask_file,
-        "data.init_args.train": corpus_file, "trainer.accelerator": "cpu",
-        "trainer.logger.init_args.save_dir": tmp_path,
-    }  # fmt: skip
-    given = ["fit", "--config", "configs/recover/entropy_kd.yaml", *(f"--{k}={v}" for k, v in keys.items())]
-    with pytest.raises(SystemExit) as ended:
-        main([*given, *more])
-    text = capsys.readouterr().err
-    assert (ended.value.code, text.count("error:")) == (2, 1)
-    assert told in text
-
-
-def test_a_cache_names_what_to_use(mask_file: str) -> None:
-    from src.teachers import CachedTeacher
-
-    with pytest.raises(ConfigError, match=r"src\.teachers\.LiveTeacher"):
-        CachedTeacher().states([1])
-    CachedTeacher().states([])
-    LiveTeacher().states([1])
-
-
-# ---------------------------------------------------------------- plans
-
-
-def test_a_plan_counts_the_streams_of_student_and_parent(tmp_path: Path) -> None:
-    """The term holds positions x H floats for each kept layer of both, and makes no pass of its own."""
-    few = {"data.init_args.batch_size": 1, "model.init_args.distillation.init_args.k": 4}
-    plain = planner_of(tmp_path, RECOVER, **few)
-    terms = {"model.init_args.terms": f"[{STATES}]"}
-    with_states = planner_of(tmp_path, RECOVER, **few, **terms)
-    assert with_states.trace().teacher_flops == plain.trace().teacher_flops
-    assert with_states.trace().flops == plain.trace().flops
-    more = with_states.trace().peak["activations"] - plain.trace().peak["activations"]
-    assert more == 2 * (L - 1) * 4 * (LENGTH - 1) * H
-
-
-def test_a_plan_asks_the_k_of_the_terms(tmp_path: Path) -> None:
-    terms = "[{term: {class_path: src.losses.Distillation, init_args: {k: 3}}}]"
-    keys = {"model.init_args.distillation": "null", "model.init_args.terms": terms}
-    own, default = planner_of(tmp_path, RECOVER, **keys), planner_of(tmp_path, RECOVER)
-    assert own.cache.raw < default.cache.raw
-
-
-def test_a_plan_refuses_what_the_run_would(tmp_path: Path) -> None:
-    keys = {"model.init_args.terms": f"[{STATES}]", "model.init_args.teacher": "src.teachers.CachedTeacher"}
-    with pytest.raises(ConfigError, match=r"src\.teachers\.LiveTeacher"):
-        planner_of(tmp_path, RECOVER, **keys).trace()

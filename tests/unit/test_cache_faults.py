@@ -36,11 +36,6 @@ class Recovering:
 
 
 @pytest.fixture(scope="module")
-def ws(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
-    return workspace(tmp_path_factory.mktemp("ws"))
-
-
-@pytest.fixture(scope="module")
 def cache(ws: Workspace) -> str:
     return ws.write("cache")
 

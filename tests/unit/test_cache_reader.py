@@ -22,14 +22,9 @@ from src.errors import ConfigError
 from src.losses.distill import Distillation
 from src.losses.signals import topk_signal
 from src.teachers import CachedTeacher
-from tests.cached import BARE, Workspace, tokenizer, workspace
+from tests.cached import BARE, Workspace, tokenizer
 
 torch.set_num_threads(1)
-
-
-@pytest.fixture(scope="module")
-def ws(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
-    return workspace(tmp_path_factory.mktemp("ws"))
 
 
 @pytest.fixture(scope="module")

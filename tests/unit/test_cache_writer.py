@@ -21,14 +21,9 @@ from src.cache import Cache, CacheTeacher, CacheWriter
 from src.cache.shards import Rows
 from src.errors import ConfigError
 from src.models.loading import Quantization
-from tests.cached import BARE, Workspace, small, workspace
+from tests.cached import BARE, Workspace, small
 
 torch.set_num_threads(1)
-
-
-@pytest.fixture(scope="module")
-def ws(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
-    return workspace(tmp_path_factory.mktemp("ws"))
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,53 @@
+"""What several files of unit tests start from: a plan of the arena, an export, a teacher with a corpus."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+
+from scripts.arena.plan import Plan
+from scripts.arena.reading import read
+from src.export import proof
+from src.export import verb as export
+from src.export.fresh import verify
+from tests.arena import PLAN
+from tests.cached import Workspace, workspace
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory with the files of the plan."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("search", "recover", "cache", "tail"):
+        Path(f"{name}.yaml").write_text(f"# a comment\nmodel: {name}\n")
+    Path("teacher").mkdir()
+    Path("teacher/config.json").write_text("{}")
+    Path("plan.yaml").write_text(yaml.safe_dump(PLAN, sort_keys=False))
+    return tmp_path
+
+
+@pytest.fixture
+def plan(folder: Path) -> Plan:
+    return read("plan.yaml")
+
+
+@pytest.fixture
+def run(mask_file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
+    """Exports the tiny cut model. The proof runs in this process; the fresh one has a test of its own."""
+    monkeypatch.setattr(proof, "in_fresh_process", verify)
+
+    def export_to(*more: str) -> Path:
+        out = tmp_path / "out"
+        export.main(["--mask", mask_file, "--out", str(out), *more])
+        return out
+
+    return export_to
+
+
+@pytest.fixture(scope="module")
+def ws(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+    """A tiny teacher with a corpus, to write caches of."""
+    return workspace(tmp_path_factory.mktemp("ws"))
