@@ -67,7 +67,7 @@ class Judged:
     def record(self) -> dict[str, Any]:
         """The counts as plain values."""
         counts = {"rows": len(self.rows), "rows_read": self.read, "left_out": self.left_out}
-        return {**counts, "cut": self.truncated, "columns_not_read": self.unread}
+        return {**counts, "truncated": self.truncated, "columns_not_read": self.unread}
 
 
 def judged(

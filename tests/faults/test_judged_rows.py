@@ -71,7 +71,7 @@ def test_rows_that_cannot_be_judged_are_counted_by_reason(tmp_path: Path, model:
     cut = evaluated(
         model, path, tmp_path / "a.json", "--no-exact-match", "--max-length", "150", "--supervise", "all"
     )
-    assert (cut["rows"], cut["cut"], cut["left_out"]) == (3, 1, {})
+    assert (cut["rows"], cut["truncated"], cut["left_out"]) == (3, 1, {})
     found = judged(build_tokenizer(), rows, Columns(), max_length=150)
     assert found.numbers[0] == 0
     assert found.left_out["whose prompt fills the maximal length"] == 1

@@ -6,6 +6,7 @@ import re
 import shlex
 import subprocess
 from pathlib import Path
+from pkgutil import resolve_name
 
 import pytest
 
@@ -120,6 +121,26 @@ def headings(page: Path) -> set[str]:
 def test_linked_sections_exist(page: Path) -> None:
     for target, section in re.findall(r"\]\((?!http)([^)#]*)#([^)]+)\)", page.read_text()):
         assert section in headings(page.parent / target if target else page), (target, section)
+
+
+NAMED = [*PAGES, Path("Makefile"), *sorted(Path("configs").rglob("*.yaml"))]
+EXAMPLES = re.findall(r"<!-- file: (\S+) -->", Path("CONTRIBUTING.md").read_text())
+"""Files of the worked examples, which a test of their own makes."""
+
+
+@pytest.mark.parametrize("page", NAMED, ids=str)
+def test_files_that_are_named_exist(page: Path) -> None:
+    roots = "src|tests|scripts|configs|docs|assets"
+    for name in re.findall(rf"(?<![\w./-])((?:{roots})/[\w./-]*\w)", page.read_text()):
+        assert Path(name).exists() or name in EXAMPLES or name == "docs/gpu.md", name
+
+
+@pytest.mark.parametrize("page", NAMED, ids=str)
+def test_modules_and_classes_that_are_named_exist(page: Path) -> None:
+    made = {name.removesuffix(".py").replace("/", ".") for name in EXAMPLES}
+    for name in re.findall(r"\b((?:src|scripts|tests)(?:\.\w+)+)", page.read_text()):
+        if not any(f"{name}.".startswith(f"{module}.") for module in made):
+            resolve_name(name)
 
 
 def test_help_names_every_verb(capsys: pytest.CaptureFixture[str]) -> None:
