@@ -1,1 +1,1 @@
-"""e3pruner: learn which whole layers of a language model to remove, recover it, prove the result."""
+"""e3pruner: learn which units of a language model to remove, recover what was lost, prove the result."""

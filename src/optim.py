@@ -1,7 +1,7 @@
 """Adam with one second moment for all parameters, made for the few logits of a mask.
 
-Per-coordinate Adam divides each logit's gradient by its own size, which throws away which layer matters
-more: mask gradients mostly share a sign, and only their relative size tells layers apart.
+Adam divides each logit's gradient by that gradient's own size. The gradients of a mask mostly share a sign,
+so their relative size is the information on which layer matters more, and that division removes it.
 """
 
 from __future__ import annotations

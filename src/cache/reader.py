@@ -1,7 +1,7 @@
-"""Open a cache for reading, trusting nothing that a checksum does not confirm.
+"""Open a cache for reading, and check every shard against its checksum.
 
-A shard is fetched whole, once, through fsspec (a local path, ``hf://``, ``s3://``, ...); the very bytes that
-were checked are the bytes that are decoded.
+A shard is fetched whole, once, through fsspec (a local path, ``hf://``, ``s3://``, ...). The bytes that are
+checked are the bytes that are decoded.
 """
 
 from __future__ import annotations

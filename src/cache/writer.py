@@ -1,8 +1,9 @@
-"""Write what the teacher says, shard by shard, so that a kill at any moment costs at most one shard.
+"""Write the teacher's signal to disk, shard by shard; a run that is killed loses at most one shard.
 
-A shard is made of whole batches of the corpus in its fixed order. It is written under a temporary name,
-flushed and renamed, and only then entered in the manifest; what the manifest does not name does not exist. A
-second run skips the batches of the named shards, comparing their tokens with the recorded checksums.
+A shard consists of whole batches of the corpus in its fixed order. It is written under a temporary name,
+flushed, renamed, and then entered in the manifest. A file that the manifest does not name is not a part of
+the cache. A second run skips the batches of the named shards, after it compares their tokens with the
+checksums.
 """
 
 from __future__ import annotations

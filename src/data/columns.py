@@ -1,7 +1,8 @@
 """Choose the columns of a row to read, and refuse to pass over one that conditions the answer.
 
-A row may say more than its prompt: Alpaca's ``input``, a system prompt, the tools of a chat. Such a column is
-read, or the row is refused with its name; any other column that is not read is told once.
+A row may hold more than its prompt: Alpaca's ``input``, a system prompt, the tools of a chat. Such a column
+is read, or the row is refused by the column's name. A warning names, once, every other column that is not
+read.
 """
 
 from __future__ import annotations

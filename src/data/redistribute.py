@@ -1,9 +1,9 @@
-"""Hand the positions of a stream to another number of ranks, so that no document is lost or repeated.
+"""Give the positions of a stream to another number of ranks, so that no document is lost or repeated.
 
-The shares of the corpus stay as they were dealt when the run began, and only who serves them changes. Share k
-belongs to rank ``k % world``, as its lane ``k // world``, so the ranks together go on with the same shares in
-the same order: with the same global batch (say, half the ranks, and two micro-batches a step) the steps see
-the same rows.
+The shares of the corpus stay as they were when the run began; only the ranks that read them change. Share k
+belongs to rank ``k % world``, as its lane ``k // world``. So all ranks together read the same shares in the
+same order. With the same global batch, for example half the ranks and two micro-batches a step, every step
+has the same rows.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Count what the batches are made of, so that nothing is lost without a number."""
+"""Count documents, tokens and padding of the batches, and whatever is left out of them."""
 
 from __future__ import annotations
 

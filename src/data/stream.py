@@ -1,16 +1,16 @@
-"""The batches of one rank: the same for any number of workers, and resumable anywhere.
+"""The batches of one rank, which do not depend on the number of workers and can be resumed after any of them.
 
-A corpus is dealt into ``world x LANES`` shares. A rank takes a batch from each of its ``LANES``
-lanes in turn; workers are only hands that serve some of the lanes, so their number changes nothing.
-The shares stay when a run is resumed on another number of ranks: each rank then has more lanes, or
-fewer (:mod:`src.data.redistribute`).
-A lane works in blocks: it reads and encodes documents, then shuffles them and plans their batches
-with a generator seeded by (seed, epoch, share, block). Its state is therefore small: where its
-sources stood when the block began, and how many batches of the block were given. The position of a
-rank is the states of its lanes.
+A corpus is divided into ``world x LANES`` shares. A rank has ``LANES`` lanes, one for each of its shares, and
+takes a batch from each lane in turn. A worker serves some of the lanes, so the number of workers changes no
+batch. The shares stay the same when a run is resumed on another number of ranks; each rank then has more
+lanes, or fewer (:mod:`src.data.redistribute`).
 
-While the batches of a block are given, the next block is encoded little by little, so no step waits
-long.
+A lane works in blocks. It reads and encodes documents, then shuffles them and plans their batches with a
+generator seeded by (seed, epoch, share, block). So its state is small: the positions of its sources at the
+start of the block, and the number of batches yielded from the block. The position of a rank consists of the
+states of its lanes.
+
+The next block is encoded in small pieces between the batches of the current one, so no step waits long.
 """
 
 from __future__ import annotations

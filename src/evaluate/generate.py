@@ -2,7 +2,7 @@
 
 ``generate()`` of transformers merges the checkpoint's own sampling settings (temperature, repetition
 penalty) into what it is asked, and costs several times a small model's step in bookkeeping. Judging and
-timing want neither: this loop is argmax, one forward per token, nothing else.
+timing need neither: this loop is an argmax and one forward pass for each token.
 
 Shapes: B rows, T tokens fed in this call, S tokens so far (cache and this call).
 """

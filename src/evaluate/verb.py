@@ -1,12 +1,17 @@
 """Judge models beside their teacher on the same rows: ``python -m src.cli evaluate``.
 
-Three questions, three kinds of figures. Does it still say the same? Exact KL from the teacher over the whole
-vocabulary, and the share of tokens where both rank the same token first. Does it still model the text?
-Loss and perplexity. Does it still solve the task? Exact match of the final answer after free greedy
-generation, with the items that flipped against the teacher and the probability that chance alone flips
-them so unevenly (McNemar's exact test).
+There are three kinds of figures:
 
-All figures are of the same rows; how many were read, and why some are not judged, is printed with them.
+* agreement with the teacher: exact KL over the whole vocabulary, and the share of tokens where both models
+rank
+  the same token first;
+* the language model: loss and perplexity;
+* the task: exact match of the final answer after free greedy generation. Beside it stand the items that
+flipped
+  against the teacher, and the probability that chance alone flips them so unevenly (McNemar's exact test).
+
+All figures are of the same rows. The number of rows read, and the reasons why some are not judged, are
+printed with them.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""The fresh process of a proof reads an exported directory as a stranger does; it must reproduce a run.
+"""The fresh process of a proof: it loads an exported directory, and must reproduce a recorded run.
 
 The parent with hard gates (or the recovered student) is observed in memory (:mod:`src.export.observe`). This
-process knows only the directory and that observation: it loads the directory with stock
+process has nothing but the directory and that observation. It loads the directory with stock
 ``AutoModelForCausalLM``, without remote code, and observes it in the same ways. On a CPU both must agree to
 the last bit, in any type; on a GPU within the tolerance of the type.
 """

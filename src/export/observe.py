@@ -1,8 +1,8 @@
-"""Run a model in the ways that a wrong cut cannot survive, and compare two such runs.
+"""Run a model in four ways that reveal a wrong cut, and compare two such runs.
 
-A plain batch, the same batch with one row padded on the left, and greedy generation with and without the
-cache. Comparing tokens alone would not do: a wrong attention pattern often leaves the first tokens as they
-were, and shows only in the logits.
+The ways are: a plain batch, the same batch with one row padded on the left, and greedy generation with and
+without the cache. Logits are compared, not only tokens, because a wrong attention pattern often leaves the
+first tokens as they were.
 
 Shapes: B batch, T tokens, S generated tokens, V vocabulary.
 """

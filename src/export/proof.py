@@ -1,7 +1,7 @@
-"""The proof of an export: hard-gated parent = cut model = what a stranger loads from the directory.
+"""The proof of an export: hard-gated parent = cut model = what a fresh process loads from the directory.
 
-This side runs beside the models in memory and writes down what they compute; :mod:`src.export.fresh` is the
-other side, a fresh process that knows only the directory.
+This module runs the models in memory and records what they compute. :mod:`src.export.fresh` is the fresh
+process, which has nothing but the directory and that record.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Losses on a teacher's signal: what the teacher said, how far the student is, how much a token counts."""
+"""Losses: the teacher's signal, divergences from it, weights of tokens, and further terms."""
 
 from src.losses.cross_entropy import CrossEntropy
 from src.losses.distill import Distillation

@@ -1,8 +1,8 @@
 """Compare what the config of a directory claims with what the headers of its weights hold.
 
-transformers believes ``config.json``: a count of layers that is one too small loads without a word, and an
-output head of its own is replaced by the embeddings if the config calls them tied. Here every fault that
-shows in the headers is reported before a weight is read.
+transformers does not check ``config.json``. With one layer too few in the config, a model loads without a
+warning. If the config calls the embeddings tied, they replace an output head that has weights of its own.
+Here every fault that shows in the headers is reported before a weight is read.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 Losses map hidden states to the vocabulary a chunk at a time, so they need the head alone. Families
 differ in what follows its linear map; all known cases are ``cap * tanh(scale * (W h + b) / cap)``, and
-:meth:`OutputHead.check` compares with the model's own logits, so an unknown case is refused, not mistrained.
+:meth:`OutputHead.check` compares with the model's own logits, so an unknown case is refused.
 
 Shapes: B batch, T tokens, H hidden, V vocabulary.
 """

@@ -1,8 +1,8 @@
 """Refuse sequences longer than a model's table of positions.
 
-Rotary positions go on for ever. A table, learned (GPT-2, OPT) or computed once (GPT-J, CTRL), has a last
-entry: a longer sequence is an ``IndexError`` on a CPU, and on a GPU an assertion that kills the process.
-The table is found by its place and size, not by a family's names.
+Rotary positions have no end. A table of positions, learned (GPT-2, OPT) or computed once (GPT-J, CTRL), has
+one. Beyond it, a CPU raises an ``IndexError``, and a GPU an assertion that ends the process. The table is
+found by its place and size, not by a family's names.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Spread a network's weights over the ranks, by decoder layer, whatever its family.
 
 With FSDP2 each decoder layer is gathered for its own turn, and what is left (embeddings, final norm, head)
-from the start of the pass to the end of the backward pass. That hangs on a forward pass of the *root*, which
-a step that calls the decoder and the head apart never makes: :func:`within` makes one around such a call.
+from the start of the pass to the end of the backward pass. FSDP2 does this in a forward pass of the *root*. A
+step here calls the decoder and the head apart, and never the root; :func:`within` makes its pass around them.
 """
 
 from __future__ import annotations

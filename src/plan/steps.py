@@ -1,6 +1,6 @@
 """One step of each stage, in the order of its allocations; and a teacher without weights.
 
-Only the loops around the product's own functions are repeated here, because those talk to a running trainer.
+Only the loops around the product's own functions are repeated here, because those need a running trainer.
 """
 
 from __future__ import annotations

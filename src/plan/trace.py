@@ -1,8 +1,8 @@
 """Run one step of a search, a recovery or a cache without data, and note what it holds and computes.
 
 The step is the product's own: the module's gated model, its loss and its teacher's signal, on a batch of full
-rows. Models are built on the meta device; then each tensor becomes one without data that believes to be on a
-CPU, so that the operations chosen are real ones.
+rows. Models are built on the meta device. Then each tensor becomes a fake one, without data, whose device is
+a CPU, so that the operations are those of a real run.
 """
 
 from __future__ import annotations

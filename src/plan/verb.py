@@ -1,4 +1,4 @@
-"""Tell what a run will cost before it is started: ``python -m src.cli plan --config ...``.
+"""Estimate what a run will cost before it is started: ``python -m src.cli plan --config ...``.
 
 Everything that ``fit`` accepts is accepted, and nothing is loaded: the module's own step runs on tensors
 without data (:mod:`src.plan`). Batches count as full and every token as supervised, so figures are upper

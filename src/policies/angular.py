@@ -1,4 +1,4 @@
-"""Drop the run of layers of the least angular distance (UIDL, arXiv 2403.17887)."""
+"""Remove the run of layers with the least angular distance (UIDL, arXiv 2403.17887)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""ShortGPT (arXiv 2403.03853): drop the layers that turn the residual stream least."""
+"""ShortGPT (arXiv 2403.03853): remove the layers that change the direction of the residual stream least."""
 
 from __future__ import annotations
 

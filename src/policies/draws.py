@@ -1,4 +1,4 @@
-"""What came of the masks that a search drew.
+"""Draws of a search, each with its loss and its gradient, gathered over the ranks.
 
 Shapes: D draws, U units.
 """

@@ -1,4 +1,4 @@
-"""Harden the learned mask's own starting point, as the control that shows what a search adds to it."""
+"""Remove the layers of the least KL alone: where a search starts, as the control of what it adds."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Training-free methods score the layers once on calibration rows, and learn nothing after.
 
-The scores live in ``logits``, so a checkpoint holds them and a resumed run hardens alike. One training step
-is enough (``trainer.max_steps: 1``): it only gives the run its beginning and its end.
+The scores are in ``logits``, so a checkpoint holds them and a resumed run hardens to the same mask. One
+training step is enough (``trainer.max_steps: 1``), because the scores do not change.
 
 Shapes: B batch, T tokens of a row, H hidden, J = L + 1 places of the residual stream, W = L + 1 - n windows
 of n = ``remove`` neighbouring layers, N measured tokens.

@@ -1,4 +1,4 @@
-"""Shortened LLaMA, PPL criterion (arXiv 2402.02834): drop the layers the language-model loss misses least."""
+"""Shortened LLaMA, PPL criterion (arXiv 2402.02834): remove layers whose removal raises the loss least."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""SLEB: remove the layer that the current model misses least, again and again (arXiv 2402.09025)."""
+"""SLEB: remove, n times, the layer whose removal raises the loss least (arXiv 2402.09025)."""
 
 from __future__ import annotations
 

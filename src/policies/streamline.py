@@ -1,4 +1,4 @@
-"""LLM-Streamline's choice of layers (arXiv 2403.19135), with nothing put in their place."""
+"""LLM-Streamline's choice of layers (arXiv 2403.19135), without a network in their place."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Drop the deepest layers, a rule that needs no data (arXiv 2411.15558; arXiv 2403.17887)."""
+"""Remove the deepest layers, a rule that needs no data (arXiv 2411.15558; arXiv 2403.17887)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Shortened LLaMA, Taylor criterion (arXiv 2402.02834): drop the layers of the smallest weight salience."""
+"""Shortened LLaMA, Taylor criterion (arXiv 2402.02834): remove the layers of the smallest weight salience."""
 
 from __future__ import annotations
 

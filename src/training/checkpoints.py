@@ -1,4 +1,4 @@
-"""Read a checkpoint in any form: one file, or a directory of parts that ranks wrote. Nothing in it is run.
+"""Read a checkpoint, one file or a directory of parts that ranks wrote, without running code in it.
 
 ``FSDP2`` and ``FSDP`` write PyTorch's distributed format beside a ``meta.pt``; DeepSpeed writes its own. A
 checkpoint is a pickle, which may name any function to call; here only tensors, numbers, text and containers

@@ -56,18 +56,17 @@ def same(one: dict[str, Any], other: dict[str, Any]) -> None:
                 assert torch.equal(torch.as_tensor(value), torch.as_tensor(b["state"][p][name])), name
 
 
-@pytest.mark.parametrize("stage", ["search", "recover"])
+@pytest.mark.parametrize("stage", ["search", "search with LoRA", "search with Scales", "recover"])
 def test_killed_and_resumed_equals_uninterrupted(
     stage: str, tmp_path: Path, teacher_dir: str, corpus_file: str, mask_file: str
 ) -> None:
-    config = {"search": "configs/search/gumbel_topk.yaml", "recover": "configs/recover/entropy_kd.yaml"}[
-        stage
-    ]
-    extra = (
-        [f"--model.init_args.mask={mask_file}"]
-        if stage == "recover"
-        else ["--model.init_args.calibration_batches=2"]
-    )
+    config, extra = "configs/search/gumbel_topk.yaml", ["--model.init_args.calibration_batches=2"]
+    if stage == "recover":
+        config, extra = "configs/recover/entropy_kd.yaml", [f"--model.init_args.mask={mask_file}"]
+    if "with" in stage:
+        pytest.importorskip("peft")
+        adapters = f"src.training.adapters.{stage.split()[-1]}"
+        extra.append(f"--model.init_args.adapters={{class_path: {adapters}, init_args: {{lr: 0.01}}}}")
     paths = {"teacher": teacher_dir, "corpus": corpus_file}
     whole = fit(config, tmp_path / "whole", False, *extra, **paths)
     with pytest.raises(Killed):
@@ -78,9 +77,12 @@ def test_killed_and_resumed_equals_uninterrupted(
     saved = tmp_path / "broken" / f"step={SAVED}.ckpt"
     resumed = fit(config, tmp_path / "broken", False, *extra, f"--ckpt_path={saved}", **paths)
     same(whole, resumed)
-    if stage == "search":
-        masks = [next((tmp_path / name).rglob("mask.json")).read_text() for name in ("whole", "broken")]
-        assert masks[0] == masks[1]
+    for file in ("mask.json",) * ("search" in stage) + ("adapters.safetensors",) * ("with" in stage):
+        one, other = (next((tmp_path / name).rglob(file)).read_bytes() for name in ("whole", "broken"))
+        assert one == other
+    if "with" in stage:
+        moments = whole["optimizer_states"][0]["state"]
+        assert len(moments) > 1, "the adapters' moments are in the checkpoint, beside those of the logits"
 
 
 def test_what_the_user_asks_wins_over_the_checkpoint(

@@ -189,6 +189,26 @@ def test_from_a_search_to_a_proven_export(tmp_path: Path, teacher_dir: str, corp
     assert (tmp_path / "out" / "config.json").exists()
 
 
+@pytest.mark.parametrize("quantize", ["int8", "nf4"])
+def test_lora_learns_on_quantised_weights_and_goes_into_a_recovery(
+    quantize: str, tmp_path: Path, teacher_dir: str, corpus_file: str
+) -> None:
+    """The one copy of the weights stays quantised; the recovery merges the adapters into float weights."""
+    pytest.importorskip("bitsandbytes")
+    more = {"model.init_args.adapters.init_args.lr": 0.005, "trainer.max_steps": 10}
+    given = arguments(tmp_path, teacher_dir, corpus_file, **MORE, **more)
+    done = run([*TINY, *given, f"--model.init_args.quantize={quantize}"])
+    assert any(p.dtype in (torch.int8, torch.uint8) for p in done.model._frozen[0].parameters())
+    path = tmp_path / "search" / "run" / "mask.json"
+    mask = Mask.load(path)
+    assert mask.metrics["kl_adapted"] < mask.metrics["kl"]
+    recover = ["fit", "--config", "configs/recover/entropy_kd.yaml", f"--model.init_args.mask={path}"]
+    run([*recover, *arguments(tmp_path, teacher_dir, corpus_file), "--model.init_args.patch=adapters"])
+    checkpoint = tmp_path / "recover" / "run" / "checkpoints" / "last.ckpt"
+    export(["--mask", str(path), "--checkpoint", str(checkpoint), "--out", str(tmp_path / "out")])
+    assert (tmp_path / "out" / "config.json").exists()
+
+
 def test_without_adapters_nothing_is_left_beside_the_mask(
     tmp_path: Path, teacher_dir: str, corpus_file: str
 ) -> None:
