@@ -227,7 +227,8 @@ class CachedTeacher:
         """Check the cache against the student's vocabulary and parent, and the loss's k.
 
         Raises:
-            ConfigError: they do not fit, the data are no cache, or a cache of another teacher.
+            ConfigError: the data are not a cache, the cache is of another teacher, or it does not fit the
+                loss.
         """
         corpus, distillation = self.corpus(learner.data), learner.distillation
         self.k = distillation.k

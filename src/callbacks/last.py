@@ -34,6 +34,6 @@ class LastCheckpoint(ModelCheckpoint):
             self.save(trainer)
 
     def save(self, trainer: Trainer) -> None:
-        """Save the present step, unless it is saved already."""
+        """Save a checkpoint of the current step, unless there is one."""
         if not self._should_skip_saving_checkpoint(trainer):
             self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))

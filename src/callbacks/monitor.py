@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 class SearchMonitor(Callback):
     """Logs the mask's entropy, and to TensorBoard a heat map of keep probabilities and the kept layers.
 
-    The course of the probabilities ends in ``gates.json`` in the run's log directory, for the report.
+    At the end it writes the probabilities of all logged steps to ``gates.json`` in the run's log directory,
+    for the report.
 
     Args:
         every: steps between pictures.

@@ -42,12 +42,12 @@ def supervised(labels_BT: Tensor, position_ids_BT: Tensor | None = None) -> Tens
 
 @dataclass(frozen=True)
 class Supervised:
-    """A batch with the positions that learn, N of them: found once, read by every pass of a step.
+    """A batch with its N supervised positions, which are found once for all passes of a step.
 
     Attributes:
         batch: the rows.
-        index_N: the positions, flat into ``B * T``.
-        labels_N: the tokens that they predict.
+        index_N: the supervised positions, as indices into the flat ``B * T``.
+        labels_N: the tokens that these positions predict.
     """
 
     batch: Batch

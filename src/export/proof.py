@@ -38,17 +38,17 @@ def prove(
     tokens: int | None = None,
     upcast: bool = True,
 ) -> list[Finding]:
-    """Prove that the hard-gated parent equals the cut model, and memory what a fresh process loads.
+    """Prove two equalities: hard-gated parent = cut model, and exported model = what a fresh process loads.
 
-    Without a recovery or a repair one comparison proves both: the fresh process compares with the hard-gated
-    parent.
+    If the weights did not change after the cut, one comparison proves both: that of the fresh process with
+    the hard-gated parent.
 
     Args:
         directory: the complete export.
-        parent: the whole parent.
-        student: the exported model.
-        mask: names the kept units.
-        weights: count of numbers that the export must hold.
+        parent: the parent, uncut.
+        student: the model that was exported.
+        mask: the mask of the cut.
+        weights: number of weights that the export must hold.
         recovered: whether the student's weights differ from the parent's.
         tokenizer: the parent's.
         tokens: length of the sequences; None reaches beyond windows of up to 1024 tokens.

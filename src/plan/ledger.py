@@ -37,10 +37,10 @@ class _Record:
 
 
 class Ledger(TorchDispatchMode):
-    """Bytes alive by part (now, and when their sum was highest) and operations so far.
+    """Counts the bytes that are held, by part (now and at their peak), and the operations so far.
 
     A new storage counts as ``loss chunk`` if it is as wide as the vocabulary, and as ``activations``
-    otherwise, until :meth:`own` says better.
+    otherwise, unless :meth:`own` names its part.
 
     Args:
         vocabulary: number of logits.

@@ -51,13 +51,13 @@ class Estimate:
 
 
 class Planner:
-    """Estimates ways to run an experiment.
+    """Estimates the cost of ways to run an experiment.
 
     Args:
-        experiment: what is run.
-        device: on which kind of device.
-        ranks: on how many.
-        tokens: tokens of the run; None leaves it to the config.
+        experiment: the run that is planned.
+        device: kind of device that it runs on.
+        ranks: number of devices; None is the config's.
+        tokens: tokens of the run; None is the config's.
     """
 
     def __init__(

@@ -16,12 +16,12 @@ from src.training.ranks import total, world
 
 @dataclass(frozen=True)
 class Draw:
-    """A mask that was drawn, and what came of it.
+    """A mask that was drawn, with its loss and its gradient.
 
     Attributes:
-        gates_U: as the policy sampled it, with its graph.
-        loss: the divergence under it, detached.
-        grad_U: gradient of the loss with respect to the gates, if the policy wants it.
+        gates_U: the gates as the policy sampled them, with their graph.
+        loss: the divergence under these gates, detached.
+        grad_U: gradient of the loss with respect to the gates; None if the policy needs none.
     """
 
     gates_U: Tensor
@@ -30,10 +30,9 @@ class Draw:
 
 
 def over_ranks(drawn: Sequence[Draw]) -> tuple[Tensor, Tensor | None]:
-    """Losses ``[D]`` of some draws and their gradients ``[D, U]`` (None if there are none), over all ranks.
+    """Return the losses ``[D]`` of draws and their gradients ``[D, U]`` (or None), means over the ranks.
 
-    They are means over the ranks: every policy learns from the same bits on every rank, so that all make the
-    same update.
+    So every rank hands the same bits to its policy, and all ranks make the same update.
     """
     losses_D = torch.stack([each.loss for each in drawn])
     grads = [each.grad_U for each in drawn if each.grad_U is not None]

@@ -95,7 +95,7 @@ class Adapters(nn.Module):
         return [p for _, p in self.named_weights()]
 
     def group(self) -> dict[str, Any]:
-        """Return their group for an optimiser."""
+        """Return the optimiser group of the adapters: their parameters and learning rate."""
         return {"params": self.moving(), "lr": self.lr}
 
     @contextmanager

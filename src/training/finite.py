@@ -12,9 +12,9 @@ from src.models.finite import not_finite
 
 
 class FiniteOnly(Callback):
-    """Refuses a loss that is NaN or infinite, and a checkpoint or an end with such weights.
+    """Stops a run whose loss, or whose weights at a checkpoint or at the end, are NaN or infinite.
 
-    Every module of a stage asks for it, so no configuration can leave it out.
+    Every stage adds this callback itself, so no configuration can leave it out.
     """
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:

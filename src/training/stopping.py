@@ -113,7 +113,7 @@ def heeded() -> Iterator[None]:
 
 
 def end(stopped: Stopped) -> NoReturn:
-    """End this process and the ranks it started with the signal; the first rank prints where it stopped."""
+    """Print where the run stopped, on the first rank; end this process and its ranks by the same signal."""
     for rank in ranks:
         if rank.poll() is None:
             rank.send_signal(stopped.number)
