@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from subprocess import PIPE
 from typing import Any
 
 CONFIGS = {"search": "configs/search/gumbel_topk.yaml", "recover": "configs/recover/entropy_kd.yaml"}
 STEPS = 50
+LIMIT = 600.0
+"""Seconds of one command; alone on two cores each takes less than 60."""
 
 
 class Bench:
@@ -78,10 +82,20 @@ class Bench:
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
         for key in ("LOCAL_RANK", "MASTER_PORT", "WORLD_SIZE", "NODE_RANK"):
             environment.pop(key, None)
-        return subprocess.run(
-            [*start, *given],
-            capture_output=True, text=True, timeout=170, env=environment, check=False,
-        )  # fmt: skip
+        return in_a_group([*start, *given], environment)
+
+
+def in_a_group(command: list[str], environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    """Run a command to its end; if it does not end in time, none of the ranks that it started outlives it."""
+    with subprocess.Popen(
+        command, stdout=PIPE, stderr=PIPE, text=True, env=environment, start_new_session=True
+    ) as process:
+        try:
+            out, err = process.communicate(timeout=LIMIT)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            raise
+        return subprocess.CompletedProcess(command, process.returncode, out, err)
 
 
 def diary(run: Path, rank: int = 0) -> list[dict[str, Any]]:

@@ -56,7 +56,10 @@ def same(one: dict[str, Any], other: dict[str, Any]) -> None:
                 assert torch.equal(torch.as_tensor(value), torch.as_tensor(b["state"][p][name])), name
 
 
-@pytest.mark.parametrize("stage", ["search", "search with LoRA", "search with Scales", "recover"])
+SLOW = pytest.param("search with Scales", marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("stage", ["search", "search with LoRA", SLOW, "recover"])
 def test_killed_and_resumed_equals_uninterrupted(
     stage: str, tmp_path: Path, teacher_dir: str, corpus_file: str, mask_file: str
 ) -> None:

@@ -189,7 +189,7 @@ def test_from_a_search_to_a_proven_export(tmp_path: Path, teacher_dir: str, corp
     assert (tmp_path / "out" / "config.json").exists()
 
 
-@pytest.mark.parametrize("quantize", ["int8", "nf4"])
+@pytest.mark.parametrize("quantize", ["int8", pytest.param("nf4", marks=pytest.mark.slow)])
 def test_lora_learns_on_quantised_weights_and_goes_into_a_recovery(
     quantize: str, tmp_path: Path, teacher_dir: str, corpus_file: str
 ) -> None:
