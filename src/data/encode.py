@@ -29,7 +29,7 @@ TooLong = Literal["truncate", "split", "error"]
 class TokenRow:
     """Token ids and labels of a document or a piece of one.
 
-    The first piece of a document has in ``lost`` how many of its tokens are in no row.
+    ``lost`` of a document's first piece is the number of the document's tokens that are in no row.
     """
 
     ids: list[int]

@@ -46,8 +46,8 @@ def unwrapped(model: nn.Module) -> PreTrainedModel:
 def out_of_reach(model: PreTrainedModel) -> str:
     """Return the matrices within the layers of an adapted model that have no adapter; empty if all have one.
 
-    Routed experts are one tensor for all of them, no linear layer, and hold most weights of such a model;
-    peft adapts those of some families (Mixtral) and not of others (GPT-OSS).
+    They are mostly routed experts: one tensor holds the weights of all experts, and is no linear layer. peft
+    adapts these tensors in some families (Mixtral), and not in others (GPT-OSS).
     """
     sizes = {"reached": 0, "left": 0}
     names = set()

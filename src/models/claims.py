@@ -105,10 +105,10 @@ def check_counts(section: dict[str, Any], name: str) -> None:
 
 
 def check_weights(model: PreTrainedModel, info: dict[str, Any], name: str) -> None:
-    """Refuse weights that are not those of the config: transformers reports missing and surplus ones.
+    """Refuse a directory whose weights do not match its config, from what transformers reports at loading.
 
-    A layer beyond the last is left over for one of two reasons. A prediction head is announced by the config
-    or holds tensors that no layer has; anything else is a layer that the config leaves out.
+    Files may hold a layer more than the model. It is accepted as a prediction head if the config mentions
+    one, or if it has tensors that no layer has. Otherwise the config leaves out a layer.
 
     Raises:
         ConfigError: weights are missing, layers are left over, or the directory is an adapter.

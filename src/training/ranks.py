@@ -101,10 +101,11 @@ def _one_hot(size: int, device: torch.device) -> Tensor:
 
 
 class MicroBatches:
-    """Makes the gradient of accumulated micro-batches that of one batch: tokens weigh alike.
+    """Makes the gradient of accumulated micro-batches equal to that of one batch with all their tokens.
 
-    Lightning takes the mean of the micro-batches' losses. So each loss is scaled by its positions, relative
-    to the first one's, and the sum of the gradients is put right before the step.
+    Lightning takes the mean of the micro-batches' losses, whatever the numbers of their tokens. So each loss
+    is multiplied by its number of positions, relative to that of the first micro-batch. Before the step, the
+    gradients are divided by the mean of these factors.
     """
 
     def __init__(self) -> None:

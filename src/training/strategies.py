@@ -235,7 +235,9 @@ class ZeRO(DeepSpeedStrategy):
 
     @staticmethod
     def check_installed() -> None:
-        """Refuse where DeepSpeed is not installed; the parser would hide this message in a constructor's.
+        """Refuse to run without DeepSpeed.
+
+        This is not a part of the constructor, because the parser would hide its message.
 
         Raises:
             ConfigError: DeepSpeed is not installed.
