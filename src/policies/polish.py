@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import torch
+
 from src.policies.base import MaskPolicy, Probe
 from src.units.spaces import Kept, Space
 
@@ -15,7 +17,7 @@ def settle(policy: MaskPolicy, probe: Probe, recent: Sequence[Kept]) -> tuple[Ke
     """Choose the search's final mask on held-out rows, within what the policy allows.
 
     Its ``candidates`` says how many recent masks compete, its ``polish`` whether the best is improved by
-    swaps.
+    swaps; then so are the further starts of its space, and the best end wins.
 
     Args:
         policy: the policy at the end of its run.
@@ -34,7 +36,11 @@ def settle(policy: MaskPolicy, probe: Probe, recent: Sequence[Kept]) -> tuple[Ke
     assert policy.space.legal(learned), "a policy must harden to a set of its space"
     soft = probe.divergence(policy.keep_probabilities().to(policy.logits))
     best = min([*reversed(recent), learned], key=measure)
-    chosen = polish(best, policy.space, measure, policy.worth()) if policy.polish else best
+    chosen = best
+    if policy.polish:
+        worth = policy.worth()
+        starts = [best, *policy.space.starts(torch.tensor(worth))]
+        chosen = min((polish(start, policy.space, measure, worth) for start in starts), key=measure)
     return chosen, {
         "kl": measure(chosen),
         "kl_learned": measure(learned),

@@ -67,6 +67,10 @@ class Space:
         """The legal subsets of ``kept`` in the next smaller space of this kind."""
         raise NotImplementedError
 
+    def starts(self, scores: Tensor) -> Iterator[Kept]:
+        """Further legal sets, by scores ``[U]``, from which a walk to ever better neighbours may begin."""
+        return iter(())
+
     # ------------------------------------------------------------------ counting
 
     def size(self) -> int:
@@ -229,6 +233,14 @@ class Alternating(Space):
             swapped = sorted({*kept, *back} - {*out})
             if self._chain(swapped):
                 yield tuple(swapped)
+
+    def starts(self, scores: Tensor) -> Iterator[Kept]:
+        """The best whole layers: a walk from halves chosen apart often ends early, one from these seldom."""
+        layers = AnyOf(self.units // 2, self.keep // 2, {unit // 2 for unit in self.pinned})
+        if len(layers.pinned) > layers.keep:
+            return
+        kept = layers.argmax(scores.reshape(-1, 2).sum(1)).nonzero().flatten().tolist()
+        yield tuple(unit for layer in kept for unit in (2 * layer, 2 * layer + 1))
 
     def shorter(self, kept: Kept) -> Iterator[Kept]:
         """One pair less: two halves in a row."""

@@ -141,6 +141,17 @@ def test_the_neighbours_of_whole_layers_hold_all_swaps_of_whole_layers(layers: i
         assert set(whole) - {kept} <= set(space.neighbours(kept))
 
 
+@pytest.mark.parametrize("pinned", [(), (6, 7), (3,)])
+def test_a_walk_over_halves_may_start_from_the_best_whole_layers(pinned: tuple[int, ...]) -> None:
+    scores = torch.randn(16, generator=torch.Generator().manual_seed(4))
+    space = halves(8, 3, pinned)
+    whole = [kept for kept in space if all(unit ^ 1 in kept for unit in kept)]
+    (start,) = space.starts(scores)
+    assert start == max(whole, key=lambda kept: float(scores[list(kept)].sum()))
+    assert list(halves(8, 3, range(0, 16, 2)[:4]).starts(scores)) == []
+    assert list(AnyOf(8, 3).starts(scores[:8])) == []
+
+
 @pytest.mark.parametrize("layers", range(2, 8))
 def test_shorter_sets_are_all_legal_subsets(layers: int) -> None:
     for keep in range(2, layers + 1):
