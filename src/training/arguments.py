@@ -5,7 +5,9 @@ from __future__ import annotations
 import errno
 import importlib
 import re
+import shutil
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NoReturn, cast
 
 import lightning
@@ -107,7 +109,7 @@ class PruneCLI(LightningCLI):
             return trainer
         except ConfigError:
             raise
-        except (ImportError, OverflowError, TypeError, ValueError) as e:
+        except (ImportError, OverflowError, RuntimeError, TypeError, ValueError) as e:
             raise ConfigError(f"trainer: {first_line(e)}") from e
 
     def instantiate_classes(self) -> None:
@@ -125,13 +127,22 @@ class PruneCLI(LightningCLI):
         watchdog.replace_launcher_watch()
 
     def _run_subcommand(self, subcommand: str) -> None:
-        """Run, alone in its log directory; all ranks of a run share the lock of the first."""
+        """Run, alone in its log directory; all ranks of a run share the lock of the first.
+
+        A run that is refused before its first step leaves no directory, and uses up no version's number.
+        """
         directory = self.trainer.log_dir
         if not (directory and self.trainer.loggers and self.trainer.is_global_zero) or "://" in directory:
             super()._run_subcommand(subcommand)
             return
-        with lock(directory, "trainer.logger.init_args.version"):
-            super()._run_subcommand(subcommand)
+        new = not Path(directory).exists()
+        try:
+            with lock(directory, "trainer.logger.init_args.version"):
+                super()._run_subcommand(subcommand)
+        except Exception as error:
+            if new and not self.trainer.global_step and user_fault(error):
+                shutil.rmtree(directory, ignore_errors=True)
+            raise
 
     def _note_settings(self) -> None:
         """Give model and data what checkpoints note of a run, and what may differ from a checkpoint's."""

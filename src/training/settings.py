@@ -47,6 +47,8 @@ WRITER = {"flush_secs": positive, "max_queue": positive, "purge_step": natural}
 """Ranges of numbers of TensorBoard's writer, which a logger passes on without types."""
 TEXT = ("filename_suffix",)
 """Texts of the same writer."""
+NAMES = ("monitor",)
+"""Texts of Lightning's callbacks that may be null, and not empty."""
 
 
 def check_settings(config: Namespace) -> None:
@@ -113,6 +115,8 @@ def _component(path: str, value: Namespace) -> Iterator[str]:
             below.append(f"{path}.{key}: {untyped!r} given; accepted: {WRITER[key]}")
         if key in TEXT and not isinstance(untyped, str):
             below.append(f"{path}.{key}: {untyped!r} given; accepted: text")
+        if key in NAMES and untyped == "":
+            below.append(f"{path}.{key}: '' given; accepted: a name, or null")
     yield from below if below or not optimiser else _optimiser(path, component, vars(arguments))
 
 

@@ -18,6 +18,7 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 
 from src.cli import main
+from src.training import stopping
 
 CONFIGS = {
     "search": "configs/search/gumbel_topk.yaml",
@@ -98,28 +99,36 @@ def forked(work: Callable[[], Any]) -> int:
     os._exit(0)
 
 
-def apart(argv: list[str], said: Path | str = os.devnull, temporary: str | None = None) -> ForkServerProcess:
+def apart(
+    argv: list[str],
+    said: Path | str = os.devnull,
+    temporary: str | None = None,
+    seconds: int = resource.RLIM_INFINITY,
+) -> ForkServerProcess:
     """Start a command line in a process of its own.
 
     Args:
         argv: the command line.
         said: where what it prints goes.
         temporary: its ``TMPDIR``.
+        seconds: of the processor; a process that needs more ends by SIGXCPU.
     """
     forks = multiprocessing.get_context("forkserver")  # a process that has trained cannot be forked to train
     forks.set_forkserver_preload(
         ["src.training.arguments", "src.search", "src.recover", "src.cache", "src.data"]
     )
-    process = forks.Process(target=_apart, args=(argv, str(said), temporary))
+    process = forks.Process(target=_apart, args=(argv, str(said), temporary, seconds))
     process.start()
     return process
 
 
-def _apart(argv: list[str], said: str, temporary: str | None) -> None:
+def _apart(argv: list[str], said: str, temporary: str | None, seconds: int) -> None:
     torch.set_num_threads(1)
-    log = os.open(said, os.O_WRONLY | os.O_CREAT)
+    resource.setrlimit(resource.RLIMIT_CPU, (seconds, resource.RLIM_INFINITY))
+    log = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     for stream in (1, 2):
         os.dup2(log, stream)
+    stopping.unheeded()
     if temporary:
         os.environ["TMPDIR"] = tempfile.tempdir = temporary
     raise SystemExit(ended(argv))

@@ -59,10 +59,29 @@ def told(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Any:
         ("--model.optimizer.lr=x", "model.optimizer.lr: 'x' given; accepted: a number"),
         ("--data.batch_size=[1]", "data.batch_size: '[1]' given; accepted: a whole number"),
         ("--trainer.max_stesp=3", "Did you mean 'trainer.max_steps'?"),
+        (
+            "--trainer.callbacks+={class_path: src.callbacks.LastCheckpoint, init_args: {monitor: ''}}",
+            "monitor: '' given; accepted: a name, or null",
+        ),
     ],
 )
 def test_the_one_line_that_matters(told: Any, option: str, message: str) -> None:
     assert message in told("fit", "--config", SEARCH, "--model.model=x", "--data.train=y", option)
+
+
+def test_a_run_that_is_refused_late_leaves_nothing_and_uses_up_no_version(
+    told: Any, tmp_path: Path, teacher_dir: str, corpus_file: str
+) -> None:
+    """The column shows itself when rows are read; a directory that was there stays."""
+    argv = ["fit", "--config", SEARCH, f"--model.model={teacher_dir}", f"--data.train={corpus_file}"]
+    argv += [f"--trainer.logger.save_dir={tmp_path}", "--trainer.accelerator=cpu"]
+    twice = "more than one stateful callback of type `StageRecord`"
+    assert twice in told(*argv, "--trainer.callbacks+=src.callbacks.StageRecord")
+    told(*argv, "--data.columns.text=nowhere")
+    assert list(tmp_path.rglob("*")) == [tmp_path / "search"]
+    (tmp_path / "search" / "version_0").mkdir()
+    told(*argv, "--data.columns.text=nowhere", "--trainer.logger.version=0")
+    assert (tmp_path / "search" / "version_0").is_dir()
 
 
 def test_what_is_no_nested_report_stays() -> None:
