@@ -115,4 +115,5 @@ def _run_to_the_end(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    stopping.unheeded()
     main()

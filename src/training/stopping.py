@@ -76,6 +76,12 @@ def patient(wait: bool) -> None:
         raise Stopped(_Signal.number)
 
 
+def unheeded() -> None:
+    """Let SIGINT kill this process where nothing heeds it, as SIGTERM does, without a traceback."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @contextmanager
 def heeded() -> Iterator[None]:
     """Heed :data:`SIGNALS` in the block; only the main thread can."""

@@ -142,15 +142,16 @@ class Killed(Callback):
         rank: whose process.
         step: of a training, or the batch of a prediction.
         note: file for the time.
+        number: the signal's; by default SIGKILL.
     """
 
-    def __init__(self, rank: int, step: int, note: str) -> None:
-        self.rank, self.step, self.note = rank, step, Path(note)
+    def __init__(self, rank: int, step: int, note: str, number: int = signal.SIGKILL) -> None:
+        self.rank, self.step, self.note, self.number = rank, step, Path(note), number
 
     def kill(self, rank: int, step: int) -> None:
         if (rank, step) == (self.rank, self.step):
             self.note.write_text(str(time.time()))
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), self.number)
 
     def on_before_zero_grad(self, trainer: Trainer, *_: Any) -> None:
         self.kill(trainer.global_rank, trainer.global_step)

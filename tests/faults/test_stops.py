@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import time
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -113,7 +112,7 @@ def test_a_cache_stops_after_its_batch_and_resumes(files: Files, capsys: pytest.
     }
 
 
-def _tools(files: Files) -> dict[str, tuple[list[str], str]]:
+def tools(files: Files) -> dict[str, tuple[list[str], str]]:
     """Every other verb, and a function in whose midst it is told to end."""
     out = str(files.out / "out")
     judged = ["--model", files.teacher, "--data", files.corpus]
@@ -147,7 +146,7 @@ def _tools(files: Files) -> dict[str, tuple[list[str], str]]:
 def test_every_other_verb_ends_at_once_and_leaves_nothing(
     verb: str, number: signal.Signals, files: Files, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    argv, function = _tools(files)[verb]
+    argv, function = tools(files)[verb]
     before = sorted(files.out.iterdir())
     monkeypatch.setattr(function, lambda *_, **__: os.kill(os.getpid(), number))
     assert ended([verb, *argv]) == STATUS[number]
@@ -205,28 +204,39 @@ def test_signals_mean_what_they_did_once_a_command_has_ended(monkeypatch: pytest
         signal.signal(signal.SIGINT, before[signal.SIGINT])
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("stage", ["search", "recover", "cache"])
-@pytest.mark.parametrize("number", STATUS)
-def test_random_moments_of_real_processes(stage: str, number: signal.Signals, files: Files) -> None:
-    """From the first import on: the status is that of the signal, or 0 if the run was over."""
-    import random
-    import subprocess
-    import sys
+@pytest.fixture
+def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A job of SLURM with one task; what ``scontrol`` is asked for is written to the file."""
+    asked = tmp_path / "asked"
+    job = {
+        "JOB_ID": 7,
+        "JOB_NAME": "train",
+        "NTASKS": 1,
+        "PROCID": 0,
+        "LOCALID": 0,
+        "NODEID": 0,
+        "NODELIST": "here",
+    }
+    for key, value in job.items():
+        monkeypatch.setenv(f"SLURM_{key}", str(value))
+    scontrol = tmp_path / "bin" / "scontrol"
+    scontrol.parent.mkdir()
+    scontrol.write_text(f'#!/bin/sh\necho "$@" >> {asked}\n')
+    scontrol.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{scontrol.parent}:{os.environ['PATH']}")
+    return asked
 
-    rng = random.Random(int(number))
-    argv = files.command(stage, "told", steps=60)
-    began = time.monotonic()
-    start: Callable[[list[str]], subprocess.Popen[bytes]] = lambda more: subprocess.Popen(  # noqa: E731
-        [sys.executable, "-m", "src.cli", *argv, *more], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+
+def test_the_requeue_signal_of_slurm_means_what_it_did(files: Files, slurm: Path) -> None:
+    """Lightning's own answer saves ``hpc_ckpt`` and asks for the requeue; the next job goes on from there."""
+    assert ended(files.command("recover", "whole")) == 0
+    argv = [*files.command("recover", "told"), f"--trainer.default_root_dir={files.out / 'root'}"]
+    assert ended([*argv, told(5, signal.SIGUSR1, "on_train_batch_end"), told(6)]) == 143, (
+        "SLURM then ends the job"
     )
-    assert start([]).wait(300) == 0
-    length = time.monotonic() - began
-    for _ in range(8):
-        process = start([])
-        time.sleep(rng.uniform(0.3, 0.9) * length)
-        process.send_signal(number)
-        _, said = process.communicate(timeout=120)
-        assert process.returncode in (STATUS[number], 0), said[-2000:]
-        assert b"Traceback" not in said
-        assert process.returncode == 0 or f"({number.name})".encode() in said
+    assert slurm.read_text() == "requeue 7\n"
+    assert state(files.out / "root" / "hpc_ckpt_1.ckpt")["global_step"] == 5
+    assert ended([*argv, "--ckpt_path=hpc"]) == 0
+    whole, resumed = (state(files.last("recover", name)) for name in ("whole", "told"))
+    for key in KEPT:
+        assert_same(whole.get(key), resumed.get(key), key)

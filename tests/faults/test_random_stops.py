@@ -1,0 +1,147 @@
+"""A signal at a random moment of every verb: its status, nothing half written, and the next try succeeds."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from tests.faults.runs import Files, apart, ended, status
+from tests.faults.test_stops import STATUS, tools
+
+MOMENTS, STEPS = 5, 30
+VERBS = (
+    "search",
+    "recover",
+    "cache",
+    "export",
+    "patch",
+    "evaluate",
+    "benchmark",
+    "plan",
+    "preview",
+    "report",
+)
+STAGES = VERBS[:3]
+pytestmark = pytest.mark.slow
+
+
+class Verb:
+    """The command line of a verb, what it leaves when it is over, and how to try again.
+
+    Args:
+        name: the verb, or the stage of a fit.
+        files: a tiny model, a corpus and a mask.
+    """
+
+    def __init__(self, name: str, files: Files) -> None:
+        self.name, self.files, self.version = name, files, "run"
+        self.place = files.out / "out" if name not in STAGES else files.directory(name, self.version)
+        if name == "report":
+            shutil.copytree(files.out, self.place, ignore=lambda *_: ["out"])
+            self.argv = ["report", "--run", str(self.place)]
+        elif name in STAGES:
+            self.argv = files.command(name, self.version, steps=STEPS, every=7)
+        else:
+            self.argv = [name, *tools(files)[name][0]]
+
+    def again(self) -> list[str]:
+        """What a user gives next."""
+        last = self.files.last(self.name, self.version)
+        resumed = [f"--ckpt_path={last}"] if self.name in STAGES and last.exists() else []
+        return [*self.argv, *resumed, *(["--force"] if self.name in ("export", "patch") else [])]
+
+    def over(self) -> bool:
+        """Whether the results are there, all of them."""
+        results = {
+            "search": ("mask.json", "record.json"), "recover": ("record.json",),
+            "cache": ("part-0/manifest.json",), "export": ("config.json", "model.safetensors"),
+            "patch": ("config.json", "model.safetensors"), "report": ("report.json", "report.html"),
+            "preview": (),
+        }.get(self.name, (".",))  # fmt: skip
+        there = all((self.place / name).exists() for name in results)
+        if there and self.name == "cache":
+            return bool(json.loads((self.place / "part-0/manifest.json").read_text())["complete"])
+        return there
+
+    def results(self) -> dict[str, bytes]:
+        """What is there to the last bit; a report and figures of speed differ each time."""
+        kept = {
+            "search": "mask.json",
+            "cache": "part-0/*",
+            "export": "*.safetensors",
+            "patch": "*.safetensors",
+        }
+        return {f.name: f.read_bytes() for f in self.place.glob(kept.get(self.name, "nothing"))}
+
+    def half_written(self) -> list[Path]:
+        return [f for f in self.files.out.rglob(".*.*") if f.suffix in (".partial", ".old")]
+
+    def clear(self) -> None:
+        if self.name != "report" and self.place.is_dir():
+            shutil.rmtree(self.place)
+        elif self.place.is_file():
+            self.place.unlink()
+
+
+@pytest.mark.parametrize("number", STATUS)
+@pytest.mark.parametrize("name", VERBS)
+def test_a_signal_at_a_random_moment_of_every_verb(name: str, number: signal.Signals, files: Files) -> None:
+    """A process that is over is over: what the signal then does to it harms nothing."""
+    verb, rng, said = Verb(name, files), random.Random(f"{name}{number}"), files.out / "said"
+    assert status(apart(["--help"])) == 0  # what processes are forked from is ready
+    began = time.monotonic()
+    assert status(apart(verb.argv, said)) == 0
+    length, whole = time.monotonic() - began, verb.results()
+    for _ in range(MOMENTS):
+        verb.clear()
+        said.unlink()
+        process = apart(verb.argv, said)
+        while not said.exists():
+            time.sleep(0.01)
+        time.sleep(rng.uniform(0, 1) * length)
+        with suppress(ProcessLookupError):
+            os.kill(process.pid or 0, number)
+        code, told = status(process), said.read_text()
+        assert "Traceback" not in told
+        assert code in (STATUS[number], 0, -number), told
+        assert verb.half_written() == []
+        if code == STATUS[number]:
+            assert told.rstrip().endswith(f"({number.name})")
+            assert told.count(f"({number.name})") == 1
+        if code == 0:
+            assert verb.over()
+        if name == "search" and not (verb.place / "mask.json").exists():
+            assert (
+                ended(["export", "--mask", str(verb.place / "mask.json"), "--out", str(files.out / "x")]) == 2
+            )
+        assert status(apart(verb.again(), said)) == 0, said.read_text()
+        assert verb.over()
+        assert verb.results() == whole
+
+
+@pytest.mark.parametrize("number", STATUS)
+def test_a_signal_while_a_process_starts_or_ends(number: signal.Signals, files: Files) -> None:
+    """Outside of the command the kernel's answer holds, without a traceback; a shell sees the same status."""
+    argv = [sys.executable, "-m", "src.cli", "plan", *tools(files)["plan"][0]]
+    began = time.monotonic()
+    assert subprocess.run(argv, capture_output=True).returncode == 0
+    length = time.monotonic() - began
+    for share in (0.02, 0.2, 0.5, 0.9, 0.97, 1.0):
+        process = subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        time.sleep(share * length)
+        process.send_signal(number)
+        _, told = process.communicate(timeout=120)
+        assert process.returncode in (STATUS[number], -number, 0)
+        assert b"Traceback" not in told or share < 0.1, (
+            "before the first line of the command Python has its own"
+        )
