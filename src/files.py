@@ -1,4 +1,4 @@
-"""Files and directories that appear whole or not at all.
+"""Files and directories that appear whole or not at all, and JSON that is read as what it is.
 
 Everything is written under a temporary name beside its target, flushed to the disk, and only then given the
 name: a fault, a full disk or a kill leaves what was there before. A temporary name carries the number of its
@@ -7,15 +7,17 @@ process, so that the next write can sweep what a killed one left.
 
 from __future__ import annotations
 
+import errno
 import glob
 import json
 import math
 import os
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from src.errors import ConfigError
 
@@ -62,6 +64,25 @@ def _not_finite(value: Any, key: str = "") -> Iterator[str]:
     parts = value.items() if isinstance(value, dict) else enumerate(value) if listed else ()
     for name, part in parts:
         yield from _not_finite(part, f"{key}.{name}".lstrip("."))
+
+
+def read_json(path: str | Path) -> Any:
+    """Read a JSON file, whoever wrote it.
+
+    Raises:
+        OSError: there is no such file, it cannot be read, or it is a directory, a pipe or a device.
+        ValueError: it is no JSON in UTF-8, holds NaN or an infinity, or is nested too deeply.
+    """
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise OSError(errno.EINVAL, "it is a directory, a pipe or a device", str(path))
+    try:
+        return json.loads(Path(path).read_bytes().decode("utf-8-sig"), parse_constant=_refuse)
+    except RecursionError as e:
+        raise ValueError("it is nested too deeply") from e
+
+
+def _refuse(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no number")
 
 
 def unwritten(path: str | Path, error: OSError) -> str:

@@ -5,7 +5,7 @@ Every method writes it; recovery, export, evaluation and benchmark read nothing 
 
 from __future__ import annotations
 
-import json
+import os
 import subprocess
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from src.errors import ConfigError, did_you_mean
-from src.files import write_json
+from src.files import read_json, write_json
 
 Unit = Literal["layer", "half"]
 HALVES = ("attention", "feed_forward")
@@ -23,16 +23,24 @@ def _whole(value: Any) -> bool:
     return isinstance(value, list) and all(type(i) is int for i in value)
 
 
-OPTIONAL_TEXT = "text or null", lambda v: v is None or isinstance(v, str)
+def _text(value: Any) -> bool:
+    """Whether a value is text that can name a file."""
+    try:
+        return isinstance(value, str) and b"\0" not in os.fsencode(value)
+    except UnicodeEncodeError:  # half of a surrogate pair
+        return False
+
+
+OPTIONAL_TEXT = "text or null", lambda v: v is None or _text(v)
 FIELDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
-    "model": ("text", lambda v: isinstance(v, str)),
+    "model": ("text", _text),
     "num_layers": ("a whole number", lambda v: type(v) is int),
     "keep": (
         "a list of whole numbers, or one for each of attention and feed_forward",
         lambda v: _whole(v) or (isinstance(v, dict) and set(v) == {*HALVES} and all(map(_whole, v.values()))),
     ),
     "unit": (f"one of {', '.join(get_args(Unit))}", lambda v: v in get_args(Unit)),
-    "method": ("text", lambda v: isinstance(v, str)),
+    "method": ("text", _text),
     "revision": OPTIONAL_TEXT,
     "seed": ("a whole number or null", lambda v: v is None or type(v) is int),
     "git_sha": OPTIONAL_TEXT,
@@ -182,7 +190,7 @@ class Mask:
             ConfigError: the file is missing, is not JSON, or has missing, unknown or wrongly typed fields.
         """
         try:
-            raw = json.loads(Path(path).read_text())
+            raw = read_json(path)
         except OSError as e:
             raise ConfigError(f"mask: cannot read '{path}' ({e.strerror}). Run a search first.") from e
         except ValueError as e:

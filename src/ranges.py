@@ -77,11 +77,14 @@ SEED = 2**32 - 1
 MOST = 2**31 - 1
 """The most that is counted of anything but tokens."""
 
+HUGE = 1e30
+"""The largest size of a number: beyond it float32 soon ends."""
+
 positive = Range(int, 0, MOST, open="low")
 natural = Range(int, 0, MOST)
 share = Range(float, 0, 1)
-above_zero = Range(float, 0, open="low")
-from_zero = Range(float, 0)
+above_zero = Range(float, 0, HUGE, open="low")
+from_zero = Range(float, 0, HUGE)
 inside_unit = Range(float, 0, 1, open="both")
 
 Count = Annotated[int, positive]
@@ -90,7 +93,7 @@ Seed = Annotated[int, Range(int, 0, SEED)]
 Share = Annotated[float, share]
 Positive = Annotated[float, above_zero]
 NonNegative = Annotated[float, from_zero]
-Finite = Annotated[float, Range(float)]
+Finite = Annotated[float, Range(float, -HUGE, HUGE)]
 
 
 def checked(init: Init) -> Init:

@@ -7,7 +7,6 @@ puts them into the card of an export, each beside the parent's in the same run.
 from __future__ import annotations
 
 import argparse
-import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +16,7 @@ import yaml
 
 from src.errors import ConfigError
 from src.export.observe import Finding
-from src.files import write_text
+from src.files import read_json, write_text
 from src.mask import Mask
 
 SCORES = re.compile(r"(?<=<!-- scores -->\n).*?(?=<!-- /scores -->)", re.DOTALL)
@@ -179,10 +178,14 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     card = args.directory / "README.md"
     try:
-        evaluation, text = json.loads(args.scores.read_text()), card.read_text()
+        evaluation, text = read_json(args.scores), card.read_text()
+        table = scores_table(evaluation, args.directory)
+    except ConfigError:
+        raise
     except (OSError, ValueError) as e:
         raise ConfigError(f"cannot read '{args.scores}' or '{card}': {e}.") from e
-    table = scores_table(evaluation, args.directory)
+    except (AttributeError, KeyError, TypeError) as e:
+        raise ConfigError(f"--scores: '{args.scores}' is not what evaluate --out writes.") from e
     write_text(card, SCORES.sub(lambda _: table, text))
 
 

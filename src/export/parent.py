@@ -44,7 +44,7 @@ def true_parent(mask: Mask, name: str, record: dict[str, Any] | None, any_parent
             f"--mask: it was made for '{mask.model}' ({mask.fingerprint}), and '{name}' is another model "
             f"({weights}). Give the model it was made for, or --any-parent if it is meant for this one too."
         )
-    if other is None and name != mask.model:
+    if other is None and (name != mask.model or mask.fingerprint is not None):
         rank_zero_warn(f"--mask: whether '{name}' is '{mask.model}', for which it was made, cannot be told.")
     same = other is False or (name == mask.model and not other)
     return mask if same else replace(mask, model=name, revision=revision, fingerprint=weights)

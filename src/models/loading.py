@@ -66,7 +66,8 @@ def _config(name: str, revision: str | None) -> PretrainedConfig:
         if "auto_map" in raw and raw.get("model_type") not in CONFIG_MAPPING:
             raise ConfigError(
                 f"model: '{name}' needs code of its own ('auto_map' in its config.json), and no code of a "
-                f"model's author is run here. Give a model of a family that transformers itself knows."
+                f"model's author is run here: an export loads without any. Give a model of a family that "
+                f"transformers itself knows, or a conversion of this one to such a family."
             )
         config: PretrainedConfig = AutoConfig.from_pretrained(
             name, revision=revision, trust_remote_code=False
@@ -100,6 +101,7 @@ def _read_config(name: str, revision: str | None) -> PretrainedConfig:
     num_layers(config)
     for part in (config, *(getattr(config, key, None) for key in config.sub_configs)):
         vars(part or config).pop("auto_map", None)  # its code is not used, and does not come along
+    config.return_dict, config.output_hidden_states, config.output_attentions = True, False, False
     return config
 
 
@@ -249,6 +251,7 @@ def load_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenize
         if (Path(name) / "config.json").is_file():  # which a tokenizer reads too
             claims.check_counts(PretrainedConfig.get_config_dict(name)[0], name)
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
+        tokenizer("1")  # settings of a wrong type show themselves when they are used
     except ConfigError:
         raise
     except Exception as e:  # a broken file raises bare exceptions

@@ -17,12 +17,11 @@ A model goes by the last part of its directory's path, or by as many as tell it 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from os.path import abspath
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from rich.table import Table
 from safetensors import SafetensorError
@@ -33,7 +32,7 @@ from src.benchmark import PHASES
 from src.command import Parser, show
 from src.data.distinct import Distinct
 from src.errors import ConfigError
-from src.files import write_json, write_text
+from src.files import read_json, write_json, write_text
 from src.mask import Mask, git_sha
 from src.report import figures
 from src.report.pages import (
@@ -91,10 +90,10 @@ class Run:
 
 def _read(path: Path) -> Record:
     try:
-        content = json.loads(path.read_text(), parse_constant=_not_a_number)
+        content = read_json(path)
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError, RecursionError) as e:
+    except (OSError, ValueError) as e:
         raise ConfigError(f"--run: cannot read '{path}': {e}") from e
     if not isinstance(content, dict):
         raise ConfigError(f"--run: '{path}' holds a {type(content).__name__}; expected an object.")
@@ -108,10 +107,6 @@ def _rows(directory: Path) -> dict[str, Tensor]:
         return {stage: load_file(file)["rows"] for stage, file in files.items() if file.exists()}
     except (OSError, KeyError, SafetensorError) as e:
         raise ConfigError(f"--run: cannot read the rows of a stage: {e}") from e
-
-
-def _not_a_number(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no number")
 
 
 _JUDGED = (

@@ -30,10 +30,10 @@ from src.training.strategies import check_checkpoint, check_installed
 from src.training.trainer import Trainer
 
 _DISK = {
-    errno.EACCES, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ENOENT, errno.ENOSPC, errno.ENOTDIR,
-    errno.EPERM, errno.EROFS,
+    errno.EACCES, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG,
+    errno.ENOENT, errno.ENOSPC, errno.ENOTDIR, errno.EPERM, errno.EROFS,
 }  # fmt: skip
-"""Faults of a disk or a directory: full, read-only, vanished, not one at all."""
+"""Faults of a disk or a name: full, read-only, vanished, no directory at all, too long."""
 
 
 class ShortErrors(LightningArgumentParser):

@@ -11,14 +11,25 @@ import math
 from collections.abc import Iterator, Mapping
 from importlib import import_module
 from inspect import isroutine
-from typing import Any, cast
+from typing import Any
 
 import torch
 from jsonargparse import Namespace
 from torch.optim import Optimizer
 
 from src.errors import ConfigError
-from src.ranges import MOST, SEED, Range, above_zero, from_zero, natural, needs_value, positive, ranges_of
+from src.ranges import (
+    HUGE,
+    MOST,
+    SEED,
+    Range,
+    above_zero,
+    from_zero,
+    natural,
+    needs_value,
+    positive,
+    ranges_of,
+)
 
 _UNLIMITED = Range(int, 0, 2**63 - 1, "low", also=(-1,))
 _SOME, _ANY = Range(float, 0, MOST, "low"), Range(float, 0, MOST)
@@ -73,14 +84,20 @@ def _numbers(prefix: str, values: Mapping[str, Any], ranges: Mapping[str, Range]
         if isinstance(value, str) and value.removeprefix("-").isdecimal():
             value = int(value)  # the parser reads --devices as text
         number = isinstance(value, int | float) and not isinstance(value, bool)
-        if number and value not in accepted and math.isfinite(cast(float, value)):
+        if number and value not in accepted and not _beyond(value):
             yield f"{prefix}{key}: {value} given; accepted: {accepted}"
+
+
+def _beyond(value: Any) -> bool:
+    """Whether a value is NaN, infinite or so large that it is as good as that."""
+    return isinstance(value, float) and not abs(value) <= HUGE
 
 
 def _faults(path: str, value: Any) -> Iterator[str]:
     """Yield the faults below one key, in the order of the file."""
-    if isinstance(value, float) and not math.isfinite(value):
-        yield f"{path}: {value} given; accepted: a number that is finite"
+    if _beyond(value):
+        limit = f"of at most {HUGE} in size" if math.isfinite(value) else "that is finite"
+        yield f"{path}: {value} given; accepted: a number {limit}"
     elif isinstance(value, list | tuple):
         for number, part in enumerate(value):
             yield from _faults(f"{path}.{number}", part)

@@ -202,6 +202,15 @@ class Ballast(Callback):
         self.numbers = state_dict["numbers"]
 
 
+class Spoiled(Callback):
+    """Fills what trains with NaN after the first step."""
+
+    def on_train_batch_end(self, trainer: Trainer, module: LightningModule, *_: Any) -> None:
+        for parameter in module.parameters():
+            if parameter.requires_grad:
+                parameter.data.fill_(torch.nan)
+
+
 class FullDisk(Callback):
     """Lets no file grow beyond a few bytes from a step on."""
 

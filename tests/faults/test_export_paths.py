@@ -5,6 +5,7 @@ Equal weights are equal, however they came: frozen or trained, adapted and merge
 
 from __future__ import annotations
 
+import json
 import re
 import warnings
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset, DatasetDict
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -24,6 +26,7 @@ from src.mask import Mask
 from src.models.adapters import adapted, out_of_reach
 from src.recover import Recovery
 from src.repair.linear_patch import LinearPatch
+from tests.faults.directories import refused
 from tests.tiny import tiny_model
 
 KEEP = (0, 2, 3, 5)
@@ -48,7 +51,7 @@ def often(family: str, repair: str) -> bool:
 def family_dirs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """A tiny parent of each family with the arithmetic tokenizer."""
     tokenizer, found = build_tokenizer(), {}
-    for family in FAMILIES:
+    for family in (*FAMILIES, "gemma2"):
         path = tmp_path_factory.mktemp(family)
         model = tiny_model(family, vocab_size=len(tokenizer), num_hidden_layers=6, layer_types=None)
         model.save_pretrained(path)
@@ -127,6 +130,53 @@ def test_every_repair_alone_is_exported(
     main(["patch", "--mask", str(tmp_path / "mask.json"), "--data", corpus_file, "--out", str(out)]
          + [f"--{key.replace('_', '-')}={value}" for key, value in REPAIRS[repair].items()])  # fmt: skip
     assert "fitted to" in exported(out)
+
+
+@pytest.mark.parametrize("parent", ["gemma2"], indirect=True)
+def test_a_repair_that_nothing_can_hold_is_refused_with_what_works(
+    parent: str,
+    tmp_path: Path,
+    corpus_file: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The maps of Gemma-2 write through a norm. What its mask can do is named, and works."""
+    argv = ["--mask", str(tmp_path / "mask.json"), "--out", str(tmp_path / "out")]
+    message = refused(["patch", *argv, "--data", corpus_file, "--rows=4"], capsys)
+    assert "nothing can be folded into layer" in message
+    assert "of this 'gemma2'" in message
+    assert "Leave the repair out" in message
+    assert not (tmp_path / "out").exists()
+    monkeypatch.setattr(proof, "in_fresh_process", verify)
+    main(["export", *argv])
+    exported(tmp_path / "out")
+
+
+@pytest.mark.parametrize("parent", ["llama"], indirect=True)
+def test_a_repair_names_the_split_of_its_rows(
+    parent: str,
+    tmp_path: Path,
+    corpus_file: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Rows of one split, and of no other, decide its weights; they are those of a file that holds them."""
+    monkeypatch.setattr(proof, "in_fresh_process", verify)
+    rows = [json.loads(line) for line in Path(corpus_file).read_text().splitlines()]
+    parts = {"train": rows[:20], "test": rows[20:]}
+    DatasetDict({name: Dataset.from_list(part) for name, part in parts.items()}).save_to_disk(
+        tmp_path / "both"
+    )
+    (tmp_path / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in parts["test"]))
+    mask = ["patch", "--mask", str(tmp_path / "mask.json")]
+    unnamed = refused([*mask, "--data", str(tmp_path / "both"), "--out", str(tmp_path / "none")], capsys)
+    assert "has the splits train, test. Name one" in unnamed
+    assert not (tmp_path / "none").exists()
+    weights = []
+    for out, data in (("split", ["both", "--split", "test"]), ("file", ["test.jsonl"])):
+        main([*mask, "--data", str(tmp_path / data[0]), *data[1:], "--out", str(tmp_path / out)])
+        weights.append((tmp_path / out / "model.safetensors").read_bytes())
+    assert weights[0] == weights[1]
 
 
 @pytest.mark.slow

@@ -18,7 +18,7 @@ import pytest
 from tests.faults.runs import Files, apart, ended, status
 from tests.faults.test_stops import STATUS, tools
 
-MOMENTS, STEPS = 5, 30
+MOMENTS, STEPS = 3, 12
 VERBS = (
     "search",
     "recover",
@@ -50,7 +50,7 @@ class Verb:
             shutil.copytree(files.out, self.place, ignore=lambda *_: ["out"])
             self.argv = ["report", "--run", str(self.place)]
         elif name in STAGES:
-            self.argv = files.command(name, self.version, steps=STEPS, every=7)
+            self.argv = files.command(name, self.version, steps=STEPS, every=5)
         else:
             self.argv = [name, *tools(files)[name][0]]
 
