@@ -143,6 +143,9 @@ def test_whatever_an_option_is_given_the_run_ends_well_or_says_why_not(
     known = sorted(cases(sound(out, teacher_dir, corpus_file, mask_file)))
     counts, wrong = Counter[str](), list[str]()
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv(
+        "PYTHONPATH", str(Path.cwd())
+    )  # of what the runs are forked from, which starts elsewhere
     configs = Path("configs").resolve()
     for case, value in list(tried(known))[part::PARTS]:
         shutil.rmtree(here, ignore_errors=True)

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from tests.faults.runs import Files, apart, ended, status
+from tests.faults.test_reports import judged, write_run
 from tests.faults.test_stops import STATUS, tools
 
 MOMENTS, STEPS = 3, 12
@@ -47,7 +48,7 @@ class Verb:
         self.name, self.files, self.version = name, files, "run"
         self.place = files.out / "out" if name not in STAGES else files.directory(name, self.version)
         if name == "report":
-            shutil.copytree(files.out, self.place, ignore=lambda *_: ["out"])
+            write_run(self.place, judged("T", kl=0.0), [judged("S", kl=0.1)])
             self.argv = ["report", "--run", str(self.place)]
         elif name in STAGES:
             self.argv = files.command(name, self.version, steps=STEPS, every=5)
