@@ -17,14 +17,13 @@ from typing import Any
 import torch
 from rich.table import Table
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 from transformers import Cache, PreTrainedModel
 
-from src.command import Parser, load, parameters, provenance, show
+from src.command import Parser, load, provenance, show
 from src.errors import ConfigError
-from src.evaluate.generate import step
 from src.files import write_json
-from src.models.attention import FORWARD, attention_flops
+from src.models.costs import NEW, PROMPT, flops, parameters
+from src.models.decoding import step
 from src.models.layers import num_layers, text_config
 from src.ranges import positive
 
@@ -53,20 +52,6 @@ def _now(device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
-
-
-def flops(model: PreTrainedModel, ids_BT: Tensor, new_tokens: int) -> tuple[int, int]:
-    """Count the operations of matrix products and attention in the calls of :func:`race`."""
-    with FlopCounterMode(display=False, custom_mapping=dict.fromkeys(FORWARD, _fused)) as prefill:
-        token_B1, cache = step(model, ids_BT)
-    with FlopCounterMode(display=False, custom_mapping=dict.fromkeys(FORWARD, _fused)) as decode:
-        for _ in range(new_tokens):
-            token_B1, cache = step(model, token_B1, cache=cache)
-    return prefill.get_total_flops(), decode.get_total_flops()
-
-
-def _fused(query: torch.Size, key: torch.Size, value: torch.Size, *_: Any, **__: Any) -> int:
-    return attention_flops(query, key, value)
 
 
 @torch.inference_mode()
@@ -181,8 +166,8 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     add("--model", nargs="+", required=True, metavar="DIR", help="models to measure")
     add("--baseline", required=True, metavar="DIR", help="what they are compared with")
     add("--batch-size", nargs="+", type=positive, default=[1], metavar="B", help="sizes (default: 1)")
-    add("--prompt-tokens", type=positive, default=128, metavar="T", help="read (default: 128)")
-    add("--new-tokens", type=positive, default=32, metavar="T", help="decoded (default: 32)")
+    add("--prompt-tokens", type=positive, default=PROMPT, metavar="T", help=f"read (default: {PROMPT})")
+    add("--new-tokens", type=positive, default=NEW, metavar="T", help=f"decoded (default: {NEW})")
     add("--repeats", type=positive, default=20, metavar="R", help="turns of each model (default: 20)")
     add("--out", metavar="FILE", help="write the figures as JSON")
     parser.add_model_options()

@@ -18,6 +18,7 @@ from transformers.utils import logging
 
 from src.errors import ConfigError, did_you_mean, first_line
 from src.mask import git_sha
+from src.models.costs import parameters
 from src.models.finite import not_finite
 from src.models.layers import num_layers
 from src.models.loading import Dtype, load_model
@@ -99,11 +100,6 @@ def show(table: Table) -> None:
     plain = partial(Console, markup=False, emoji=False)  # names and paths are shown as they are
     console = plain()
     (console if console.is_terminal else plain(width=130)).print(table)
-
-
-def parameters(model: PreTrainedModel) -> int:
-    """Count the weights of a model, tied ones once."""
-    return sum(p.numel() for p in model.parameters())
 
 
 def provenance(verb: str, argv: Sequence[str], model: PreTrainedModel) -> dict[str, Any]:

@@ -4,59 +4,22 @@
 penalty) into what it is asked, and costs several times a small model's step in bookkeeping. Judging and
 timing need neither: this loop is an argmax and one forward pass for each token.
 
-Shapes: B rows, T tokens fed in this call, S tokens so far (cache and this call).
+Shapes: B rows, S tokens so far (cache and this call).
 """
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Sequence
-from functools import lru_cache
+from collections.abc import Sequence
 from typing import cast
 
 import torch
-from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from src.errors import ConfigError
-
-
-def step(
-    model: PreTrainedModel,
-    ids_BT: torch.Tensor,
-    mask_BS: torch.Tensor | None = None,
-    cache: Cache | None = None,
-) -> tuple[torch.Tensor, Cache]:
-    """Feed tokens and return the next one of every row, ``[B, 1]``, with the grown cache.
-
-    Args:
-        model: a causal language model.
-        ids_BT: the tokens that the cache has not seen: the whole prompt, then one at a time.
-        mask_BS: 1 for tokens, 0 for padding, over the whole sequence; None where nothing is padded.
-        cache: what the call before returned; None for the prompt.
-    """
-    optional: dict[str, object] = {"logits_to_keep": 1}
-    if mask_BS is not None:
-        positions_BS = (mask_BS.cumsum(-1) - 1).clamp(min=0)
-        optional["position_ids"] = positions_BS[:, -ids_BT.shape[1] :]
-    known = _parameters(type(model).forward)
-    out = model(
-        input_ids=ids_BT,
-        attention_mask=mask_BS,
-        past_key_values=cache,
-        use_cache=True,
-        **{key: value for key, value in optional.items() if key in known},
-    )
-    return out.logits[:, -1].argmax(-1, keepdim=True), out.past_key_values
-
+from src.models.decoding import step
 
 _SHRINK = 0.8
 """Rows that are done leave the batch when at most this share is still going: leaving copies the cache."""
-
-
-@lru_cache
-def _parameters(forward: Callable[..., object]) -> frozenset[str]:
-    """Return the names of ``forward``'s parameters; a model with ALiBi, say, has no ``position_ids``."""
-    return frozenset(inspect.signature(forward).parameters)
 
 
 def stop_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:

@@ -13,20 +13,21 @@ import torch
 from jsonargparse import Namespace
 from lightning import LightningModule, Trainer
 from lightning.fabric.plugins.precision.precision import _PRECISION_INPUT
-from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from src.data.options import token_count
 from src.errors import ConfigError
 from src.mask import Mask
 from src.models.constraints import constraints
+from src.models.costs import parameters_of
 from src.models.cut_config import cut_config
 from src.models.layers import num_layers
-from src.models.loading import load_config
+from src.models.loading import load_config, numbers
 from src.plan.shapes import Rows
 from src.search import MaskSearch
 from src.training.arguments import PruneCLI, ShortErrors
 from src.training.stage import Stage
-from src.units.amount import Amount
+from src.units.amount import Amount, Budget
+from src.units.targets import Target, spread
 
 
 class _ParseOnly(PruneCLI):
@@ -132,34 +133,35 @@ class Experiment:
         given = Path(self.model.get("mask") or "")
         if given.is_file() and self.ratio is None:
             return Mask.load(given)
-        config = load_config(self.name, self.model.get("revision"))
-        layers = num_layers(config)
         if self.ratio is None and self.stage == "recover":
             raise ConfigError(f"{self._missing} --ratio 0.25 to plan without it.")
-        count = self.amount.of(layers)[-1].remove
-        free = sorted(set(range(layers)) - constraints(config).pinned(layers, count))
-        gone = {free[int((i + 0.5) * len(free) / count)] for i in range(min(count, len(free)))}
+        config = load_config(self.name, self.model.get("revision"))
+        layers, limits = num_layers(config), constraints(config)
+        gone = spread(limits, layers, self.budgets[-1].remove)
         return Mask.by_hand(self.name, layers, (i for i in range(layers) if i not in gone))
 
     @property
     def _missing(self) -> str:
         return f"mask: '{self.model.get('mask')}' does not exist yet; give"
 
-    @property
-    def amount(self) -> Amount:
-        """How much goes: as ``--ratio`` says, or the config."""
+    @cached_property
+    def budgets(self) -> tuple[Budget, ...]:
+        """What goes: as ``--ratio`` says, or the config."""
+        given = {key: self.model.get(key) for key in ("remove", "ratio", "budgets", "target")}
+        if given["target"] is not None:
+            given["target"] = Target(**vars(given["target"]))
         if self.ratio is not None:
-            return Amount(ratio=self.ratio)
-        return Amount(*(self.model.get(key) for key in ("remove", "ratio", "budgets")))
+            given = {"ratio": self.ratio}
+        revision = self.model.get("revision")
+        stored = getattr(torch, numbers(self.name, "auto", revision))
+        return Amount(**given).of(load_config(self.name, revision), stored)
 
     def student_parameters(self) -> int | None:
         """Return the number of weights after the cut; None where nothing is cut."""
         if self.mask is None:
             return None
         config = cut_config(load_config(self.name, self.model.get("revision")), self.mask)
-        with torch.device("meta"):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
-        return sum(p.numel() for p in model.parameters())
+        return parameters_of(config)
 
     def tokens(self, ranks: int, given: int | None) -> tuple[int, int]:
         """Return the most tokens of the run, and its steps.
@@ -195,6 +197,8 @@ class Experiment:
             if "mask" in model.init_args and self.mask is not None:
                 model.init_args.mask = str(Path(folder) / "mask.json")
                 self.mask.save(model.init_args.mask)
+            if model.init_args.get("target") is not None:  # resolved once
+                model.init_args.target, model.init_args.remove = None, self.budgets[-1].remove
             module: LightningModule = self._cli.fit.instantiate(Namespace(model=model)).model
         if isinstance(module, Stage):
             module.checkpoint_activations = checkpoint

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import shlex
+from dataclasses import asdict
 from typing import Any
 
 from rich.table import Table
@@ -51,6 +52,7 @@ def summary(planner: Planner, configured: Estimate, advice: Advice) -> dict[str,
             "student": experiment.student_parameters(),
             "trained": traced.trainable,
         },
+        "budgets": [asdict(budget) for budget in experiment.budgets] if experiment.stage == "search" else [],
         "rows": {"count": experiment.rows.count, "length": experiment.rows.length},
         "steps": planner.steps,
         "tokens": planner.tokens,
@@ -91,6 +93,7 @@ def _print(plan: dict[str, Any], configured: Estimate, advice: Advice) -> None:
     facts = {
         "parameters of the parent": f"{counts['parent']:,}",
         "after the cut": f"{counts['student']:,}" if counts["student"] else "",
+        "layers removed": ", ".join(b["told"] or str(b["remove"]) for b in plan["budgets"]),
         "trained": f"{counts['trained']:,}" if counts["trained"] else "",
         "batch of a rank": f"{plan['rows']['count']} x {plan['rows']['length']} tokens",
         "steps": f"{plan['steps']:,}" if plan["stage"] != "cache" else "",

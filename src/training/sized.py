@@ -5,13 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated, Any
 
+import torch
+from lightning.pytorch.utilities import rank_zero_info
+
 from src.errors import ConfigError
 from src.models.constraints import constraints
 from src.models.layers import num_layers
-from src.models.loading import load_config
+from src.models.loading import load_config, numbers
 from src.ranges import checked, inside_unit
 from src.training.stage import Stage
 from src.units.amount import Amount
+from src.units.targets import Target
 
 
 class Sized(Stage):
@@ -24,6 +28,8 @@ class Sized(Stage):
         budgets: several such shares: one search ends with a mask for each.
         nested: whether of these masks a larger removal contains the smaller ones. The largest is chosen
             first, and each smaller one keeps all that it keeps.
+        target: what the cut model must reach with the fewest layers removed: ``{speedup: 1.3}``,
+            ``{parameters: 1.2e9}`` or ``{memory_gib: 6}``.
         kwargs: how the one copy of the weights is loaded; see :class:`src.training.stage.Stage`.
     """
 
@@ -35,6 +41,7 @@ class Sized(Stage):
         ratio: Annotated[float, inside_unit] | None = None,
         budgets: Sequence[float] | None = None,
         nested: bool = False,
+        target: Target | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(model, **kwargs)
@@ -42,8 +49,11 @@ class Sized(Stage):
         self.commit: str | None = getattr(config, "_commit_hash", None)
         """Revision of the Hub that was loaded, by which mask and card pin the parent."""
         self.num_layers, self.limits = num_layers(config), constraints(config)
-        self.budgets = Amount(remove, ratio, budgets).of(self.num_layers)
+        stored = getattr(torch, numbers(model, "auto", self.revision))
+        self.budgets = Amount(remove, ratio, budgets, target).of(config, stored)
         """What is removed, the smallest removal first; one search ends with a mask for each."""
+        if told := self.budgets[0].told:
+            rank_zero_info(told)
         self.nested = nested
         if nested and budgets is None:
             raise ConfigError(

@@ -1,4 +1,4 @@
-"""How much of a model a search removes: a count of layers, a share, or several shares."""
+"""How much of a model a search removes: a count of layers, a share, several shares, or as a target asks."""
 
 from __future__ import annotations
 
@@ -6,7 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
+import torch
+from transformers import PretrainedConfig
+
 from src.errors import ConfigError
+from src.models.constraints import constraints
+from src.models.layers import num_layers
+from src.units.targets import Target
 
 
 @dataclass(frozen=True, order=True)
@@ -16,10 +22,12 @@ class Budget:
     Attributes:
         remove: layers; of halves as many of both kinds.
         share: the share among ``budgets`` that asks for it; None in a search for one mask.
+        told: what a target takes and reaches, in words.
     """
 
     remove: int
     share: float | None = None
+    told: str = ""
 
     @property
     def suffix(self) -> str:
@@ -35,6 +43,7 @@ class Amount:
         remove: layers.
         ratio: share of the layers, in (0, 1), rounded to the nearest count.
         budgets: several such shares, each of which gets a mask of its own.
+        target: what the cut model must reach with the fewest layers removed.
 
     Raises:
         ConfigError: not exactly one of them is given, or a share is outside (0, 1).
@@ -43,12 +52,13 @@ class Amount:
     remove: int | None = None
     ratio: float | None = None
     budgets: Sequence[float] | None = None
+    target: Target | None = None
 
     def __post_init__(self) -> None:
         if sum(value is not None for value in vars(self).values()) != 1:
             raise ConfigError(
-                "give exactly one of model.remove (a count), model.ratio (a share) and model.budgets "
-                "(several shares); set the others to null."
+                "give exactly one of model.remove (a count), model.ratio (a share), model.budgets (several "
+                "shares) and model.target; set the others to null."
             )
         for key, shares in (("ratio", self.ratio), ("budgets", self.budgets)):
             listed = [shares] if isinstance(shares, float | int) else shares
@@ -58,17 +68,24 @@ class Amount:
                     f"{0.25 if key == 'ratio' else [0.125, 0.25]}."
                 )
 
-    def of(self, layers: int) -> tuple[Budget, ...]:
-        """Return the budgets for a model of so many layers, the smallest removal first.
+    def of(self, config: PretrainedConfig, stored: torch.dtype = torch.float32) -> tuple[Budget, ...]:
+        """Return the budgets for a model, the smallest removal first.
+
+        Args:
+            config: of the model.
+            stored: type of its weights, by which a target counts memory.
 
         Raises:
-            ConfigError: two shares are the same count.
+            ConfigError: two shares are the same count, or the target is out of reach.
         """
-        if self.remove is not None:
-            return (Budget(self.remove),)
+        layers = num_layers(config)
+        if self.target is not None:
+            remove, told = self.target.resolve(config, constraints(config), stored)
+            return (Budget(remove, told=told),)
         if self.budgets is None:
-            assert self.ratio is not None
-            return (Budget(_count(layers, self.ratio)),)
+            count = self.remove if self.ratio is None else _count(layers, self.ratio)
+            assert count is not None
+            return (Budget(count),)
         budgets = sorted(Budget(_count(layers, share), share) for share in self.budgets)
         for one, other in pairwise(budgets):
             if one.remove == other.remove:

@@ -21,6 +21,7 @@ from src.policies.one_shot import Contiguous, OneShot
 from src.search import MaskSearch
 from src.units.amount import Amount
 from tests.numerics.test_search import batch, search
+from tests.tiny import tiny_config
 
 __all__ = ["batch"]
 THREE = [1 / 6, 1 / 3, 1 / 2]
@@ -174,7 +175,7 @@ def test_a_method_for_one_count_refuses_several_by_the_key(kind: type[MaskPolicy
 )
 def test_budgets_are_refused_by_their_key(given: dict[str, Any], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
-        Amount(**given).of(8)
+        Amount(**given).of(tiny_config("llama", num_hidden_layers=8))
 
 
 def test_nesting_needs_something_to_nest(teacher_dir: str) -> None:

@@ -17,6 +17,7 @@ from src.search import MaskSearch
 from src.teachers import LiveTeacher
 from src.units.amount import Amount, Budget
 from src.units.spaces import AnyOf
+from tests.tiny import tiny_config
 
 
 @pytest.fixture
@@ -98,7 +99,7 @@ def test_the_budget_counts_tokens_and_passes(teacher_dir: str, batch: dict[str, 
     ("layers", "ratio", "count"), [(16, 0.25, 4), (36, 0.25, 9), (5, 0.01, 1), (7, 0.5, 4)]
 )
 def test_ratio_to_count(layers: int, ratio: float, count: int) -> None:
-    assert Amount(ratio=ratio).of(layers) == (Budget(count),)
+    assert Amount(ratio=ratio).of(tiny_config("llama", num_hidden_layers=layers)) == (Budget(count),)
 
 
 def test_exactly_one_of_count_and_ratio() -> None:

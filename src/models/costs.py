@@ -1,0 +1,68 @@
+"""Count what a model costs to run and to hold, with its weights or without.
+
+Shapes: B rows, T tokens.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import PretrainedConfig, PreTrainedModel
+
+from src.errors import ConfigError, first_line
+from src.models.attention import FORWARD, attention_flops
+from src.models.cut_config import weightless
+from src.models.decoding import step
+
+PROMPT, NEW = 128, 32
+"""Tokens that a benchmark reads, and that it decodes, unless it is told otherwise."""
+
+
+def flops(model: PreTrainedModel, ids_BT: Tensor, new_tokens: int) -> tuple[int, int]:
+    """Count the operations (matrix products, attention) of reading a prompt, and of decoding behind it."""
+    with FlopCounterMode(display=False, custom_mapping=dict.fromkeys(FORWARD, _fused)) as prefill:
+        token_B1, cache = step(model, ids_BT)
+    with FlopCounterMode(display=False, custom_mapping=dict.fromkeys(FORWARD, _fused)) as decode:
+        for _ in range(new_tokens):
+            token_B1, cache = step(model, token_B1, cache=cache)
+    return prefill.get_total_flops(), decode.get_total_flops()
+
+
+def _fused(query: torch.Size, key: torch.Size, value: torch.Size, *_: Any, **__: Any) -> int:
+    return attention_flops(query, key, value)
+
+
+def parameters(model: PreTrainedModel) -> int:
+    """Count the weights of a model, tied ones once."""
+    return sum(p.numel() for p in model.parameters())
+
+
+def parameters_of(config: PretrainedConfig) -> int:
+    """Count the weights of a model of a config, as :func:`parameters` does; none is made."""
+    model = weightless(config)
+    model.tie_weights()  # a part of the initialisation, which is left out
+    return parameters(model)
+
+
+@torch.inference_mode()
+def decode_flops(config: PretrainedConfig) -> float:
+    """Count the operations of decoding a token, in the mean over those of a benchmark of one row.
+
+    A benchmark decodes behind 128 to 159 tokens. What attention costs is linear in these, so two tokens in
+    the middle have the mean cost of all.
+
+    Raises:
+        ConfigError: this family computes with data, of which a model without weights has none.
+    """
+    model = weightless(config).bfloat16()  # of experts the only type that torch knows the shapes of
+    prompt = PROMPT + NEW // 2 - 1
+    try:
+        return flops(model, torch.ones(1, prompt, dtype=torch.long, device="meta"), 2)[1] / 2
+    except (NotImplementedError, RuntimeError, TypeError, ValueError) as e:
+        raise ConfigError(
+            f"model.target: the operations of a '{config.model_type}' cannot be counted without its weights "
+            f"({first_line(e)[:120]}). Give parameters or memory_gib in place of speedup, or model.ratio."
+        ) from e

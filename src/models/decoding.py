@@ -1,0 +1,48 @@
+"""One step of greedy decoding, which judging, timing and counting share.
+
+Shapes: B rows, T tokens fed in this call, S tokens so far (cache and this call).
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from functools import lru_cache
+
+from torch import Tensor
+from transformers import Cache, PreTrainedModel
+
+
+def step(
+    model: PreTrainedModel,
+    ids_BT: Tensor,
+    mask_BS: Tensor | None = None,
+    cache: Cache | None = None,
+) -> tuple[Tensor, Cache]:
+    """Feed tokens and return the next one of every row, ``[B, 1]``, with the grown cache.
+
+    Args:
+        model: a causal language model.
+        ids_BT: the tokens that the cache has not seen: the whole prompt, then one at a time.
+        mask_BS: 1 for tokens, 0 for padding, over the whole sequence; None where nothing is padded.
+        cache: what the call before returned; None for the prompt.
+    """
+    optional: dict[str, object] = {"logits_to_keep": 1}
+    if mask_BS is not None:
+        positions_BS = (mask_BS.cumsum(-1) - 1).clamp(min=0)
+        optional["position_ids"] = positions_BS[:, -ids_BT.shape[1] :]
+    known = _parameters(type(model).forward)
+    out = model(
+        input_ids=ids_BT,
+        attention_mask=mask_BS,
+        past_key_values=cache,
+        use_cache=True,
+        **{key: value for key, value in optional.items() if key in known},
+    )
+    return out.logits[:, -1].argmax(-1, keepdim=True), out.past_key_values
+
+
+@lru_cache
+def _parameters(forward: Callable[..., object]) -> frozenset[str]:
+    """Return the names of ``forward``'s parameters; a model with ALiBi, say, has no ``position_ids``."""
+    return frozenset(inspect.signature(forward).parameters)

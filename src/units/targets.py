@@ -1,0 +1,90 @@
+"""The number of layers whose removal makes a model as fast, or as small, as is asked.
+
+What a cut costs is counted on models without weights. Where layers differ in what they cost, the removed ones
+are spread evenly; the mask that a search finds may cost more or less.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from transformers import PretrainedConfig
+
+from src.errors import ConfigError
+from src.models.constraints import Constraints
+from src.models.costs import decode_flops, parameters_of
+from src.models.cut_config import kept_config
+from src.models.layers import num_layers
+
+GIB = 1 << 30
+SHOWN = {
+    "speedup": "ideal {:.3g}x",
+    "parameters": "{:,.0f} parameters",
+    "memory_gib": "{:.3g} GiB of weights",
+}
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a cut model must reach; one of these is given.
+
+    Attributes:
+        speedup: how many times fewer operations a decoded token takes, as a benchmark of one row counts them
+            (its ideal), above 1.
+        parameters: weights at most.
+        memory_gib: GiB of weights at most, in the type that the parent's have.
+    """
+
+    speedup: float | None = None
+    parameters: float | None = None
+    memory_gib: float | None = None
+
+    def resolve(self, config: PretrainedConfig, limits: Constraints, stored: torch.dtype) -> tuple[int, str]:
+        """Return the least number of layers to remove, and words on what that reaches.
+
+        Args:
+            config: of the parent.
+            limits: what its family allows.
+            stored: type of the parent's weights.
+
+        Raises:
+            ConfigError: not exactly one target is given, or no number of layers reaches it.
+        """
+        given: dict[str, float] = {key: value for key, value in vars(self).items() if value is not None}
+        if len(given) != 1:
+            raise ConfigError(f"model.target: {given} given; accepted: exactly one of {', '.join(SHOWN)}.")
+        ((key, asked),) = given.items()
+
+        @cache
+        def cost(remove: int) -> float:
+            removed = spread(limits, layers, remove)
+            cut = kept_config(config, [i for i in range(layers) if i not in removed]) if removed else config
+            if key == "speedup":
+                return decode_flops(cut)
+            return parameters_of(cut) * (1 if key == "parameters" else stored.itemsize / GIB)
+
+        def reached(remove: int) -> float:
+            return cost(0) / cost(remove) if key == "speedup" else cost(remove)
+
+        def enough(remove: int) -> bool:
+            return reached(remove) >= asked if key == "speedup" else reached(remove) <= asked
+
+        layers = num_layers(config)
+        most = max((n for n in range(1, layers) if layers - len(limits.pinned(layers, n)) >= n), default=0)
+        if most == 0 or enough(0) or not enough(most):
+            whole, *ends = (SHOWN[key].format(reached(n)) for n in ([0, 1, most] if most else [0]))
+            reach = f"{' to '.join(ends)}, without 1 to {most} of {layers} layers" if most else "nothing"
+            fault = f"model.target: {key} {asked:g} asked of a model of {whole}; in reach: {reach}."
+            raise ConfigError(f"{fault} {limits.reason}".strip())
+        remove = 1 + bisect_left(range(1, most + 1), True, key=enough)
+        told = SHOWN[key].format(reached(remove))
+        return remove, f"target {key} {asked:g}: removes {remove} of {layers} layers ({told})"
+
+
+def spread(limits: Constraints, layers: int, remove: int) -> set[int]:
+    """Return so many of the layers that may go, as far from each other as can be."""
+    free = sorted(set(range(layers)) - limits.pinned(layers, remove))
+    return {free[int((i + 0.5) * len(free) / remove)] for i in range(min(remove, len(free)))}
