@@ -70,7 +70,7 @@ class HeldOut:
         values = torch.zeros(len(self.gates)).index_fill(0, torch.tensor(keep), 1.0)
         total = 0.0
         for batch, index, labels, signal, prefixes in self.parts:
-            with self.gates.use(values, prefixes=prefixes):
+            with self.gates.remember(prefixes), self.gates.use(values):
                 hidden = self.head.hidden(batch).flatten(0, 1)[index]
             total += float(self.dense(self.head, hidden, labels, signal)["kd"]) * len(index)
         return total / sum(len(index) for _, index, *_ in self.parts)

@@ -12,7 +12,8 @@ from lightning.pytorch.utilities import rank_zero_info
 from src.mask import Mask
 from src.policies.base import Probe
 from src.policies.polish import settle
-from src.policies.probe import CalibrationProbe
+from src.policies.probe import PREFIX_GIB, CalibrationProbe
+from src.ranges import NonNegative, checked
 from src.training.adapters import beside
 from src.units.amount import Budget
 from src.units.spaces import Kept
@@ -54,16 +55,19 @@ class HardenMask(Callback):
 
     Args:
         path: where to write the mask; None is ``mask.json`` in the run's log directory.
+        prefix_gib: memory (GiB) for streams that masks share while they are measured, which saves layers and
+            changes no value; 0 runs every mask from its first layer.
     """
 
-    def __init__(self, path: str | None = None) -> None:
-        self.path = path
+    @checked
+    def __init__(self, path: str | None = None, prefix_gib: NonNegative = PREFIX_GIB) -> None:
+        self.path, self.prefix_gib = path, prefix_gib
         self.recent: list[Kept] = []
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
         search = cast("MaskSearch", module)
         if trainer.global_step == 0:
-            search.policy.initialise(CalibrationProbe(search))
+            search.policy.initialise(CalibrationProbe(search, self.prefix_gib))
 
     def on_train_batch_end(self, trainer: Trainer, module: LightningModule, *_: Any) -> None:
         search = cast("MaskSearch", module)
@@ -79,7 +83,7 @@ class HardenMask(Callback):
         if trainer.interrupted:
             return
         search = cast("MaskSearch", module)
-        probe, curve = CalibrationProbe(search), list[dict[str, Any]]()
+        probe, curve = CalibrationProbe(search, self.prefix_gib), list[dict[str, Any]]()
         for budget, kept, figures in list(choose(search, probe, self.recent)):
             if search.adapters is not None:
                 figures["kl_adapted"] = probe.adapted(search.policy.gates(kept))

@@ -48,6 +48,7 @@ class Gates:
         self._gates: Tensor | None = None
         self._values: list[float] = []
         self._observer: Observer | None = None
+        self._remembered: Prefixes | None = None
         self._prefixes: Prefixes | None = None
         self.plain = False
 
@@ -59,28 +60,35 @@ class Gates:
         raise NotImplementedError
 
     @contextmanager
-    def use(
-        self, gates_U: Tensor | None, observer: Observer | None = None, prefixes: Prefixes | None = None
-    ) -> Iterator[None]:
+    def use(self, gates_U: Tensor | None, observer: Observer | None = None) -> Iterator[None]:
         """Run the model under ``gates_U`` (``[U]``, values in [0, 1]; None leaves all open).
 
-        Args:
-            gates_U: the gates.
-            observer: sees the stream before and after each layer.
-            prefixes: of the batch that runs, without gradients: each unit in front of where they begin does
-                not run. The layers must hand on the stream alone (:func:`resumes`).
+        An observer sees the stream before and after each layer.
         """
         assert gates_U is None or gates_U.shape == (len(self),), "one gate for each unit"
-        assert prefixes is None or observer is None, "an observer sees every layer"
         before = self._gates, self._values, self._observer, self._prefixes
-        self._gates, self._observer, self._prefixes = gates_U, observer, prefixes
+        self._gates, self._observer = gates_U, observer
         self._values = [] if gates_U is None else gates_U.tolist()
-        if prefixes is not None:
-            prefixes.begin(self._values or [1.0] * len(self))
+        self._prefixes = self._remembered if observer is None else None
+        if self._prefixes is not None:
+            self._prefixes.begin(self._values or [1.0] * len(self))
         try:
             yield
         finally:
             self._gates, self._values, self._observer, self._prefixes = before
+
+    @contextmanager
+    def remember(self, prefixes: Prefixes | None) -> Iterator[None]:
+        """In the block, begin each pass at the deepest stream that ``prefixes`` hold for its gates.
+
+        The passes are of one batch, without gradients, and under :meth:`use`. The layers must hand on the
+        stream alone (:func:`resumes`). A pass with an observer runs every layer.
+        """
+        before, self._remembered = self._remembered, prefixes
+        try:
+            yield
+        finally:
+            self._remembered = before
 
     def _in_turn(self, index: int, run: Callable[..., Any], arguments: Arguments) -> Tensor:
         """Run the units of a layer in turn, from the stream that is remembered in front of one.
@@ -190,10 +198,10 @@ def resumes(gates: Gates, run: Callable[[], Tensor]) -> bool:
     if not gates.plain:
         return False
     prefixes = Prefixes()
-    with gates.use(None, prefixes=prefixes):
+    with gates.remember(prefixes), gates.use(None):
         equal = torch.equal(run(), expected)
     for one in prefixes.apart():
-        with gates.use(None, prefixes=one):
+        with gates.remember(one), gates.use(None):
             equal = equal and torch.equal(run(), expected)
     return equal
 

@@ -85,6 +85,12 @@ class OutputHead:
         """Whether :meth:`logits` can add the gradients of ``parameters`` to buffers."""
         return type(self.linear) is nn.Linear and len(self.parameters) == len(self._weights)
 
+    @property
+    def few(self) -> dict[str, Tensor]:
+        """A batch of a few tokens, to try the model on."""
+        ids = torch.arange(3, 11, device=self.model.device)[None] % text_config(self.model.config).vocab_size
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
     @torch.no_grad()
     def check(self) -> None:
         """Compare with the model's own logits on a few tokens, without dropout.
@@ -92,9 +98,7 @@ class OutputHead:
         Raises:
             ConfigError: they differ, so the head does something this class does not know.
         """
-        ids = torch.arange(3, 11, device=self.model.device)[None] % text_config(self.model.config).vocab_size
-        batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        training = [part for part in self.model.modules() if part.training]
+        batch, training = self.few, [part for part in self.model.modules() if part.training]
         self.model.eval()
         try:
             theirs = self.model(**batch, use_cache=False).logits.float()

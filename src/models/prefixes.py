@@ -10,6 +10,7 @@ Shapes: B batch, T tokens, H hidden, U units in order of computation.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 from torch import Tensor
 
@@ -56,3 +57,37 @@ class Prefixes:
             alone = Prefixes(self.every)
             alone._streams[front] = h_BTH
             yield alone
+
+
+class PrefixMemory:
+    """Holds the prefixes of several batches within a number of streams.
+
+    What a batch in use needs comes first; of the others, the streams of the open model stay as far as there
+    is room, those of the first batches first.
+
+    Args:
+        units: number of units, U.
+        limit: most streams that are held at a time; fewer than two hold none.
+
+    Attributes:
+        every: streams are kept in front of each unit whose number this divides; None keeps none.
+    """
+
+    def __init__(self, units: int, limit: int) -> None:
+        self.units, self.limit = units, limit
+        fitting = (every for every in range(1, units) if 2 * ((units - 1) // every) <= limit)
+        self.every = next(fitting, None)
+        self._open: dict[int, Prefixes] = {}
+
+    def __len__(self) -> int:
+        return sum(map(len, self._open.values()))
+
+    @contextmanager
+    def of(self, batch: int) -> Iterator[Prefixes]:
+        """Give the prefixes of a batch; after the block, those along its last mask are forgotten."""
+        prefixes = self._open.pop(batch, None) or Prefixes(self.every)
+        yield prefixes
+        prefixes.begin([1.0] * self.units)
+        in_use = 2 * ((self.units - 1) // self.every) if self.every else 0
+        if len(self) + len(prefixes) + in_use <= self.limit:
+            self._open[batch] = prefixes

@@ -7,15 +7,17 @@ from functools import cached_property
 from pathlib import Path
 from typing import cast
 
+import torch
 import yaml
 
 from src.errors import ConfigError
-from src.models.loading import Quantization, numbers
+from src.models.loading import Quantization, load_config, numbers
 from src.plan.devices import Device
 from src.plan.experiment import Experiment
 from src.plan.memory import Mode, Setting, memory, strategy_name
 from src.plan.trace import Trace, trace
 from src.plan.work import CacheSize, cache_size, calibration
+from src.policies.probe import PREFIX_GIB, stream_bytes
 from src.search import MaskSearch
 
 OVERLAYS = Path(__file__).parents[2] / "configs" / "strategy"
@@ -128,6 +130,7 @@ class Planner:
         used = str(precision or self.experiment.trainer.precision or "32-true")
         setting = replace(setting, half="bf16" in used or used.startswith("16"))
         parts = memory(traced, setting, self.device)
+        parts["activations"] = max(parts["activations"], self.remembered)  # they are held in turn
         flops = float(traced.flops - (traced.teacher_flops if setting.mode == "cached" else 0))
         flops = flops * self.steps * self.experiment.accumulate + self.calibration * traced.teacher_flops
         return Estimate(
@@ -163,7 +166,30 @@ class Planner:
             return 0.0
         module = self.experiment.module()
         assert isinstance(module, MaskSearch)
-        return calibration(module) or 0.0
+        return calibration(module, self.streams) or 0.0
+
+    @cached_property
+    def streams(self) -> int:
+        """Streams of a calibration batch that a search's probe holds, at most."""
+        harden = self.experiment.callbacks.get("HardenMask", {"prefix_gib": 0}) or {}
+        held = int(harden.get("prefix_gib", PREFIX_GIB) * 2**30 // self._stream)
+        module = self.experiment.module()
+        if not isinstance(module, MaskSearch):
+            return 0
+        return min(held, (module.calibration_batches + 1) * (module.policy.units - 1))
+
+    @property
+    def remembered(self) -> int:
+        """Bytes of these streams."""
+        return self.streams * self._stream if self.streams else 0
+
+    @property
+    def _stream(self) -> int:
+        """Bytes of the stream of one batch."""
+        model, rows = self.experiment.model, self.experiment.rows
+        dtype = getattr(torch, self._numbers(str(self.experiment.trainer.precision or "32-true")))
+        config = load_config(self.experiment.name, model.get("revision"))
+        return stream_bytes(config, dtype, rows.count * rows.length)
 
     @property
     def cache(self) -> CacheSize:

@@ -9,11 +9,16 @@ Shapes: L layers.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
+
+from src.models.prefixes import Front, Prefixes, PrefixMemory
+from src.policies.base import Measure
+from src.policies.walk import Walker
+
+NOTHING = torch.empty(0)
 
 
 class Toy:
@@ -58,44 +63,60 @@ class TooMany(Exception):
     """A policy makes more measurements than a plan counts."""
 
 
-class CountingProbe:
+class CountingProbe(Walker):
     """A probe that answers a policy with a toy's values, and counts what real measurements would cost.
 
     Args:
-        layers: number of layers L.
+        layers: number of units U.
         batches: calibration batches.
+        streams: most streams that the real probe holds at a time.
         limit: most measurements that are counted; one more raises :class:`TooMany`.
 
     Attributes:
         forward: passes of one batch through the whole model so far; a backward pass counts as one more.
     """
 
-    def __init__(self, layers: int, batches: int, limit: int = 100_000) -> None:
-        self.toy, self.layers, self.batches, self.limit = Toy(layers), layers, batches, limit
-        self.forward, self._known = 0.0, dict[tuple[object, ...], float]()
-        self.signals()
+    def __init__(self, layers: int, batches: int, streams: int = 10**6, limit: int = 20_000) -> None:
+        super().__init__(batches)
+        self.toy, self.layers, self.streams, self.limit = Toy(layers), layers, streams, limit
+        self.forward = 0.0
+        self.renew()
 
-    def signals(self) -> None:
-        """Count the teacher's pass over all batches, which a probe makes first."""
-        self.forward += self.batches
+    def renew(self) -> None:
+        """Begin as another probe does: it has no teacher's signal, and remembers no stream."""
+        self._memory, self._signals = PrefixMemory(self.layers, self.streams), set[int]()
 
-    def divergence(self, gates_L: Tensor, quick: bool = False) -> float:
-        """Return the toy's divergence, and count the passes of a real one."""
-        return self._measure(gates_L, quick, "kl")
+    @property
+    def memory(self) -> PrefixMemory:
+        """What would hold the streams."""
+        return self._memory
 
-    def cross_entropy(self, gates_L: Tensor) -> float:
-        """Return the toy's divergence in place of a cross-entropy, and count its passes."""
-        return self._measure(gates_L, False, "ce")
+    def walk(
+        self, masks: Sequence[Tensor], about: str, by: Measure = "divergence", quick: bool = False
+    ) -> list[float]:
+        """Return the toy's divergences, and count what real ones would cost."""
+        if len(self._known) // self.batches + len(masks) > self.limit:
+            raise TooMany
+        return super().walk(masks, about, by, quick)
 
-    def _measure(self, gates_L: Tensor, quick: bool, what: str) -> float:
-        key = (what, quick, tuple(gates_L.tolist()))
-        if key not in self._known:
-            if len(self._known) == self.limit:
-                raise TooMany
-            open_share = float((gates_L > 0).sum()) / self.layers
-            self.forward += open_share * (math.ceil(self.batches / 4) if quick else self.batches)
-            self._known[key] = float(self.toy.divergence(gates_L.detach().cpu()))
-        return self._known[key]
+    def run(self, batch: int, gates: Front, by: Measure, prefixes: Prefixes) -> float:
+        """Return the toy's divergence, and count the layers of a real pass."""
+        if batch not in self._signals:
+            self._signals.add(batch)
+            self._count((1.0,) * self.layers, prefixes)
+        self._count(gates, prefixes)
+        return float(self.toy.divergence(torch.tensor(gates)))
+
+    def _count(self, gates: Front, prefixes: Prefixes) -> None:
+        """Go along the gates as a pass does, with a stream of nothing."""
+        prefixes.begin(gates)
+        for unit in range(prefixes.start, self.layers):
+            prefixes.stream(unit, NOTHING)
+            self.forward += (gates[unit] > 0) / self.layers
+
+    def average(self, sums: Sequence[float]) -> float:
+        """Return the first value: the toy has one for all batches."""
+        return sums[0]
 
     def mean(self, sums: Tensor, counts: Tensor) -> Tensor:
         """Return ``sums / counts``: a plan has one rank."""

@@ -57,6 +57,7 @@ def summary(planner: Planner, configured: Estimate, advice: Advice) -> dict[str,
         "steps": planner.steps,
         "tokens": planner.tokens,
         "calibration_passes": planner.calibration,
+        "remembered_bytes": planner.remembered,
         "cache_bytes": {"raw": size.raw, "expected": size.expected},
         "device": {
             "name": device.name, "title": device.title, "memory": device.memory, "tflops": device.tflops,
@@ -100,6 +101,9 @@ def _print(plan: dict[str, Any], configured: Estimate, advice: Advice) -> None:
         "tokens, at most": f"{plan['tokens']:,}",
         "cache of these tokens": f"{plan['cache_bytes']['expected'] / 1e9:,.2f} GB ("
         f"{plan['cache_bytes']['raw'] / 1e9:,.2f} before compression)",
+        "streams that masks share": f"{plan['remembered_bytes'] / GIB:,.2f} GiB, at most"
+        if plan["remembered_bytes"]
+        else "",
         "operations": f"{configured.flops:.3g}",
         "hours": f"{configured.hours:,.2f} (at {spec['efficiency']:.0%} of the peak: an assumption)",
     }

@@ -38,19 +38,23 @@ def cache_size(tokens: int, positions: int, k: int, precision: str = "float16") 
     return CacheSize(raw, int(positions * each))
 
 
-def calibration(search: MaskSearch) -> float | None:
+def calibration(search: MaskSearch, streams: int = 10**6) -> float | None:
     """Count the passes of a batch that a search makes before its first step and after its last.
 
     The policy and the polishing are run on a made-up divergence; what they ask for is counted.
+
+    Args:
+        search: the search, whose policy is spent.
+        streams: most streams that its probe holds at a time.
 
     Returns:
         None for a policy that measures too much to follow, such as all masks.
     """
     policy, batches = search.policy, search.calibration_batches
-    probe = CountingProbe(policy.units, batches)
+    probe = CountingProbe(policy.units, batches, streams)
     try:
         policy.initialise(probe)
-        probe.signals()
+        probe.renew()
         policy.remove = policy.target
         for _, chosen, _ in choose(search, probe, ()):
             # Further candidates are other masks of the same size.

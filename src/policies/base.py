@@ -13,9 +13,9 @@ Shapes: D draws, U units (L layers where a method takes whole layers only).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import ClassVar, Protocol, cast
+from typing import ClassVar, Literal, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,9 @@ from src.mask import Unit
 from src.ranges import Count, Seed, checked
 from src.units.kinds import KINDS
 from src.units.spaces import Kept, Space
+
+Measure = Literal["divergence", "cross_entropy"]
+"""What a probe measures of a mask."""
 
 
 class Probe(Protocol):
@@ -41,6 +44,24 @@ class Probe(Protocol):
 
     def cross_entropy(self, gates_L: Tensor) -> float:
         """Return the mean cross-entropy (nats per supervised token) under ``gates_L`` on the labels."""
+
+    def walk(
+        self, masks: Sequence[Tensor], about: str, by: Measure = "divergence", quick: bool = False
+    ) -> list[float]:
+        """Measure many masks, in whatever order is cheapest, and show how far that is.
+
+        Args:
+            masks: gates ``[U]`` of each.
+            about: names the step.
+            by: what is measured.
+            quick: whether a part of the rows is enough.
+
+        Returns:
+            The values, in the order of ``masks``.
+        """
+        if by == "cross_entropy":
+            return [self.cross_entropy(gates_L) for gates_L in masks]
+        return [self.divergence(gates_L, quick) for gates_L in masks]
 
     def states(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield the open model's residual stream, a batch at a time: ``(h_JBTH, real_BT)``.

@@ -69,7 +69,8 @@ class ConcaveGate(MaskPolicy):
                 chosen.append(int(torch.randint(last + 1, (), generator=self.generator(0, number))))
                 continue
             tried = sorted({*range(0, last, max(1, length // 2)), last})
-            costs = [probe.divergence(self.gates(self._without([*chosen, s])), quick=True) for s in tried]
+            masks = [self.gates(self._without([*chosen, start])) for start in tried]
+            costs = probe.walk(masks, "places of a segment", quick=True)
             chosen.append(tried[costs.index(min(costs))])
         self.place(chosen)
 

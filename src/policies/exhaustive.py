@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
-from tqdm import tqdm
 
 from src.errors import ConfigError
 from src.mask import Unit
@@ -44,7 +42,5 @@ class Exhaustive(OneShot):
 
     def score(self, probe: Probe) -> Tensor:
         """Return the best mask's gates ``[U]``."""
-        shown = tqdm(
-            self.space, "all masks", self.space.size(), disable=getattr(rank_zero_only, "rank", 0) != 0
-        )
-        return self.gates(best_of(shown, lambda kept: probe.divergence(self.gates(kept))))
+        masks = list(self.space)
+        return self.gates(best_of(masks, probe.walk([self.gates(kept) for kept in masks], "all masks")))

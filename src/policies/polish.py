@@ -9,8 +9,8 @@ import torch
 from src.policies.base import MaskPolicy, Probe
 from src.units.spaces import Kept, Space
 
-Measure = Callable[[Kept, bool], float]
-"""The divergence of a mask; with True, on the quick rows alone."""
+Measure = Callable[[Sequence[Kept], bool], Sequence[float]]
+"""The divergences of masks; with True, on the quick rows alone."""
 
 
 def settle(policy: MaskPolicy, probe: Probe, recent: Sequence[Kept]) -> tuple[Kept, dict[str, float]]:
@@ -29,24 +29,30 @@ def settle(policy: MaskPolicy, probe: Probe, recent: Sequence[Kept]) -> tuple[Ke
         one, of the best candidate and of the soft gates (keep probabilities).
     """
 
-    def measure(kept: Kept, quick: bool = False) -> float:
-        return probe.divergence(policy.gates(kept), quick)
+    def measure(masks: Sequence[Kept], quick: bool = False) -> list[float]:
+        about = "swaps, on a part of the rows" if quick else "best masks, on all rows"
+        return probe.walk([policy.gates(kept) for kept in masks], about, quick=quick)
 
     learned = policy.harden()
     assert policy.space.legal(learned), "a policy must harden to a set of its space"
     soft = probe.divergence(policy.keep_probabilities().to(policy.logits))
-    best = min([*reversed(recent), learned], key=measure)
-    chosen = best
+
+    def best_of(masks: Sequence[Kept]) -> Kept:
+        divergences = dict(zip(masks, measure(masks), strict=True))
+        return min(masks, key=divergences.__getitem__)
+
+    chosen = best = best_of([*reversed(recent), learned])
     if policy.polish:
         worth = policy.worth()
         starts = [best, *policy.space.starts(torch.tensor(worth))]
-        chosen = min((polish(start, policy.space, measure, worth) for start in starts), key=measure)
+        chosen = best_of([polish(start, policy.space, measure, worth) for start in starts])
+    kl, kl_learned, kl_best = measure([chosen, learned, best])
     return chosen, {
-        "kl": measure(chosen),
-        "kl_learned": measure(learned),
-        "kl_best_candidate": measure(best),
+        "kl": kl,
+        "kl_learned": kl_learned,
+        "kl_best_candidate": kl_best,
         "kl_soft": soft,
-        "hard_soft_gap": measure(learned) - soft,
+        "hard_soft_gap": kl_learned - soft,
     }
 
 
@@ -63,7 +69,7 @@ def polish(
     Args:
         kept: kept units to start from.
         space: defines the neighbours of a mask.
-        measure: divergence of a mask, on all rows or on the quick ones.
+        measure: divergences of masks, on all rows or on the quick ones.
         worth: of keeping each unit, such as the policy's logits.
         swaps: swaps of each round that are measured on the quick rows.
         finalists: swaps of each round that are measured on all rows.
@@ -77,8 +83,10 @@ def polish(
 
     while True:
         likely = sorted(space.neighbours(kept), key=loss_of_worth)[:swaps]
-        best_few = sorted(likely, key=lambda swap: measure(swap, True))[:finalists]
-        best = min(best_few, key=lambda swap: measure(swap, False), default=kept)
-        if measure(best, False) >= measure(kept, False):
+        few = dict(zip(likely, measure(likely, True), strict=True))
+        best_few = sorted(likely, key=few.__getitem__)[:finalists]
+        exact = dict(zip([kept, *best_few], measure([kept, *best_few], False), strict=True))
+        best = min(best_few, key=exact.__getitem__, default=kept)
+        if exact[best] >= exact[kept]:
             return kept
         kept = best

@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from functools import cached_property
 from typing import Any, Protocol, cast
 
 import torch
 from lightning import Trainer
 from torch import Tensor, nn
+from transformers import PretrainedConfig
 
 from src.data.batches import Batch, Supervised, real, real_tokens
 from src.data.distinct import Distinct
 from src.errors import ConfigError
 from src.losses.distill import Distillation
 from src.losses.signals import Signal
-from src.models.gated import Gates, Observer
+from src.models.gated import Gates, Observer, resumes
+from src.models.head import OutputHead
+from src.models.layers import text_config
+from src.models.prefixes import Front, Prefixes, PrefixMemory
+from src.policies.base import Measure
+from src.policies.walk import Walker
 from src.training.data import Data
 
+PREFIX_GIB = 1.0
+"""Memory for streams that masks share (GiB), unless a config says otherwise."""
 LABELS = Distillation(alpha=0.0, weight="none")
 """The plain language-model loss."""
 
@@ -30,6 +39,7 @@ class Measured(Protocol):
     calibration_batches: int
     num_layers: int
     gates: Gates
+    head: OutputHead
 
     @property
     def data(self) -> Data:
@@ -64,59 +74,74 @@ class Measured(Protocol):
         """Return the loss of the model under gates, against the teacher's signal on the same rows."""
 
 
-class CalibrationProbe:
+def stream_bytes(config: PretrainedConfig, dtype: torch.dtype, tokens: int) -> int:
+    """Return the bytes of the stream ``[B, T, H]`` of so many tokens."""
+    return int(tokens * text_config(config).hidden_size * dtype.itemsize)
+
+
+class CalibrationProbe(Walker):
     """Measures masks on the first ``calibration_batches`` validation batches.
 
-    The teacher's signal on these rows is computed once. Results are means over all ranks, so all ranks decide
-    alike, and a mask that was measured before is not measured again. A quick measurement takes the first
-    quarter of the batches, which is enough to drop bad masks, but not to rank good ones.
+    The teacher's signal on a batch is computed once, when it is first needed. Results are means over all
+    ranks, so all ranks decide alike, and a mask that was measured before is not measured again.
 
     Args:
         search: the search whose model is measured; its trainer must be attached.
+        prefix_gib: memory for streams that masks share (GiB).
     """
 
-    def __init__(self, search: Measured) -> None:
-        self.search = search
-        self.rows: list[tuple[Supervised, Signal]] = []
+    def __init__(self, search: Measured, prefix_gib: float = PREFIX_GIB) -> None:
+        self.search, self.prefix_gib = search, prefix_gib
+        self.rows: list[Supervised] = []
         for number, batch in enumerate(search.data.val_dataloader()):
             if number == search.calibration_batches:
                 break
             search.read.add(batch)
-            batch = search.transfer_batch_to_device(batch, search.device, 0)
-            rows = Supervised.of(batch)
-            self.rows.append((rows, search.teacher_signal(rows)))
+            self.rows.append(Supervised.of(search.transfer_batch_to_device(batch, search.device, 0)))
         if not self.rows:
             raise ConfigError(
                 "data.validation: a search needs held-out rows to score layers and choose a mask; name a "
                 "file, or set data.held_out to a share of the training documents."
             )
-        self.tokens = sum(real_tokens(rows.batch) for rows, _ in self.rows)
+        super().__init__(len(self.rows))
+        self._signals: dict[int, Signal] = {}
+        self.tokens = sum(real_tokens(rows.batch) for rows in self.rows)
         search.tokens += self.tokens * search.trainer.world_size
-        self._known: dict[tuple[Any, ...], float] = {}
 
-    def divergence(self, gates_L: Tensor, quick: bool = False) -> float:
-        """Return the mean divergence (nats per token) from the teacher to the model, adapters off."""
-        return self._measure(gates_L, quick, None)
+    @cached_property
+    def memory(self) -> PrefixMemory:
+        """What holds the streams: as many as the memory allows, none of a family that must not resume."""
+        head, gates = self.search.head, self.search.gates
+        with self.search.parents_weights():
+            allowed = resumes(gates, lambda: head.hidden(head.few))
+        largest = max(rows.batch["input_ids"].numel() for rows in self.rows)
+        each = stream_bytes(head.model.config, head.model.dtype, largest)
+        return PrefixMemory(len(gates), int(self.prefix_gib * 2**30 // each) if allowed else 0)
 
-    def adapted(self, gates_L: Tensor) -> float:
-        """Return the same as :meth:`divergence` with the search's adapters on."""
-        return self._measure(gates_L, False, None, adapted=True)
-
-    def cross_entropy(self, gates_L: Tensor) -> float:
-        """Return the mean cross-entropy (nats per supervised token) of the model on the labels."""
-        return self._measure(gates_L, False, LABELS)
+    def signal(self, batch: int) -> Signal:
+        """Return the teacher's signal on a batch; it is taken when it is first asked for."""
+        if batch not in self._signals:
+            self._signals[batch] = self.search.teacher_signal(self.rows[batch])
+        return self._signals[batch]
 
     @torch.no_grad()
-    def _measure(self, gates_L: Tensor, quick: bool, by: Distillation | None, adapted: bool = False) -> float:
-        key = (quick, by, adapted, tuple(gates_L.tolist()))
-        if key not in self._known:
-            read = self.rows[: -(-len(self.rows) // 4)] if quick else self.rows
-            gates_L, divergence = gates_L.to(self.search.device), self.search.divergence
-            with nullcontext() if adapted else self.search.parents_weights():
-                losses = [divergence(rows, signal, gates_L, by) * len(rows) for rows, signal in read]
-            count = losses[0].new_tensor(sum(len(rows) for rows, _ in read))
-            self._known[key] = float(self.mean(torch.stack(losses).sum(), count))
-        return self._known[key]
+    def run(self, batch: int, gates: Front, by: Measure, prefixes: Prefixes) -> float:
+        rows, loss = self.rows[batch], LABELS if by == "cross_entropy" else None
+        gates_U = torch.tensor(gates, device=self.search.device)
+        with self.search.parents_weights(), self.search.gates.remember(prefixes):
+            return float(self.search.divergence(rows, self.signal(batch), gates_U, loss) * len(rows))
+
+    @torch.no_grad()
+    def adapted(self, gates_L: Tensor) -> float:
+        """Return :meth:`divergence` of the model with what the search's adapters have learned."""
+        gates_U, divergence = gates_L.to(self.search.device), self.search.divergence
+        signals = [self.signal(batch) for batch in range(self.batches)]
+        pairs = zip(self.rows, signals, strict=True)
+        return self.average([float(divergence(rows, s, gates_U) * len(rows)) for rows, s in pairs])
+
+    def average(self, sums: Sequence[float]) -> float:
+        count = torch.tensor(float(sum(map(len, self.rows[: len(sums)]))))
+        return float(self.mean(torch.tensor(sums).sum(), count))
 
     def mean(self, sums: Tensor, counts: Tensor) -> Tensor:
         """Return ``sums / counts``, both added up over the ranks first."""
@@ -127,7 +152,7 @@ class CalibrationProbe:
     @torch.no_grad()
     def states(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield the open model's residual stream, a batch at a time: ``(h_JBTH, real_BT)``, J = L + 1."""
-        for rows, _ in self.rows:
+        for rows in self.rows:
             stream: list[Tensor] = []
 
             def observe(layer: int, h_in: Tensor, h_out: Tensor, stream: list[Tensor] = stream) -> None:
@@ -144,15 +169,15 @@ class CalibrationProbe:
         search = self.search
         reduce = search.trainer.strategy.reduce
         weights = [p for layer in search.gates.layers for p in layer.parameters()]
-        own = torch.tensor(sum(len(rows) for rows, _ in self.rows), device=search.device)
+        own = torch.tensor(sum(map(len, self.rows)), device=search.device)
         supervised_tokens = int(cast(Tensor, reduce(own, reduce_op="sum")))
         try:
             with torch.enable_grad():
                 for p in weights:
                     p.requires_grad_(True)
-                for rows, signal in self.rows:
+                for batch, rows in enumerate(self.rows):
                     search.spent(rows.batch, search.num_layers)
-                    loss = search.divergence(rows, signal, None, LABELS)
+                    loss = search.divergence(rows, self.signal(batch), None, LABELS)
                     (loss * (len(rows) / supervised_tokens)).backward()
             for p in weights:
                 p.grad = cast(Tensor, reduce(p.grad, reduce_op="sum"))

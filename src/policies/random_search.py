@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
@@ -42,14 +42,9 @@ class RandomSearch(OneShot):
         masks = self.draws()
         if len(masks) == 1:
             return self.gates(masks[0])
-        return self.gates(best_of(masks, lambda kept: probe.divergence(self.gates(kept))))
+        return self.gates(best_of(masks, probe.walk([self.gates(kept) for kept in masks], "random masks")))
 
 
-def best_of(masks: Iterable[Kept], measure: Callable[[Kept], float]) -> Kept:
-    """Return the first mask of the lowest measure; NaN never wins against a number."""
-
-    def value(kept: Kept) -> tuple[bool, float]:
-        measured = measure(kept)
-        return math.isnan(measured), measured
-
-    return min(masks, key=value)
+def best_of(masks: Sequence[Kept], values: Sequence[float]) -> Kept:
+    """Return the first mask of the lowest value; NaN never wins against a number."""
+    return masks[min(range(len(masks)), key=lambda i: (math.isnan(values[i]), values[i]))]

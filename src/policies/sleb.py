@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from src.policies.base import Probe
+from src.policies.base import Measure, Probe
 from src.policies.one_shot import OneShot
 from src.policies.random_search import best_of
 
@@ -28,20 +28,21 @@ class SLEB(OneShot):
 
     def __init__(
         self,
-        measure: Literal["cross_entropy", "divergence"] = "cross_entropy",
+        measure: Measure = "cross_entropy",
         always_keep: Iterable[int] = (0, -1),
         **kwargs: Any,
     ) -> None:
         super().__init__(always_keep=always_keep, **kwargs)
-        self.measure = measure
+        self.measure: Measure = measure
 
     def score(self, probe: Probe) -> Tensor:
         """Return the round ``[U]`` in which each unit goes; the target for those that stay."""
-        measure = probe.cross_entropy if self.measure == "cross_entropy" else probe.divergence
         rounds = torch.full((self.units,), float(self.target))
         keep = tuple(range(self.units))
         for number in range(self.target):
-            best = best_of(self.spare(number).shorter(keep), lambda kept: measure(self.gates(kept)))
+            masks = list(self.spare(number).shorter(keep))
+            about = f"greedy, removal {number + 1} of {self.target}"
+            best = best_of(masks, probe.walk([self.gates(kept) for kept in masks], about, self.measure))
             rounds[list(set(keep) - set(best))] = float(number)
             keep = best
         return rounds

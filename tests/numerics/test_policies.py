@@ -12,6 +12,7 @@ import torch
 from src.errors import ConfigError
 from src.policies import BlockInfluence, ConcaveGate, GumbelTopK, Tail, Taylor
 from src.policies import relaxations as R
+from src.policies.base import Probe
 from src.policies.one_shot import Contiguous
 from src.units.spaces import AnyOf
 
@@ -144,7 +145,7 @@ def test_harden_keeps_the_highest_logits_and_the_constrained() -> None:
 def test_a_forced_choice_is_made(form: str, side: str, remove: int, kept: list[int]) -> None:
     """A family whose tail alone may go leaves exactly as many free layers as are to be removed."""
 
-    class Flat:
+    class Flat(Probe):
         def divergence(self, gates_L: torch.Tensor, quick: bool = False) -> float:
             return 0.5
 

@@ -67,7 +67,7 @@ def test_a_mask_is_the_same_from_a_remembered_stream(unit: Unit, every: int | No
     for gates_U in drawn:
         with gates.use(gates_U):
             expected = model(input_ids=ids, attention_mask=padding, use_cache=False).logits
-        with gates.use(gates_U, prefixes=prefixes):
+        with gates.remember(prefixes), gates.use(gates_U):
             found = model(input_ids=ids, attention_mask=padding, use_cache=False).logits
         assert torch.equal(found, expected)
         assert len(prefixes) <= (0 if every is None else 2 * ((len(gates) - 1) // every))
@@ -81,7 +81,7 @@ def test_a_walk_runs_each_edge_of_the_tree_of_masks_once(unit: Unit, shared: int
     hidden(model, ids)
     drawn, before = masks(gates, unit, 2), gates.evaluated
     for gates_U in drawn:
-        with gates.use(gates_U, prefixes=prefixes):
+        with gates.remember(prefixes), gates.use(gates_U):
             hidden(model, ids)
     edges = {tuple(gates_U[: u + 1].tolist()) for gates_U in drawn for u in range(len(gates)) if gates_U[u]}
     assert gates.evaluated - before == shared / gates.each == len(edges) / gates.each

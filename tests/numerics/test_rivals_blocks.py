@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from types import SimpleNamespace
 
 import pytest
 import torch
 
 from src.errors import ConfigError
 from src.policies import ConcaveGate, TinyFusion
+from src.policies.base import Probe
 from src.policies.polish import settle
 from src.policies.tinyfusion import ways_to_keep
 from tests.numerics.test_rivals_gates import additive, learn
@@ -104,9 +104,13 @@ def test_swaps_have_a_worth_for_each_layer_where_logits_are_of_something_else(
     policy.setup(6, 4)
     assert len(policy.logits) != 6
     _, cost = additive(6)
-    probe = SimpleNamespace(divergence=lambda gates, quick=False: float(cost(gates)))
+
+    class Costs(Probe):
+        def divergence(self, gates_L: torch.Tensor, quick: bool = False) -> float:
+            return float(cost(gates_L))
+
     policy.polish = True
-    chosen, figures = settle(policy, probe, ())  # type: ignore[arg-type]
+    chosen, figures = settle(policy, Costs(), ())
     cheapest = sorted(range(6), key=lambda i: float(cost(policy.gates(set(range(6)) - {i}))))
     assert set(range(6)) - set(chosen) == set(cheapest[:4])
     assert figures["kl"] <= figures["kl_learned"]

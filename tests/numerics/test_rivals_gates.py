@@ -10,6 +10,7 @@ from torch import Tensor
 
 from src.errors import ConfigError
 from src.policies import BypassBP, ConcaveGate, HardConcrete, MaskPolicy
+from src.policies.base import Probe
 from src.policies.concave import removed_shares
 
 Cost = Callable[[Tensor], Tensor]
@@ -141,7 +142,7 @@ def test_the_level_has_the_implicit_gradient() -> None:
         assert torch.autograd.gradcheck(lambda h, tau=tau: removed_shares(h, 3, tau), height)
 
 
-class Oracle:
+class Oracle(Probe):
     """A divergence over masks, and the best start by trying all."""
 
     def __init__(self, value: Tensor) -> None:

@@ -30,11 +30,12 @@ from src.policies import (
     Tail,
     Taylor,
 )
+from src.policies.base import Probe
 
 RIVALS = [AngularDistance, BlockInfluence, LayerKL, OneShotPerplexity, Streamline, Tail, Taylor]
 
 
-class Fake:
+class Fake(Probe):
     """A probe with a given residual stream, given weights, and a cost for each layer that is missing."""
 
     def __init__(self, streams: Any = (), costs: Any = (), layers: Any = ()) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from types import SimpleNamespace
 
 import pytest
@@ -112,10 +113,10 @@ def test_polish_reaches_a_local_optimum_and_measures_finalists_only() -> None:
     values = torch.rand(9, generator=torch.Generator().manual_seed(0)).tolist()
     exact: list[tuple[int, ...]] = []
 
-    def measure(keep: tuple[int, ...], quick: bool) -> float:
+    def measure(masks: Sequence[tuple[int, ...]], quick: bool) -> list[float]:
         if not quick:
-            exact.append(keep)
-        return sum(values[i] for i in range(9) if i not in keep)
+            exact.extend(masks)
+        return [sum(values[i] for i in range(9) if i not in keep) for keep in masks]
 
     found = polish((0, 1, 2, 3, 4, 5), AnyOf(9, 6, [0]), measure, [0.0] * 9, finalists=2)
     best = min(itertools.combinations(range(1, 9), 3), key=lambda gone: sum(values[i] for i in gone))
@@ -127,9 +128,9 @@ def test_polish_reaches_a_local_optimum_and_measures_finalists_only() -> None:
 def test_polish_tries_the_swaps_that_the_search_finds_likeliest() -> None:
     worth, tried = [5.0, 1.0, 4.0, 2.0, 3.0, 0.0], []
 
-    def measure(keep: tuple[int, ...], quick: bool) -> float:
-        tried.append(keep)
-        return float(keep != (0, 1, 2, 3))  # no swap helps
+    def measure(masks: Sequence[tuple[int, ...]], quick: bool) -> list[float]:
+        tried.extend(masks)
+        return [float(keep != (0, 1, 2, 3)) for keep in masks]  # no swap helps
 
     assert polish((0, 1, 2, 3), AnyOf(6, 4), measure, worth, swaps=2) == (0, 1, 2, 3)
     # Layer 4 for 1 gains two, 4 for 3 gains one; every other swap loses worth.

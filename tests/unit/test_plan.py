@@ -152,18 +152,21 @@ def test_operations_are_those_of_the_real_model(plan: Make) -> None:
 def test_calibration_counts_what_the_policy_asks(tmp_path: Path) -> None:
     rows, model = 8, write_config(tmp_path / "model.json")
 
-    def passes(init: Any, polish: bool = False, **keys: Any) -> float:
+    def passes(init: Any, polish: bool = False, streams: int = 0, **keys: Any) -> float:
         policy = GumbelTopK(init=init, candidates=1, polish=polish)
-        counted = calibration(MaskSearch(model, policy, calibration_batches=rows, **keys))
+        counted = calibration(MaskSearch(model, policy, calibration_batches=rows, **keys), streams)
         assert counted is not None
         return counted
 
-    signals, soft, hard = 2 * rows, rows, rows * (L - 1) / L
+    signals, soft, hard = rows, rows, rows * (L - 1) / L
     assert passes("zeros", remove=1) == pytest.approx(signals + soft + hard)
-    quick = L * 2 * (L - 1) / L  # each layer bypassed in turn, on a quarter of the rows
+    quick = 2 + L * 2 * (L - 1) / L  # the signal, and each layer bypassed, on a quarter of the rows
     assert passes("kl", remove=1) == pytest.approx(signals + quick + soft + hard)
-    halves = 2 * L * 2 * (2 * L - 1) / (2 * L)  # each half in turn: twice as many, each nearly a whole pass
+    halves = 2 + 2 * L * 2 * (2 * L - 1) / (2 * L)  # each half: twice as many, each nearly a whole pass
     assert passes("kl", remove=1, unit="half") == pytest.approx(signals + halves + soft + hard)
+    shared = 2 + 2 * sum(range(L)) / L  # each begins where the open model's stream is remembered
+    after = passes("kl", remove=1, streams=10**6) - signals - shared - soft
+    assert after in [pytest.approx(rows * left / L) for left in range(L)], "what lies behind its layer"
     several = {"budgets": [1 / L, 2 / L]}
     both = soft + hard + soft + rows * (L - 2) / L  # of each budget the soft mask and the hard one
     assert passes("kl", **several) == pytest.approx(signals + quick + both)

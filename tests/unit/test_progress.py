@@ -1,0 +1,53 @@
+"""Long steps say how far they are: lines where no terminal is, nothing of quick ones, one rank alone."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+from lightning.pytorch.utilities import rank_zero_only
+
+from src import progress
+from src.progress import track
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Seconds that a test sets."""
+    now = [0.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    return now
+
+
+def test_a_long_step_has_lines(clock: list[float], capsys: pytest.CaptureFixture[str]) -> None:
+    seen = []
+    for item in track(range(100), "masks"):
+        seen.append(item)
+        clock[0] += 1.0
+    lines = capsys.readouterr().err.splitlines()
+    assert seen == list(range(100))
+    assert lines == [
+        "masks: 10 of 100, 90 s left",
+        "masks: 40 of 100, 60 s left",
+        "masks: 70 of 100, 30 s left",
+    ]
+
+
+def test_a_quick_step_has_none(clock: list[float], capsys: pytest.CaptureFixture[str]) -> None:
+    assert list(track(range(100), "masks")) == list(range(100))
+    assert capsys.readouterr().err == ""
+
+
+def test_a_terminal_has_a_bar(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    assert list(track(iter("abc"), "letters", 3)) == ["a", "b", "c"]
+    assert "letters" in capsys.readouterr().err
+
+
+def test_other_ranks_are_silent(
+    clock: list[float], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(rank_zero_only, "rank", 1, raising=False)
+    for _ in track(range(100), "masks"):
+        clock[0] += 1.0
+    assert capsys.readouterr().err == ""
