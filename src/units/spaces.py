@@ -219,16 +219,17 @@ class Alternating(Space):
         return (unit % 2 == before % 2) & (unit >= before)
 
     def neighbours(self, kept: Kept) -> Iterator[Kept]:
-        """Another half of its kind in the place of one, or a removed whole layer in the place of a pair.
+        """Another half of its kind in the place of one, or two removed halves in the place of a pair.
 
-        A pair are two halves in a row: without them the others still take turns.
+        The two removed halves lie side by side in the model, in one layer or in two; a pair are two kept
+        halves in a row. Without either the others still take turns.
         """
         gone = sorted(set(range(self.units)) - set(kept))
         swaps: list[tuple[Kept, Kept]] = [
             ((back,), (out,)) for back in gone for out in kept if (back - out) % 2 == 0
         ]
-        layers = [(a, b) for a, b in pairwise(gone) if a % 2 == 0 and b == a + 1]
-        swaps += [(layer, pair) for layer in layers for pair in pairwise(kept)]
+        beside = [(a, b) for a, b in pairwise(gone) if b == a + 1]
+        swaps += [(back, pair) for back in beside for pair in pairwise(kept)]
         for back, out in swaps:
             swapped = sorted({*kept, *back} - {*out})
             if self._chain(swapped):

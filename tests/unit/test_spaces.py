@@ -134,11 +134,14 @@ def test_neighbours_are_legal_and_mutual_and_reach_every_set(space: Space) -> No
 
 
 @pytest.mark.parametrize("layers", range(2, 8))
-def test_the_neighbours_of_whole_layers_hold_all_swaps_of_whole_layers(layers: int) -> None:
+def test_where_two_halves_go_every_cut_is_a_neighbour_of_every_other(layers: int) -> None:
+    """The 2 L - 1 cuts lose two halves that lie side by side, of one layer or of two."""
     space = halves(layers, layers - 1)
-    whole = [tuple(u for u in range(2 * layers) if u // 2 != gone) for gone in range(layers)]
-    for kept in whole:
-        assert set(whole) - {kept} <= set(space.neighbours(kept))
+    cuts = {
+        tuple(u for u in range(2 * layers) if u not in (gone, gone + 1)) for gone in range(2 * layers - 1)
+    }
+    assert set(space) == cuts
+    assert all(set(space.neighbours(kept)) == cuts - {kept} for kept in cuts)
 
 
 @pytest.mark.parametrize("pinned", [(), (6, 7), (3,)])
