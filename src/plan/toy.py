@@ -83,7 +83,8 @@ class CountingProbe(Walker):
         self.renew()
 
     def renew(self) -> None:
-        """Begin as another probe does: it has no teacher's signal, and remembers no stream."""
+        """Begin as another probe does: it has measured nothing, and remembers no stream."""
+        self._known.clear()
         self._memory, self._signals = PrefixMemory(self.layers, self.streams), set[int]()
 
     @property
