@@ -14,12 +14,13 @@ from matplotlib.figure import Figure
 
 from scripts.arena import cells
 from scripts.arena.figures import draw
+from scripts.arena.stages import mask as named_mask
 from scripts.arena.table import page
 from scripts.lab.pages import fill, made, table
 from scripts.lab.results import JSON, read
 from src.files import write_text
 from src.mask import Mask
-from src.report.figures import AMBER, INK, SLATE, TEAL, half_strip, layer_strip, styled, svg, tokens_text
+from src.report.figures import AMBER, INK, SLATE, TEAL, half_strip, styled, svg, tokens_text
 
 HALVES = (0, 1, 2, 5, 6, 7, 8, 11, 12, 13, 14, 15, 16, 19, 20, 21, 22, 23)
 """The mask by hand of docs/units.md, of 12 layers: no result, an example."""
@@ -80,12 +81,22 @@ def main() -> None:
 
 def mask_lines(masks: JSON) -> list[str]:
     """The learned masks beside every mask there is."""
-    best = masks["best"]["kl"]
-    ratios = ", ".join(f"{row['ratio_to_best']:.3f}" for row in masks["learned"])
+    best, halves = masks["best"]["kl"], masks["halves"]
+    ratios, theirs = (
+        ", ".join(f"{row['ratio_to_best']:.3f}" for row in part["learned"]) for part in (masks, halves)
+    )
+    found = named_mask(masks["teacher"], halves["best"]["removed"].split())
+    write_text("docs/figures/halves.svg", svg(half_strip(found)))
     return [
+        f"**Recombined cuts.** The demo's teacher with {found.depth} of {found.num_layers} layers, not recovered: "
+        f"held-out KL {halves['best']['kl']:.4f} for the best of all {halves['masks']:,} recombined cuts, "
+        f"{best:.4f} for the best of all {masks['masks']:,} cuts of whole layers: "
+        f"{1 - halves['best_over_best_layer']:.0%} less. The learned cut over the best, per seed: {theirs}. "
+        f"`make mask-quality`.",
+        "",
         f"**Masks.** Held-out KL of the learned mask over the best of all {masks['masks']:,} masks, "
         f"per seed: {ratios}. The median mask has {masks['median_kl'] / best:.0f} times the best KL, "
-        f"best contiguous {masks['best_contiguous']['kl'] / best:.2f} times. `make mask-quality`."
+        f"best contiguous {masks['best_contiguous']['kl'] / best:.2f} times. `make mask-quality`.",
     ]
 
 
@@ -158,9 +169,7 @@ def fight_lines(fight: JSON, ratio: float = 0.25) -> list[str]:
 
 def demo_lines(demo: JSON) -> list[str]:
     """Table of the headline, and its figures."""
-    layers = layer_strip(demo["teacher"]["layers"], demo["rows"][0]["runs"][0]["removed"])
-    for name, figure in (("headline", curve(demo)), ("layers", layers)):
-        write_text(f"docs/figures/{name}.svg", svg(figure))
+    write_text("docs/figures/headline.svg", svg(curve(demo)))
     teacher, rows = demo["teacher"], []
     for row in sorted(demo["rows"], key=lambda row: spent(demo, row["runs"][0])):
         scores = [100 * run["recovered"]["exact_match"] for run in row["runs"]]
