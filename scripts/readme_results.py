@@ -88,7 +88,7 @@ def mask_lines(masks: JSON) -> list[str]:
     found = named_mask(masks["teacher"], halves["best"]["removed"].split())
     write_text("docs/figures/halves.svg", svg(half_strip(found)))
     return [
-        f"**Recombined cuts.** The demo's teacher with {found.depth} of {found.num_layers} layers, not recovered: "
+        f"**Recombined cuts.** Demo's teacher, {found.depth} of {found.num_layers} layers, not recovered: "
         f"held-out KL {halves['best']['kl']:.4f} for the best of all {halves['masks']:,} recombined cuts, "
         f"{best:.4f} for the best of all {masks['masks']:,} cuts of whole layers: "
         f"{1 - halves['best_over_best_layer']:.0%} less. The learned cut over the best, per seed: {theirs}. "
