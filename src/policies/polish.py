@@ -17,7 +17,7 @@ def settle(policy: MaskPolicy, probe: Probe, recent: Sequence[Kept]) -> tuple[Ke
     """Choose the search's final mask on held-out rows, within what the policy allows.
 
     Its ``candidates`` says how many recent masks compete, its ``polish`` whether the best is improved by
-    swaps; then so are the further starts of its space, and the best end wins.
+    swaps; then further starts, which its space knows, compete too.
 
     Args:
         policy: the policy at the end of its run.
@@ -37,15 +37,13 @@ def settle(policy: MaskPolicy, probe: Probe, recent: Sequence[Kept]) -> tuple[Ke
     assert policy.space.legal(learned), "a policy must harden to a set of its space"
     soft = probe.divergence(policy.keep_probabilities().to(policy.logits))
 
-    def best_of(masks: Sequence[Kept]) -> Kept:
-        divergences = dict(zip(masks, measure(masks), strict=True))
-        return min(masks, key=divergences.__getitem__)
-
-    chosen = best = best_of([*reversed(recent), learned])
+    worth = policy.worth()
+    competing = [*reversed(recent), learned]
     if policy.polish:
-        worth = policy.worth()
-        starts = [best, *policy.space.starts(torch.tensor(worth))]
-        chosen = best_of([polish(start, policy.space, measure, worth) for start in starts])
+        competing += policy.space.starts(torch.tensor(worth))
+    divergences = dict(zip(competing, measure(competing), strict=True))
+    best = min(competing, key=divergences.__getitem__)
+    chosen = polish(best, policy.space, measure, worth) if policy.polish else best
     kl, kl_learned, kl_best = measure([chosen, learned, best])
     return chosen, {
         "kl": kl,

@@ -236,7 +236,7 @@ class Alternating(Space):
                 yield tuple(swapped)
 
     def starts(self, scores: Tensor) -> Iterator[Kept]:
-        """The best whole layers: a walk from halves chosen apart often ends early, one from these seldom."""
+        """The best whole layers: nearer to the best halves than many halves that were chosen apart."""
         layers = AnyOf(self.units // 2, self.keep // 2, {unit // 2 for unit in self.pinned})
         if len(layers.pinned) > layers.keep:
             return
