@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 from lightning import Callback, LightningModule, Trainer
 from safetensors.torch import save_file
@@ -13,6 +13,9 @@ from src.data.distinct import Distinct
 from src.files import whole, write_json
 from src.mask import git_sha
 from src.training.ranks import from_all
+
+if TYPE_CHECKING:
+    from src.training.stage import Stage
 
 
 class StageRecord(Callback):
@@ -43,7 +46,7 @@ class StageRecord(Callback):
 
     def on_fit_end(self, trainer: Trainer, module: LightningModule) -> None:
         path = Path(self.path or Path(trainer.log_dir or ".") / "record.json")  # log_dir asks all ranks
-        read = Distinct().unite(from_all(module.read.sample))
+        read = Distinct().unite(from_all(cast("Stage", module).read.sample))
         if trainer.interrupted or not trainer.is_global_zero:
             return
         record = {

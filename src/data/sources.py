@@ -14,6 +14,7 @@ import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import fsspec
 from datasets import (
@@ -69,8 +70,8 @@ def open_source(source: Source, share: int, shares: int) -> IterableDataset:
     if files is None and Path(source.path).is_dir():
         open_saved(source.path, source.split)  # complains now rather than at the first row
         saved = {"path": source.path, "split": source.split, "rows": source.rows}
-        dealt = {"share": share, "shares": shares}
-        return IterableDataset.from_generator(read_saved, gen_kwargs={**saved, **dealt})
+        own = {"share": share, "shares": shares}
+        return IterableDataset.from_generator(read_saved, gen_kwargs={**saved, **own})
     if files is None:
         data = _hub(source) if source.rows is None else _hub(source).take(source.rows)
         return split_dataset_by_node(data, rank=share, world_size=shares)
@@ -78,7 +79,7 @@ def open_source(source: Source, share: int, shares: int) -> IterableDataset:
         files, share, shares = files[share::shares], 0, 1
     # Of a list each entry is read on its own; what counts rows over all files wants them together.
     together = list if source.rows is None else tuple
-    keys = {"files": together(enumerate(files)), "share": share, "shares": shares}
+    keys: dict[str, Any] = {"files": together(enumerate(files)), "share": share, "shares": shares}
     keys |= {"format": source.format, "most": source.rows}
     return IterableDataset.from_generator(read_files, gen_kwargs=keys)
 

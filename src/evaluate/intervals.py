@@ -11,7 +11,7 @@ Shapes: R resamples, S seeds, I items (problems).
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,9 +28,9 @@ MANY = 10_000
 
 @lru_cache(maxsize=16)
 def shares(count: int, stream: int, resamples: int = RESAMPLES) -> Array:
-    """Share ``[R, count]`` of each of ``count`` things in each resample of them."""
+    """Return the share ``[R, count]`` of each of ``count`` items in each of R resamples of them."""
     rng = np.random.default_rng([SEED, stream])
-    drawn: Any = rng.multinomial(count, np.full(count, 1 / count), size=resamples)
+    drawn = rng.multinomial(count, np.full(count, 1 / count), size=resamples).astype(np.float64)
     return drawn / count
 
 

@@ -61,7 +61,7 @@ class Run:
     gates: Record
     recover: Record
     benchmark: Record
-    read: dict[str, Tensor]
+    rows: dict[str, Tensor]
 
     @classmethod
     def read(cls, directory: Path) -> Run:
@@ -84,7 +84,7 @@ class Run:
             gates=_read(directory / "search" / "gates.json"),
             recover=_read(directory / "recover" / "record.json"),
             benchmark=_read(directory / "benchmark.json"),
-            read=_rows(directory),
+            rows=_rows(directory),
         )
 
 
@@ -135,9 +135,9 @@ def gather(run: Run) -> Record:
         _add(models, key, costs)
     stages_of = {"cut": ["search"], recovered: ["search", "recover"]}
     text = {
-        name: Distinct().unite(run.read[stage] for stage in needed).tokens
+        name: Distinct().unite(run.rows[stage] for stage in needed).tokens
         for name, needed in stages_of.items()
-        if all(stage in run.read for stage in needed)
+        if all(stage in run.rows for stage in needed)
     }
     _add(models, "distinct_tokens", text)
     last = models[-1]
