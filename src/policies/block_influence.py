@@ -12,5 +12,7 @@ from src.policies.scores import block_influence
 class BlockInfluence(OneShot):
     """Scores a layer by ``1 - mean cos(h_l, h_{l+1})`` over the real tokens, in one forward pass."""
 
+    any_count = True
+
     def score(self, probe: Probe) -> Tensor:
         return block_influence(probe, self.num_layers)

@@ -29,7 +29,6 @@ class Exhaustive(OneShot):
         self.limit = limit
 
     works_on = ("layer", "half")
-    any_count = False
 
     def setup(self, num_layers: int, remove: int, pinned: Iterable[int] = (), unit: Unit = "layer") -> None:
         super().setup(num_layers, remove, pinned, unit)

@@ -13,6 +13,7 @@ class LayerKL(OneShot):
     """Scores a unit by the KL from the teacher without it alone, on the rows that start Gumbel-TopK."""
 
     works_on = ("layer", "half")
+    any_count = True
 
     def score(self, probe: Probe) -> Tensor:
         return unit_kl(probe, self.units)

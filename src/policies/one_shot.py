@@ -33,7 +33,6 @@ class OneShot(MaskPolicy):
     """
 
     needs_gradient = False
-    any_count = True
 
     def score(self, probe: Probe) -> Tensor:
         """Return scores ``[U]``; the higher, the more a unit matters."""
@@ -56,8 +55,6 @@ class Contiguous(OneShot):
 
     Only runs of which every layer may be removed compete. A subclass measures the change.
     """
-
-    any_count = False
 
     def setup(self, num_layers: int, remove: int, pinned: Iterable[int] = (), unit: Unit = "layer") -> None:
         """Set up as the base class does.

@@ -16,6 +16,7 @@ class OneShotPerplexity(OneShot):
     """
 
     works_on = ("layer", "half")
+    any_count = True
 
     def score(self, probe: Probe) -> Tensor:
         scores = torch.zeros(self.units)

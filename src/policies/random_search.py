@@ -26,7 +26,6 @@ class RandomSearch(OneShot):
     """
 
     works_on = ("layer", "half")
-    any_count = False
 
     @checked
     def __init__(self, masks: Count = 1, **kwargs: Any) -> None:

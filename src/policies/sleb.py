@@ -25,6 +25,7 @@ class SLEB(OneShot):
     """
 
     works_on = ("layer", "half")
+    any_count = True
 
     def __init__(
         self,

@@ -21,6 +21,8 @@ class Tail(OneShot):
         kwargs: ``seed``, ``candidates``, ``polish`` of the base class.
     """
 
+    any_count = True
+
     def __init__(self, keep_last: bool = False, always_keep: Iterable[int] = (), **kwargs: Any) -> None:
         super().__init__(always_keep=[*always_keep, *([-1] if keep_last else [])], **kwargs)
 

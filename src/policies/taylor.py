@@ -27,6 +27,7 @@ class Taylor(OneShot):
         kwargs: ``seed``, ``candidates``, ``polish`` of the base class.
     """
 
+    any_count = True
     differentiates_weights = True
 
     def __init__(self, plus: bool = False, always_keep: Iterable[int] = (), **kwargs: Any) -> None:

@@ -17,7 +17,7 @@ from src.mask import Unit
 from src.models.constraints import Constraints
 from src.plan.toy import CountingProbe, Toy
 from src.policies import SLEB, GumbelTopK, MaskPolicy
-from src.policies.one_shot import Contiguous, OneShot
+from src.policies.one_shot import OneShot
 from src.search import MaskSearch
 from src.units.amount import Amount
 from tests.numerics.test_search import batch, search
@@ -154,7 +154,7 @@ def test_layers_that_a_family_pins_are_those_of_each_count(teacher_dir: str) -> 
 
 CHOOSERS = [each for each in vars(policies).values()
             if isinstance(each, type) and issubclass(each, MaskPolicy)
-            and not each.any_count and each not in (MaskPolicy, OneShot, Contiguous)]  # fmt: skip
+            and not each.any_count and each not in (MaskPolicy, OneShot)]  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", CHOOSERS)
