@@ -26,6 +26,7 @@ from src.models.costs import NEW, PROMPT, flops, parameters
 from src.models.decoding import step
 from src.models.layers import num_layers, text_config
 from src.ranges import positive
+from src.training.progress import track
 
 PHASES = ("prefill", "decode")
 
@@ -70,7 +71,8 @@ def compare(
     ids_BT = ids_BT.to(models[0].device)
     work = torch.tensor([flops(model, ids_BT, new_tokens) for model in models], dtype=torch.float64)
     race(models, ids_BT, new_tokens)  # warm-up, after that of the counting
-    seconds = torch.stack([race(models, ids_BT, new_tokens) for _ in range(repeats)])
+    turns = track(range(repeats), f"repeats at batch size {batch_size}")
+    seconds = torch.stack([race(models, ids_BT, new_tokens) for _ in turns])
     tokens = torch.tensor([batch_size * prompt_tokens, batch_size * new_tokens])
     speeds, ratios, ideals = tokens / seconds, seconds[:, :1] / seconds, work[0] / work
     return [

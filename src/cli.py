@@ -63,7 +63,7 @@ def run(argv: list[str]) -> Any:
         return importlib.import_module(TOOLS[argv[0]][0]).main(argv[1:])
     if argv[0] not in VERBS:
         raise ConfigError(f"unknown verb '{argv[0]}'.{did_you_mean(argv[0], [*VERBS, *TOOLS])}\n{_help()}")
-    from src.callbacks import StopOnSignal
+    from src.callbacks import ProgressLines, StopOnSignal
     from src.training.arguments import PruneCLI, SaveConfig, ShortErrors
     from src.training.trainer import Trainer
 
@@ -71,7 +71,7 @@ def run(argv: list[str]) -> Any:
         args=argv,
         parser_class=ShortErrors,
         trainer_class=Trainer,
-        trainer_defaults={"callbacks": [StopOnSignal()], "enable_model_summary": False},
+        trainer_defaults={"callbacks": [StopOnSignal(), ProgressLines()], "enable_model_summary": False},
         save_config_callback=SaveConfig,
         auto_configure_optimizers=False,
         subclass_mode_model=True,

@@ -24,6 +24,7 @@ from src.models.layers import num_layers
 from src.models.loading import Dtype, load_model
 from src.models.vocabulary import check_vocabulary
 from src.ranges import Range
+from src.training.progress import waiting
 
 
 class Parser(argparse.ArgumentParser):
@@ -47,6 +48,7 @@ class Parser(argparse.ArgumentParser):
         )
 
 
+@waiting("the model is loaded")
 def load(name: str, args: argparse.Namespace) -> PreTrainedModel:
     """Load a model as the options of :meth:`Parser.add_model_options` say.
 

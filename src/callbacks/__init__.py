@@ -3,6 +3,7 @@
 from src.callbacks.anneal import PruningCurriculum, TemperatureAnnealing
 from src.callbacks.harden import HardenMask
 from src.callbacks.last import LastCheckpoint
+from src.callbacks.lines import ProgressLines
 from src.callbacks.monitor import SearchMonitor, Throughput
 from src.callbacks.recompute import CheckpointActivations
 from src.callbacks.record import StageRecord
@@ -12,6 +13,7 @@ __all__ = [
     "CheckpointActivations",
     "HardenMask",
     "LastCheckpoint",
+    "ProgressLines",
     "PruningCurriculum",
     "SearchMonitor",
     "StageRecord",

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from src.errors import ConfigError
 from src.models.decoding import step
+from src.training.progress import track
 
 _SHRINK = 0.8
 """Rows that are done leave the batch when at most this share is still going: leaving copies the cache."""
@@ -74,7 +75,7 @@ def greedy(
     """
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     texts: list[list[int]] = [[] for _ in prompts]
-    for start in range(0, len(order), batch_size):
+    for start in track(range(0, len(order), batch_size), "batches of answers"):
         rows = order[start : start + batch_size]
         batch = _greedy_batch(model, [prompts[i] for i in rows], max_new_tokens, stop, pad)
         for i, text in zip(rows, batch, strict=True):

@@ -19,6 +19,7 @@ from src.errors import ConfigError
 from src.evaluate.intervals import interval
 from src.losses.signals import FLOOR
 from src.models.vocabulary import within
+from src.training.progress import track
 
 ROW_SUMS = ("loss", "teacher_loss", "kl", "agreement", "tokens")
 """Columns of :func:`row_sums`."""
@@ -77,7 +78,7 @@ def row_sums(
 ) -> Tensor:
     """Sum the figures of :func:`held_out` over each row: ``[rows, 5]`` float64, columns :data:`ROW_SUMS`."""
     rows = [torch.zeros(0, len(ROW_SUMS), dtype=torch.float64)]
-    for batch in batches:
+    for batch in track(batches, "batches of text"):
         batch = {key: value.to(student.device) for key, value in batch.items()}
         labels_BT = batch.pop("labels")[:, 1:]
         judged_BT = labels_BT != -100

@@ -24,9 +24,11 @@ from src.models.claims import is_tied
 from src.models.cut import cut, renamed, sources
 from src.models.cut_config import attention_implementation
 from src.models.layers import decoder_layers
+from src.training.progress import waiting
 from src.units.kinds import KINDS
 
 
+@waiting("the export is proven")
 def prove(
     directory: Path,
     parent: PreTrainedModel,

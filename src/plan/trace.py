@@ -28,6 +28,7 @@ from src.plan.steps import STEPS, PlannedTeacher
 from src.plan.weights import Weights, tensors
 from src.recover import Recovery
 from src.search import MaskSearch
+from src.training.progress import waiting
 from src.training.stage import Stage
 
 
@@ -56,6 +57,7 @@ class Trace:
     step: dict[str, int] = field(default_factory=dict)
 
 
+@waiting("a step is run without data")
 def trace(module: LightningModule, batch: Batch, gpu: bool) -> Trace:
     """Build the models of a stage without weights and run its step once; the module is spent.
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from src.models.prefixes import Front, Prefixes, PrefixMemory
 from src.policies.base import Measure, Probe
-from src.progress import track
+from src.training.progress import track
 
 
 class Walker(Probe):

@@ -36,6 +36,7 @@ from src.data.batches import Batch
 from src.models.layers import decoder_layers, first
 from src.repair.stream import run
 from src.repair.writers import stream_writer
+from src.training.progress import track
 
 
 class Regression:
@@ -121,7 +122,7 @@ def fold(
         writer.watch(lambda features: last.update(a=features)),
     ]
     try:
-        for batch in batches:
+        for batch in track(batches, "calibration batches"):
             real_N = run(student, batch)
             h_BTH, a_NF = last["h"], last["a"].flatten(0, -2)[real_N]
             target_NH = target(batch, h_BTH).flatten(0, 1)[real_N].double()

@@ -34,6 +34,7 @@ from src.models.positions import position_limit
 from src.ranges import Count, Natural, NonNegative, Positive, checked
 from src.repair.fold import Repair, fold
 from src.repair.stream import Junction, Mode, StreamRepair, inputs, junctions, matrices, repaired, run
+from src.training.progress import track
 
 Goal = Literal["parent", "rotate", "diag"]
 TOP = 50
@@ -208,7 +209,7 @@ def distil(
     schedule = CosineAnnealingLR(optimizer, steps, eta_min=lr / 20)
     order = random.Random(0).sample(list(calibration), len(calibration))
     with repaired(student, places, repairs):
-        for batch in islice(cycle(order), steps):
+        for batch in track(islice(cycle(order), steps), "steps of the repair", steps):
             fed = {key: value.to(student.device) for key, value in batch.items()}
             index_N = supervised(fed["labels"])
             with torch.no_grad():

@@ -28,6 +28,7 @@ from src.data.batches import Batch, real
 from src.mask import Mask
 from src.models.layers import decoder_layers, text_config
 from src.repair.hadamard import hadamard
+from src.training.progress import track
 
 Mode = Literal["rotate", "diag"]
 
@@ -129,7 +130,7 @@ def scales(
     ends = [(p.start, p.end) for p in places]
     sums_2JH = torch.zeros((), dtype=torch.float64)
     with inputs(parent, [i for pair in ends for i in pair]) as streams:
-        for batch in batches:
+        for batch in track(batches, "calibration batches"):
             real_N = run(parent, batch)
 
             def magnitude(index: int, real_N: Tensor = real_N) -> Tensor:

@@ -19,6 +19,7 @@ from src.models.vocabulary import check_vocabulary
 from src.training import identity
 from src.training.data import Data, data_of
 from src.training.finite import FiniteOnly
+from src.training.progress import waiting
 from src.training.ranks import from_all
 from src.training.strategies import kind
 
@@ -68,6 +69,7 @@ class Stage(LightningModule):
         """Hub revision that is asked for."""
         return self.loading.revision
 
+    @waiting("the model is loaded")
     def load(self, dtype: Dtype | None = None) -> PreTrainedModel:
         """Load the model, in ``dtype`` if one is given; set the fingerprint of its weights."""
         model = replace(self.loading, dtype=dtype or self.loading.dtype).load(self.name)

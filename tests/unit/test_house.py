@@ -14,7 +14,7 @@ SOURCES = sorted(Path("src").rglob("*.py"))
 TREES = {path: ast.parse(path.read_text()) for path in SOURCES}
 
 STOREYS = [
-    ("errors", "files", "progress", "ranges", "mask"),
+    ("errors", "files", "ranges", "mask"),
     ("units", "models", "data", "losses", "training", "cache", "optim"),
     ("policies",),
     ("search", "recover", "pretrain", "teachers", "callbacks", "repair", "linear_patch"),

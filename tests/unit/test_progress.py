@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import sys
+import time
 
 import pytest
 from lightning.pytorch.utilities import rank_zero_only
 
-from src import progress
-from src.progress import track
+from src.training import progress
+from src.training.progress import Lines, track, waiting
 
 
 @pytest.fixture
@@ -51,3 +52,30 @@ def test_other_ranks_are_silent(
     for _ in track(range(100), "masks"):
         clock[0] += 1.0
     assert capsys.readouterr().err == ""
+
+
+def test_a_run_without_an_end_says_what_is_done(
+    clock: list[float], capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = Lines("steps")
+    clock[0] = 11.0
+    lines.tell(3, float("inf"), ", train/kl 0.5")
+    lines.tell(4, float("inf"))
+    assert capsys.readouterr().err == "steps: 3, train/kl 0.5\n"
+
+
+def test_a_step_without_parts_says_that_it_still_runs(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(progress, "EVERY", 0.01)
+
+    @waiting("the proof")
+    def prove() -> int:
+        time.sleep(0.2)
+        return 7
+
+    assert prove() == 7
+    told = capsys.readouterr().err
+    assert told.startswith("the proof: 0 s\n")
+    time.sleep(0.05)
+    assert capsys.readouterr().err == "", "nothing is said behind it"

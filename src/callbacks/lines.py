@@ -1,0 +1,36 @@
+"""Lines on the error stream instead of Lightning's bar, where that is no terminal."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from lightning import Callback, LightningModule, Trainer
+
+from src.training.progress import Lines
+from src.training.schedules import total_steps
+
+
+class ProgressLines(Callback):
+    """Says now and then how far a run is, with what its bar would show; a run without a bar says nothing."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self.wanted = trainer.progress_bar_callback is not None and not sys.stderr.isatty()
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.lines, self.before = Lines("steps"), trainer.global_step
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        if self.wanted:
+            figures = [f"{key} {float(value):.4g}" for key, value in trainer.progress_bar_metrics.items()]
+            steps = total_steps(trainer) - self.before
+            self.lines.tell(trainer.global_step - self.before, steps, "".join(f", {f}" for f in figures))
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.lines = Lines("batches")
+
+    def on_predict_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, *_: Any
+    ) -> None:
+        if self.wanted:
+            self.lines.tell(batch_idx + 1, sum(map(float, trainer.num_predict_batches)))
