@@ -120,13 +120,9 @@ def prepare(family: str, folder: Path) -> Row:
     def save(name: str, student: PreTrainedModel, mask: Mask, expected: Observation) -> None:
         student.save_pretrained(folder / name)
         Reference(
-            expected=expected,
-            ids_BT=ids_BT,
-            weights=predicted_weights(model, student, mask),
-            layers=len(mask.keep),
-            tied=is_tied(student),
-            attention=attention_implementation(model.config),
-        ).save(folder / f"{name}.reference")
+            expected=expected, ids_BT=ids_BT, weights=predicted_weights(model, student, mask),
+            layers=len(mask.keep), tied=is_tied(student), attention=attention_implementation(model.config),
+        ).save(folder / f"{name}.reference")  # fmt: skip
 
     for number, mask in enumerate(map(mask_of, drawn)):
         expected = observe_gated(model, mask, ids_BT)
@@ -135,9 +131,8 @@ def prepare(family: str, folder: Path) -> Row:
         save(str(number), cut(model, mask), mask, expected)
     if not row["masks"]:
         return row | {"result": "refused", "reason": limits.reason}
-    save(
-        "control", model, mask_of(range(length)), everything
-    )  # what fails on the parent is not the cut's fault
+    # What fails on the parent is not the cut's fault.
+    save("control", model, mask_of(range(length)), everything)
     return row
 
 
@@ -149,9 +144,8 @@ def check(folder: Path) -> dict[str, list[Row]]:
 
 def verdict(masks: list[Row], findings: dict[str, list[Row]]) -> Row:
     """Judge the findings on the exports, with those on the parent as the control."""
-    failed = {
-        name: [f"{f['check']}: {f['detail']}" for f in fs if not f["passed"]] for name, fs in findings.items()
-    }
+    wrong_of = {name: [f for f in fs if not f["passed"]] for name, fs in findings.items()}
+    failed = {name: [f"{f['check']}: {f['detail']}" for f in fs] for name, fs in wrong_of.items()}
     if control := failed.pop("control"):
         return {"result": "refused", "reason": f"a saved parent does not load as it was: {control[0]}"}
     for number, mask in enumerate(masks):

@@ -110,11 +110,9 @@ def gradients(model: PreTrainedModel) -> dict[str, Any]:
         exact = gate_gradient(model.float(), batch, layers, True)
     finally:
         torch.use_deterministic_algorithms(False)
-    return {
-        "gradient_repeats": torch.equal(lean, again),
-        "gradient_of_closed_layers_exact": torch.equal(lean, full),
-        "gradient_error": float((lean - exact).norm() / exact.norm()),
-    }
+    exactly = {"gradient_repeats": again, "gradient_of_closed_layers_exact": full}
+    error = float((lean - exact).norm() / exact.norm())
+    return {**{name: torch.equal(lean, other) for name, other in exactly.items()}, "gradient_error": error}
 
 
 def gate_gradient(model: PreTrainedModel, batch: dict[str, Tensor], layers: int, skip: bool) -> Tensor:

@@ -115,10 +115,8 @@ def leaves(value: Any, name: str = "") -> dict[str, Any]:
 
 def digests(tensors: dict[str, Tensor]) -> dict[str, str]:
     """A digest of each tensor: type, shape and bytes."""
-    return {
-        name: f"{t.dtype}{list(t.shape)}{hashlib.sha256(t.contiguous().numpy().tobytes()).hexdigest()[:16]}"
-        for name, t in tensors.items()
-    }
+    raw = {name: (t, t.contiguous().numpy().tobytes()) for name, t in tensors.items()}
+    return {n: f"{t.dtype}{list(t.shape)}{hashlib.sha256(b).hexdigest()[:16]}" for n, (t, b) in raw.items()}
 
 
 def written(out: Path) -> dict[str, dict[str, Any]]:

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from src.data.arithmetic import build_tokenizer, problems
 from src.data.documents import Columns
-from src.data.judging import batches, encode, read_rows
+from src.data.judging import batches, judged, read_rows
 from src.errors import ConfigError
 from src.evaluate.generate import greedy, stop_tokens
 from src.evaluate.verb import exact_match, flips, held_out, main
@@ -86,7 +86,7 @@ def test_stop_tokens_are_the_tokenizers_and_all_of_the_checkpoints(
 
 def test_held_out_is_the_mean_over_supervised_tokens(models, tokenizer, rows) -> None:
     student, teacher = models
-    encoded = encode(tokenizer, rows, QA)
+    encoded = judged(tokenizer, rows, QA).rows
     kl, agree, loss, tokens = 0.0, 0, 0.0, 0
     for row in rows:  # one at a time, in the plainest way
         head, tail = tokenizer([row["question"] + "\n", row["answer"] + "<eos>"]).input_ids
@@ -98,24 +98,24 @@ def test_held_out_is_the_mean_over_supervised_tokens(models, tokenizer, rows) ->
         loss -= float(q[torch.arange(len(tail)), tail].log().sum())
         tokens += len(tail)
     for size, chunk in ((1, 1024), (5, 7)):
-        judged = held_out(student, teacher, batches(encoded, size, 0), chunk)
-        assert judged["tokens"] == tokens
-        assert judged["agreement"] == agree / tokens
-        assert judged["kl"] == pytest.approx(kl / tokens, rel=1e-5)
-        assert judged["loss"] == pytest.approx(loss / tokens, rel=1e-5)
-        assert judged["perplexity"] == pytest.approx(math.exp(loss / tokens), rel=1e-4)
+        figures = held_out(student, teacher, batches(encoded, size, 0), chunk)
+        assert figures["tokens"] == tokens
+        assert figures["agreement"] == agree / tokens
+        assert figures["kl"] == pytest.approx(kl / tokens, rel=1e-5)
+        assert figures["loss"] == pytest.approx(loss / tokens, rel=1e-5)
+        assert figures["perplexity"] == pytest.approx(math.exp(loss / tokens), rel=1e-4)
 
 
 def test_a_model_judged_beside_itself_is_perfect(models, tokenizer, rows) -> None:
     teacher = models[1]
-    text = batches(encode(tokenizer, rows, QA, "all"), 4, 0)
-    judged = held_out(teacher, teacher, text)
-    assert (judged["kl"], judged["agreement"]) == (0.0, 1.0)
-    assert judged["loss"] == judged["teacher_loss"]
+    text = batches(judged(tokenizer, rows, QA, "all").rows, 4, 0)
+    figures = held_out(teacher, teacher, text)
+    assert (figures["kl"], figures["agreement"]) == (0.0, 1.0)
+    assert figures["loss"] == figures["teacher_loss"]
 
 
 def test_rows_without_supervised_tokens_are_refused(models, tokenizer, rows) -> None:
-    text = batches(encode(tokenizer, rows, QA, max_length=3), 4, 0)
+    text = batches(judged(tokenizer, rows, QA, max_length=3).rows, 4, 0)
     with pytest.raises(ConfigError, match="max-length"):
         held_out(models[0], None, text)
 
