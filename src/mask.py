@@ -15,8 +15,10 @@ from typing import Any, Literal, get_args
 from src.errors import ConfigError, did_you_mean
 from src.files import read_json, write_json
 
-Unit = Literal["layer", "half"]
+Unit = Literal["layer", "half", "kv_group", "channel"]
 HALVES = ("attention", "feed_forward")
+WIDE = {"kv_group": "KV groups", "channel": "channels"}
+"""Units of which a mask removes as many from each layer, and their name in words."""
 
 
 def _whole(value: Any) -> bool:
@@ -36,8 +38,12 @@ FIELDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "model": ("text", _text),
     "num_layers": ("a whole number", lambda v: type(v) is int),
     "keep": (
-        "a list of whole numbers, or one for each of attention and feed_forward",
-        lambda v: _whole(v) or (isinstance(v, dict) and set(v) == {*HALVES} and all(map(_whole, v.values()))),
+        "a list of whole numbers, one for each of attention and feed_forward, or one for each layer",
+        lambda v: (
+            _whole(v)
+            or (isinstance(v, dict) and set(v) == {*HALVES} and all(map(_whole, v.values())))
+            or (isinstance(v, list) and all(map(_whole, v)))
+        ),
     ),
     "unit": (f"one of {', '.join(get_args(Unit))}", lambda v: v in get_args(Unit)),
     "method": ("text", _text),
@@ -46,6 +52,7 @@ FIELDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "git_sha": OPTIONAL_TEXT,
     "fingerprint": OPTIONAL_TEXT,
     "tokens_seen": ("a whole number", lambda v: type(v) is int),
+    "width": ("a whole number or null", lambda v: v is None or type(v) is int),
     "metrics": (
         "figures by name",
         lambda v: isinstance(v, dict) and all(type(x) in (int, float) for x in v.values()),
@@ -63,14 +70,16 @@ class Mask:
         revision: its Hub revision, or None.
         num_layers: layers of the parent.
         keep: kept units, 0-based, rising: layers, or halves, where 2 l is the attention of layer l and
-            2 l + 1 its feed-forward. The file lists the layers of both kinds of half.
+            2 l + 1 its feed-forward; or units of width, where l W + w is unit w of layer l. The file
+            lists the layers of both kinds of half, and the units of each layer.
         method: name of the policy that chose them.
         seed: seed of the search, or None.
         git_sha: commit of the code.
         tokens_seen: corpus tokens the search consumed.
         metrics: figures of the search, such as the held-out KL.
-        unit: what is kept: ``layer`` or ``half``.
+        unit: what is kept: ``layer``, ``half``, ``kv_group`` or ``channel``.
         fingerprint: of the parent's weights (:func:`src.models.fingerprint.weights_fingerprint`), or None.
+        width: units in each layer of the parent, W, of a mask of width; else None.
     """
 
     model: str
@@ -84,9 +93,17 @@ class Mask:
     metrics: dict[str, float] = field(default_factory=dict)
     unit: Unit = "layer"
     fingerprint: str | None = None
+    width: int | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "keep", tuple(self.keep))
+        if (self.width is not None) is not self.wide:
+            raise ConfigError(
+                f"mask: width is {self.width} with unit '{self.unit}'; it is the number of units in a layer "
+                f"where these are {' or '.join(WIDE)}, and null elsewhere."
+            )
+        if self.wide:
+            self._check_width()
         for kept in {self.attention, self.feed_forward}:
             if not kept or list(kept) != sorted(set(kept)):
                 raise ConfigError(f"mask: keep must be a rising list of layers, found {list(kept)}.")
@@ -98,19 +115,45 @@ class Mask:
                 f"found attention of {list(self.attention)} and feed-forward of {list(self.feed_forward)}."
             )
 
+    def _check_width(self) -> None:
+        inside = all(0 <= unit < self.units for unit in self.keep)
+        counts = {len(kept) for kept in self.by_layer} if inside else set()
+        if list(self.keep) != sorted(set(self.keep)) or len(counts) != 1 or 0 in counts:
+            raise ConfigError(
+                f"mask: keep must hold a rising list for each of {self.num_layers} layers, all as long, of "
+                f"{WIDE[self.unit]} in 0..{(self.width or 0) - 1}; found lists of {sorted(counts)} units."
+            )
+
+    @property
+    def wide(self) -> bool:
+        """Whether units are parts of the width, and every layer stays."""
+        return self.unit in WIDE
+
+    @property
+    def by_layer(self) -> list[list[int]]:
+        """Of a mask of width, the kept units of each layer, each counted from 0."""
+        kept: list[list[int]] = [[] for _ in range(self.num_layers)]
+        for unit in self.keep:
+            kept[unit // (self.width or 1)].append(unit % (self.width or 1))
+        return kept
+
     @property
     def units(self) -> int:
         """Number of units of the parent."""
-        return self.num_layers * (2 if self.unit == "half" else 1)
+        return self.num_layers * (self.width or (2 if self.unit == "half" else 1))
 
     @property
     def attention(self) -> tuple[int, ...]:
         """For each layer of the cut model, the layer of the parent whose attention it has."""
+        if self.wide:
+            return tuple(range(self.num_layers))
         return self.keep if self.unit == "layer" else tuple(u // 2 for u in self.keep if u % 2 == 0)
 
     @property
     def feed_forward(self) -> tuple[int, ...]:
         """For each layer of the cut model, the layer of the parent whose feed-forward it has."""
+        if self.wide:
+            return self.attention
         return self.keep if self.unit == "layer" else tuple(u // 2 for u in self.keep if u % 2)
 
     @property
@@ -119,13 +162,17 @@ class Mask:
         return len(self.attention)
 
     @property
-    def kept(self) -> tuple[int, ...] | dict[str, tuple[int, ...]]:
-        """The kept layers as the file lists them, for halves those of each kind."""
+    def kept(self) -> tuple[int, ...] | list[list[int]] | dict[str, tuple[int, ...]]:
+        """The kept units as the file lists them: those of each kind of half, or the units of each layer."""
+        if self.wide:
+            return self.by_layer
         return {kind: getattr(self, kind) for kind in HALVES} if self.unit == "half" else self.keep
 
     @property
     def listed(self) -> str:
-        """The kept layers in words; for halves, which attention meets which feed-forward."""
+        """The kept units in words; for halves, which attention meets which feed-forward."""
+        if self.width is not None:
+            return self._counted(len(self.keep) // self.num_layers)
         if self.unit == "layer":
             return str(list(self.keep))
         pairs = zip(self.attention, self.feed_forward, strict=True)
@@ -135,10 +182,15 @@ class Mask:
     @property
     def missing(self) -> str:
         """The removed units in words."""
+        if self.width is not None:
+            return self._counted(self.width - len(self.keep) // self.num_layers)
         if self.unit == "layer":
             return str(list(self.removed))
         gone = [sorted({*range(self.num_layers)} - {*kept}) for kept in (self.attention, self.feed_forward)]
         return f"attention of {gone[0]} and feed-forward of {gone[1]}"
+
+    def _counted(self, count: int) -> str:
+        return f"{count:,} of {self.width:,} {WIDE[self.unit]} of each layer"
 
     @property
     def recombines(self) -> bool:
@@ -205,22 +257,33 @@ class Mask:
         wrong = [f"{k} must be {FIELDS[k][0]}, found {v!r}" for k, v in raw.items() if not FIELDS[k][1](v)]
         if wrong:
             raise ConfigError(f"mask: in '{path}' {'; '.join(wrong)}.")
-        if isinstance(raw["keep"], dict) is not (raw.get("unit", "layer") == "half"):
-            raise ConfigError(
-                f"mask: in '{path}' keep must be one list for unit 'layer', and two lists, attention and "
-                f"feed_forward, for unit 'half'; found {raw['keep']!r} with unit "
-                f"'{raw.get('unit', 'layer')}'."
-            )
-        if isinstance(raw["keep"], dict):
-            kept = [2 * i + half for half, kind in enumerate(HALVES) for i in raw["keep"][kind]]
-            raw["keep"] = sorted(kept)
+        raw["keep"] = _units(raw["keep"], raw.get("unit", "layer"), raw.get("width"), path)
         return cls(**raw)
 
     def __str__(self) -> str:
+        if self.wide:
+            return f"keeps {self.listed}"
         marks = {(True, True): "#", (True, False): "a", (False, True): "f", (False, False): "."}
         pairs = [(i in self.attention, i in self.feed_forward) for i in range(self.num_layers)]
         strip = "".join(marks[pair] for pair in pairs)
         return f"[{strip}] keeps {self.depth} of {self.num_layers}, removes {self.missing}"
+
+
+def _units(keep: Any, unit: str, width: int | None, path: str | Path) -> list[int]:
+    """The kept units as numbers, from the form that the file lists them in."""
+    form = dict if unit == "half" else list
+    nested = isinstance(keep, list) and keep != [] and isinstance(keep[0], list)
+    if not isinstance(keep, form) or nested is not (unit in WIDE):
+        raise ConfigError(
+            f"mask: in '{path}' keep must be one list for unit 'layer', two lists, attention and "
+            f"feed_forward, for 'half', and one list for each layer for {' and '.join(WIDE)}; "
+            f"found {keep!r} with '{unit}'."
+        )
+    if isinstance(keep, dict):
+        return sorted(2 * i + half for half, kind in enumerate(HALVES) for i in keep[kind])
+    if nested:
+        return [layer * (width or 0) + own for layer, kept in enumerate(keep) for own in kept]
+    return keep
 
 
 def git_sha() -> str | None:

@@ -35,7 +35,7 @@ from src.training import identity
 from src.training.adapters import beside, check_saved, merged
 from src.training.ranks import MicroBatches, WholeBatch
 from src.training.schedules import Decay, with_warmup
-from src.training.scopes import Scope, check_units, recompute, scoped
+from src.training.scopes import Scope, check_scope, check_units, recompute, scoped
 from src.training.stage import Stage
 from src.training.strategies import check_device
 
@@ -92,7 +92,10 @@ class Recovery(Stage):
         self.objective = Objective(distillation, terms)
         self.distillation = self.objective.distillation
         self.scope, self.lora_rank = scope, lora_rank
+        check_scope(scope, loaded)
         self.patch = None if isinstance(patch, str) else patch
+        if self.patch is not None:
+            self.patch.refuse(loaded)
         self.micro = MicroBatches()
         self.optimizer = optimizer
         self.warmup, self.final_lr, self.decay = warmup, final_lr, decay

@@ -24,7 +24,7 @@ from src.data.batches import Batch, Supervised, real_tokens
 from src.errors import ConfigError
 from src.losses.distill import Distillation
 from src.losses.signals import Signal, live_signal
-from src.mask import Mask, Unit, git_sha
+from src.mask import WIDE, Mask, Unit, git_sha
 from src.models.gated import Observer, freeze
 from src.models.head import OutputHead
 from src.models.sharding import shard
@@ -51,7 +51,8 @@ class MaskSearch(Sized):
         model: Hub id or directory of the model to shorten.
         policy: how masks are drawn and learned.
         unit: what is removed: whole layers (``layer``), or attentions and feed-forwards apart, as many of
-            both (``half``); the halves that stay pair up into ordinary layers again.
+            both (``half``); the halves that stay pair up into ordinary layers again. Or parts of each layer's
+            width: KV heads with their query heads (``kv_group``), channels of the feed-forward (``channel``).
         teacher: another source of the teacher's signal; None is the student with open gates.
         distillation: divergence between the teacher's signal and the student.
         draws: masks drawn for each batch; they share the teacher's forward pass.
@@ -75,8 +76,8 @@ class MaskSearch(Sized):
         calibration_batches: Count = 16,
         **kwargs: Any,
     ) -> None:
-        super().__init__(model, **kwargs)
-        self.unit, self.policy, self.teacher, self.draws = unit, policy, teacher, draws
+        super().__init__(model, unit, **kwargs)
+        self.policy, self.teacher, self.draws = policy, teacher, draws
         self.distillation = distillation or Distillation(weight="none")
         self.optimizer, self.calibration_batches = optimizer, calibration_batches
         self.adapters = adapters
@@ -86,8 +87,14 @@ class MaskSearch(Sized):
                 f"model.budgets: {type(policy).__name__} chooses for one count alone. Set model.ratio in its "
                 f"place, or choose another policy, such as src.policies.GumbelTopK."
             )
+        if self.width is not None and adapters is not None:
+            raise ConfigError(
+                f"model.adapters: they lie beside whole weights, and a mask of {WIDE[unit]} takes parts of "
+                f"these. Set it to null, or model.unit to layer."
+            )
+        pinned = self.limits.pinned(self.num_layers, most)
         try:
-            policy.setup(self.num_layers, most, self.limits.pinned(self.num_layers, most), unit)
+            policy.setup(self.num_layers, most, pinned, unit, self.width or 1)
         except ConfigError as e:
             raise ConfigError(f"{e} {self.limits.reason}".strip()) from e
         self.forward_tokens = 0.0
@@ -273,6 +280,7 @@ class MaskSearch(Sized):
             metrics=metrics,
             fingerprint=self.weights,
             unit=self.unit,
+            width=self.width,
         )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -23,7 +23,7 @@ class SearchMonitor(Callback):
     """Logs the mask's entropy, and to TensorBoard a heat map of keep probabilities and the kept layers.
 
     At the end it writes the probabilities of all logged steps to ``gates.json`` in the run's log directory,
-    for the report.
+    for the report. Of units of width it writes, for each layer, the mean over the units that it would keep.
 
     Args:
         every: steps between pictures.
@@ -35,9 +35,13 @@ class SearchMonitor(Callback):
         self.course: list[Tensor] = []
 
     def on_train_batch_end(self, trainer: Trainer, module: LightningModule, *_: Any) -> None:
-        keep_L = cast("MaskSearch", module).policy.keep_probabilities().clamp(0, 1)
-        self.course.append(keep_L)
-        module.log("mask/entropy", torch.special.entr(keep_L).add(torch.special.entr(1 - keep_L)).sum())
+        policy = cast("MaskSearch", module).policy
+        keep_U = policy.keep_probabilities().clamp(0, 1)
+        module.log("mask/entropy", torch.special.entr(keep_U).add(torch.special.entr(1 - keep_U)).sum())
+        if policy.kind.wide:  # too many units to draw: how sure each layer is of those that it keeps
+            kept_U = policy.gates(policy.harden()).cpu().bool()
+            keep_U = keep_U[kept_U].view(policy.num_layers, -1).mean(1)
+        self.course.append(keep_U)
         if trainer.global_step % self.every == 0:
             self._draw(trainer, module)
 

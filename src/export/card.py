@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 
 from src.errors import ConfigError
+from src.export.cuts import public_name
 from src.export.observe import Finding
 from src.files import read_json, write_text
 from src.mask import Mask
@@ -35,11 +36,6 @@ def front_matter(card: Path) -> dict[str, Any]:
     return block if isinstance(block, dict) else {}
 
 
-def public_name(model: str) -> str:
-    """Return the Hub id, or the name of a local directory without the path to it."""
-    return Path(model).name if Path(model).exists() else model
-
-
 def model_card(
     mask: Mask,
     weights: tuple[int, int],
@@ -51,11 +47,12 @@ def model_card(
     lost_heads: int = 0,
     repair: str | None = None,
     made_for: str | None = None,
+    before: Sequence[str] = (),
 ) -> str:
     """Write the card.
 
     Args:
-        mask: the kept layers and their origin.
+        mask: the kept units and their origin.
         weights: numbers in the parent and in this model.
         findings: the proof.
         parent_card: front matter of the parent's card, whose licence and languages carry over.
@@ -65,21 +62,14 @@ def model_card(
         lost_heads: multi-token-prediction layers of the parent that are not part of this model.
         repair: the repair before any recovery, in words; None without one, or if the recovery has it.
         made_for: the model that the mask was made for, if not this parent.
+        before: cuts that the parent comes from, in words.
     """
-    carried = {key: parent_card[key] for key in CARRIED if key in parent_card}
-    head = {
-        **carried,
-        **({"license": license_name} if license_name else {}),
-        **({} if Path(mask.model).exists() else {"base_model": mask.model}),
-        "library_name": "transformers",
-        "pipeline_tag": "text-generation",
-        "tags": ["depth-pruning", "layer-pruning", *(["distillation"] if recovery else [])],
-    }
+    head = _head(mask, parent_card, recovery, license_name)
     facts = {
         "Parent": f"`{public_name(mask.model)}`"
         + (f" at revision `{mask.revision}`" if mask.revision else ""),
-        "Layers": f"{mask.depth} of {mask.num_layers}; removed {mask.missing}",
-        "Kept layers": mask.listed,
+        "Earlier cuts": "; then ".join(before),
+        **_units(mask),
         "Weights": f"{weights[1]:,} of {weights[0]:,} ({weights[1] / weights[0]:.1%})",
         "Chosen by": f"{mask.method}" + (f", seed {mask.seed}" if mask.seed is not None else ""),
         "Mask made for": f"`{public_name(made_for)}`" if made_for and made_for != mask.model else "",
@@ -95,20 +85,27 @@ def model_card(
     return CARD.format(
         head=yaml.safe_dump(head, sort_keys=False).strip(),
         name=Path(mask.model).name,
-        depth=mask.depth,
+        size=mask.listed if mask.wide else f"{mask.depth} layers",
+        what=WHAT[mask.unit],
         facts="\n".join(f"| {key} | {value} |" for key, value in facts.items() if value),
         scores=NO_SCORES,
         checks="\n".join(f"| {f.check} | {f.detail} |" for f in findings),
     )
 
 
+WHAT = {
+    "layer": "whole decoder layers",
+    "half": "attentions and feed-forwards, as many of both,",
+    "kv_group": "KV heads with their query heads, as many from each layer,",
+    "channel": "channels of the feed-forwards, as many from each layer,",
+}
 CARRIED = ("license", "license_name", "license_link", "language")
 CARD = """---
 {head}
 ---
-# {name}, {depth} layers
+# {name}, {size}
 
-A depth-pruned `{name}`: whole decoder layers removed, everything else as in the parent. It is a plain
+A smaller `{name}`: {what} removed, everything else as in the parent. It is a plain
 Transformers checkpoint and needs no code of its own:
 
 ```python
@@ -135,6 +132,31 @@ A fresh process loaded this directory with stock `AutoModelForCausalLM` and foun
 |---|---|
 {checks}
 """
+
+
+def _head(
+    mask: Mask, parent_card: dict[str, Any], recovery: dict[str, Any] | None, license_name: str | None
+) -> dict[str, Any]:
+    """Return the card's front matter."""
+    tags = ["width-pruning"] if mask.wide else ["depth-pruning", "layer-pruning"]
+    return {
+        **{key: parent_card[key] for key in CARRIED if key in parent_card},
+        **({"license": license_name} if license_name else {}),
+        **({} if Path(mask.model).exists() else {"base_model": mask.model}),
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": [*tags, *(["distillation"] if recovery else [])],
+    }
+
+
+def _units(mask: Mask) -> dict[str, str]:
+    """The card's facts about what is kept."""
+    if mask.wide:
+        return {"Layers": f"{mask.depth}, all of the parent", "Kept": mask.listed, "Removed": mask.missing}
+    return {
+        "Layers": f"{mask.depth} of {mask.num_layers}; removed {mask.missing}",
+        "Kept layers": mask.listed,
+    }
 
 
 def _training(recovery: dict[str, Any] | None, repair: str | None) -> dict[str, str | None]:

@@ -26,6 +26,7 @@ from src.models.cut_config import attention_implementation
 from src.models.layers import decoder_layers
 from src.training.progress import waiting
 from src.units.kinds import KINDS
+from src.units.width import Width, find_width
 
 
 @waiting("the export is proven")
@@ -43,7 +44,9 @@ def prove(
     """Prove two equalities: hard-gated parent = cut model, and exported model = what a fresh process loads.
 
     If the weights did not change after the cut, one comparison proves both: that of the fresh process with
-    the hard-gated parent.
+    the hard-gated parent. Under a mask of width, the cut and the gated parent agree to rounding, because
+    their sums are of other lengths. So these two are compared first, and then the fresh process with the
+    cut, to the last bit.
 
     Args:
         directory: the complete export.
@@ -61,9 +64,12 @@ def prove(
     dtype, device = str(student.dtype).removeprefix("torch."), student.device.type
     ids_BT = proof_tokens(parent.config, tokens)
     expected, findings = observe_gated(parent, mask, ids_BT), []
-    if recovered:
-        same = compare(expected, observe(cut(parent, mask), ids_BT), dtype, exact=device == "cpu")
-        findings = [Finding(f"{f.check}, parent's weights", f.passed, f.detail) for f in same]
+    if recovered or mask.wide:
+        same = compare(
+            expected, observe(cut(parent, mask), ids_BT), dtype, exact=device == "cpu" and not mask.wide
+        )
+        original = "gated parent" if mask.wide else "parent's weights"
+        findings = [Finding(f"{f.check}, {original}", f.passed, f.detail) for f in same]
         expected = observe(student, ids_BT)
     reference = Reference(
         expected=expected,
@@ -112,6 +118,18 @@ def stored_as_parent(
     ]
 
 
+def removed_weights(width: Width, parent: PreTrainedModel, path: str, mask: Mask) -> int:
+    """Count the numbers of a parent that a mask of width removes: each unit's rows and columns."""
+    state, gone = parent.state_dict(), mask.units // mask.num_layers - len(mask.by_layer[0])
+    held = [
+        state[f"{path}.{index}.{name}"].numel()
+        for index, blocks in enumerate(width.blocks)
+        for name in blocks
+        if f"{path}.{index}.{name}" in state
+    ]
+    return sum(numel // width.count * gone for numel in held)
+
+
 def observe_gated(parent: PreTrainedModel, mask: Mask, ids_BT: Tensor) -> Observation:
     """Observe the parent under hard gates: the units of a mask open, the others closed."""
     gates = KINDS[mask.unit].gate(parent)
@@ -154,6 +172,9 @@ def predicted_weights(parent: PreTrainedModel, student: PreTrainedModel, mask: M
     Tensors outside the layers that grow with the depth (per-layer embeddings) shrink with it.
     """
     path, _ = decoder_layers(parent)
+    if mask.wide:
+        removed = removed_weights(find_width(parent.config, mask.unit, type(parent)), parent, path, mask)
+        return unique_weights(parent.state_dict()) - removed
     kept = renamed(parent.state_dict(), path, sources(parent, mask))
     cut_shapes = {name: t.shape for name, t in student.state_dict().items() if not name.startswith(path)}
     shrunk = sum(t.numel() - cut_shapes[n].numel() for n, t in kept.items() if n in cut_shapes)

@@ -25,8 +25,9 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from src.command import Parser, on_device
 from src.errors import ConfigError
-from src.export.card import front_matter, model_card, public_name
+from src.export.card import front_matter, model_card
 from src.export.companions import copy_companions, parent_files, parent_tokenizer, stored_heads
+from src.export.cuts import earlier_cuts, note_cut
 from src.export.fresh import unique_weights
 from src.export.observe import GENERATED, Finding
 from src.export.parent import true_parent
@@ -68,8 +69,8 @@ def export(mask: Mask, args: argparse.Namespace, repair: LinearPatch | None = No
     student = load_student(parent, mask, args.checkpoint) if args.checkpoint else cut(parent, mask)
     student, rounding = stored_as_parent(student, parent, mask, args.proof_tokens)
     folds = repair and repair(student, parent, mask, load_tokenizer(name, revision))
-    origin = {"parent": public_name(mask.model), "revision": mask.revision, "keep": mask.kept}
-    student.config.depth_pruning = origin
+    before = earlier_cuts(parent.config)
+    note_cut(student.config, mask)
     weights = unique_weights(parent.state_dict()), predicted_weights(parent, student, mask)
     with staged(out, args.force) as stage:
         if (files / "generation_config.json").is_file():
@@ -104,6 +105,7 @@ def export(mask: Mask, args: argparse.Namespace, repair: LinearPatch | None = No
             data=args.data if folds or repair is None else None,  # a repair without a gap used no rows
             lost_heads=max(extra_layers(config), stored_heads(files, num_layers(config))),
             repair=str(repair) if folds else None,
+            before=before,
         )
         (stage / "README.md").write_text(card)
     return findings

@@ -14,45 +14,51 @@ import copy
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from src.errors import ConfigError
 from src.mask import Mask
 from src.models.constraints import constraints
-from src.models.cut_config import cut_config, layer_list, weightless
-from src.models.layers import decoder_layers
+from src.models.cut_config import kept_config, layer_list, weightless
+from src.models.layers import decoder_layers, num_layers
 from src.models.positions import guard
 from src.models.structure import Sources, structural_changes
 from src.units.halves import find_halves
+from src.units.width import find_width
+from src.units.width_gates import tried_width
+
+
+def cut_config(config: PretrainedConfig, mask: Mask) -> PretrainedConfig:
+    """Return the config of the model that keeps the units of a mask.
+
+    Raises:
+        ConfigError: the mask is of a model of another depth or width, or the family forbids the result.
+    """
+    mask.check(num_layers(config), config._name_or_path or config.model_type)
+    if not mask.wide:
+        return kept_config(config, mask.attention, mask.feed_forward)
+    width = find_width(config, mask.unit)
+    width.check(mask)
+    return width.counted.config(config, len(mask.by_layer[0]))
 
 
 def cut(model: PreTrainedModel, mask: Mask) -> PreTrainedModel:
-    """Return a new model with copies of the layers of ``model`` that a mask keeps, and of all around them.
+    """Return a new model with copies of the units of ``model`` that a mask keeps, and of all around them.
 
     Device, weight types, attention implementation, generation settings and mode are those of ``model``,
     which stays as it is.
 
     Raises:
-        ConfigError: the mask is of a model of another depth, its weights are quantised, or the family cannot
+        ConfigError: the mask is of a model of another shape, its weights are quantised, or the family cannot
             express the mask; the message says why.
     """
     if getattr(model.config, "quantization_config", None) is not None:
         raise ConfigError("model: quantised weights cannot be cut; load the parent without quantisation.")
-    path, layers = decoder_layers(model)
     config = cut_config(model.config, mask)
-    origins = sources(model, mask)
     with no_init_weights():
         new = type(model)._from_config(config, dtype=model.dtype)
-    # Some layers change when they run (BigBird's attention), so a fresh parent is compared with a fresh cut.
-    fresh = layer_list(weightless(model.config, type(model)), path)
-    if misfits := structural_changes(fresh, layer_list(new, path), origins):
-        limit = constraints(model.config).reason
-        raise ConfigError(f"keep: {next(iter(misfits.values()))} {limit}")
-    shapes = {name: tensor.shape for name, tensor in new.state_dict().items()}
-    state = {}
-    for name, tensor in renamed(model.state_dict(), path, origins).items():
-        state[name] = _along_depth(tensor, shapes.get(name, tensor.shape), len(layers), mask)
+    state = narrowed(model, new, mask) if mask.wide else shortened(model, new, mask)
     try:
         new.load_state_dict(state, assign=True)
     except RuntimeError as e:
@@ -61,6 +67,44 @@ def cut(model: PreTrainedModel, mask: Mask) -> PreTrainedModel:
     if model.can_generate():
         new.generation_config = copy.deepcopy(model.generation_config)
     return guard(new.to(model.device).train(model.training))
+
+
+def shortened(model: PreTrainedModel, new: PreTrainedModel, mask: Mask) -> dict[str, Tensor]:
+    """Return the weights of the kept layers or halves for a new model.
+
+    Raises:
+        ConfigError: a layer of the new model is built otherwise than the one it comes from.
+    """
+    path, layers = decoder_layers(model)
+    origins = sources(model, mask)
+    # Some layers change when they run (BigBird's attention), so a fresh parent is compared with a fresh cut.
+    fresh = layer_list(weightless(model.config, type(model)), path)
+    if misfits := structural_changes(fresh, layer_list(new, path), origins):
+        limit = constraints(model.config).reason
+        raise ConfigError(f"keep: {next(iter(misfits.values()))} {limit}")
+    shapes = {name: tensor.shape for name, tensor in new.state_dict().items()}
+    state = renamed(model.state_dict(), path, origins)
+    return {name: _along_depth(x, shapes.get(name, x.shape), len(layers), mask) for name, x in state.items()}
+
+
+def narrowed(model: PreTrainedModel, new: PreTrainedModel, mask: Mask) -> dict[str, Tensor]:
+    """Return the weights of the kept width units for a new model.
+
+    Raises:
+        ConfigError: a layer of the new model is built otherwise than the one it comes from.
+    """
+    path, _ = decoder_layers(model)
+    width = tried_width(model, mask.unit)
+    fresh = layer_list(weightless(model.config, type(model)), path)
+    shares = len(mask.by_layer[0]), width.count
+    if misfits := structural_changes(fresh, layer_list(new, path), sources(model, mask), shares):
+        raise ConfigError(f"keep: {next(iter(misfits.values()))}")
+    state = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+    for index, (blocks, kept) in enumerate(zip(width.blocks, mask.by_layer, strict=True)):
+        for name, block in blocks.items():
+            if (full := f"{path}.{index}.{name}") in state:
+                state[full] = block.keep(state[full], kept)
+    return state
 
 
 def sources(model: PreTrainedModel, mask: Mask) -> Sources:

@@ -10,26 +10,14 @@ import copy
 from collections.abc import Sequence
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from src.errors import ConfigError
-from src.mask import Mask
 from src.models.claims import blamed, cause
-from src.models.cut_rules import attention_layers, forbidden, lenders, slice_section
+from src.models.cut_rules import Section, attention_layers, forbidden, lenders, slice_section
 from src.models.layers import num_layers, text_config
-
-
-def cut_config(config: PretrainedConfig, mask: Mask) -> PretrainedConfig:
-    """Return the config of the model that keeps the layers of a mask.
-
-    Raises:
-        ConfigError: the mask is of a model of another depth, or the family forbids the result.
-    """
-    mask.check(num_layers(config), config._name_or_path or config.model_type)
-    return kept_config(config, mask.attention, mask.feed_forward)
 
 
 def kept_config(
@@ -55,28 +43,45 @@ def kept_config(
                 f"keep: layer {lender} is removed, but layers {sorted(borrowers & set(keep))} of this "
                 f"'{config.model_type}' use its keys, values, indices or position. Keep layer {lender} too."
             )
-    whole = config.to_dict()
-    whole.pop("quantization_config", None)
-    section, path = whole, _text_path(config)
-    for key in path:
-        section = section[key]
-    sliced = slice_section(section, length, keep, feed_forward)
-    section.clear()
-    section.update(sliced)
-    try:
-        new = type(config).from_dict(copy.deepcopy(whole))
-    except (ValueError, StrictDataclassError) as e:
-        why = " ".join(str(e).split())
-        raise ConfigError(f"keep: a '{config.model_type}' config cannot hold this mask: {why}") from e
-    read = new.to_dict()
-    for key in path:
-        read = read[key]
+    sliced = slice_section(text_section(config), length, keep, feed_forward)
+    new = rebuilt(config, sliced)
+    read = text_section(new)
     for name in ("layer_types", "mlp_layer_types", "layers_block_type"):
         if name in sliced and read.get(name) != sliced[name]:
             raise ConfigError(
                 f"keep: the config class of a '{config.model_type}' turns {name} {sliced[name]} into "
                 f"{read.get(name)}, which is not what the kept layers are."
             )
+    return new
+
+
+def text_section(config: PretrainedConfig) -> Section:
+    """Return the settings of the text decoder, as the config is stored."""
+    section: Section = config.to_dict()
+    for key in _text_path(config):
+        section = section[key]
+    return section
+
+
+def rebuilt(config: PretrainedConfig, section: Section) -> PretrainedConfig:
+    """Return a config with another ``section`` for the text decoder; how it attends is that of ``config``.
+
+    Raises:
+        ConfigError: the config class does not accept the section.
+    """
+    whole = config.to_dict()
+    whole.pop("quantization_config", None)
+    place = whole
+    for key in _text_path(config):
+        place = place[key]
+    place.clear()
+    place.update(section)
+    place.pop("quantization_config", None)
+    try:
+        new = type(config).from_dict(copy.deepcopy(whole))
+    except Exception as e:  # classes are foreign, and may raise anything
+        why = " ".join(str(e).split())
+        raise ConfigError(f"keep: a '{config.model_type}' config cannot hold this mask: {why}") from e
     new._attn_implementation = attention_implementation(config)
     new._experts_implementation = config._experts_implementation
     new._name_or_path = config._name_or_path

@@ -15,7 +15,7 @@ Shapes: B batch, T tokens, H hidden, L layers.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -57,6 +57,20 @@ class Gates:
 
     def remove(self) -> None:
         """Give the modules their own ``forward`` back."""
+        raise NotImplementedError
+
+    def share(self, layer: int, name: str, values: Tensor) -> Tensor:
+        """Return the sums ``[U / L]`` of values at the entries of a weight over the units of its layer.
+
+        Args:
+            layer: of the model.
+            name: of the weight, inside the layer.
+            values: of its shape.
+        """
+        raise NotImplementedError
+
+    def watched(self, see: Callable[[int, Tensor], None]) -> AbstractContextManager[None]:
+        """Show the inputs of the maps that write units of width, as ``see(layer, input)``."""
         raise NotImplementedError
 
     @contextmanager
@@ -134,6 +148,9 @@ class GatedLayers(Gates):
         self.skip_closed_autograd = skip_closed_autograd
         for index, layer in enumerate(self.layers):
             layer.forward = self._gated_forward(index, layer.forward)
+
+    def share(self, layer: int, name: str, values: Tensor) -> Tensor:
+        return values.sum()[None]
 
     def remove(self) -> None:
         """Give the layers their own ``forward`` back."""

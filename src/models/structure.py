@@ -14,9 +14,15 @@ from typing import Any, Protocol
 
 from torch import nn
 
+from src.errors import ConfigError
+
 IGNORED = {"layer_idx", "layer_id", "layer_number", "num_hidden_layers", "training", "gradient_checkpointing"}
 """Position and depth themselves, which change as they should (an address in the cache); and running state."""
 Plain = bool | int | float | str | None
+
+
+class Misfit(ConfigError):
+    """Says that the layers of a model are not built as a kind of unit needs."""
 
 
 class Halved(Protocol):
@@ -48,12 +54,12 @@ class Sources:
     def traits(self, old: nn.ModuleList, position: int) -> dict[str, tuple[Any, ...]]:
         """Return the values that each trait of a new layer may have: those of the layers it comes from."""
         pair = self.attention[position], self.feed_forward[position]
-        traits: dict[str, tuple[Any, ...]] = {}
+        values: dict[str, tuple[Any, ...]] = {}
         for layer in dict.fromkeys(pair):
-            for name, value in _traits(old[layer]).items():
+            for name, value in traits(old[layer]).items():
                 if layer in self._of(pair, layer, name):
-                    traits[name] = (*traits.get(name, ()), value)
-        return traits
+                    values[name] = (*values.get(name, ()), value)
+        return values
 
     def _of(self, pair: tuple[int, int], layer: int, name: str) -> tuple[int, ...]:
         """Return the layers of a pair that ``name`` comes from: its half's, or both if it is of no half."""
@@ -63,20 +69,23 @@ class Sources:
         return pair if half is None else pair[half : half + 1]
 
 
-def structural_changes(old: nn.ModuleList, new: nn.ModuleList, sources: Sources) -> dict[int, str]:
+def structural_changes(
+    old: nn.ModuleList, new: nn.ModuleList, sources: Sources, shares: tuple[int, int] = (1, 1)
+) -> dict[int, str]:
     """Return how each layer of the cut model differs from its original, by new position; empty if in nothing.
 
     Args:
         old: layers of the parent.
         new: layers of the cut model; its weights may be on the meta device.
         sources: where each new layer comes from.
+        shares: width units that are left, of how many; counts and sizes may shrink by this share.
     """
     changes = {}
     for position, index in enumerate(sources.attention):
-        before, after = sources.traits(old, position), _traits(new[position])
+        before, after = sources.traits(old, position), traits(new[position])
         for name in sorted(before.keys() | after.keys()):
             expected, value = before.get(name, ("absent",)), after.get(name, "absent")
-            if (type(value), value) not in [(type(a), a) for a in expected]:
+            if not any(_same(value, a, shares) for a in expected):
                 changes[position] = (
                     f"layer {index} would become layer {position}, where its {name} is {value!r} instead of "
                     f"{expected[0]!r}; the family derives that from the position, and its config cannot say "
@@ -86,23 +95,32 @@ def structural_changes(old: nn.ModuleList, new: nn.ModuleList, sources: Sources)
     return changes
 
 
+def _same(value: Any, expected: Any, shares: tuple[int, int]) -> bool:
+    """Whether a trait is as expected, to the type; or a count or size that shrinks by the share."""
+    if isinstance(value, tuple) and isinstance(expected, tuple) and len(value) == len(expected):
+        return all(_same(a, b, shares) for a, b in zip(value, expected, strict=True))
+    left, of = shares
+    shrinks = type(value) is type(expected) is int and value * of == expected * left
+    return (type(value), value) == (type(expected), expected) or shrinks
+
+
 def alike(layers: nn.ModuleList) -> list[set[int]]:
     """Return the layers sorted into kinds, those of one kind differing in their weights alone."""
     kinds: dict[str, set[int]] = {}
     for index, layer in enumerate(layers):
-        kinds.setdefault(repr(_traits(layer)), set()).add(index)
+        kinds.setdefault(repr(traits(layer)), set()).add(index)
     return list(kinds.values())
 
 
-def _traits(layer: nn.Module) -> dict[str, Any]:
-    """Everything that decides what a layer computes, except the values of its tensors."""
-    traits: dict[str, Any] = {}
+def traits(layer: nn.Module) -> dict[str, Any]:
+    """Return everything that decides what a layer computes, except the values of its tensors."""
+    values: dict[str, Any] = {}
     for path, module in layer.named_modules():
-        traits[path or "class"] = type(module).__name__
+        values[path or "class"] = type(module).__name__
         prefix = f"{path}." if path else ""
         for name, value in vars(module).items():
             if not name.startswith("_") and name not in IGNORED and isinstance(value, Plain):
-                traits[prefix + name] = value
+                values[prefix + name] = value
         for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
-            traits[prefix + name] = tuple(tensor.shape)
-    return traits
+            values[prefix + name] = tuple(tensor.shape)
+    return values

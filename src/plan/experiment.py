@@ -16,10 +16,10 @@ from lightning.fabric.plugins.precision.precision import _PRECISION_INPUT
 
 from src.data.options import token_count
 from src.errors import ConfigError
-from src.mask import Mask
+from src.mask import Mask, Unit
 from src.models.constraints import constraints
 from src.models.costs import parameters_of
-from src.models.cut_config import cut_config
+from src.models.cut import cut_config
 from src.models.layers import num_layers
 from src.models.loading import load_config, numbers
 from src.plan.shapes import Rows
@@ -27,6 +27,7 @@ from src.search import MaskSearch
 from src.training.arguments import PruneCLI, ShortErrors
 from src.training.stage import Stage
 from src.units.amount import Amount, Budget
+from src.units.kinds import width_of
 from src.units.targets import Target, spread
 
 
@@ -137,6 +138,10 @@ class Experiment:
             raise ConfigError(f"{self._missing} --ratio 0.25 to plan without it.")
         config = load_config(self.name, self.model.get("revision"))
         layers, limits = num_layers(config), constraints(config)
+        if width := width_of(config, self.unit):
+            left = width.count - self.budgets[-1].remove
+            keep = [layer * width.count + own for layer in range(layers) for own in range(left)]
+            return Mask(self.name, layers, tuple(keep), "by hand", unit=self.unit, width=width.count)
         gone = spread(limits, layers, self.budgets[-1].remove)
         return Mask.by_hand(self.name, layers, (i for i in range(layers) if i not in gone))
 
@@ -154,7 +159,13 @@ class Experiment:
             given = {"ratio": self.ratio}
         revision = self.model.get("revision")
         stored = getattr(torch, numbers(self.name, "auto", revision))
-        return Amount(**given).of(load_config(self.name, revision), stored)
+        config = load_config(self.name, revision)
+        return Amount(**given).of(config, stored, width_of(config, self.unit))
+
+    @property
+    def unit(self) -> Unit:
+        """What a search removes; layers, where no search is planned."""
+        return cast(Unit, self.model.get("unit") or "layer")
 
     def student_parameters(self) -> int | None:
         """Return the number of weights after the cut; None where nothing is cut."""

@@ -19,6 +19,8 @@ from src.policies.base import Measure
 from src.policies.walk import Walker
 
 NOTHING = torch.empty(0)
+NEIGHBOURS = 1024
+"""Units that have a near one; the width of a model has far more, and a plan needs no more than these."""
 
 
 class Toy:
@@ -44,7 +46,7 @@ class Toy:
     ) -> None:
         self.generator = torch.Generator().manual_seed(seed)
         self.cost_L = (spread * torch.randn(layers, generator=self.generator)).exp()
-        at = torch.arange(layers)
+        at = torch.arange(min(layers, NEIGHBOURS))
         near_LL = reach ** (at[:, None] - at).abs() * (at[:, None] != at)
         self.near_LL, self.strength, self.noise = strength * near_LL, strength, noise
 
@@ -55,7 +57,7 @@ class Toy:
             draw_L = torch.randn(len(cost_L), generator=self.generator)
             cost_L = cost_L * (self.noise * draw_L - self.noise**2 / 2).exp()
         removed_L, root_L = 1 - gates_L, cost_L.sqrt()
-        pulled_L = root_L * removed_L
+        pulled_L = (root_L * removed_L)[: len(self.near_LL)]
         return cost_L @ removed_L + pulled_L @ self.near_LL @ pulled_L / 2
 
 
@@ -71,13 +73,17 @@ class CountingProbe(Walker):
         batches: calibration batches.
         streams: most streams that the real probe holds at a time.
         limit: most measurements that are counted; one more raises :class:`TooMany`.
+        wide: whether every mask runs all layers, as one of width does.
 
     Attributes:
         forward: passes of one batch through the whole model so far; a backward pass counts as one more.
     """
 
-    def __init__(self, layers: int, batches: int, streams: int = 10**6, limit: int = 20_000) -> None:
+    def __init__(
+        self, layers: int, batches: int, streams: int = 10**6, limit: int = 20_000, wide: bool = False
+    ) -> None:
         super().__init__(batches)
+        self.wide = wide
         self.toy, self.layers, self.streams, self.limit = Toy(layers), layers, streams, limit
         self.forward = 0.0
         self.renew()
@@ -110,6 +116,9 @@ class CountingProbe(Walker):
 
     def _count(self, gates: Front, prefixes: Prefixes) -> None:
         """Go along the gates as a pass does, with a stream of nothing."""
+        if self.wide:
+            self.forward += 1.0
+            return
         prefixes.begin(gates)
         for unit in range(prefixes.start, self.layers):
             prefixes.stream(unit, NOTHING)
@@ -127,6 +136,24 @@ class CountingProbe(Walker):
         """Yield one batch of noise of the right shape, and count the passes of a real stream."""
         self.forward += self.batches
         yield torch.randn(self.layers + 1, 1, 4, 8), torch.ones(1, 4, dtype=torch.bool)
+
+    def salience(self) -> Tensor:
+        """Return noise of the right shape, and count the passes there and back."""
+        self.forward += 2 * self.batches
+        return torch.rand(self.layers)
+
+    def activations(self) -> Tensor:
+        """Return noise of the right shape, and count the passes."""
+        self.forward += self.batches
+        return torch.rand(self.layers)
+
+    def weights(self) -> Iterator[tuple[int, str, nn.Parameter]]:
+        """Yield no weights: reading them costs no pass."""
+        return iter(())
+
+    def share(self, layer: int, name: str, values: Tensor) -> Tensor:
+        """Return the sum of all values, as of one unit in each layer."""
+        return values.sum()[None]
 
     def gradients(self, visit: Callable[[int, nn.Module], None]) -> None:
         """Visit layers with noise as gradients, and count the passes of real ones."""

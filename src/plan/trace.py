@@ -123,7 +123,7 @@ def _build(stage: Stage) -> tuple[PlannedTeacher | None, PreTrainedModel]:
     if isinstance(stage, MaskSearch | Recovery) and stage.teacher is not None:
         teacher = stage.teacher = PlannedTeacher(stage.teacher, (stage.name, stage.revision))
         teacher.k = stage.distillation.k
-    if isinstance(stage, MaskSearch) and stage.unit != "layer":
+    if isinstance(stage, MaskSearch) and stage.unit == "half":
         # Halves are found by running a model; a step of halves costs what one of whole layers does.
         stage.unit = "layer"
         stage.policy.setup(stage.num_layers, stage.policy.target, stage.policy.pinned)

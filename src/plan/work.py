@@ -51,14 +51,15 @@ def calibration(search: MaskSearch, streams: int = 10**6) -> float | None:
         None for a policy that measures too much to follow, such as all masks.
     """
     policy, batches = search.policy, search.calibration_batches
-    probe = CountingProbe(policy.units, batches, streams)
+    probe = CountingProbe(policy.units, batches, streams, wide=policy.kind.wide)
     try:
         policy.initialise(probe)
         probe.renew()
         policy.remove = policy.target
         for _, chosen, _ in choose(search, probe, ()):
             # Further candidates are other masks of the same size.
-            probe.forward += batches * len(chosen) / policy.units * (policy.candidates - 1)
+            share = 1.0 if policy.kind.wide else len(chosen) / policy.units
+            probe.forward += batches * share * (policy.candidates - 1)
     except TooMany:
         return None
     return probe.forward

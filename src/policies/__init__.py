@@ -9,6 +9,8 @@ from src.policies.exhaustive import Exhaustive
 from src.policies.gumbel_topk import GumbelTopK
 from src.policies.hard_concrete import HardConcrete
 from src.policies.layer_kl import LayerKL
+from src.policies.magnitude import Magnitude
+from src.policies.mean_activation import MeanActivation
 from src.policies.perplexity import OneShotPerplexity
 from src.policies.random_search import RandomSearch
 from src.policies.sleb import SLEB
@@ -26,7 +28,9 @@ __all__ = [
     "GumbelTopK",
     "HardConcrete",
     "LayerKL",
+    "Magnitude",
     "MaskPolicy",
+    "MeanActivation",
     "OneShotPerplexity",
     "Probe",
     "RandomSearch",

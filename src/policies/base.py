@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from src.errors import ConfigError
-from src.mask import Unit
+from src.mask import WIDE, Unit
 from src.ranges import Count, Seed, checked
 from src.units.kinds import KINDS
 from src.units.spaces import Kept, Space
@@ -72,6 +72,18 @@ class Probe(Protocol):
 
     def mean(self, sums: Tensor, counts: Tensor) -> Tensor:
         """Return ``sums / counts``, both added up over the ranks first."""
+
+    def salience(self) -> Tensor:
+        """Return ``|gate dCE/dgate|`` ``[U]`` at open gates, the mean over the batches of rows."""
+
+    def activations(self) -> Tensor:
+        """Return the mean absolute input ``[U]`` of the map that writes width units to the stream."""
+
+    def weights(self) -> Iterator[tuple[int, str, nn.Parameter]]:
+        """Give the weights of the layers, each with its layer and its name inside it."""
+
+    def share(self, layer: int, name: str, values: Tensor) -> Tensor:
+        """Return the sums ``[U / L]`` of values at the entries of a weight over the units of its layer."""
 
     def gradients(self, visit: Callable[[int, nn.Module], None]) -> None:
         """Differentiate the mean cross-entropy of the open model with respect to the layers' weights.
@@ -150,52 +162,73 @@ class MaskPolicy(nn.Module):
                 f"configs/strategy/ddp.yaml, or choose another policy."
             )
 
-    def setup(self, num_layers: int, remove: int, pinned: Iterable[int] = (), unit: Unit = "layer") -> None:
+    def setup(
+        self, num_layers: int, remove: int, pinned: Iterable[int] = (), unit: Unit = "layer", width: int = 1
+    ) -> None:
         """Take the sizes and create the parameters; the search calls this once, first of all.
 
         Args:
             num_layers: layers of the model.
-            remove: layers to remove in the end; of halves as many as so many layers have.
+            remove: layers to remove in the end; or as many halves as these have, or units of each layer.
             pinned: layers that this model cannot lose and still be exported.
             unit: what is removed.
+            width: units in each layer, where these are parts of its width.
 
         Raises:
             ConfigError: the count and the constraints cannot both be met, or the method is for other units.
         """
         if unit not in self.works_on:
             raise ConfigError(
-                f"model.unit: '{unit}' with {type(self).__name__}, which chooses whole layers. Set it to "
-                f"{self.works_on[0]}, or choose another policy, such as src.policies.GumbelTopK."
+                f"model.unit: '{unit}' with {type(self).__name__}, which chooses among other units. Set it "
+                f"to {' or '.join(self.works_on)}, or choose another policy, such as "
+                f"src.policies.GumbelTopK."
             )
-        wrong = [i for i in self.always_keep if not -num_layers <= i < num_layers]
-        if wrong:
-            raise ConfigError(
-                f"policy.always_keep: {wrong} outside 0..{num_layers - 1} (model of {num_layers} layers)."
-            )
-        kept = {i % num_layers for i in self.always_keep} | set(pinned)
-        most = min(num_layers - 1, num_layers - len(kept))
+        self.kind, self.num_layers, self.width = KINDS[unit], num_layers, width
+        self.pinned = self._kept_layers(pinned)
+        every = width if self.kind.wide else num_layers
+        most = min(every - 1, every - len(self.pinned))
         if not 0 < remove <= most:
+            what = f"{WIDE[unit]} of each layer" if unit in WIDE else "layers"
             raise ConfigError(
-                f"remove: {remove} layers asked, but the model has {num_layers} layers, of which "
-                f"{num_layers - len(kept)} may be removed. Accepted: 1 to {most}."
+                f"remove: {remove} {what} asked, but the model has {every}, of which "
+                f"{every - len(self.pinned)} may be removed. Accepted: 1 to {most}."
             )
-        self.num_layers, self.target, self.remove = num_layers, remove, remove
-        self.kind, self.pinned, self.held = KINDS[unit], frozenset(kept), frozenset[int]()
+        if self.polish and unit == "channel":
+            raise ConfigError(
+                "policy.polish: it measures masks that differ in one unit, and of channels these are too "
+                "many. Set it to false."
+            )
+        self.target, self.remove, self.held = remove, remove, frozenset[int]()
         self.space = self.spare(remove)
         self.units = self.space.units
         self.free = [u for u in range(self.units) if u not in self.space.pinned]
         self.logits = nn.Parameter(torch.zeros(self.units))
 
+    def _kept_layers(self, pinned: Iterable[int]) -> frozenset[int]:
+        """The layers that stay, of those that a mask may remove."""
+        if self.kind.wide and self.always_keep:
+            raise ConfigError(
+                f"policy.always_keep: {list(self.always_keep)} are layers, and model.unit removes as many "
+                f"units from each layer. Set it to []."
+            )
+        wrong = [i for i in self.always_keep if not -self.num_layers <= i < self.num_layers]
+        if wrong:
+            raise ConfigError(
+                f"policy.always_keep: {wrong} outside 0..{self.num_layers - 1} (model of {self.num_layers} "
+                f"layers)."
+            )
+        return frozenset({i % self.num_layers for i in self.always_keep} | set(pinned))
+
     def spare(self, remove: int) -> Space:
-        """Return the space of masks without so many layers, or without as many halves as these have."""
-        return self.kind.space(self.num_layers, self.num_layers - remove, self.pinned).holding(self.held)
+        """Return the space of masks without so many layers, halves of so many, or units of each layer."""
+        return self.kind.space(self.num_layers, self.width, remove, self.pinned).holding(self.held)
 
     @contextmanager
     def aimed(self, remove: int, held: Iterable[int] = ()) -> Iterator[None]:
         """Draw and harden masks of a smaller count within the block.
 
         Args:
-            remove: layers to remove in the end, at most those of :meth:`setup`. While a curriculum has come
+            remove: how many to remove in the end, at most those of :meth:`setup`. While a curriculum has come
                 to fewer, a draw removes these.
             held: units that stay besides the pinned.
         """
@@ -210,7 +243,11 @@ class MaskPolicy(nn.Module):
     @property
     def closed(self) -> int:
         """Number of units that a mask removes at present."""
-        return self.kind.each * self.remove
+        return self.units - self.spare(self.remove).keep
+
+    def by_group(self, free: Tensor) -> Tensor:
+        """Return values of the free units ``[G, F]``, a row for each group of them that is chosen apart."""
+        return free.view(self.space.groups, -1)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MaskPolicy:
         """Follow the trainer to its device, not to half precision, which loses small steps of logits."""

@@ -14,9 +14,10 @@ from typing import Annotated, Any, Literal
 import torch
 from torch import Tensor
 
+from src.errors import ConfigError
 from src.mask import Unit
 from src.policies.base import MaskPolicy, Probe
-from src.policies.scores import unit_kl
+from src.policies.scores import salience, unit_kl
 from src.ranges import Range, checked
 
 EPS = 1e-7
@@ -29,21 +30,22 @@ class BypassBP(MaskPolicy):
 
     Args:
         init: start: ``kl`` (the rise of the KL when a layer alone is bypassed, standardised, through a
-            sigmoid, shifted to the budget; the paper does so with a metric for channels) or ``uniform``.
+            sigmoid, shifted to the budget; the paper does so with a metric for channels), the same with
+            ``salience`` (the gates' gradients), or ``uniform``.
         window: the baseline moves by ``1 / window`` towards the mean loss of each step.
         exact_score: divide the score by ``s (1 - s)`` and correct for the baseline's share of the draws: an
             unbiased gradient. The paper divides by the square root and by draws - 1.
         kwargs: ``always_keep``, ``seed``, ``candidates``, ``polish`` of the base class.
     """
 
-    works_on = ("layer", "half")
+    works_on = ("layer", "half", "kv_group", "channel")
     needs_gradient = False
     baseline: Tensor
 
     @checked
     def __init__(
         self,
-        init: Literal["kl", "uniform"] = "kl",
+        init: Literal["kl", "salience", "uniform"] = "kl",
         window: Annotated[float, Range(float, 1)] = 5.0,
         exact_score: bool = False,
         **kwargs: Any,
@@ -51,30 +53,38 @@ class BypassBP(MaskPolicy):
         super().__init__(**kwargs)
         self.init, self.window, self.exact_score = init, window, exact_score
 
-    def setup(self, num_layers: int, remove: int, pinned: Iterable[int] = (), unit: Unit = "layer") -> None:
-        super().setup(num_layers, remove, pinned, unit)
+    def setup(
+        self, num_layers: int, remove: int, pinned: Iterable[int] = (), unit: Unit = "layer", width: int = 1
+    ) -> None:
+        super().setup(num_layers, remove, pinned, unit, width)
+        if self.init == "kl" and unit == "channel":
+            raise ConfigError(
+                f"policy.init: 'kl' takes a pass for each unit, here {self.units:,}. Accepted for channels: "
+                f"salience, uniform."
+            )
         self.register_buffer("baseline", torch.tensor(float("nan")))  # no loss seen yet
         with torch.no_grad():
             self.logits.fill_(1.0)
-            self.logits[self.free] = self._budget() / len(self.free)
+            self.logits[self.free] = self._budget() / (len(self.free) // self.space.groups)
 
     def _budget(self) -> int:
-        """Return the number of free units to keep."""
-        return len(self.free) - self.closed
+        """Return the number of free units to keep, of those that are chosen together."""
+        return (len(self.free) - self.closed) // self.space.groups
 
     def initialise(self, probe: Probe) -> None:
         if self.init == "uniform":
             return
         # Importance is heavy-tailed, as in the learned mask's own start: take logarithms.
-        score = torch.log(unit_kl(probe, self.units)[self.free].clamp_min(0) + 1e-8)
-        z = (score - score.mean()) / score.std(correction=0).clamp_min(1e-8)
+        measure = unit_kl if self.init == "kl" else salience
+        score = self.by_group(torch.log(measure(probe, self.units)[self.free].clamp_min(0) + 1e-8))
+        z = (score - score.mean(-1, keepdim=True)) / score.std(-1, correction=0, keepdim=True).clamp_min(1e-8)
         with torch.no_grad():
-            self.logits[self.free] = shifted(torch.sigmoid(z), self._budget()).to(self.logits)
+            self.logits[self.free] = shifted(torch.sigmoid(z), self._budget()).flatten().to(self.logits)
 
     def sample(self, step: int, draw: int) -> Tensor:
         """Independent coin flips: gates ``[U]`` of 0 and 1, on average ``self.closed`` zeros."""
         with torch.no_grad():  # the projection of the step before; doing it again changes nothing
-            self.logits[self.free] = project(self.logits[self.free], self._budget())
+            self.logits[self.free] = self._projected()
         keep = self.logits.detach()[self.free].cpu()
         gates = torch.ones(self.units, device=self.logits.device)
         gates[self.free] = (torch.rand(len(keep), generator=self.generator(step, draw)) < keep).to(gates)
@@ -96,22 +106,28 @@ class BypassBP(MaskPolicy):
 
     def keep_probabilities(self) -> Tensor:
         keep = torch.ones(self.units)
-        keep[self.free] = project(self.logits.detach()[self.free], self._budget()).cpu()
+        keep[self.free] = self._projected().cpu()
         return keep
+
+    def _projected(self) -> Tensor:
+        """The chances of the free units, brought to the budget."""
+        return project(self.by_group(self.logits.detach()[self.free]), self._budget()).flatten()
 
 
 def shifted(value_L: Tensor, total: float) -> Tensor:
-    """Return ``clip(value - v, 0, 1)`` with v such that the sum is ``total``, by bisection in float64."""
-    value, low, high = value_L.double(), value_L.double().min() - 1, value_L.double().max()
+    """Return ``clip(value - v, 0, 1)`` with v such that each row's sum is ``total``, bisected in float64."""
+    value = value_L.double()
+    low, high = value.amin(-1, keepdim=True) - 1, value.amax(-1, keepdim=True)
     for _ in range(80):
         v = (low + high) / 2
-        above = (value - v).clamp(0, 1).sum() > total
+        above = (value - v).clamp(0, 1).sum(-1, keepdim=True) > total
         low, high = torch.where(above, v, low), torch.where(above, high, v)
     return (value - v).clamp(0, 1).to(value_L)
 
 
 def project(value_L: Tensor, total: float) -> Tensor:
-    """Return the nearest point of ``{s in [0, 1]^L, sum s <= total}`` (arXiv 2406.10576)."""
+    """Return the nearest point of ``{s in [0, 1]^L, sum s <= total}`` in each row (arXiv 2406.10576)."""
     inside = value_L.clamp(0, 1)
     # A sum that the last projection left at the budget, up to rounding, stays to the last bit.
-    return inside if inside.double().sum() <= total + 1e-5 else shifted(value_L, total)
+    fits = inside.double().sum(-1, keepdim=True) <= total + 1e-5
+    return torch.where(fits, inside, shifted(value_L, total))

@@ -53,8 +53,10 @@ class ConcaveGate(MaskPolicy):
         super().__init__(**kwargs)
         self.segments, self.start, self.temperature = segments, start, temperature
 
-    def setup(self, num_layers: int, remove: int, pinned: Iterable[int] = (), unit: Unit = "layer") -> None:
-        super().setup(num_layers, remove, pinned, unit)
+    def setup(
+        self, num_layers: int, remove: int, pinned: Iterable[int] = (), unit: Unit = "layer", width: int = 1
+    ) -> None:
+        super().setup(num_layers, remove, pinned, unit, width)
         if not 1 <= self.segments <= remove:
             raise ConfigError(
                 f"policy.segments: {self.segments} asked for {remove} layers. Accepted: 1 to {remove}."

@@ -28,10 +28,12 @@ class Exhaustive(OneShot):
         super().__init__(**kwargs)
         self.limit = limit
 
-    works_on = ("layer", "half")
+    works_on = ("layer", "half", "kv_group")
 
-    def setup(self, num_layers: int, remove: int, pinned: Iterable[int] = (), unit: Unit = "layer") -> None:
-        super().setup(num_layers, remove, pinned, unit)
+    def setup(
+        self, num_layers: int, remove: int, pinned: Iterable[int] = (), unit: Unit = "layer", width: int = 1
+    ) -> None:
+        super().setup(num_layers, remove, pinned, unit, width)
         if (count := self.space.size()) > self.limit:
             raise ConfigError(
                 f"policy.limit: {self.closed} of {len(self.free)} {unit}s are {count:,} masks, above the "

@@ -22,10 +22,11 @@ from src.errors import ConfigError
 from src.mask import Unit
 from src.policies import relaxations as R
 from src.policies.base import MaskPolicy, Probe
-from src.policies.scores import block_influence, unit_kl
+from src.policies.scores import block_influence, salience, unit_kl
 from src.ranges import Count, NonNegative, Positive, Seed, checked
+from src.units.spaces import TABULATED
 
-_SCORES = {"kl": unit_kl, "block_influence": block_influence}
+_SCORES = {"kl": unit_kl, "block_influence": block_influence, "salience": salience}
 _FORMS = {
     "softmax": R.softmax_form,
     "successive": R.successive_form,
@@ -42,8 +43,9 @@ class GumbelTopK(MaskPolicy):
             marginals of the subset law, no temperature), ``sigmoid``, or ``identity`` (control).
         side: ``prune`` draws the layers to remove, ``keep`` those to keep.
         init: start of the logits: ``kl`` (rise of the KL when the layer is bypassed), ``block_influence``
-            (ShortGPT), ``zeros``, or ``random`` (normal, by the seed). Scores go through a logarithm and are
-            standardised.
+            (ShortGPT), ``salience`` (the gates' gradients, one backward pass), ``zeros``, or ``random``
+            (normal, by the seed). Scores go through a logarithm and are standardised, those of width units
+            in each layer apart.
         init_scale: standard deviation of the initial logits.
         temperature: softness of the relaxation; :class:`src.callbacks.TemperatureAnnealing` moves it.
         always_keep: layers that may not be removed, such as ``[0, -1]``.
@@ -53,7 +55,7 @@ class GumbelTopK(MaskPolicy):
         polish: try single swaps of a removed and a kept layer on held-out rows.
     """
 
-    works_on = ("layer", "half")
+    works_on = ("layer", "half", "kv_group", "channel")
     any_count = True
 
     @checked
@@ -61,7 +63,7 @@ class GumbelTopK(MaskPolicy):
         self,
         form: Literal["softmax", "successive", "simple", "sigmoid", "identity"] = "softmax",
         side: Literal["prune", "keep"] = "prune",
-        init: Literal["kl", "block_influence", "zeros", "random"] = "kl",
+        init: Literal["kl", "block_influence", "salience", "zeros", "random"] = "kl",
         init_scale: NonNegative = 1.0,
         temperature: Positive = 1.0,
         always_keep: Iterable[int] = (),
@@ -73,17 +75,30 @@ class GumbelTopK(MaskPolicy):
         self.form, self.side, self.init = form, side, init
         self.init_scale, self.temperature = init_scale, temperature
 
-    def setup(self, num_layers: int, remove: int, pinned: Iterable[int] = (), unit: Unit = "layer") -> None:
+    def setup(
+        self, num_layers: int, remove: int, pinned: Iterable[int] = (), unit: Unit = "layer", width: int = 1
+    ) -> None:
         """Set up as the base class does.
 
         Raises:
-            ConfigError: the start compares the stream before and after whole layers, and halves are asked.
+            ConfigError: the start compares the stream before and after whole layers, and other units are
+                asked; or start or form take too long for the channels of a model.
         """
-        super().setup(num_layers, remove, pinned, unit)
+        super().setup(num_layers, remove, pinned, unit, width)
         if self.init == "block_influence" and unit != "layer":
             raise ConfigError(
                 f"policy.init: 'block_influence' compares the streams around whole layers, and model.unit is "
-                f"'{unit}'. Accepted here: kl, zeros, random."
+                f"'{unit}'. Accepted here: salience, zeros, random{', kl' if unit != 'channel' else ''}."
+            )
+        if self.init == "kl" and unit == "channel":
+            raise ConfigError(
+                f"policy.init: 'kl' takes a pass for each unit, here {self.units:,}. Accepted for channels: "
+                f"salience, zeros, random."
+            )
+        if self.form == "simple" and width > TABULATED:
+            raise ConfigError(
+                f"policy.form: 'simple' tabulates each layer's {width:,} units, which is done up to "
+                f"{TABULATED:,}. Accepted here: softmax, successive, sigmoid, identity."
             )
 
     def initialise(self, probe: Probe) -> None:
@@ -95,15 +110,17 @@ class GumbelTopK(MaskPolicy):
         else:
             # Importance is heavy-tailed (one layer can be a thousand times the median): take logarithms.
             score = torch.log(_SCORES[self.init](probe, self.units).clamp_min(0) + 1e-8)
-        free = score[self.free]
-        spread = (free - free.mean()) / free.std(correction=0).clamp_min(1e-8)
+        free = self.by_group(score[self.free])
+        scale = free.std(-1, correction=0, keepdim=True).clamp_min(1e-8)
+        spread = (free - free.mean(-1, keepdim=True)) / scale
         with torch.no_grad():
-            self.logits[self.free] = (self.init_scale * spread).to(self.logits)
+            self.logits[self.free] = (self.init_scale * spread).flatten().to(self.logits)
 
     def _scores(self) -> tuple[Tensor, int]:
-        """Scores of the free units for being selected, and how many to select."""
-        theta = self.logits[self.free].cpu()
-        return (-theta, self.closed) if self.side == "prune" else (theta, len(self.free) - self.closed)
+        """Scores of the free units for being selected, by group, and how many to select of each."""
+        theta = self.by_group(self.logits[self.free].cpu())
+        gone = self.closed // self.space.groups
+        return (-theta, gone) if self.side == "prune" else (theta, theta.shape[-1] - gone)
 
     def sample(self, step: int, draw: int) -> Tensor:
         space, generator = self.spare(self.remove), self.generator(step, draw)
@@ -112,16 +129,19 @@ class GumbelTopK(MaskPolicy):
             kept, chance = space.draw(theta, generator), space.marginals(theta)
             return R.straight_through(kept, chance).to(self.logits.device)
         theta, q = self._scores()
-        z = theta + R.gumbel(len(theta), generator)
+        z = theta + R.gumbel(theta.numel(), generator).view_as(theta)
         worth = torch.zeros(self.units)
-        worth[self.free] = -z.detach() if self.side == "prune" else z.detach()
-        kept = space.argmax(worth)[self.free]
+        worth[self.free] = (-z if self.side == "prune" else z).detach().flatten()
+        kept = self.by_group(space.argmax(worth)[self.free])
         hard = 1 - kept if self.side == "prune" else kept
-        selected = R.straight_through(hard, _FORMS[self.form](z, q, self.temperature)).to(self.logits.device)
+        selected = R.straight_through(hard, _FORMS[self.form](z, q, self.temperature))
         gates = torch.ones(self.units, device=self.logits.device)
-        gates[self.free] = 1 - selected if self.side == "prune" else selected
+        gates[self.free] = (1 - selected if self.side == "prune" else selected).flatten().to(gates.device)
         return gates
 
     def keep_probabilities(self) -> Tensor:
-        """Exact marginals of the space's law (for Gumbel draws an approximation, within a few percent)."""
+        """Marginals of the space's law, exact where they can be tabulated.
+
+        For Gumbel draws they are an approximation, within a few percent.
+        """
         return self.spare(self.remove).marginals(self.logits.detach().cpu()).clamp(0, 1)

@@ -35,18 +35,21 @@ class HardConcrete(MaskPolicy):
         kwargs: ``always_keep``, ``seed``, ``candidates``, ``polish`` of the base class.
     """
 
-    works_on = ("layer", "half")
+    works_on = ("layer", "half", "kv_group", "channel")
 
     @checked
     def __init__(self, log_alpha: Finite = 2.0, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.log_alpha = log_alpha
 
-    def setup(self, num_layers: int, remove: int, pinned: Iterable[int] = (), unit: Unit = "layer") -> None:
-        super().setup(num_layers, remove, pinned, unit)
+    def setup(
+        self, num_layers: int, remove: int, pinned: Iterable[int] = (), unit: Unit = "layer", width: int = 1
+    ) -> None:
+        super().setup(num_layers, remove, pinned, unit, width)
         with torch.no_grad():
             self.logits[self.free] = self.log_alpha
-        self.multipliers = nn.Parameter(torch.zeros(2))
+        groups = self.space.groups  # of units of width the number is met in each layer
+        self.multipliers = nn.Parameter(torch.zeros(2, groups).squeeze(-1))
 
     def sample(self, step: int, draw: int) -> Tensor:
         """Return relaxed gates ``[U]`` in [0, 1]; the units that may not go are open."""
@@ -62,11 +65,12 @@ class HardConcrete(MaskPolicy):
         return torch.sigmoid(self.logits[self.free] - TEMPERATURE * math.log(-LOW / HIGH))
 
     def surrogate(self, gates_DL: Tensor, losses_D: Tensor, grads_DL: Tensor | None) -> Tensor:
-        excess = self.open_probabilities().sum() - (len(self.free) - self.closed)
+        opened = self.by_group(self.open_probabilities())
+        excess = opened.sum(-1) - (len(self.free) - self.closed) / len(opened)
         # Value of the multipliers, negated gradient: the optimiser's descent is their ascent.
         rising = 2 * self.multipliers.detach() - self.multipliers
         pathwise = super().surrogate(gates_DL, losses_D, grads_DL)
-        return pathwise + rising[0] * excess + rising[1] * excess**2
+        return pathwise + (rising[0] * excess + rising[1] * excess**2).sum()
 
     def keep_probabilities(self) -> Tensor:
         keep = torch.ones(self.units)

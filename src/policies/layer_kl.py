@@ -12,7 +12,7 @@ from src.policies.scores import unit_kl
 class LayerKL(OneShot):
     """Scores a unit by the KL from the teacher without it alone, on the rows that start Gumbel-TopK."""
 
-    works_on = ("layer", "half")
+    works_on = ("layer", "half", "kv_group")
     any_count = True
 
     def score(self, probe: Probe) -> Tensor:

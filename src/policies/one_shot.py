@@ -56,13 +56,15 @@ class Contiguous(OneShot):
     Only runs of which every layer may be removed compete. A subclass measures the change.
     """
 
-    def setup(self, num_layers: int, remove: int, pinned: Iterable[int] = (), unit: Unit = "layer") -> None:
+    def setup(
+        self, num_layers: int, remove: int, pinned: Iterable[int] = (), unit: Unit = "layer", width: int = 1
+    ) -> None:
         """Set up as the base class does.
 
         Raises:
             ConfigError: no run of this length is free of layers that must stay.
         """
-        super().setup(num_layers, remove, pinned, unit)
+        super().setup(num_layers, remove, pinned, unit, width)
         windows = range(num_layers - remove + 1)
         self.starts = [i for i in windows if set(range(i, i + remove)) <= set(self.free)]
         if not self.starts:

@@ -15,7 +15,7 @@ class OneShotPerplexity(OneShot):
     It takes a forward pass for each unit that may be removed. The paper scores layers; halves are ours.
     """
 
-    works_on = ("layer", "half")
+    works_on = ("layer", "half", "kv_group")
     any_count = True
 
     def score(self, probe: Probe) -> Tensor:

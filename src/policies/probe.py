@@ -161,6 +161,46 @@ class CalibrationProbe(Walker):
             self.search.teacher_hidden(rows.batch, observe)
             yield torch.stack(stream), real(rows.batch)
 
+    def salience(self) -> Tensor:
+        """Return ``|gate dCE/dgate|`` ``[U]`` at open gates, the mean over the batches."""
+        search, size = self.search, len(self.search.gates)
+        sums, count = torch.zeros(size), torch.tensor(float(len(self.rows)))
+        for batch, rows in enumerate(self.rows):
+            signal = self.signal(batch)
+            open_U = torch.ones(size, device=search.device, requires_grad=True)
+            with torch.enable_grad(), search.parents_weights():
+                (grad_U,) = torch.autograd.grad(search.divergence(rows, signal, open_U, LABELS), open_U)
+            search.spent(rows.batch, search.num_layers)
+            sums += grad_U.abs().cpu()
+        return self.mean(sums, count)
+
+    @torch.no_grad()
+    def activations(self) -> Tensor:
+        """Return the mean absolute input ``[U]`` of the writers, summed over the columns of a unit."""
+        gates = self.search.gates
+        sums, count = torch.zeros(len(gates.layers), len(gates) // len(gates.layers)), torch.zeros(1)
+        for rows in self.rows:
+            real_BT = real(rows.batch)
+
+            def add(layer: int, x: Tensor, real_BT: Tensor = real_BT) -> None:
+                total = x[real_BT].abs().float().sum(0)
+                sums[layer] += total.unflatten(0, (sums.shape[1], -1)).sum(-1).cpu()
+
+            with gates.watched(add):
+                self.search.teacher_hidden(rows.batch)
+            count += real_BT.sum().cpu()
+        return self.mean(sums.flatten(), count)
+
+    def weights(self) -> Iterator[tuple[int, str, nn.Parameter]]:
+        """Give the weights of the layers, each with its layer and its name inside it."""
+        for index, layer in enumerate(self.search.gates.layers):
+            for name, weight in layer.named_parameters():
+                yield index, name, weight
+
+    def share(self, layer: int, name: str, values: Tensor) -> Tensor:
+        """Return the sums ``[U / L]`` of values at the entries of a weight over the units of its layer."""
+        return self.search.gates.share(layer, name, values)
+
     def gradients(self, visit: Callable[[int, nn.Module], None]) -> None:
         """Differentiate the mean cross-entropy of the open model with respect to the layers' weights.
 

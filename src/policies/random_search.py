@@ -25,7 +25,7 @@ class RandomSearch(OneShot):
         kwargs: ``always_keep``, ``seed``, ``candidates``, ``polish`` of the base class.
     """
 
-    works_on = ("layer", "half")
+    works_on = ("layer", "half", "kv_group", "channel")
 
     @checked
     def __init__(self, masks: Count = 1, **kwargs: Any) -> None:

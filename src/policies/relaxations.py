@@ -1,8 +1,10 @@
-"""Relaxed selections of q units, for the backward pass of an exact one.
+"""Relaxed selections of q units of each group, for the backward pass of an exact one.
 
 A selection is exactly 0 or 1 with exactly q ones; its gradient is that of a smooth surrogate, one of the
 forms here (the straight-through estimator). The paper (arXiv 2511.17205) names a Gumbel-TopK sampler with
 straight-through gradients; which relaxation it uses is not stated, so all of these are switches.
+
+Shapes: L units; ``...`` are groups, each with a selection of its own.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ def straight_through(hard_L: Tensor, soft_L: Tensor) -> Tensor:
 
 def softmax_form(z_L: Tensor, q: int, tau: float) -> Tensor:
     """Form A: one softmax, Jacobian ``(diag y - y y^T) / tau``; its mass is 1, not q."""
-    return torch.softmax(z_L / tau, 0)
+    return torch.softmax(z_L / tau, -1)
 
 
 def successive_form(z_L: Tensor, q: int, tau: float) -> Tensor:
@@ -36,7 +38,7 @@ def successive_form(z_L: Tensor, q: int, tau: float) -> Tensor:
     """
     total = z_L * 0.0
     for _ in range(q):
-        a = torch.softmax(z_L / tau, 0)
+        a = torch.softmax(z_L / tau, -1)
         total = total + a
         z_L = z_L + torch.log((1 - a).clamp_min(TINY))
     return total
@@ -44,8 +46,8 @@ def successive_form(z_L: Tensor, q: int, tau: float) -> Tensor:
 
 def sigmoid_form(z_L: Tensor, q: int, tau: float) -> Tensor:
     """Form D: a sigmoid around the midpoint between the q-th and the next score."""
-    top = z_L.detach().topk(min(q + 1, len(z_L))).values
-    return torch.sigmoid((z_L - (top[q - 1] + top[-1]) / 2) / tau)
+    top = z_L.detach().topk(min(q + 1, z_L.shape[-1])).values
+    return torch.sigmoid((z_L - (top[..., q - 1, None] + top[..., -1:]) / 2) / tau)
 
 
 def identity_form(z_L: Tensor, q: int, tau: float) -> Tensor:

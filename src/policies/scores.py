@@ -13,6 +13,16 @@ def unit_kl(probe: Probe, units: int) -> Tensor:
     return torch.tensor(probe.walk(list(1 - torch.eye(units)), "KL of each unit", quick=True))
 
 
+def salience(probe: Probe, _: int) -> Tensor:
+    """``|gate dLoss/dgate|`` ``[U]`` of the cross-entropy at open gates, the mean over calibration batches.
+
+    One forward and one backward pass score all units. The divergence has no such gradient: it is at its
+    lowest where all gates are open. The absolute value is taken of each batch, because the mean gradient of
+    a trained model is near zero (Molchanov et al., arXiv 1906.10771).
+    """
+    return probe.salience()
+
+
 def block_influence(probe: Probe, num_layers: int) -> Tensor:
     """Return ``1 - mean cos(h_l, h_{l+1})`` ``[L]`` over calibration tokens (ShortGPT, arXiv 2403.03853)."""
     total, count = torch.zeros(num_layers), torch.zeros(num_layers)

@@ -1,4 +1,4 @@
-"""Shortened LLaMA, Taylor criterion (arXiv 2402.02834): remove the layers of the smallest weight salience."""
+"""Shortened LLaMA, Taylor criterion (arXiv 2402.02834): remove the units of the smallest weight salience."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ PLUS = (0, 1, 2, 3, -2, -1)
 
 
 class Taylor(OneShot):
-    """Scores a layer by the sum of ``|w dLoss/dw|`` over its weights without biases.
+    """Scores a unit by the sum of ``|w dLoss/dw|`` over its weights without biases.
+
+    The paper scores layers. Of a KV group or a channel the weights are its rows and columns, as LLM-Pruner
+    scores them (arXiv 2305.11627).
 
     It takes one forward and one backward pass, with a gradient for every weight: memory for a second copy of
     the layers.
@@ -27,6 +30,7 @@ class Taylor(OneShot):
         kwargs: ``seed``, ``candidates``, ``polish`` of the base class.
     """
 
+    works_on = ("layer", "half", "kv_group", "channel")
     any_count = True
     differentiates_weights = True
 
@@ -34,12 +38,13 @@ class Taylor(OneShot):
         super().__init__(always_keep=[*always_keep, *(PLUS if plus else ())], **kwargs)
 
     def score(self, probe: Probe) -> Tensor:
-        scores = torch.zeros(self.num_layers)
+        scores = torch.zeros(self.num_layers, self.units // self.num_layers)
 
         def visit(layer: int, module: nn.Module) -> None:
             for name, weight in module.named_parameters():
                 if weight.grad is not None and not name.endswith("bias"):
-                    scores[layer] += (weight.detach().float() * weight.grad.float()).abs().sum().cpu()
+                    salience = (weight.detach().float() * weight.grad.float()).abs()
+                    scores[layer] += probe.share(layer, name, salience).cpu()
 
         probe.gradients(visit)
-        return scores
+        return scores.flatten()

@@ -75,8 +75,10 @@ class TinyFusion(MaskPolicy):
         super().__init__(**kwargs)
         self.block, self.scale, self.temperature = block, scale, temperature
 
-    def setup(self, num_layers: int, remove: int, pinned: Iterable[int] = (), unit: Unit = "layer") -> None:
-        super().setup(num_layers, remove, pinned, unit)
+    def setup(
+        self, num_layers: int, remove: int, pinned: Iterable[int] = (), unit: Unit = "layer", width: int = 1
+    ) -> None:
+        super().setup(num_layers, remove, pinned, unit, width)
         count = max(1, min(remove, len(self.free) // self.block))
         sizes, gone = lengths(len(self.free), count), lengths(remove, count)
         ways = [math.comb(m, n) for m, n in zip(sizes, gone, strict=True)]

@@ -28,7 +28,7 @@ from src.data.judging import batches, judged, read_rows
 from src.errors import ConfigError, did_you_mean
 from src.losses.distill import Distillation
 from src.losses.signals import live_signal
-from src.mask import Mask
+from src.mask import WIDE, Mask
 from src.models.head import OutputHead
 from src.models.positions import position_limit
 from src.ranges import Count, Natural, NonNegative, Positive, checked
@@ -89,6 +89,18 @@ class LinearPatch:
         self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         self.repairs: list[Repair] = []
         self.used = f"{rows} rows"
+
+    def refuse(self, mask: Mask) -> None:
+        """Refuse a mask that leaves no gap.
+
+        Raises:
+            ConfigError: the mask is of width.
+        """
+        if mask.wide:
+            raise ConfigError(
+                f"patch: it repairs the stream behind removed layers, and a mask of {WIDE[mask.unit]} "
+                f"removes none. Export the cut without it."
+            )
 
     def __str__(self) -> str:
         if not self.repairs:

@@ -16,7 +16,7 @@ from rich.markup import escape
 
 from src.command import Parser
 from src.data.options import add_columns, read_columns
-from src.export.card import public_name
+from src.export.cuts import public_name
 from src.export.verb import add_options, export, show
 from src.mask import Mask
 from src.ranges import above_zero, from_zero, natural, positive
@@ -40,6 +40,7 @@ def main(argv: list[str]) -> None:
         lr=args.lr,
         device=args.device,
     )
+    repair.refuse(mask)
     findings = export(mask, args, repair)
     Console().print(escape(str(repair)))
     show(mask, args, findings)

@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch
 
-from src.mask import Mask
+from src.mask import WIDE, Mask
 
 if TYPE_CHECKING:
     from matplotlib.typing import RcKeyType
@@ -88,7 +89,12 @@ def _axes(columns: int, height: float, **keys: Any) -> tuple[Figure, list[Axes]]
 
 
 def mask_strip(mask: Mask) -> Figure:
-    """Draw a mask: of layers one row; of halves a row of each kind, with lines between those that pair up."""
+    """Draw a mask: of layers one row; of halves a row of each kind, with lines between those that pair up.
+
+    Of units of width it is a map of the units of each layer.
+    """
+    if mask.wide:
+        return width_map(mask)
     return layer_strip(mask.num_layers, mask.removed) if mask.unit == "layer" else half_strip(mask)
 
 
@@ -141,6 +147,21 @@ def layer_strip(num_layers: int, removed: Sequence[int]) -> Figure:
     return figure
 
 
+@styled
+def width_map(mask: Mask) -> Figure:
+    """Draw which units of each layer's width are kept: a column for each layer, a row for each unit."""
+    figure, (axis,) = _axes(1, 3.0)
+    kept = np.zeros(mask.units)
+    kept[list(mask.keep)] = 1.0
+    axis.imshow(kept.reshape(mask.num_layers, -1).T, aspect="auto", interpolation="nearest", origin="lower",
+                cmap=ListedColormap(["white", TEAL]), vmin=0, vmax=1)  # fmt: skip
+    axis.set(
+        xlabel="layer", ylabel=WIDE[mask.unit], xticks=range(0, mask.num_layers, 1 + mask.num_layers // 24)
+    )
+    axis.set_title(f"Each layer keeps {mask.listed.partition(' of each')[0]} (filled)")
+    return figure
+
+
 QUALITIES = {
     "exact_match": ("Exact match", "{:.1%}"),
     "agreement": ("Same first choice as the teacher", "{:.1%}"),
@@ -185,8 +206,8 @@ def courses(search: Sequence[Sequence[float]], recover: Sequence[Sequence[float]
 
 
 @styled
-def gate_map(keep_SL: Sequence[Sequence[float]]) -> Figure:
-    """Draw the probability that each layer is kept, over the search."""
+def gate_map(keep_SL: Sequence[Sequence[float]], of: str = "that a layer is kept") -> Figure:
+    """Draw the probability that each layer is kept, over the search; or another one ``of`` each layer."""
     figure, (axis,) = _axes(1, 3.0)
     steps, layers = len(keep_SL), len(keep_SL[0])
     image = axis.imshow(
@@ -195,7 +216,7 @@ def gate_map(keep_SL: Sequence[Sequence[float]]) -> Figure:
     )  # fmt: skip
     figure.colorbar(image, ax=axis, fraction=0.03, pad=0.015, ticks=[0, 0.5, 1]).outline.set_visible(False)
     axis.set(xlabel="step", ylabel="layer", yticks=range(0, layers, max(1, layers // 8)))
-    axis.set_title("Search: probability that a layer is kept")
+    axis.set_title(f"Search: probability {of}")
     return figure
 
 

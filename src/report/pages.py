@@ -9,6 +9,7 @@ from html import escape
 from typing import Any
 
 from src.benchmark import PHASES, verdict
+from src.mask import WIDE
 from src.report.figures import tokens_text
 
 Record = dict[str, Any]
@@ -112,7 +113,8 @@ def _score(record: Record | None) -> str:
 def headline(report: Record) -> str:
     """Tell the run in one sentence, about its last model."""
     student = report["models"][-1]
-    parts = [f"{report['num_layers'] - report['depth']} of {report['num_layers']} layers removed"]
+    gone = f"{report['num_layers'] - report['depth']} of {report['num_layers']} layers"
+    parts = [f"{report['removed_layers'] if report['unit'] in WIDE else gone} removed"]
     if "retention" in student:
         parts.append(f"{student['retention']:.1%} of the teacher's exact match kept")
     elif "kl" in student:

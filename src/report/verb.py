@@ -149,6 +149,7 @@ def gather(run: Run) -> Record:
         "depth": run.mask.depth,
         "removed_layers": list(run.mask.removed) if run.mask.unit == "layer" else run.mask.missing,
         "num_layers": run.mask.num_layers,
+        "unit": run.mask.unit,
         "search_kl": run.mask.metrics.get("kl"),
         "budgets": run.search.get("budgets", []),
         "decode_speedup": last["decode"]["speedup"] if "decode" in last else None,
@@ -223,7 +224,8 @@ def draw(run: Run, report: Record) -> list[Picture]:
         what = "Divergence from the teacher while learning; of drawn masks, then of the student."
         drawn.append(("courses", what, figures.courses(search, recover)))
     if keep_SL := run.gates.get("keep_probability"):
-        drawn.append(("gates", "How the search made up its mind.", figures.gate_map(keep_SL)))
+        of = "of the units that a layer keeps, mean" if run.mask.wide else "that a layer is kept"
+        drawn.append(("gates", "How the search made up its mind.", figures.gate_map(keep_SL, of)))
     return [Picture(name, caption, figures.svg(figure)) for name, caption, figure in drawn]
 
 

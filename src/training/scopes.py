@@ -8,7 +8,7 @@ import torch
 from transformers import PreTrainedModel
 
 from src.errors import ConfigError, first_line
-from src.mask import Mask
+from src.mask import WIDE, Mask
 from src.models.adapters import adapted, unwrapped
 from src.models.cut import cut
 from src.models.layers import decoder_layers
@@ -28,10 +28,28 @@ def check_units(recovery: dict[str, Any], mask: Mask) -> None:
         ConfigError: the checkpoint was trained with other units; the message names both sets.
     """
     keep, unit = tuple(recovery["keep"]), recovery.get("unit", "layer")
+    if (keep, unit) != (mask.keep, mask.unit) and mask.wide and len(keep) > mask.num_layers:
+        raise ConfigError(
+            f"checkpoint: it was trained with another choice of units, {len(keep):,} {unit}s, than the mask, "
+            f"which keeps {mask.listed}. Give the mask that it was trained with."
+        )
     if (keep, unit) != (mask.keep, mask.unit):
         raise ConfigError(
             f"checkpoint: it was trained with {unit}s {list(keep)}, but the mask keeps {mask.unit}s "
             f"{list(mask.keep)}. Give the mask that it was trained with."
+        )
+
+
+def check_scope(scope: Scope, mask: Mask) -> None:
+    """Refuse a scope that trains nothing.
+
+    Raises:
+        ConfigError: the blocks beside gaps are asked, and the mask is of width.
+    """
+    if scope == "cut_adjacent" and mask.wide:
+        raise ConfigError(
+            f"model.scope: 'cut_adjacent' trains the blocks beside removed layers, and a mask of "
+            f"{WIDE[mask.unit]} removes none. Accepted here: full, lora."
         )
 
 

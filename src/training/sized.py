@@ -9,22 +9,25 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 
 from src.errors import ConfigError
-from src.models.constraints import constraints
+from src.mask import WIDE, Unit
+from src.models.constraints import Constraints, constraints
 from src.models.layers import num_layers
 from src.models.loading import load_config, numbers
 from src.ranges import checked, inside_unit
 from src.training.stage import Stage
 from src.units.amount import Amount
+from src.units.kinds import width_of
 from src.units.targets import Target
 
 
 class Sized(Stage):
-    """A stage that is told in one of several ways how many layers go; the others are None.
+    """A stage that is told in one of several ways how many units go; the others are None.
 
     Args:
         model: Hub id or directory of the model to shorten.
-        remove: layers to remove.
-        ratio: share of the layers to remove, in (0, 1), rounded to the nearest count.
+        unit: what goes; see :class:`src.search.MaskSearch`.
+        remove: layers to remove, or units of each layer's width.
+        ratio: share of them to remove, in (0, 1), rounded to the nearest count.
         budgets: several such shares: one search ends with a mask for each.
         nested: whether of these masks a larger removal contains the smaller ones. The largest is chosen
             first, and each smaller one keeps all that it keeps.
@@ -37,6 +40,7 @@ class Sized(Stage):
     def __init__(
         self,
         model: str,
+        unit: Unit = "layer",
         remove: int | None = None,
         ratio: Annotated[float, inside_unit] | None = None,
         budgets: Sequence[float] | None = None,
@@ -48,13 +52,21 @@ class Sized(Stage):
         config = load_config(model, self.revision)
         self.commit: str | None = getattr(config, "_commit_hash", None)
         """Revision of the Hub that was loaded, by which mask and card pin the parent."""
-        self.num_layers, self.limits = num_layers(config), constraints(config)
+        self.unit, self.num_layers, width = unit, num_layers(config), width_of(config, unit)
+        self.width = None if width is None else width.count
+        """Units in each layer, where parts of its width are removed."""
+        self.limits = constraints(config) if width is None else Constraints()
         stored = getattr(torch, numbers(model, "auto", self.revision))
-        self.budgets = Amount(remove, ratio, budgets, target).of(config, stored)
+        self.budgets = Amount(remove, ratio, budgets, target).of(config, stored, width)
         """What is removed, the smallest removal first; one search ends with a mask for each."""
         if told := self.budgets[0].told:
             rank_zero_info(told)
         self.nested = nested
+        if nested and self.width:
+            raise ConfigError(
+                f"model.nested: masks of {WIDE[unit]} are chosen apart. Set it to false, or model.unit to "
+                f"layer."
+            )
         if nested and budgets is None:
             raise ConfigError(
                 "model.nested: true given; it orders the masks of model.budgets. Set these too."

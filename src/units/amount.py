@@ -13,6 +13,7 @@ from src.errors import ConfigError
 from src.models.constraints import constraints
 from src.models.layers import num_layers
 from src.units.targets import Target
+from src.units.width import Width
 
 
 @dataclass(frozen=True, order=True)
@@ -68,33 +69,36 @@ class Amount:
                     f"{0.25 if key == 'ratio' else [0.125, 0.25]}."
                 )
 
-    def of(self, config: PretrainedConfig, stored: torch.dtype = torch.float32) -> tuple[Budget, ...]:
+    def of(
+        self, config: PretrainedConfig, stored: torch.dtype = torch.float32, width: Width | None = None
+    ) -> tuple[Budget, ...]:
         """Return the budgets for a model, the smallest removal first.
 
         Args:
             config: of the model.
             stored: type of its weights, by which a target counts memory.
+            width: its units of width, if these are removed.
 
         Raises:
             ConfigError: two shares are the same count, or the target is out of reach.
         """
-        layers = num_layers(config)
+        every = num_layers(config) if width is None else width.count
         if self.target is not None:
-            remove, told = self.target.resolve(config, constraints(config), stored)
+            remove, told = self.target.resolve(config, constraints(config), stored, width)
             return (Budget(remove, told=told),)
         if self.budgets is None:
-            count = self.remove if self.ratio is None else _count(layers, self.ratio)
+            count = self.remove if self.ratio is None else _count(every, self.ratio)
             assert count is not None
             return (Budget(count),)
-        budgets = sorted(Budget(_count(layers, share), share) for share in self.budgets)
+        budgets = sorted(Budget(_count(every, share), share) for share in self.budgets)
         for one, other in pairwise(budgets):
             if one.remove == other.remove:
                 raise ConfigError(
-                    f"model.budgets: {one.share:g} and {other.share:g} both remove {one.remove} of {layers} "
-                    f"layers. Give shares that lie further apart."
+                    f"model.budgets: {one.share:g} and {other.share:g} both remove {one.remove} of {every}. "
+                    f"Give shares that lie further apart."
                 )
         return tuple(budgets)
 
 
-def _count(layers: int, share: float) -> int:
-    return max(1, round(layers * share))
+def _count(every: int, share: float) -> int:
+    return max(1, round(every * share))

@@ -69,6 +69,12 @@ class HalfGates(Gates):
                 module.forward = forward
                 self._restore.callback(delattr, module, "forward")
 
+    def share(self, layer: int, name: str, values: Tensor) -> Tensor:
+        half, shares = self.halves[layer].of(name), values.new_zeros(2)
+        if half is not None:
+            shares[half] = values.sum()
+        return shares
+
     def remove(self) -> None:
         """Give the modules their own ``forward`` back."""
         self._restore.close()

@@ -22,9 +22,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from src.errors import ConfigError
 from src.models.layers import Arguments, decoder_layers, first, with_first
-from src.models.structure import alike
+from src.models.structure import Misfit, alike
 
 TRIED = 8
 """Tokens of the pass that finds the writers."""
@@ -49,10 +48,6 @@ class Halves:
         return self.half.get(name, self.half.get(name.rpartition(".")[0]))
 
 
-class Misfit(ConfigError):
-    """Says that a layer does not consist of two halves."""
-
-
 @torch.no_grad()
 def find_halves(model: PreTrainedModel) -> list[Halves]:
     """Return the halves of every layer of a model.
@@ -61,15 +56,7 @@ def find_halves(model: PreTrainedModel) -> list[Halves]:
         Misfit: a layer does not consist of two halves, one after the other; the message gives the reason.
     """
     _, layers = decoder_layers(model)
-    calls: dict[int, Arguments] = {}
-    with ExitStack() as stack:
-        for index, layer in enumerate(layers):
-
-            def record(_: nn.Module, args: Any, kwargs: Any, index: int = index) -> None:
-                calls[index] = args, kwargs
-
-            stack.callback(layer.register_forward_pre_hook(record, with_kwargs=True).remove)
-        model(input_ids=torch.arange(3, 3 + TRIED, device=model.device)[None], use_cache=False)
+    calls = layer_calls(model)
     halves: dict[int, Halves] = {}
     for kind in alike(layers):  # one trial serves all layers that differ in their weights alone
         index = min(kind)
@@ -81,6 +68,21 @@ def find_halves(model: PreTrainedModel) -> list[Halves]:
                 f"{e}, so its halves cannot go alone. Use whole layers (unit: layer)."
             ) from e
     return [halves[index] for index in range(len(layers))]
+
+
+def layer_calls(model: PreTrainedModel) -> list[Arguments]:
+    """Return the arguments of each decoder layer in a pass of a few tokens."""
+    _, layers = decoder_layers(model)
+    calls: list[Arguments] = [((), {})] * len(layers)
+    with ExitStack() as stack:
+        for index, layer in enumerate(layers):
+
+            def record(_: nn.Module, args: Any, kwargs: Any, index: int = index) -> None:
+                calls[index] = args, kwargs
+
+            stack.callback(layer.register_forward_pre_hook(record, with_kwargs=True).remove)
+        model(input_ids=torch.arange(3, 3 + TRIED, device=model.device)[None], use_cache=False)
+    return calls
 
 
 class _Trial:

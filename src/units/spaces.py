@@ -25,6 +25,7 @@ and apart, such as the layers whose channels are the units.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from functools import cached_property
 from itertools import pairwise
 
 import torch
@@ -32,6 +33,9 @@ from torch import Tensor
 
 NEVER = -1e200
 """Logarithm of zero, below any score. Finite, because infinity has no second derivative."""
+
+TABULATED = 512
+"""Most units whose chances are summed up exactly: a table of their number squared, in each group."""
 
 Kept = tuple[int, ...]
 """Units that stay, rising."""
@@ -44,12 +48,20 @@ class Space:
         units: number of units, U.
         keep: units that each set keeps, K.
         pinned: units that are in each set.
+
+    Attributes:
+        groups: parts of the units that are chosen alike and apart; see :class:`src.units.groups.InEach`.
     """
+
+    groups = 1
 
     def __init__(self, units: int, keep: int, pinned: Iterable[int] = ()) -> None:
         self.units, self.keep, self.pinned = units, keep, frozenset(pinned)
-        self.may_UK = self.allowed(torch.arange(units)[:, None], torch.arange(keep)[None])
+
+    @cached_property
+    def may_UK(self) -> Tensor:
         """Whether a unit may be kept when so many before it are."""
+        return self.allowed(torch.arange(self.units)[:, None], torch.arange(self.keep)[None])
 
     def allowed(self, unit: Tensor, before: Tensor) -> Tensor:
         """Whether ``unit`` may be kept when ``before`` units in front of it are; both broadcast to [U, K]."""
@@ -187,6 +199,25 @@ class AnyOf(Space):
         forced[..., sorted(self.pinned)] = float("inf")
         order = forced.sort(dim=-1, stable=True).indices
         return torch.ones_like(scores).scatter(-1, order[..., : self.units - self.keep], 0.0)
+
+    def marginals(self, theta: Tensor) -> Tensor:
+        """Exact for up to ``TABULATED`` units.
+
+        Of more, the chances of coins that fall apart, with as many kept on average: within about one in the
+        number of units (Hajek, Ann. Math. Stat. 1964). They are not differentiable.
+        """
+        if self.units <= TABULATED:
+            return super().marginals(theta)
+        odds = theta.detach().double().clone()
+        odds[..., sorted(self.pinned)] = float("inf")
+        finite = odds[odds.isfinite()]
+        low, high = odds.new_full((*odds.shape[:-1], 1), float(finite.min()) - 50), finite.max() + 50
+        high = high.expand_as(low)
+        for _ in range(80):
+            level = (low + high) / 2
+            above = torch.sigmoid(odds - level).sum(-1, keepdim=True) > self.keep
+            low, high = torch.where(above, level, low), torch.where(above, high, level)
+        return torch.sigmoid(odds - level).to(theta)
 
     def uniform(self, generator: torch.Generator) -> Kept:
         free = [u for u in range(self.units) if u not in self.pinned]

@@ -14,10 +14,12 @@ import torch
 from transformers import PretrainedConfig
 
 from src.errors import ConfigError
+from src.mask import WIDE
 from src.models.constraints import Constraints
 from src.models.costs import decode_flops, parameters_of
 from src.models.cut_config import kept_config
 from src.models.layers import num_layers
+from src.units.width import Width
 
 GIB = 1 << 30
 SHOWN = {
@@ -42,13 +44,16 @@ class Target:
     parameters: float | None = None
     memory_gib: float | None = None
 
-    def resolve(self, config: PretrainedConfig, limits: Constraints, stored: torch.dtype) -> tuple[int, str]:
+    def resolve(
+        self, config: PretrainedConfig, limits: Constraints, stored: torch.dtype, width: Width | None = None
+    ) -> tuple[int, str]:
         """Return the least number of layers to remove, and words on what that reaches.
 
         Args:
             config: of the parent.
             limits: what its family allows.
             stored: type of the parent's weights.
+            width: units of width, of which as many go from each layer; None removes layers.
 
         Raises:
             ConfigError: not exactly one target is given, or no number of layers reaches it.
@@ -58,10 +63,15 @@ class Target:
             raise ConfigError(f"model.target: {given} given; accepted: exactly one of {', '.join(SHOWN)}.")
         ((key, asked),) = given.items()
 
+        def without(remove: int) -> PretrainedConfig:
+            if width is not None:
+                return width.counted.config(config, every - remove)
+            removed = spread(limits, every, remove)
+            return kept_config(config, [i for i in range(every) if i not in removed])
+
         @cache
         def cost(remove: int) -> float:
-            removed = spread(limits, layers, remove)
-            cut = kept_config(config, [i for i in range(layers) if i not in removed]) if removed else config
+            cut = without(remove) if remove else config
             if key == "speedup":
                 return decode_flops(cut)
             return parameters_of(cut) * (1 if key == "parameters" else stored.itemsize / GIB)
@@ -72,16 +82,18 @@ class Target:
         def enough(remove: int) -> bool:
             return reached(remove) >= asked if key == "speedup" else reached(remove) <= asked
 
-        layers = num_layers(config)
-        most = max((n for n in range(1, layers) if layers - len(limits.pinned(layers, n)) >= n), default=0)
+        every = num_layers(config) if width is None else width.count
+        of = f"{every} {'layers' if width is None else f'{WIDE[width.unit]} of each layer'}"
+        fits = (n for n in range(1, every) if width or every - len(limits.pinned(every, n)) >= n)
+        most = max(fits, default=0)
         if most == 0 or enough(0) or not enough(most):
             whole, *ends = (SHOWN[key].format(reached(n)) for n in ([0, 1, most] if most else [0]))
-            reach = f"{' to '.join(ends)}, without 1 to {most} of {layers} layers" if most else "nothing"
+            reach = f"{' to '.join(ends)}, without 1 to {most} of {of}" if most else "nothing"
             fault = f"model.target: {key} {asked:g} asked of a model of {whole}; in reach: {reach}."
             raise ConfigError(f"{fault} {limits.reason}".strip())
         remove = 1 + bisect_left(range(1, most + 1), True, key=enough)
         told = SHOWN[key].format(reached(remove))
-        return remove, f"target {key} {asked:g}: removes {remove} of {layers} layers ({told})"
+        return remove, f"target {key} {asked:g}: removes {remove} of {of} ({told})"
 
 
 def spread(limits: Constraints, layers: int, remove: int) -> set[int]:

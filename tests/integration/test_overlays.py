@@ -10,6 +10,7 @@ import torch
 import yaml
 from lightning import Callback, LightningModule, Trainer
 
+from src import policies
 from src.cli import run
 from src.mask import Mask
 from src.recover import Recovery
@@ -39,11 +40,12 @@ def test_an_overlay_makes_the_search_another_method(
             "model.init_args.calibration_batches": 2,
         },
     )  # fmt: skip
-    done = run(["fit", "--config", SEARCH, "--config", str(overlay), *given])
+    named = yaml.safe_load(overlay.read_text())["model"]["init_args"]["policy"]["class_path"].split(".")[-1]
+    wide = ["--config", "configs/unit/channel.yaml"] if "layer" not in vars(policies)[named].works_on else []
+    done = run(["fit", "--config", SEARCH, *wide, "--config", str(overlay), *given])
     mask = Mask.load(tmp_path / "search" / "run" / "mask.json")
-    named = yaml.safe_load(overlay.read_text())["model"]["init_args"]["policy"]
-    assert mask.method == named["class_path"].split(".")[-1]
-    assert len(mask.removed) == 2  # a quarter of six layers, rounded to the nearest even
+    assert mask.method == named
+    assert len(mask.removed) == (36 if wide else 2)  # of six layers, or of 24 channels of each
     used = yaml.safe_load((tmp_path / "search" / "run" / "config.yaml").read_text())
     policy = used["model"]["init_args"]["policy"]["init_args"]
     assert (policy.get("candidates", 1), policy.get("polish", False)) == (1, False), "the plain answer"

@@ -14,8 +14,9 @@ from src.errors import ConfigError
 from src.mask import Mask
 from src.models.cut import cut
 from src.models.gated import GatedLayers
+from src.models.structure import Misfit
 from src.units.half_gates import HalfGates
-from src.units.halves import Misfit, find_halves
+from src.units.halves import find_halves
 from tests.tiny import FAMILIES, LAYERS, tiny_ids, tiny_model
 
 SIDE_BY_SIDE = {"gpt_neox": "side by side", "cohere2": "side by side", "phi": "once"}

@@ -11,8 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from src.errors import ConfigError
 from src.models.constraints import Constraints, constraints
-from src.models.cut import cut
-from src.models.cut_config import cut_config
+from src.models.cut import cut, cut_config
 from src.models.cut_rules import slice_section
 from src.models.gated import GatedLayers
 from src.models.layers import decoder_layers, num_layers

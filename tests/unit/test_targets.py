@@ -14,12 +14,13 @@ from src.benchmark import compare
 from src.cli import main
 from src.errors import ConfigError
 from src.models.constraints import Constraints, constraints
-from src.models.costs import NEW, PROMPT, decode_flops, parameters
+from src.models.costs import NEW, PROMPT, decode_flops, parameters, parameters_of
 from src.models.cut import cut
 from src.models.cut_config import kept_config
 from src.policies import GumbelTopK
 from src.search import MaskSearch
 from src.units.amount import Amount
+from src.units.kinds import width_of
 from src.units.targets import GIB, Target, spread
 from tests.planning import L, planner_of, write_config
 from tests.tiny import LAYERS, mask_of, tiny_config, tiny_model
@@ -151,3 +152,15 @@ def test_a_target_in_a_file_goes_the_way_of_all_keys(
                 main(argv)
         printed = capsys.readouterr()
         assert said in printed.out + printed.err
+
+
+def test_a_target_of_width_is_the_fewest_channels_that_reach_it() -> None:
+    """Each channel of a tiny Llama's 7 layers has 3 x 32 weights: 19 of 48 are the fewest below 27,000."""
+    config = tiny_config("llama")
+    width = width_of(config, "channel")
+    assert width is not None
+    whole = parameters_of(config)
+    asked = whole - 18 * 7 * 3 * 32 - 1
+    (budget,) = Amount(target=Target(parameters=asked)).of(config, width=width)
+    assert budget.remove == 19
+    assert "19 of 48 channels of each layer" in budget.told

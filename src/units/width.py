@@ -1,0 +1,239 @@
+"""Find the width of decoder layers, KV groups and channels, without knowing a family.
+
+A number in the config counts the units of a layer. Made smaller, it makes some tensors narrower: columns of
+the linear map that writes to the stream (the *writer*), and rows of those that feed it (*feeders*). So which
+tensors hold the units, and how many rows each unit has, is read off two models without weights. Whether the
+rows are in the order of the units, and reach the stream through the writer's columns of their unit alone, is
+tried on the real layers (:mod:`src.units.width_gates`).
+
+Shapes: B batch, T tokens, W units in each layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from src.errors import ConfigError
+from src.mask import WIDE, Mask, Unit
+from src.models.cut_config import rebuilt, text_section, weightless
+from src.models.layers import decoder_layers, text_config
+from src.models.structure import Misfit
+
+INPUT = {nn.Linear: 1, Conv1D: 0}
+"""Axis of the input in the weight of each kind of linear map."""
+
+
+@dataclass(frozen=True)
+class Counted:
+    """Settings of a config that count width units.
+
+    Attributes:
+        each: for each key, how much of it one unit is.
+        fixed: what must be said besides, because the family would derive it from the others.
+    """
+
+    each: Mapping[str, int]
+    fixed: Mapping[str, int]
+
+    def config(self, config: PretrainedConfig, count: int) -> PretrainedConfig:
+        """Return the config of a model with ``count`` units in each layer.
+
+        Raises:
+            ConfigError: the config class does not accept it.
+        """
+        counts = {key: each * count for key, each in self.each.items()}
+        return rebuilt(config, {**text_section(config), **self.fixed, **counts})
+
+
+@dataclass(frozen=True)
+class Block:
+    """Where a tensor holds the width units: ``each`` entries along ``axis`` for each unit, in their order."""
+
+    axis: int
+    each: int
+
+    def keep(self, tensor: Tensor, units: Sequence[int]) -> Tensor:
+        """Return the part of a tensor that holds some of the units, a copy."""
+        kept = torch.tensor(units, device=tensor.device)
+        entries = (kept[:, None] * self.each + torch.arange(self.each, device=tensor.device)).flatten()
+        return tensor.detach().index_select(self.axis, entries)
+
+    def count(self, tensor: Tensor) -> int:
+        """Return the number of units that a tensor holds."""
+        return tensor.shape[self.axis] // self.each
+
+    def sums(self, tensor: Tensor) -> Tensor:
+        """Return the sum ``[W]`` of a tensor over the entries of each unit."""
+        return tensor.movedim(self.axis, 0).reshape(self.count(tensor), -1).sum(1)
+
+
+@dataclass(frozen=True)
+class Width:
+    """The width units of a model.
+
+    Attributes:
+        unit: their kind.
+        count: how many each layer has.
+        counted: settings that count them.
+        writers: for each layer, the path of the map whose input they are.
+        blocks: for each layer, where each tensor holds them, by name inside the layer.
+    """
+
+    unit: Unit
+    count: int
+    counted: Counted
+    writers: tuple[str, ...]
+    blocks: tuple[dict[str, Block], ...]
+
+    def check(self, mask: Mask) -> None:
+        """Refuse a mask of another width.
+
+        Raises:
+            ConfigError: names both.
+        """
+        if mask.width != self.count:
+            raise ConfigError(
+                f"mask: it was made for {mask.width} {WIDE[self.unit]} in each layer, but this model has "
+                f"{self.count}. Give the mask of this model, or change the model."
+            )
+
+
+def find_width(config: PretrainedConfig, unit: Unit, family: type[PreTrainedModel] | None = None) -> Width:
+    """Return the width units of a model, read off models without weights.
+
+    Of all settings that change nothing outside of the layers, the one that changes most weights counts.
+
+    Args:
+        config: of the model.
+        unit: kind of the units.
+        family: class of the model; None is the one that stock loading takes.
+
+    Raises:
+        Misfit: the layers do not hold such units in a way that can be cut; the message gives the reason.
+    """
+    parent = weightless(config, family)
+    path, layers = decoder_layers(parent)
+    tensors, found, by = _tensors(parent), dict[str, Block](), None
+    for counted in (_heads if unit == "kv_group" else _numbers)(config, layers):
+        try:
+            blocks = _narrower(tensors, _tensors(weightless(counted.config(config, 1), family)), path)
+        except ConfigError:  # the class accepts no such number
+            continue
+        if sum(tensors[name].numel() for name in blocks) > sum(tensors[name].numel() for name in found):
+            found, by = blocks, counted
+    if by is None:
+        raise Misfit(
+            f"unit: no setting of a '{config.model_type}' config makes its layers narrower by {WIDE[unit]} "
+            f"and changes nothing else, so these cannot go alone. Use unit: layer."
+        )
+    held = [
+        {name.removeprefix(f"{path}.{index}."): block for name, block in found.items()
+         if name.startswith(f"{path}.{index}.")}
+        for index in range(len(layers))
+    ]  # fmt: skip
+    writers = []
+    for index, (layer, blocks) in enumerate(zip(layers, held, strict=True)):
+        with misfit_of(config, index, layer, unit):
+            writers.append(_writer(layer, blocks, unit))
+    counts = {
+        blocks[f"{writer}.weight"].count(layer.get_parameter(f"{writer}.weight"))
+        for layer, writer, blocks in zip(layers, writers, held, strict=True)
+    }
+    if len(counts) > 1:
+        raise Misfit(
+            f"unit: the layers of this '{config.model_type}' differ in their number of {WIDE[unit]} "
+            f"({', '.join(map(str, sorted(counts)))}), and a mask removes as many from each. Use unit: layer."
+        )
+    return Width(unit, counts.pop(), by, tuple(writers), tuple(held))
+
+
+@contextmanager
+def misfit_of(config: PretrainedConfig, index: int, layer: nn.Module, unit: Unit) -> Iterator[None]:
+    """Complete the reason of a misfit, given as what the layer does, to a message."""
+    try:
+        yield
+    except Misfit as e:
+        raise Misfit(
+            f"unit: layer {index} of this '{config.model_type}' ({type(layer).__name__}) {e}, so its "
+            f"{WIDE[unit]} cannot go alone. Use unit: layer."
+        ) from e
+
+
+def _numbers(config: PretrainedConfig, layers: nn.ModuleList) -> Iterator[Counted]:
+    """Each number of the config that divides a size of a layer, and each that it leaves to the family."""
+    sizes = {size for tensor in layers.state_dict().values() for size in tensor.shape}
+    for key, value in text_section(config).items():
+        fits = type(value) is int and value > 1 and any(size % value == 0 for size in sizes)
+        if value is None or fits:
+            yield Counted({key: 1}, {})
+
+
+def _heads(config: PretrainedConfig, _: nn.ModuleList) -> Iterator[Counted]:
+    """Query heads and KV heads together, the width of a head as it is."""
+    text = text_config(config)
+    heads = getattr(text, "num_attention_heads", None)
+    groups = getattr(text, "num_key_value_heads", None) or heads
+    if type(heads) is not int or type(groups) is not int or heads % groups:
+        return
+    if groups == 1:
+        raise Misfit(f"unit: a layer of this '{config.model_type}' has one KV head, and one has to stay.")
+    named = {"num_attention_heads": heads // groups, "num_key_value_heads": 1}
+    each = {text.attribute_map.get(key, key): value for key, value in named.items() if hasattr(text, key)}
+    head = getattr(text, "head_dim", None) or text.hidden_size // heads
+    yield Counted(each, {})
+    yield Counted(each, {text.attribute_map.get("head_dim", "head_dim"): head})
+
+
+def _tensors(model: PreTrainedModel) -> dict[str, Tensor]:
+    parameters = model.named_parameters(remove_duplicate=False)
+    return {**dict(parameters), **dict(model.named_buffers(remove_duplicate=False))}
+
+
+def _narrower(old: dict[str, Tensor], new: dict[str, Tensor], path: str) -> dict[str, Block]:
+    """Where tensors hold units, by those of a model with one unit; nothing if others change too."""
+    if old.keys() != new.keys():
+        return {}
+    blocks = {}
+    for name, before in old.items():
+        pairs = list(zip(before.shape, new[name].shape, strict=False))
+        axes = [axis for axis, (size, one) in enumerate(pairs) if size != one]
+        if not axes and before.ndim == new[name].ndim:
+            continue
+        if len(axes) != 1 or before.ndim != new[name].ndim or not name.startswith(f"{path}."):
+            return {}
+        size, each = pairs[axes[0]]
+        if not each or size % each:
+            return {}
+        blocks[name] = Block(axes[0], each)
+    return blocks
+
+
+def _writer(layer: nn.Module, blocks: Mapping[str, Block], unit: Unit) -> str:
+    """The one linear map whose input are the units."""
+    if not blocks:
+        raise Misfit(f"has no {WIDE[unit]} of the kind that other layers have")
+    owners = {name: layer.get_submodule(name.rpartition(".")[0]) for name in blocks}
+    writers = [
+        name.rpartition(".")[0]
+        for name, block in blocks.items()
+        if INPUT.get(type(owners[name])) == block.axis and owners[name].get_parameter("weight").ndim == 2
+        and name.endswith("weight")
+    ]  # fmt: skip
+    if not writers:
+        name = max(blocks, key=lambda name: layer.get_parameter(name).numel())
+        raise Misfit(f"holds them in '{name}', which is no linear map of its own")
+    if len(writers) > 1:
+        raise Misfit(f"writes them through several linear maps ({', '.join(writers)})")
+    if unit == "channel" and (each := blocks[f"{writers[0]}.weight"].each) > 1:
+        raise Misfit(f"takes only multiples of {each} as their number")
+    for name, block in blocks.items():
+        if unit == "channel" and block.each > 1:
+            raise Misfit(f"holds {block.each} rows of '{name}' for each, in projections that are fused")
+    return writers[0]
