@@ -121,7 +121,7 @@ def prepare(family: str, folder: Path) -> Row:
         student.save_pretrained(folder / name)
         Reference(
             expected=expected, ids_BT=ids_BT, weights=predicted_weights(model, student, mask),
-            layers=len(mask.keep), tied=is_tied(student), attention=attention_implementation(model.config),
+            layers=mask.depth, tied=is_tied(student), attention=attention_implementation(model.config),
         ).save(folder / f"{name}.reference")  # fmt: skip
 
     for number, mask in enumerate(map(mask_of, drawn)):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections import Counter
 from collections.abc import Callable
+from textwrap import shorten
 from typing import Any
 
 JSON = dict[str, Any]
@@ -65,20 +66,11 @@ def ranged(found: JSON, scale: float, digits: int, unit: str = "", sign: str = "
     return f"{value}{unit} [{low}, {high}]"
 
 
-def removed_layers(rows: list[JSON]) -> int:
-    """How many layers each of these rows removes; of halves, as many of both kinds."""
-    gone = rows[0]["runs"][0]["removed"]
-    return len(gone) // 2 if isinstance(gone[0], str) else len(gone)
-
-
 def removed(row: JSON) -> str:
     """The removed units, with how many searches found them where they differ."""
-    by_seed = {run["search_seed"]: tuple(run["removed"]) for run in row["runs"]}
-    found = Counter(by_seed.values()).most_common()
-    counts = [f" ({count}x)" if len(found) > 1 else "" for _, count in found]
-    return ", ".join(
-        " ".join(map(str, layers)) + told for (layers, _), told in zip(found, counts, strict=True)
-    )
+    names = {run["search_seed"]: " ".join(map(str, run["removed"])) for run in row["runs"]}
+    found = Counter(shorten(each, 80, placeholder=" ...") for each in names.values()).most_common()
+    return ", ".join(f"{each} ({count}x)" if len(found) > 1 else each for each, count in found)
 
 
 def cost(stage: str, show: Callable[[JSON], float], form: Callable[[float], str]) -> Cell:

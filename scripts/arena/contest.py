@@ -17,7 +17,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, StrMethodFormatter
 from matplotlib.transforms import Bbox
 
-from scripts.arena.cells import JSON, removed_layers
+from scripts.arena.cells import JSON
 from src.report.figures import AMBER, INK, PALE, SLATE, TEAL, styled
 
 KINDS = {"learned": "#7c3aed", "searched": AMBER, "scored": "#0369a1", "fixed": SLATE, "": INK}
@@ -49,7 +49,7 @@ def panels(rows: Sequence[JSON], height: float, **keys: Any) -> tuple[Figure, li
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), fontsize=9)
     each = [[row for row in rows if row["ratio"] == ratio] for ratio in ratios]
     for axis, own in zip(axes, each, strict=True):
-        axis.set_title(f"{removed_layers(own)} layers removed")
+        axis.set_title(f"{100 * own[0]['ratio']:g} % removed")
     return figure, list(zip(axes, each, strict=True))
 
 

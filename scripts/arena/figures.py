@@ -25,11 +25,10 @@ def draw(results: JSON, into: Path) -> list[Path]:
         }
     elif rows:
         made = {"divergences": divergences(rows)}
-    paths = []
-    for name, figure in made.items():
-        paths.append(into / f"{results['name']}_{name}.svg")
-        write_text(paths[-1], svg(figure))
-    return paths
+    files = {into / f"{results['name']}_{name}.svg": svg(figure) for name, figure in made.items()}
+    for path, text in files.items():
+        write_text(path, text)
+    return list(files)
 
 
 @styled

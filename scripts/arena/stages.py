@@ -106,19 +106,29 @@ def command(at: str, verb: str, configs: list[str], settings: JSON) -> Any:
 
 
 def named(mask: Mask, units: Iterable[int]) -> Gone:
-    """Units as a plan names them: layers by number, halves by layer and kind, such as ``7a`` and ``9f``."""
+    """Units as a plan names them: layers by number, halves by layer and kind, such as ``7a`` and ``9f``.
+
+    Of units of width each layer's are the bits of a number, ``channel:256:f00d``.
+    """
+    if mask.width:
+        own = [sum(1 << u % mask.width for u in units if u // mask.width == i) for i in range(mask.depth)]
+        return [f"{mask.unit}:{mask.width}:{bits:x}" for bits in own]
     return list(units) if mask.unit == "layer" else [f"{u // 2}{'af'[u % 2]}" for u in units]
 
 
 def mask(model: str, removed: Gone) -> Mask:
-    """The mask of some removed layers or halves."""
+    """The mask of some removed layers, halves or units of width."""
     count = num_layers(load_config(model))
+    if ":" in str(removed[0]):
+        unit, width = removed[0].split(":")[0], int(removed[0].split(":")[1])
+        bits = [int(own.rpartition(":")[2], 16) for own in removed]
+        keep = tuple(i for i in range(count * width) if not bits[i // width] >> i % width & 1)
+        return Mask(model, count, keep, "arena", unit=unit, width=width)
     if not any(isinstance(gone, str) for gone in removed):
         return Mask(model, count, tuple(i for i in range(count) if i not in removed), "arena")
     halves = [f"{layer}{kind}" for layer in range(count) for kind in "af"]
-    return Mask(
-        model, count, tuple(u for u, h in enumerate(halves) if h not in removed), "arena", unit="half"
-    )
+    keep = tuple(unit for unit, half in enumerate(halves) if half not in removed)
+    return Mask(model, count, keep, "arena", unit="half")
 
 
 @torch.inference_mode()

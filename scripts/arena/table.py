@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from scripts.arena import cells
-from scripts.arena.cells import JSON, Cell, removed_layers
+from scripts.arena.cells import JSON, Cell
 from scripts.arena.defaults import defaults
 from scripts.lab.pages import fill
 from scripts.lab.pages import table as markdown
@@ -39,6 +39,7 @@ RECOVERED: Sequence[Columns] = (
         "of teacher": cells.mean("recovered", lambda judged: 100 * (judged["ratio"] or 0), "{:.1f} %"),
         "lost / gained": cells.lost_gained("recovered"),
         "KL": cells.nats("recovered"),
+        "KL before": cells.nats("cut"),
         "agreement": cells.mean("recovered", lambda judged: 100 * judged["agreement"], "{:.1f} %"),
     } | AGAINST,
     {"not recovered": cells.method} | MASKS,
@@ -77,7 +78,7 @@ def lines(results: JSON) -> list[str]:
         out += ["### In short", "", *defaults(results["rows"]), ""]
     for group, ratio in sections:
         rows = [row for row in results["rows"] if (row["group"], row["ratio"]) == (group, ratio)]
-        out += [f"### {group}: {removed_layers(rows)} of {teacher['layers']} layers removed", ""]
+        out += [f"### {group}: {100 * ratio:g} % removed", ""]
         if len(groups) == 1:
             rows.sort(key=rank)
         shown = RECOVERED if any("recovered" in row for row in rows) else CUT

@@ -135,4 +135,5 @@ def weights(model: str) -> str:
 
 
 def _dashed(units: Gone) -> str:
-    return "-".join(map(str, units))
+    text = "-".join(map(str, units))
+    return text if len(text) <= 100 else fingerprint(units)

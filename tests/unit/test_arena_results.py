@@ -123,7 +123,7 @@ def test_the_page_is_made_from_the_results(
     assert "old" not in text
     assert "Not done: x: y." in text
     assert "`run`, commit abc: 2 rows." in text
-    assert "### methods: 2 of 8 layers removed" in text
+    assert "### methods: 25 % removed" in text
     lines = text.splitlines()
     best, tail, *_ = (line for line in lines if line.startswith(("| **ours**", "| last layers")))
     assert best.startswith("| **ours** | 2 | 87.5 % [")
@@ -160,3 +160,14 @@ def test_removed_layers_and_halves_make_the_mask_that_names_them(
     made = mask("teacher", removed)
     assert made.depth == 4
     assert sorted(named(made, made.removed), key=str) == sorted(removed, key=str)
+
+
+def test_removed_units_of_width_are_the_bits_of_a_number_for_each_layer(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("scripts.arena.stages.load_config", lambda _: None)
+    monkeypatch.setattr("scripts.arena.stages.num_layers", lambda _: 3)
+    removed = ["channel:8:81", "channel:8:6", "channel:8:c0"]
+    made = mask("teacher", removed)
+    assert made.by_layer == [[1, 2, 3, 4, 5, 6], [0, 3, 4, 5, 6, 7], [0, 1, 2, 3, 4, 5]]
+    assert named(made, made.removed) == removed
