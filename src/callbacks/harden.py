@@ -10,7 +10,7 @@ from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
 from src.mask import Mask
-from src.policies.base import Probe
+from src.policies.measuring import Probe
 from src.policies.polish import settle
 from src.policies.probe import PREFIX_GIB, CalibrationProbe
 from src.ranges import NonNegative, checked

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from src.models.prefixes import Front, Prefixes, PrefixMemory
-from src.policies.base import Measure
+from src.policies.measuring import Measure
 from src.policies.walk import Walker
 
 NOTHING = torch.empty(0)

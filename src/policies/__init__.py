@@ -1,7 +1,7 @@
 """Mask policies, one in each file; YAML names them by class path."""
 
 from src.policies.angular import AngularDistance
-from src.policies.base import MaskPolicy, Probe
+from src.policies.base import MaskPolicy
 from src.policies.block_influence import BlockInfluence
 from src.policies.bypass import BypassBP
 from src.policies.concave import ConcaveGate
@@ -11,6 +11,7 @@ from src.policies.hard_concrete import HardConcrete
 from src.policies.layer_kl import LayerKL
 from src.policies.magnitude import Magnitude
 from src.policies.mean_activation import MeanActivation
+from src.policies.measuring import Probe
 from src.policies.perplexity import OneShotPerplexity
 from src.policies.random_search import RandomSearch
 from src.policies.sleb import SLEB

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from src.policies.base import Probe
+from src.policies.measuring import Probe
 from src.policies.one_shot import OneShot
 from src.policies.scores import block_influence
 

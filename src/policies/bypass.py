@@ -16,7 +16,8 @@ from torch import Tensor
 
 from src.errors import ConfigError
 from src.mask import Unit
-from src.policies.base import MaskPolicy, Probe
+from src.policies.base import MaskPolicy
+from src.policies.measuring import Probe
 from src.policies.scores import salience, unit_kl
 from src.ranges import Range, checked
 

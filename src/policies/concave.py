@@ -23,7 +23,8 @@ from torch import Tensor, nn
 
 from src.errors import ConfigError
 from src.mask import Unit
-from src.policies.base import MaskPolicy, Probe
+from src.policies.base import MaskPolicy
+from src.policies.measuring import Probe
 from src.ranges import Count, Positive, checked
 from src.units.spaces import Kept
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from src.errors import ConfigError
 from src.mask import Unit
-from src.policies.base import Probe
+from src.policies.measuring import Probe
 from src.policies.one_shot import OneShot
 from src.policies.random_search import best_of
 from src.ranges import Count, checked

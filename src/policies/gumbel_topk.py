@@ -21,7 +21,8 @@ from torch import Tensor
 from src.errors import ConfigError
 from src.mask import Unit
 from src.policies import relaxations as R
-from src.policies.base import MaskPolicy, Probe
+from src.policies.base import MaskPolicy
+from src.policies.measuring import Probe
 from src.policies.scores import block_influence, salience, unit_kl
 from src.ranges import Count, NonNegative, Positive, Seed, checked
 from src.units.spaces import TABULATED

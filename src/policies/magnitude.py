@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from src.errors import ConfigError
-from src.policies.base import Probe
+from src.policies.measuring import Probe
 from src.policies.one_shot import OneShot
 
 

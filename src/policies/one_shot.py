@@ -16,7 +16,8 @@ from torch import Tensor
 
 from src.errors import ConfigError
 from src.mask import Unit
-from src.policies.base import MaskPolicy, Probe
+from src.policies.base import MaskPolicy
+from src.policies.measuring import Probe
 
 BROKEN = 1e30
 """Score of a layer without which the model yields no finite number; finite, so that ``nothing()`` is."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from src.policies.base import Probe
+from src.policies.measuring import Probe
 from src.policies.one_shot import OneShot
 
 

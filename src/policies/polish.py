@@ -6,7 +6,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from src.policies.base import MaskPolicy, Probe
+from src.policies.base import MaskPolicy
+from src.policies.measuring import Probe
 from src.units.spaces import Kept, Space
 
 Measure = Callable[[Sequence[Kept], bool], Sequence[float]]

@@ -21,7 +21,7 @@ from src.models.gated import Gates, Observer, resumes
 from src.models.head import OutputHead
 from src.models.layers import text_config
 from src.models.prefixes import Front, Prefixes, PrefixMemory
-from src.policies.base import Measure
+from src.policies.measuring import Measure
 from src.policies.walk import Walker
 from src.training.data import Data
 

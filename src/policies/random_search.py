@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from src.policies.base import Probe
+from src.policies.measuring import Probe
 from src.policies.one_shot import OneShot
 from src.ranges import Count, checked
 from src.units.spaces import Kept

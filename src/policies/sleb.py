@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from src.policies.base import Measure, Probe
+from src.policies.measuring import Measure, Probe
 from src.policies.one_shot import OneShot
 from src.policies.random_search import best_of
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from src.policies.base import Probe
+from src.policies.measuring import Probe
 from src.policies.one_shot import OneShot
 
 PLUS = (0, 1, 2, 3, -2, -1)

@@ -15,7 +15,7 @@ from math import ceil
 from torch import Tensor
 
 from src.models.prefixes import Front, Prefixes, PrefixMemory
-from src.policies.base import Measure, Probe
+from src.policies.measuring import Measure, Probe
 from src.training.progress import track
 
 

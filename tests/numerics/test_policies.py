@@ -12,7 +12,7 @@ import torch
 from src.errors import ConfigError
 from src.policies import BlockInfluence, ConcaveGate, GumbelTopK, Tail
 from src.policies import relaxations as R
-from src.policies.base import Probe
+from src.policies.measuring import Probe
 from src.policies.one_shot import Contiguous
 from src.units.spaces import AnyOf
 

@@ -22,7 +22,7 @@ from src.models.cut import cut
 from src.models.layers import decoder_layers
 from src.models.streams import streams
 from src.policies import SLEB, Exhaustive, GumbelTopK, LayerKL, RandomSearch
-from src.policies.base import Probe
+from src.policies.measuring import Probe
 from src.policies.polish import polish
 from src.repair.stream import junctions
 from src.training.scopes import cut_adjacent

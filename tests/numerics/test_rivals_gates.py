@@ -10,8 +10,8 @@ from torch import Tensor
 
 from src.errors import ConfigError
 from src.policies import BypassBP, ConcaveGate, HardConcrete, MaskPolicy
-from src.policies.base import Probe
 from src.policies.concave import removed_shares
+from src.policies.measuring import Probe
 
 Cost = Callable[[Tensor], Tensor]
 

@@ -30,7 +30,7 @@ from src.policies import (
     Tail,
     Taylor,
 )
-from src.policies.base import Probe
+from src.policies.measuring import Probe
 
 RIVALS = [AngularDistance, BlockInfluence, LayerKL, OneShotPerplexity, Streamline, Tail, Taylor]
 

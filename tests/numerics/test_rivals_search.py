@@ -10,7 +10,7 @@ from torch import Tensor
 
 from src.errors import ConfigError
 from src.policies import SLEB, Exhaustive, MaskPolicy, RandomSearch
-from src.policies.base import Probe
+from src.policies.measuring import Probe
 from src.policies.random_search import best_of
 
 LAYERS, REMOVE = 8, 3
