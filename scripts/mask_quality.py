@@ -117,7 +117,7 @@ def main() -> None:
     learned = [search(args.work / unit / f"seed{seed}", seed, unit) for unit in units for seed in args.seeds]
     coarse = HeldOut(args.rows, 77, args.work / "all.json")
     depth = len(coarse.gates) // 2
-    every = coarse.table(KINDS["half"].space(depth, depth - args.remove), "all masks")
+    every = coarse.table(KINDS["half"].space(depth, 1, args.remove), "all masks")
     orders = {"half": sorted(every, key=every.__getitem__)}
     orders["layer"] = [keep for keep in orders["half"] if whole(keep)]
 

@@ -135,5 +135,4 @@ def weights(model: str) -> str:
 
 
 def _dashed(units: Gone) -> str:
-    text = "-".join(map(str, units))
-    return text if len(text) <= 100 else fingerprint(units)
+    return text if len(text := "-".join(map(str, units))) <= 100 else fingerprint(units)
