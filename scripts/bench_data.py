@@ -84,11 +84,9 @@ def recovery(teacher: str, train: str, workers: int, steps: int, folder: Path) -
     loader = corpus._loader
     assert loader is not None
     return {
-        "workers": workers,
-        "steps": steps,
+        "workers": workers, "steps": steps, "waiting": round(loader.wait(), 5),
         "tokens_per_core_second": round((last - first) / (ended - began)),
-        "waiting": round(loader.wait(), 5),
-    }
+    }  # fmt: skip
 
 
 def main() -> None:
