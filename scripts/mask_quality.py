@@ -8,7 +8,8 @@ are kept as they come. The masks are a walk in which neighbours share a prefix, 
 (:mod:`src.models.prefixes`).
 
 Writes ``results/mask_quality.json``: best, median and worst mask of whole layers, the best contiguous one,
-and for each seed the learned mask, its KL, its rank and its ratio to the best; the same of halves beside it.
+and for each seed the learned mask, its KL, its rank and its ratio to the best; the same of halves beside it;
+and how many passes through a model of 16 or 30 layers it costs to measure masks, without and with prefixes.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import json
 import statistics
 import subprocess
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -35,9 +37,13 @@ from src.models.gated import freeze
 from src.models.head import OutputHead
 from src.models.loading import load_model, load_tokenizer
 from src.models.prefixes import Prefixes
+from src.plan.toy import CountingProbe
+from src.policies import SLEB, Exhaustive, GumbelTopK, LayerKL
+from src.policies.polish import settle
 from src.units.kinds import KINDS
 from src.units.spaces import Kept
 
+MEASURING = {"start": LayerKL, "polish": partial(GumbelTopK, init="random"), "SLEB": SLEB, "all": Exhaustive}
 Table = dict[Kept, float]
 """Kept halves to exact KL in nats per token."""
 
@@ -61,8 +67,7 @@ class HeldOut:
             index = supervised(batch["labels"])
             with torch.inference_mode():
                 signal = live_signal(self.head, self.head.hidden(batch).flatten(0, 1)[index], None)
-            labels = batch["labels"].flatten()[index + 1]
-            self.parts.append((batch, index, labels, signal, Prefixes()))
+            self.parts.append((batch, index, batch["labels"].flatten()[index + 1], signal, Prefixes()))
 
     @torch.inference_mode()
     def measure(self, keep: Kept) -> float:
@@ -103,6 +108,14 @@ def search(run: Path, seed: int, unit: Unit) -> Mask:
     make = ["make", "-s", f"{run}/search/mask.json", f"RUN={run}", f"SEED={seed}"]
     subprocess.run([*make, f"SEARCH=--model.init_args.unit {unit}"], check=True)
     return Mask.load(run / "search/mask.json")
+
+
+def passes(name: str, layers: int, remove: int, streams: int) -> float:
+    """Passes through a whole model, on 16 batches, that measuring costs with so many streams remembered."""
+    policy, probe = MEASURING[name](), CountingProbe(layers, 16, streams)
+    policy.setup(layers, remove)
+    policy.initialise(probe)
+    return settle(policy, probe, ()) and probe.forward if name == "polish" else probe.forward
 
 
 def main() -> None:
@@ -152,10 +165,13 @@ def main() -> None:
         }  # fmt: skip
 
     layer, half = story("layer"), story("half")
+    cases = [*((name, 16, 4) for name in MEASURING), *((name, 30, 8) for name in ("start", "polish", "SLEB"))]
+    counts = {f"{n}, {a} of {b}": [passes(n, b, a, streams) for streams in (0, 10**6)] for n, b, a in cases}
     write(args.out, {
         "teacher": TEACHER, "rows": args.rows, "final_rows": args.final_rows, **layer,
         "best_contiguous": {"removed": named(run), "kl": final[run]},
         "halves": {**half, "best_over_best_layer": half["best"]["kl"] / layer["best"]["kl"]},
+        "passes_without_and_with_prefixes": counts,
     })  # fmt: skip
 
 

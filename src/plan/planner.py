@@ -171,11 +171,11 @@ class Planner:
     @cached_property
     def streams(self) -> int:
         """Streams of a calibration batch that a search's probe holds, at most."""
+        module = self.experiment.module()
+        if not isinstance(module, MaskSearch) or module.policy.kind.wide:
+            return 0
         harden = self.experiment.callbacks.get("HardenMask", {"prefix_gib": 0}) or {}
         held = int(harden.get("prefix_gib", PREFIX_GIB) * 2**30 // self._stream)
-        module = self.experiment.module()
-        if not isinstance(module, MaskSearch):
-            return 0
         return min(held, (module.calibration_batches + 1) * (module.policy.units - 1))
 
     @property
