@@ -19,7 +19,7 @@ from rich.table import Table
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
-from src.command import Parser, load, provenance, show
+from src.command import Parser, load, new_file, provenance, show
 from src.errors import ConfigError
 from src.files import write_json
 from src.models.costs import NEW, PROMPT, flops, parameters
@@ -171,6 +171,6 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     add("--prompt-tokens", type=positive, default=PROMPT, metavar="T", help=f"read (default: {PROMPT})")
     add("--new-tokens", type=positive, default=NEW, metavar="T", help=f"decoded (default: {NEW})")
     add("--repeats", type=positive, default=20, metavar="R", help="turns of each model (default: 20)")
-    add("--out", metavar="FILE", help="write the figures as JSON")
+    add("--out", type=new_file, metavar="FILE", help="write the figures as JSON")
     parser.add_model_options()
     return parser.parse_args(argv)

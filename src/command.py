@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from src.errors import ConfigError, did_you_mean, first_line
+from src.files import misfit
 from src.mask import git_sha
 from src.models.costs import parameters
 from src.models.finite import not_finite
@@ -46,6 +47,17 @@ class Parser(argparse.ArgumentParser):
         self.add_argument(
             "--threads", type=Range(int, 1, 1024), metavar="N", help="CPU threads (default: torch's)"
         )
+
+
+def new_file(text: str) -> str:
+    """Return the name of a file to write, as ``type`` of argparse: a fault is told before any work is done.
+
+    Raises:
+        ArgumentTypeError: there can be no such file.
+    """
+    if (fault := misfit(text)) is not None:
+        raise argparse.ArgumentTypeError(f"'{text}' given; {fault}")
+    return text
 
 
 @waiting("the model is loaded")

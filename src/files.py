@@ -85,6 +85,16 @@ def _refuse(name: str) -> NoReturn:
     raise ValueError(f"{name} is no number")
 
 
+def misfit(path: str | Path) -> str | None:
+    """Return why no file of that name can be written, as far as can be told beforehand; None if it can."""
+    if not Path(path).name or os.path.isdir(path):
+        return "it is a directory; give the name of a file"
+    above = next(parent for parent in Path(path).absolute().parents if os.path.lexists(parent))
+    if not above.is_dir():
+        return f"'{above}' is no directory"
+    return None if os.access(above, os.W_OK) else f"'{above}' cannot be written to"
+
+
 def unwritten(path: str | Path, error: OSError) -> str:
     """Say which path could not be written, why, and that nothing is lost."""
     stays = " What was there stays." if os.path.lexists(path) else ""

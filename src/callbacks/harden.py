@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
+from src.callbacks.record import check_path
 from src.mask import Mask
 from src.policies.measuring import Probe
 from src.policies.polish import settle
@@ -63,6 +64,9 @@ class HardenMask(Callback):
     def __init__(self, path: str | None = None, prefix_gib: NonNegative = PREFIX_GIB) -> None:
         self.path, self.prefix_gib = path, prefix_gib
         self.recent: list[Kept] = []
+
+    def on_fit_start(self, trainer: Trainer, module: LightningModule) -> None:
+        check_path(self, self.path)
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
         search = cast("MaskSearch", module)

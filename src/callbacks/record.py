@@ -10,12 +10,23 @@ from lightning import Callback, LightningModule, Trainer
 from safetensors.torch import save_file
 
 from src.data.distinct import Distinct
-from src.files import whole, write_json
+from src.errors import ConfigError
+from src.files import misfit, whole, write_json
 from src.mask import git_sha
 from src.training.ranks import from_all
 
 if TYPE_CHECKING:
     from src.training.stage import Stage
+
+
+def check_path(callback: Callback, path: str | None) -> None:
+    """Refuse, before anything is learned, a path of a callback that can be no file.
+
+    Raises:
+        ConfigError: says why.
+    """
+    if path is not None and (fault := misfit(path)) is not None:
+        raise ConfigError(f"{type(callback).__name__}: path: '{path}' given; {fault}.")
 
 
 class StageRecord(Callback):
@@ -37,6 +48,12 @@ class StageRecord(Callback):
         self._since = time.monotonic()
 
     def on_fit_start(self, trainer: Trainer, module: LightningModule) -> None:
+        """Refuse a path that the end of the stage could not write.
+
+        Raises:
+            ConfigError: it is a directory, or its directory cannot be written to.
+        """
+        check_path(self, self.path)
         self._since = time.monotonic() - self.seconds
 
     def on_train_batch_end(self, trainer: Trainer, module: LightningModule, *_: Any) -> None:

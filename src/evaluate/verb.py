@@ -25,7 +25,7 @@ import numpy as np
 from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from src.command import Parser, each_model, provenance, show
+from src.command import Parser, each_model, new_file, provenance, show
 from src.data.arithmetic import final_answer
 from src.data.columns import Columns
 from src.data.formats import WHERE
@@ -213,7 +213,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     add("--include-path", metavar="DIR", help="folder of task YAMLs, such as configs/tasks")
     add("--data-dir", default=".", metavar="DIR", help="folder of the files those YAMLs name (default: .)")
     add("--num-fewshot", type=natural, metavar="K", help="solved examples before each (default: the task's)")
-    add("--out", metavar="FILE", help="write the figures as JSON")
+    add("--out", type=new_file, metavar="FILE", help="write the figures as JSON")
     parser.add_model_options()
     args = parser.parse_args(argv)
     _check_options(args, parser)

@@ -14,7 +14,7 @@ from typing import Any
 
 from rich.table import Table
 
-from src.command import Parser, show
+from src.command import Parser, new_file, show
 from src.data.options import amount
 from src.files import write_json
 from src.mask import git_sha
@@ -159,5 +159,5 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
         metavar="BYTES",
         help="what a cache may take, such as 100B for 100 GB (default: no limit)",
     )
-    add("--json", metavar="FILE", help="write the plan as JSON")
+    add("--json", type=new_file, metavar="FILE", help="write the plan as JSON")
     return parser.parse_known_args(argv)

@@ -84,6 +84,32 @@ def test_a_run_that_is_refused_late_leaves_nothing_and_uses_up_no_version(
     assert (tmp_path / "search" / "version_0").is_dir()
 
 
+@pytest.mark.parametrize("out", ["", ".", "{0}", "{0}/file/below", "/dev/null/below"])
+def test_where_no_file_can_be_written_is_told_before_any_work(told: Any, tmp_path: Path, out: str) -> None:
+    (tmp_path / "file").touch()
+    at = out.format(tmp_path)
+    for argv in (
+        ["evaluate", "--model=none", "--data=none", f"--out={at}"],
+        ["benchmark", "--model=none", "--baseline=none", f"--out={at}"],
+        ["plan", "--config", SEARCH, f"--json={at}"],
+    ):
+        message = told(*argv)
+        assert f"'{at}' given; " in message
+        assert "director" in message
+
+
+@pytest.mark.parametrize("callback", ["StageRecord", "HardenMask"])
+def test_a_callback_that_could_not_write_its_file_stops_the_run_before_it_learns(
+    told: Any, callback: str, tmp_path: Path, teacher_dir: str, corpus_file: str
+) -> None:
+    argv = ["fit", "--config", SEARCH, f"--model.model={teacher_dir}", f"--data.train={corpus_file}"]
+    argv += [f"--trainer.logger.save_dir={tmp_path}", "--trainer.accelerator=cpu"]
+    alone = f"[{{class_path: src.callbacks.{callback}, init_args: {{path: .}}}}]"
+    message = told(*argv, f"--data.validation={corpus_file}", f"--trainer.callbacks={alone}")
+    assert f"{callback}: path: '.' given; it is a directory" in message
+    assert not [file for file in tmp_path.rglob("*") if file.is_file()]
+
+
 def test_what_is_no_nested_report_stays() -> None:
     assert in_short("unrecognized arguments: --x") == "unrecognized arguments: --x"
     nested = (
