@@ -128,7 +128,7 @@ def _component(path: str, value: Namespace) -> Iterator[str]:
         *_absent(path, component, arguments),
     ]
     for key, untyped in {**arguments.as_dict(), **dict(value.get("dict_kwargs") or {})}.items():
-        if key in WRITER and untyped is not None and untyped not in WRITER[key]:
+        if key in WRITER and untyped not in WRITER[key] and (untyped, key) != (None, "purge_step"):
             below.append(f"{path}.{key}: {untyped!r} given; accepted: {WRITER[key]}")
         if key in TEXT and not isinstance(untyped, str):
             below.append(f"{path}.{key}: {untyped!r} given; accepted: text")

@@ -55,6 +55,7 @@ def told(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Any:
             "--trainer.logger.filename_suffix=null",
             "trainer.logger.filename_suffix: None given; accepted: text",
         ),
+        ("--trainer.logger.max_queue=null", "trainer.logger.max_queue: None given; accepted: a whole number"),
         ("--trainer.logger.filename_suffix=[1]", "trainer.logger.filename_suffix: [1] given; accepted: text"),
         ("--model.optimizer.lr=x", "model.optimizer.lr: 'x' given; accepted: a number"),
         ("--data.batch_size=[1]", "data.batch_size: '[1]' given; accepted: a whole number"),
