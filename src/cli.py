@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import signal
 import sys
 from typing import Any
 
@@ -100,6 +101,10 @@ def _run_to_the_end(argv: list[str]) -> None:
     watchdog.watch_parent()
     try:
         run(argv)
+        sys.stdout.flush()
+    except BrokenPipeError:  # who reads what is printed has had enough, as `head` has
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        raise SystemExit(128 + signal.SIGPIPE) from None
     except Exception as error:
         if (
             number := stopping.received()

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from typing import Any, cast
@@ -169,6 +170,8 @@ def fetch(file: str) -> bytes | None:
     Raises:
         ConfigError: it is out of reach.
     """
+    if "://" not in file and os.path.exists(file) and not os.path.isfile(file):
+        raise ConfigError(f"cache: '{file}' is a directory, a pipe or a device.")
     try:
         with fsspec.open(file, "rb") as stream:
             return cast(bytes, stream.read())

@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from src.errors import ConfigError
+from src.errors import ConfigError, first_line
 from src.mask import Mask
 from src.models.adapters import unwrapped
 from src.models.cut import renamed, sources
@@ -225,7 +225,13 @@ def merged(student: PreTrainedModel, mask: Mask, path: Path) -> PreTrainedModel:
         return student  # a plan: of the same shapes
     from peft import PeftConfig, get_peft_model
 
-    wrapped = get_peft_model(student, PeftConfig.from_peft_type(**check_saved(path, mask)))
+    settings = check_saved(path, mask)
+    try:
+        wrapped = get_peft_model(student, PeftConfig.from_peft_type(**settings))
+    except Exception as e:  # settings are foreign, and peft may raise anything
+        raise ConfigError(
+            f"model.patch: the adapters in '{path}' have settings that peft does not take: {first_line(e)}."
+        ) from e
     with safe_open(path, framework="pt") as file:
         state = {f"base_model.model.{name}": file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     own = {name: p.shape for name, p in wrapped.named_parameters() if p.requires_grad}

@@ -4,16 +4,25 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
+from src.cache.manifest import Manifest
 from src.cli import main
 from src.errors import ConfigError
 from src.export import card, proof
 from src.export.fresh import verify
 from src.mask import Mask
+from src.models.cut import cut
+from src.models.loading import load_model
+from src.training.adapters import merged
 from tests.faults.directories import altered, refused
 
 FIELDS: dict[str, Any] = {"model": "parent", "num_layers": 6, "keep": [0, 2, 3, 5], "method": "test"}
@@ -102,3 +111,40 @@ def test_settings_of_a_tokenizer_are_tried_as_it_is_loaded(
     model = altered(teacher_dir, tmp_path / "model", "tokenizer_config.json", model_max_length="x")
     argv = ["evaluate", "--model", str(model), "--data", corpus_file]
     assert "tokenizer: cannot read one from" in refused(argv, capsys)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        [1],
+        {"peft_type": "NOPE"},
+        {"peft_type": "LORA", "r": -1},
+        {"peft_type": "LORA", "target_modules": "("},
+    ],
+)
+def test_adapters_with_settings_of_a_stranger_are_one_message(
+    settings: Any, teacher_dir: str, mask_file: str, tmp_path: Path
+) -> None:
+    mask = Mask.load(mask_file)
+    about = {"mask": json.dumps(asdict(mask)), "config": json.dumps(settings)}
+    save_file({"x": torch.zeros(1)}, tmp_path / "adapters.safetensors", about)
+    with pytest.raises(ConfigError, match="the adapters in"):
+        merged(cut(load_model(teacher_dir), mask), mask, tmp_path / "adapters.safetensors")
+
+
+def test_a_manifest_that_is_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    (tmp_path / "part-0").mkdir()
+    os.mkfifo(tmp_path / "part-0" / "manifest.json")
+    with pytest.raises(ConfigError, match="a directory, a pipe or a device"):
+        Manifest.load(str(tmp_path))
+
+
+def test_a_reader_that_has_had_enough_is_no_traceback() -> None:
+    """As in ``... | head -1``."""
+    reads, writes = os.pipe()
+    os.close(reads)
+    argv = [sys.executable, "-m", "src.cli", "--help"]
+    process = subprocess.run(argv, stdout=writes, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(writes)
+    assert (process.returncode, process.stderr) == (141, "")
