@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import sys
 import time
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+from lightning import LightningModule
 from lightning.pytorch.utilities import rank_zero_only
 
+from src.callbacks import ProgressLines
 from src.training import progress
 from src.training.progress import Lines, track, waiting
 
@@ -79,3 +83,21 @@ def test_a_step_without_parts_says_that_it_still_runs(
     assert told.startswith("the proof: 0 s\n")
     time.sleep(0.05)
     assert capsys.readouterr().err == "", "nothing is said behind it"
+
+
+def test_a_run_whose_bar_nobody_sees_has_lines(
+    clock: list[float], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Beside no bar at all, a run stays silent."""
+    for bar in (object(), None):
+        trainer: Any = SimpleNamespace(
+            progress_bar_callback=bar, progress_bar_metrics={"train/kl": 0.25}, global_step=4,
+            estimated_stepping_batches=24,
+        )  # fmt: skip
+        shown, module = ProgressLines(), LightningModule()
+        shown.setup(trainer, module, "fit")
+        shown.on_train_start(trainer, module)
+        trainer.global_step = 9
+        clock[0] += 20.0
+        shown.on_train_batch_end(trainer, module)
+        assert capsys.readouterr().err == ("steps: 5 of 20, 60 s left, train/kl 0.25\n" if bar else "")
