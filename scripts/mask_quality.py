@@ -17,7 +17,7 @@ from __future__ import annotations
 import json
 import statistics
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 
@@ -38,12 +38,14 @@ from src.models.head import OutputHead
 from src.models.loading import load_model, load_tokenizer
 from src.models.prefixes import Prefixes
 from src.plan.toy import CountingProbe
-from src.policies import SLEB, Exhaustive, GumbelTopK, LayerKL
+from src.policies import SLEB, Exhaustive, GumbelTopK, LayerKL, MaskPolicy
 from src.policies.polish import settle
 from src.units.kinds import KINDS
 from src.units.spaces import Kept
 
-MEASURING = {"start": LayerKL, "polish": partial(GumbelTopK, init="random"), "SLEB": SLEB, "all": Exhaustive}
+MEASURING: dict[str, Callable[[], MaskPolicy]] = {
+    "start": LayerKL, "polish": partial(GumbelTopK, init="random"), "SLEB": SLEB, "all": Exhaustive,
+}  # fmt: skip
 Table = dict[Kept, float]
 """Kept halves to exact KL in nats per token."""
 

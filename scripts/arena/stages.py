@@ -29,6 +29,8 @@ from src.models.loading import load_config, load_model, load_tokenizer
 from src.repair.linear_patch import LinearPatch
 
 JSON = dict[str, Any]
+ROWS = "fit/record.rows.safetensors"
+"""Where the names of the rows lie that a search or recovery has read."""
 
 
 def data(at: str, sizes: dict[str, int], seed: int) -> JSON:
@@ -58,7 +60,7 @@ def search(at: str, configs: list[str], settings: JSON) -> JSON:
         "learned": named(found, sorted(learned)),
         "method": found.method,
         "tokens": found.tokens_seen,
-        **read(at),
+        "rows": f"{at}/{ROWS}",
         "metrics": found.metrics,
     }
 
@@ -86,14 +88,9 @@ def recover(at: str, model: str, removed: Gone, rows: str, configs: list[str], s
         "tokens": module.tokens,
         "steps": record["steps"],
         "fit_seconds": record["seconds"],
-        **read(at),
+        "rows": f"{at}/{ROWS}",
         **judge(module.model.eval(), model, rows),
     }
-
-
-def read(at: str) -> JSON:
-    """Where the names of the rows lie that a search or recovery has read."""
-    return {"rows": str(Path(at, "fit", "record.rows.safetensors"))}
 
 
 def command(at: str, verb: str, configs: list[str], settings: JSON) -> Any:
