@@ -28,7 +28,7 @@ def hidden(model: PreTrainedModel, ids: Tensor) -> Tensor:
 
 def masks(gates: Gates, unit: Unit, removed: int) -> list[Tensor]:
     """All masks without so many layers, or without as many halves, in an order that shares prefixes."""
-    space = KINDS[unit].space(LAYERS, LAYERS - removed)
+    space = KINDS[unit].space(LAYERS, 0, removed)
     return [torch.zeros(len(gates)).index_fill(0, torch.tensor(kept), 1.0) for kept in space]
 
 
