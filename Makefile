@@ -79,7 +79,7 @@ option = $(if $($(1)),--$(2) '$($(1))')
 shorten: $(VENV)/.installed  ## a model of your own: MODEL=NAME TRAIN=TEXT [HELD_OUT=TEXT RATIO=0.25 UNIT=half METHOD=sleb TOKENS=5M OUT=DIR DRY=1]
 	$(if $(and $(MODEL),$(TRAIN)),,$(error give MODEL=NAME and TRAIN=TEXT, such as: make shorten MODEL=Qwen/Qwen3-0.6B TRAIN=my.jsonl))
 	@$(CLI) shorten --model '$(MODEL)' --train '$(TRAIN)' --seed $(SEED) $(call option,HELD_OUT,held-out) \
-	  $(call option,RATIO,ratio) $(call option,REMOVE,remove) $(call option,UNIT,unit) $(call option,METHOD,method) \
+	  $(call option,RATIO,ratio) $(call option,REMOVE,remove) $(call option,TARGET,target) $(call option,UNIT,unit) $(call option,METHOD,method) \
 	  $(call option,TOKENS,tokens) $(call option,OUT,out) $(call option,SEARCH,search) $(call option,RECOVER,recover) \
 	  $(if $(filter command line,$(origin RUN)),--run '$(RUN)') $(if $(DRY),--dry-run)
 

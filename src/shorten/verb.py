@@ -11,6 +11,7 @@ import argparse
 import json
 import shlex
 from pathlib import Path
+from typing import get_args
 
 from rich.table import Table
 from transformers.utils import logging
@@ -21,6 +22,7 @@ from src.data.options import amount
 from src.data.sources import Source
 from src.errors import ConfigError, did_you_mean
 from src.files import write_json
+from src.mask import Unit
 from src.models.fingerprint import weights_fingerprint
 from src.ranges import inside_unit, positive
 from src.shorten.settings import RECOVER, SEARCH, Choice, choose, fitted
@@ -67,12 +69,9 @@ def settled(args: argparse.Namespace, run: Path) -> tuple[list[Choice], dict[str
         if advice is None or advice.best is None:
             notes.append(f"{stage}: not planned on {where}")
         else:
-            hours = (
-                f"{advice.best.hours:.1f} hours"
-                if advice.best.hours > 1
-                else f"{60 * advice.best.hours:.0f} minutes"
-            )
-            notes.append(f"{stage} on {where}, about {hours} by its operations: {advice.reason}")
+            minutes = 60 * advice.best.hours
+            time = f"{minutes:.0f} minutes" if minutes < 90 else f"{minutes / 60:.1f} hours"
+            notes.append(f"{stage} on {where}, about {time} by its operations: {advice.reason}")
             own += [part for option in advice.options for part in shlex.split(option)]
         options[stage] = own
     listed = [[c.stage, c.option, c.value, c.reason] for c in choices]
@@ -82,10 +81,11 @@ def settled(args: argparse.Namespace, run: Path) -> tuple[list[Choice], dict[str
 
 def _what(args: argparse.Namespace) -> list[str]:
     """Options of the search that say what is removed, and how it is chosen."""
-    given = ["--model.init_args.ratio", str(args.ratio)]
-    if args.remove is not None:
-        given = ["--model.init_args.ratio", "null", "--model.init_args.remove", str(args.remove)]
-    return [*given, "--model.init_args.unit", args.unit]
+    given = {"ratio": args.ratio, "unit": args.unit}
+    for key in ("remove", "target"):
+        if getattr(args, key) is not None:
+            given |= {"ratio": "null", key: getattr(args, key)}
+    return [part for key, value in given.items() for part in (f"--model.init_args.{key}", str(value))]
 
 
 def stages(args: argparse.Namespace, run: Path, judged: str, options: dict[str, list[str]]) -> list[Stage]:
@@ -173,12 +173,9 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         help="share of the layers to remove (default: 0.25)",
     )
     add("--remove", type=positive, metavar="N", help="layers to remove, instead of a share")
-    add(
-        "--unit",
-        default="layer",
-        choices=("layer", "half"),
-        help="whole layers, or attentions and feed-forwards apart",
-    )
+    goal = "what the model should reach, instead of a share: '{speedup: 1.3}', parameters or memory_gib"
+    add("--target", metavar="GOAL", help=goal)
+    add("--unit", default="layer", choices=get_args(Unit), help="what is removed (docs/units.md)")
     add("--method", metavar="NAME", help="an overlay of configs/policy/ (default: Gumbel-TopK)")
     add("--tokens", type=amount, metavar="N", help="tokens that the recovery processes, such as 5M")
     add("--out", metavar="DIR", help="the new model (default: <run>/recovered)")

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from src.cli import run
 from src.data import Corpus
 from src.data.arithmetic import problems
 from src.errors import ConfigError
-from src.shorten import settings, stages
+from src.shorten import settings, stages, verb
 from src.shorten.settings import choose
 from src.shorten.stages import Stage, digests, work_through
 from src.shorten.text import SHARE, Text, hold_out, look
@@ -134,6 +137,88 @@ def test_a_corpus_is_looked_at_and_divided(tmp_path: Path, teacher_dir: str) -> 
     trained = Corpus(tokenizer=teacher_dir, train=str(corpus), held_out=SHARE).predict_dataloader()
     assert sum(len(batch["input_ids"]) for batch in trained) == 300 - len(kept) < 300
     assert set(kept) <= set(corpus.read_text().splitlines())
+
+
+# ------------------------------------------------------------------ the verb
+
+
+def parsed(tmp_path: Path, teacher_dir: str, corpus_file: str, *more: str) -> argparse.Namespace:
+    return verb._parse(
+        ["--model", teacher_dir, "--train", corpus_file, "--run", str(tmp_path / "run"), *more]
+    )
+
+
+def lined(args: argparse.Namespace, tmp_path: Path) -> dict[str, Stage]:
+    made = verb.stages(args, tmp_path / "run", "judged.jsonl", {"search": [], "recover": []})
+    return {stage.name: stage for stage in made}
+
+
+def test_settings_are_chosen_once_and_again_when_something_else_is_asked_for(
+    tmp_path: Path, teacher_dir: str, corpus_file: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    args = parsed(tmp_path, teacher_dir, corpus_file)
+    first = verb.settled(args, tmp_path / "run")
+    monkeypatch.setattr(verb, "look", lambda *_: pytest.fail("the text is looked at again"))
+    assert verb.settled(args, tmp_path / "run") == first
+    assert verb.settled(parsed(tmp_path, teacher_dir, corpus_file, "--dry-run"), tmp_path / "run") == first
+    with pytest.raises(pytest.fail.Exception, match="looked at again"):
+        verb.settled(parsed(tmp_path, teacher_dir, corpus_file, "--tokens", "9K"), tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("more", "again"),
+    [
+        (["--out", "elsewhere"], {"export", "evaluate", "benchmark", "report"}),
+        (["--seed", "3"], {"search", "recover", "cut", "export", "evaluate", "benchmark", "report"}),
+        (["--method", "sleb"], {"search", "recover", "cut", "export", "evaluate", "benchmark", "report"}),
+        ([], set()),
+    ],
+)
+def test_an_option_runs_again_what_depends_on_it_and_nothing_else(
+    more: list[str], again: set[str], tmp_path: Path, teacher_dir: str, corpus_file: str
+) -> None:
+    plain, other = (
+        digests(list(lined(parsed(tmp_path, teacher_dir, corpus_file, *extra), tmp_path).values()))
+        for extra in ([], more)
+    )
+    assert {name for name in plain if plain[name] != other[name]} == again
+
+
+def test_other_weights_or_another_text_at_the_same_place_run_everything_again(
+    tmp_path: Path, teacher_dir: str
+) -> None:
+    model, text = tmp_path / "model", tmp_path / "text.jsonl"
+    shutil.copytree(teacher_dir, model)
+    text.write_text("".join(json.dumps(row) + "\n" for row in problems("train", 9, 0)))
+    args = parsed(tmp_path, str(model), str(text))
+    before = digests(list(lined(args, tmp_path).values()))
+    text.write_text("".join(json.dumps(row) + "\n" for row in problems("train", 9, 1)))
+    other_text = digests(list(lined(args, tmp_path).values()))
+    weights = load_file(model / "model.safetensors")
+    weights["model.norm.weight"][0] += 1.0
+    save_file(weights, model / "model.safetensors", {"format": "pt"})
+    other_weights = digests(list(lined(args, tmp_path).values()))
+    for name in before:
+        assert len({before[name], other_text[name], other_weights[name]}) == 3, name
+
+
+@pytest.mark.parametrize(
+    ("more", "expected"),
+    [
+        ([], ["--model.init_args.ratio", "0.25"]),
+        (["--remove", "2"], ["--model.init_args.ratio", "null", "--model.init_args.remove", "2"]),
+        (["--target", "{speedup: 1.3}"], ["null", "--model.init_args.target", "{speedup: 1.3}"]),
+        (["--unit", "half", "--ratio", "0.5"], ["0.5", "--model.init_args.unit", "half"]),
+    ],
+)
+def test_how_much_goes_is_said_in_one_way_alone(
+    more: list[str], expected: list[str], tmp_path: Path, teacher_dir: str, corpus_file: str
+) -> None:
+    given = verb._what(parsed(tmp_path, teacher_dir, corpus_file, *more))
+    keys = dict(zip(given[::2], given[1::2], strict=True))
+    assert all(part in given for part in expected)
+    amounts = ("ratio", "remove", "target")
+    assert sum(keys.get(f"--model.init_args.{key}", "null") != "null" for key in amounts) == 1
 
 
 def test_an_unknown_method_is_refused_before_anything_is_written(tmp_path: Path, teacher_dir: str) -> None:
