@@ -48,7 +48,8 @@ def test_what_both_stages_read_counts_once(
     held = f"--data.init_args.validation=[{{path: {corpus_file}, rows: 6}}]"
     found, searched = fit(
         "configs/search/gumbel_topk.yaml", tmp_path / "search", f"--model.init_args.model={teacher_dir}",
-        first, held, "--data.init_args.batch_size=4", "--trainer.max_steps=9", f"--model.init_args.unit={unit}",
+        first, held, "--data.init_args.batch_size=4", "--trainer.max_steps=9",
+        f"--model.init_args.unit={unit}",
     )  # fmt: skip
     whole = tokens(teacher_dir, corpus_file, 12)
     assert found["distinct_tokens"] == searched.tokens == whole  # several epochs, and rows it is judged by
