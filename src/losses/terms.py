@@ -9,6 +9,7 @@ Shapes: N supervised positions, H hidden.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -57,7 +58,7 @@ class Step:
         return (len(self.hidden_NH) if self.whole is None else self.whole.share) or 1
 
 
-class Term:
+class Term(ABC):
     """Computes one summand of a loss.
 
     A subclass defines :meth:`loss`. One that compares inner layers defines :meth:`pairs` too.
@@ -71,10 +72,10 @@ class Term:
         """
         return ()
 
+    @abstractmethod
     def loss(self, step: Step) -> dict[str, Tensor]:
         """Return the value under ``loss``, and further figures, without gradient, that are logged by name.
 
         The mean of the ranks' values must be the mean over all their positions: divide sums by
         ``step.count``.
         """
-        raise NotImplementedError

@@ -13,6 +13,7 @@ Shapes: D draws, U units (L layers where a method takes whole layers only).
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import ClassVar, cast
@@ -28,7 +29,7 @@ from src.units.kinds import KINDS
 from src.units.spaces import Kept, Space
 
 
-class MaskPolicy(nn.Module):
+class MaskPolicy(nn.Module, ABC):
     """Holds the counts and constraints, one logit for each unit, and uniform defaults.
 
     A subclass overrides what it needs; :meth:`sample` it must.
@@ -193,6 +194,7 @@ class MaskPolicy(nn.Module):
     def initialise(self, probe: Probe) -> None:
         """Prepare from calibration rows, before the first step of a new search."""
 
+    @abstractmethod
     def sample(self, step: int, draw: int) -> Tensor:
         """Draw a mask: gates ``[U]``, exactly 0 or 1, exactly ``self.closed`` zeros.
 
@@ -200,7 +202,6 @@ class MaskPolicy(nn.Module):
         A pure function of the parameters, (seed, step, draw) and the schedules, hence equal on all ranks.
         The result may carry a relaxed gradient to the parameters.
         """
-        raise NotImplementedError
 
     def surrogate(self, gates_DL: Tensor, losses_D: Tensor, grads_DL: Tensor | None) -> Tensor:
         """Take the outcome of the draws; return a scalar whose gradient drives the parameters.

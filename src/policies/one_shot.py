@@ -9,6 +9,7 @@ of n = ``remove`` neighbouring layers, N measured tokens.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Iterable
 
 import torch
@@ -35,9 +36,9 @@ class OneShot(MaskPolicy):
 
     needs_gradient = False
 
+    @abstractmethod
     def score(self, probe: Probe) -> Tensor:
         """Return scores ``[U]``; the higher, the more a unit matters."""
-        raise NotImplementedError
 
     def initialise(self, probe: Probe) -> None:
         with torch.no_grad():
@@ -75,6 +76,7 @@ class Contiguous(OneShot):
                 f"policy.always_keep, or choose a policy that may remove scattered layers."
             )
 
+    @abstractmethod
     def change(self, h_in_WBTH: Tensor, h_out_WBTH: Tensor, real_BT: Tensor) -> Tensor:
         """Return how far each window moves the stream ``[W, N]``, at the tokens that the method reads.
 
@@ -83,7 +85,6 @@ class Contiguous(OneShot):
             h_out_WBTH: the stream behind it.
             real_BT: false at padding.
         """
-        raise NotImplementedError
 
     def score(self, probe: Probe) -> Tensor:
         """Return 0 within the window of the smallest mean change, 1 outside."""

@@ -11,6 +11,7 @@ recovery may start from it (``patch: adapters``).
 from __future__ import annotations
 
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
 FILE = "adapters.safetensors"
 
 
-class Adapters(nn.Module):
+class Adapters(nn.Module, ABC):
     """Holds parameters beside the frozen weights of a network, which it does not own.
 
     Args:
@@ -54,9 +55,9 @@ class Adapters(nn.Module):
         self._network: tuple[PreTrainedModel, ...] = ()
         self._sums: list[Tensor] = []
 
+    @abstractmethod
     def config(self) -> PeftConfig:
         """Return the settings of peft: what it adds to which linear maps."""
-        raise NotImplementedError
 
     def refuse(self, quantize: str | None) -> None:
         """Refuse weights that take no such adapters, before anything is loaded.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, cast
@@ -24,7 +25,7 @@ from src.training.ranks import from_all
 from src.training.strategies import kind
 
 
-class Stage(LightningModule):
+class Stage(LightningModule, ABC):
     """Runs one model of the Hub; a subclass loads it in ``configure_model`` and sets ``head``.
 
     Args:
@@ -76,13 +77,13 @@ class Stage(LightningModule):
         self.weights = weights_fingerprint(self.name, self.revision)
         return model
 
+    @abstractmethod
     def refuse(self, trainer: Trainer, data: object) -> None:
         """Refuse what cannot work with this trainer and these data, before anything is loaded.
 
         Raises:
             ConfigError: names the key and the alternative.
         """
-        raise NotImplementedError
 
     def configure_callbacks(self) -> list[Callback]:
         return [FiniteOnly()]

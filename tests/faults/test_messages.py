@@ -46,6 +46,8 @@ def told(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Any:
             "model.policy: there is no key 'tempratur'. Did you mean 'temperature'?",
         ),
         ("--model.policy=Nope", "model.policy: 'Nope' given; accepted: the class_path"),
+        ("--model.policy=src.policies.base.MaskPolicy", "MaskPolicy is abstract"),
+        ("--model.adapters={}", "model.adapters: Not a valid subclass of Adapters"),
         (
             "--trainer.precision=99",
             "trainer.precision: '99' given; accepted: 64, 32, 16 or 'transformer-engine'",
