@@ -98,7 +98,10 @@ def _figures(speeds: Tensor, ratios: Tensor) -> dict[str, Any]:
 
 
 def verdict(name: str, phase: str, batch_size: int, figures: dict[str, Any]) -> str | None:
-    """Say what a reader must know of a speed-up that is not what the layer count promises."""
+    """Return a warning if a speed-up falls short, else None.
+
+    It falls short below 90 % of the ideal one, or where its lower quartile is at most 1.
+    """
     speedup, ideal, (least, most) = figures["speedup"], figures["ideal"], figures["speedup_iqr"]
     what = f"{name}, {phase} at batch size {batch_size}: {speedup:.2f}x (quartiles {least:.2f} to {most:.2f})"
     if least <= 1.0:

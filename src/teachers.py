@@ -159,10 +159,10 @@ class LiveTeacher:
             self._model = (parent,)
 
     def setup(self, learner: Learner) -> None:
-        """Load the model if need be, move it, and check its head.
+        """Load the model unless it is the adopted parent, move it to the device, and check its output head.
 
         Raises:
-            ConfigError: the model cannot be loaded, or does not read the data's tokens.
+            ConfigError: the model cannot be loaded, or its vocabulary does not fit the data's tokenizer.
         """
         self.k = learner.distillation.k
         if not self._model:

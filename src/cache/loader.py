@@ -97,10 +97,10 @@ class CachedLoader:
         return {"epoch": self.epoch, "done": self.done, "world": self.world, **self.order}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on after the last batch that was handed out, on any number of ranks.
+        """Continue after the last batch that was handed out, on any number of ranks.
 
         Raises:
-            ConfigError: the place means nothing in this cache, or in this order of it; names the keys.
+            ConfigError: the corpus, the batch size or the seed has changed; the message names the keys.
         """
         changed = [
             f"data.init_args.{key} was {state_dict.get(key)} and is now {now}"

@@ -24,7 +24,7 @@ from src.training.strategies import check_device, check_quantised, kind
 
 
 class CacheTeacher(Stage):
-    """Says, for every supervised position, the k likeliest tokens; a :class:`CacheWriter` keeps it.
+    """Computes the k likeliest tokens at every supervised position; a :class:`CacheWriter` stores them.
 
     Args:
         model: Hub id or directory of the teacher.
@@ -33,7 +33,7 @@ class CacheTeacher(Stage):
         precision: of the stored log-probabilities: ``float32``, ``float16``, or ``compact`` (one byte).
         chunk_tokens: positions projected to the vocabulary at a time.
         shard_positions: supervised positions after which a file is closed; a kill costs at most these.
-        count_seconds: time for counting the corpus before it starts, so that its cost can be told.
+        count_seconds: seconds spent on counting the corpus before the run, to forecast time and size.
         kwargs: how the teacher is loaded; see :class:`src.training.stage.Stage`.
     """
 

@@ -66,7 +66,7 @@ class CacheWriter(BasePredictionWriter):
         out: directory of the cache.
         precision: of the log-probabilities: ``float32``, ``float16`` or ``compact`` (one byte).
         shard_positions: supervised positions after which a shard is closed.
-        count_seconds: time spent on counting the corpus before it starts, for the forecast.
+        count_seconds: seconds spent on counting the corpus before the run, to forecast time and size.
     """
 
     def __init__(

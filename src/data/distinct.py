@@ -22,13 +22,13 @@ _HALF = 1 << 63
 
 
 class Distinct:
-    """The documents seen so far, without their repetitions."""
+    """Counts the different documents seen so far, and their tokens."""
 
     def __init__(self) -> None:
         self._tokens: dict[int, int] = {}
 
     def add(self, batch: Batch) -> None:
-        """See the documents of a batch; in a packed row each is one, in a padded row the row."""
+        """Count the documents of a batch. A padded row is one document; a packed row holds several."""
         ids_BT, real_BT = batch["input_ids"].cpu(), real(batch).cpu()
         first_BT = torch.zeros_like(real_BT)
         if "position_ids" in batch:
@@ -45,14 +45,14 @@ class Distinct:
 
     @property
     def documents(self) -> int:
-        """Number of different documents; an estimate from :data:`KEPT` on."""
+        """Number of different documents: exact below :data:`KEPT`, an estimate from there on."""
         if len(self._tokens) < KEPT:
             return len(self._tokens)
         return round((KEPT - 1) * 2 * _HALF / sorted(self._tokens)[KEPT - 1])
 
     @property
     def tokens(self) -> int:
-        """Their tokens."""
+        """Number of tokens of the different documents, as exact as :attr:`documents`."""
         return round(self.documents * sum(self._tokens.values()) / max(1, len(self._tokens)))
 
     @property
@@ -63,7 +63,7 @@ class Distinct:
         return torch.tensor(signed, dtype=torch.int64).reshape(-1, 2)
 
     def unite(self, samples: Iterable[Tensor]) -> Distinct:
-        """Take what others saw to be seen here too; return this one."""
+        """Add the samples of other ranks or stages to this one, and return it."""
         for sample in samples:
             self._tokens |= {name + _HALF: tokens for name, tokens in sample.tolist()}
         self._thin()

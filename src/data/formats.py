@@ -1,6 +1,7 @@
 """The formats of files: how rows are read from each, one by one, local or remote, compressed or not.
 
-Rows carry ``WHERE``, so that every later complaint can name the file and the row.
+Each row says under the key :data:`WHERE` where it comes from, so that an error message can name the file and
+the row.
 """
 
 from __future__ import annotations
@@ -63,13 +64,14 @@ def read_files(
     format: Format | None = None,
     most: int | None = None,
 ) -> Iterator[Row]:
-    """Yield every ``shares``-th row of numbered files, each with its ``WHERE``.
+    """Yield share ``share`` of ``shares`` of the rows of numbered files: every ``shares``-th row.
 
-    The reading ends after ``most`` rows of all shares together, if that is given.
+    A row says under the key ``WHERE`` where it comes from. The reading ends after ``most`` rows of all shares
+    together, if that is given.
 
     Raises:
-        ConfigError: a file is empty or damaged, or a row is not what its format promises; names
-            both.
+        ConfigError: a file is empty or damaged, or a row is not what its format promises; the message
+            names the file and the row.
     """
     read = 0
     for number, file in files:

@@ -117,10 +117,13 @@ def amount(text: str) -> int:
 
 
 def check(held_out: float, validation: Sources | None, num_workers: int) -> None:
-    """Check what no range of a single number says: options that exclude each other, workers by lanes.
+    """Check what the range of a single option cannot say.
+
+    ``held_out`` and ``validation`` exclude each other. ``num_workers`` is 0 or divides
+    :data:`src.data.stream.LANES`, as each worker serves as many of a rank's lanes.
 
     Raises:
-        ConfigError: naming every key at fault.
+        ConfigError: one of these does not hold; the message names every key at fault.
     """
     workers = [0, *(n for n in range(1, LANES + 1) if LANES % n == 0)]
     faults = []

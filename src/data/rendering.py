@@ -1,9 +1,9 @@
-"""Render chats as text by a tokenizer's template, on a fixed day and with fixed chance.
+"""Render chats as text by a tokenizer's template, with a fixed date and fixed random seeds.
 
-A template may ask for today's date (``strftime_now``) and for chance (the filter ``random``, ``lipsum``).
-Were these the clock's and the process's own, the rows of a run would change overnight, and those of a
-resumed run from the ones that it had seen. Here a rendering is a function of the chat, the template and
-the day alone.
+A template may ask for today's date (``strftime_now``) and for random choices (the filter ``random``,
+``lipsum``). If the clock and the global random state gave them, rows would change overnight, and a resumed
+run would read other rows than before. Here a rendering is a function of the chat, the template and the date
+alone.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Rendering:
 
         Args:
             turns: its messages.
-            seed: what chance follows, where the template asks for it.
+            seed: seed of the random choices that the template makes.
             inputs: what else the template is given, such as ``tools``.
         """
         template = self.tokenizer.get_chat_template(tools=inputs.get("tools"))

@@ -1,9 +1,9 @@
 """Where documents come from: files, the Hub and saved datasets, as one kind of stream.
 
 Every source becomes a ``datasets.IterableDataset`` of rows, whose position can be saved and
-restored. Files are read row by row, local or remote, compressed or not, and never stored whole;
-their rows (:mod:`src.data.formats`) carry ``WHERE``, so that every later complaint can name the file and
-the row.
+restored. Files are read row by row, local or remote, compressed or not, and never stored whole.
+Each row says under the key ``WHERE`` (:mod:`src.data.formats`) where it comes from, so that an error message
+can name the file and the row.
 """
 
 from __future__ import annotations
@@ -87,10 +87,19 @@ def open_source(source: Source, share: int, shares: int) -> IterableDataset:
 def read_saved(
     path: str, split: str | None, share: int, shares: int, rows: int | None = None
 ) -> Iterator[Row]:
-    """Yield every ``shares``-th row of a saved dataset (of its first ``rows``), each with its ``WHERE``.
+    """Yield share ``share`` of ``shares`` of a saved dataset: every ``shares``-th row.
+
+    A row says under the key ``WHERE`` where it comes from.
+
+    Args:
+        path: a directory written by ``Dataset.save_to_disk``.
+        split: its split; None is the only one that it has.
+        share: number of the share, from 0.
+        shares: number of shares.
+        rows: number of first rows that are divided into shares; None is all.
 
     Raises:
-        ConfigError: it is empty, or a row cannot be read; names both.
+        ConfigError: the dataset is empty, or a row cannot be read; the message names the path and the row.
     """
     data = open_saved(path, split)
     if not len(data):

@@ -24,10 +24,10 @@ RESAMPLES = 1000
 
 
 def harness(module: str) -> Any:
-    """Import a module of the harness.
+    """Import a module of the lm-evaluation-harness by its name below ``lm_eval``.
 
     Raises:
-        ConfigError: it is not installed.
+        ConfigError: the harness is not installed.
     """
     try:
         return importlib.import_module(f"lm_eval.{module}".rstrip("."))

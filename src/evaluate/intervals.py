@@ -55,7 +55,10 @@ def interval(sums_SI: Array, sizes_I: Array, resamples: int = RESAMPLES) -> Inte
 
 
 def verdict(difference: Interval, higher_is_better: bool) -> Verdict:
-    """What a difference says; ``tied`` when its interval contains 0."""
+    """Return whether a difference is an improvement: ``better``, ``worse``, or ``tied``.
+
+    It is tied if its interval contains 0.
+    """
     if difference["low"] <= 0 <= difference["high"]:
         return "tied"
     return "better" if (difference["value"] > 0) == higher_is_better else "worse"

@@ -44,9 +44,9 @@ def prove(
     """Prove two equalities: hard-gated parent = cut model, and exported model = what a fresh process loads.
 
     If the weights did not change after the cut, one comparison proves both: that of the fresh process with
-    the hard-gated parent. Under a mask of width, the cut and the gated parent agree to rounding, because
-    their sums are of other lengths. So these two are compared first, and then the fresh process with the
-    cut, to the last bit.
+    the hard-gated parent. Under a mask of KV groups or channels, the cut and the gated parent agree only to
+    rounding, because their sums have different lengths. So these two are compared first, and then the fresh
+    process with the cut, to the last bit.
 
     Args:
         directory: the complete export.
@@ -56,8 +56,11 @@ def prove(
         weights: number of weights that the export must hold.
         recovered: whether the student's weights differ from the parent's.
         tokenizer: the parent's.
-        tokens: length of the sequences; None reaches beyond windows of up to 1024 tokens.
+        tokens: length of the test sequences; None exceeds every attention window of up to 1024 tokens.
         upcast: compute in float32; changes ``parent`` and ``student`` in place.
+
+    Returns:
+        One finding for each check. A check that fails is a finding, not an error.
     """
     if upcast:
         parent, student = parent.float(), student.float()

@@ -61,8 +61,8 @@ class OutputHead:
 
         Args:
             hidden: hidden states.
-            into: float32 buffers that the backward pass adds the gradients of ``parameters`` to, where the
-                head :attr:`sums`; without buffers autograd has them.
+            into: float32 buffers, one for each of ``parameters``, to which the backward pass adds its
+                gradient; needs :attr:`sums`. Without buffers autograd accumulates the gradients.
         """
         logits = summing(self.linear, hidden, into) if into else self.linear(hidden)
         if self.scale != 1.0:
@@ -82,7 +82,10 @@ class OutputHead:
 
     @property
     def sums(self) -> bool:
-        """Whether :meth:`logits` can add the gradients of ``parameters`` to buffers."""
+        """Whether :meth:`logits` can add the gradients of ``parameters`` to its buffers ``into``.
+
+        It can if the head is an ``nn.Linear`` of which all weights train.
+        """
         return type(self.linear) is nn.Linear and len(self.parameters) == len(self._weights)
 
     @property

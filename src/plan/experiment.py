@@ -84,7 +84,7 @@ class Experiment:
 
     @property
     def stage(self) -> str:
-        """``search``, ``recover`` or ``cache``; else the name of the class."""
+        """The stage of the config: ``search``, ``recover`` or ``cache``; else the name of its class."""
         name: str = self.config.model.class_path.split(".")[-1]
         return {"MaskSearch": "search", "Recovery": "recover", "CacheTeacher": "cache"}.get(name, name)
 
@@ -124,10 +124,12 @@ class Experiment:
 
     @cached_property
     def mask(self) -> Mask | None:
-        """The mask: the one named, or one of as many layers as will be, the others far from each other.
+        """The mask that the config names, else a stand-in of the planned size; None for a cache.
+
+        Layers that a stand-in removes lie far from each other.
 
         Raises:
-            ConfigError: nothing says how many.
+            ConfigError: the mask of a recovery does not exist, and no ratio tells its size.
         """
         if self.stage == "cache":
             return None

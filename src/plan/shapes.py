@@ -28,5 +28,5 @@ class Rows:
 
     @property
     def positions(self) -> int:
-        """Supervised positions of a batch, at most: the last token of a row predicts nothing."""
+        """Largest number of supervised positions of a batch; the last token of a row predicts nothing."""
         return self.count * (self.length - 1)

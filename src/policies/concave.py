@@ -131,9 +131,15 @@ def heights(size: int, starts_S: Tensor, lengths_S: Tensor) -> Tensor:
 
 
 def removed_shares(height_L: Tensor, count: int, tau: float) -> Tensor:
-    """Return ``sigmoid((height - level) / tau)`` ``[L]``, at the level where they add up to ``count``.
+    """Return the removed share of each layer, ``sigmoid((height - level) / tau)`` ``[L]``.
 
-    Bisection finds the level. One Newton step from there gives it its implicit gradient in the heights.
+    The level is the one at which the shares add up to ``count``. Bisection finds it without gradients. One
+    Newton step from there makes it differentiable in the heights (implicit function theorem).
+
+    Args:
+        height_L: height of each layer.
+        count: layers to remove.
+        tau: temperature, in layers.
     """
     with torch.no_grad():
         low, high = height_L.min() - 60 * tau, height_L.max() + 60 * tau

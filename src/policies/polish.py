@@ -61,20 +61,20 @@ def polish(
     """Replace a mask by its best neighbour (one swap) for as long as that lowers its divergence.
 
     A round has two stages, because a deep model has many swaps (768 where 16 of 64 layers go). First, the
-    swaps that gain most worth are measured on the quick rows. Then the best of these are measured on all
-    rows, and the lowest is taken. Divergence is heavy-tailed over rows: a few rows are enough to drop bad
-    masks, but not to rank good ones.
+    swaps that most raise the total worth of the kept units are measured on the quick rows, a part of all
+    rows. Then the best of these are measured on all rows, and the one of lowest divergence is taken.
+    Divergence is heavy-tailed over rows: a few rows are enough to drop bad masks, but not to rank good ones.
 
     Args:
         kept: kept units to start from.
         space: defines the neighbours of a mask.
         measure: divergences of masks, on all rows or on the quick ones.
-        worth: of keeping each unit, such as the policy's logits.
+        worth: estimated value of keeping each unit (U numbers), such as the policy's logits.
         swaps: swaps of each round that are measured on the quick rows.
         finalists: swaps of each round that are measured on all rows.
 
     Returns:
-        The kept units of the last mask, none of whose finalists is better.
+        The kept units of the first mask that none of its finalists improves on.
     """
 
     def loss_of_worth(swap: Kept) -> float:

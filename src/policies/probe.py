@@ -119,7 +119,7 @@ class CalibrationProbe(Walker):
         return PrefixMemory(len(gates), int(self.prefix_gib * 2**30 // each) if allowed else 0)
 
     def signal(self, batch: int) -> Signal:
-        """Return the teacher's signal on a batch; it is taken when it is first asked for."""
+        """Return the teacher's signal on a batch; it is computed at the first call."""
         if batch not in self._signals:
             self._signals[batch] = self.search.teacher_signal(self.rows[batch])
         return self._signals[batch]

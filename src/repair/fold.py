@@ -63,7 +63,11 @@ class Regression:
         self.tokens += len(a_NF)
 
     def solve(self, ridge: float) -> Tensor:
-        """Return the coefficients ``[F, H]``; ``ridge`` is relative to each feature's power."""
+        """Return the coefficients ``[F, H]`` that minimise the weighted squared error and the ridge.
+
+        Args:
+            ridge: penalty on a feature's coefficients, relative to its power ``sum over tokens of w a^2``.
+        """
         power_F = self.gram_FF.diagonal()
         floor = 1e-12 * power_F.mean()  # a feature that never fires gets no weight, and no division by zero
         coefficients: Tensor = torch.linalg.solve(

@@ -72,9 +72,14 @@ class StreamRepair(nn.Module):
 def repaired(
     student: PreTrainedModel, places: Sequence[Junction], repairs: Iterable[StreamRepair]
 ) -> Iterator[None]:
-    """Run the cut model with a repair at the input of the layer after each junction.
+    """Repair the residual stream of the cut model at its junctions, inside this context.
 
-    The repairs are hooks: no module, weight or key of the model changes.
+    A repair is a hook at the input of the layer after its junction: no module, weight or key changes.
+
+    Args:
+        student: the cut model.
+        places: junctions of its mask.
+        repairs: one for each junction.
     """
     _, layers = decoder_layers(student)
     with ExitStack() as stack:

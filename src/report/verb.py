@@ -230,10 +230,10 @@ def draw(run: Run, report: Record) -> list[Picture]:
 
 
 def assemble(run: Run, origin: Record) -> tuple[Record, Page]:
-    """Build the report as data, and as what both pages show.
+    """Return the report as data, and the page that Markdown and HTML show.
 
     Raises:
-        ConfigError: the pieces do not fit together.
+        ConfigError: ``benchmark.json`` and ``evaluate.json`` compare with different teachers.
     """
     report = gather(run) | origin
     models = [run.evaluate["teacher"], *run.evaluate["models"]]

@@ -48,7 +48,9 @@ _DESCRIPTIONS = {
 
 
 def record(path: str) -> dict[str, Any]:
-    """Return all of a checkpoint but its weights (of a single file the weights too, mapped, not read).
+    """Return the content of a checkpoint without reading its weights into memory.
+
+    A directory may keep weights in files of their own, which are left out. Other tensors are memory-mapped.
 
     Raises:
         ConfigError: there is no such checkpoint, it is not whole, or it holds more than tensors and numbers.

@@ -24,7 +24,7 @@ class Data(Protocol):
 
 @runtime_checkable
 class Metered(Protocol):
-    """What a schedule asks of a data module; one that counts no tokens leaves the steps in charge."""
+    """What a schedule needs of a data module to follow its tokens; with any other it follows the steps."""
 
     max_tokens: int | None
     """Tokens after which the run ends."""

@@ -1,4 +1,4 @@
-"""Read files of settings, and report a fault in one line before a parser reads it."""
+"""Read YAML files of settings, and report their faults in one line before Lightning's parser reads them."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ AGAIN = 1.0
 
 
 class Stopped(SystemExit):
-    """Ends a run after a signal. Lightning and libraries let it pass, as they let an exit pass.
+    """Ends a run after a signal; it is a ``SystemExit``, which Lightning and other libraries do not swallow.
 
     Args:
         number: number of the signal.

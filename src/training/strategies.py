@@ -134,8 +134,8 @@ class FSDP2(ModelParallelStrategy):
     """Runs FSDP2: every rank holds a part of every layer. Modules shard themselves in ``configure_model``.
 
     Args:
-        save_distributed_checkpoint: whether each rank writes its part into a directory, or one rank a whole
-            file.
+        save_distributed_checkpoint: if true, each rank writes its part into a directory; else one rank
+            writes a file.
     """
 
     def __init__(self, save_distributed_checkpoint: bool = True) -> None:
@@ -180,10 +180,10 @@ class FSDP2(ModelParallelStrategy):
 
 
 class FSDP(FSDPStrategy):
-    """Runs the first FSDP, with each decoder layer wrapped on its own.
+    """Runs FSDP1 (``FullyShardedDataParallel``), with each decoder layer wrapped on its own.
 
     Args:
-        sharded_checkpoint: whether each rank writes its part into a directory, or one rank a whole file.
+        sharded_checkpoint: if true, each rank writes its part into a directory; else one rank writes a file.
         kwargs: of :class:`lightning.pytorch.strategies.FSDPStrategy`.
     """
 

@@ -60,7 +60,7 @@ class Space:
 
     @cached_property
     def may_UK(self) -> Tensor:
-        """Whether a unit may be kept when so many before it are."""
+        """Whether unit u may be kept when exactly k units before it are: bool ``[U, K]``, k = 0 ... K - 1."""
         return self.allowed(torch.arange(self.units)[:, None], torch.arange(self.keep)[None])
 
     def allowed(self, unit: Tensor, before: Tensor) -> Tensor:
@@ -72,7 +72,7 @@ class Space:
         return type(self)(self.units, self.keep, self.pinned | {*units})
 
     def neighbours(self, kept: Kept) -> Iterator[Kept]:
-        """The legal sets that one small change makes of a legal set."""
+        """Yield each legal set that one exchange of kept and removed units turns ``kept`` into."""
         raise NotImplementedError
 
     def shorter(self, kept: Kept) -> Iterator[Kept]:
@@ -80,7 +80,7 @@ class Space:
         raise NotImplementedError
 
     def starts(self, scores: Tensor) -> Iterator[Kept]:
-        """Further legal sets, by scores ``[U]``, from which a walk to ever better neighbours may begin."""
+        """Yield further legal sets, found by scores ``[U]``, where a search over neighbours may start."""
         return iter(())
 
     # ------------------------------------------------------------------ counting
@@ -226,14 +226,14 @@ class AnyOf(Space):
         return tuple(u for u in range(self.units) if u not in gone)
 
     def neighbours(self, kept: Kept) -> Iterator[Kept]:
-        """Another unit in the place of one."""
+        """Yield each set that has a removed unit in the place of a kept one."""
         for back in sorted(set(range(self.units)) - set(kept)):
             for out in kept:
                 if out not in self.pinned:
                     yield tuple(sorted({*kept, back} - {out}))
 
     def shorter(self, kept: Kept) -> Iterator[Kept]:
-        """One unit less."""
+        """Yield each set without one of the kept units."""
         return (tuple(k for k in kept if k != out) for out in kept if out not in self.pinned)
 
 
@@ -250,10 +250,10 @@ class Alternating(Space):
         return (unit % 2 == before % 2) & (unit >= before)
 
     def neighbours(self, kept: Kept) -> Iterator[Kept]:
-        """Another half of its kind in the place of one, or two removed halves in the place of a pair.
+        """Yield each legal set that has one or two removed halves in the place of as many kept ones.
 
-        The two removed halves lie side by side in the model, in one layer or in two; a pair are two kept
-        halves in a row. Without either the others still take turns.
+        A single half takes the place of one of its kind: attention or feed-forward. Two removed halves that
+        are adjacent in the model, in one layer or in two, take the place of two consecutive kept halves.
         """
         gone = sorted(set(range(self.units)) - set(kept))
         swaps: list[tuple[Kept, Kept]] = [
@@ -267,7 +267,7 @@ class Alternating(Space):
                 yield tuple(swapped)
 
     def starts(self, scores: Tensor) -> Iterator[Kept]:
-        """The best whole layers: nearer to the best halves than many halves that were chosen apart."""
+        """Yield the best set of whole layers; it is nearer to the best set of halves than many such sets."""
         layers = AnyOf(self.units // 2, self.keep // 2, {unit // 2 for unit in self.pinned})
         if len(layers.pinned) > layers.keep:
             return
@@ -275,7 +275,7 @@ class Alternating(Space):
         yield tuple(unit for layer in kept for unit in (2 * layer, 2 * layer + 1))
 
     def shorter(self, kept: Kept) -> Iterator[Kept]:
-        """One pair less: two halves in a row."""
+        """Yield each set without two consecutive kept halves."""
         for pair in pairwise(kept):
             if not self.pinned & {*pair}:
                 yield tuple(k for k in kept if k not in pair)

@@ -93,10 +93,10 @@ class Width:
     blocks: tuple[dict[str, Block], ...]
 
     def check(self, mask: Mask) -> None:
-        """Refuse a mask of another width.
+        """Refuse a mask that was made for another number of units in each layer.
 
         Raises:
-            ConfigError: names both.
+            ConfigError: the numbers differ; the message names both.
         """
         if mask.width != self.count:
             raise ConfigError(
