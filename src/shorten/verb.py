@@ -164,7 +164,9 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     add(
         "--train", required=True, metavar="TEXT", help="file, pattern, directory, URL or Hub id to learn from"
     )
-    add("--held-out", metavar="TEXT", help=f"rows to judge by (default: {SHARE:.0%} of the text, kept apart)")
+    add(
+        "--held-out", metavar="TEXT", help=f"rows to judge by (default: {SHARE:.0%}% of the text, kept apart)"
+    )
     add(
         "--ratio",
         type=inside_unit,

@@ -20,6 +20,7 @@ from src.policies import SLEB, GumbelTopK, MaskPolicy
 from src.policies.one_shot import OneShot
 from src.search import MaskSearch
 from src.units.amount import Amount
+from src.units.kinds import KINDS
 from tests.numerics.test_search import batch, search
 from tests.tiny import tiny_config
 
@@ -72,9 +73,11 @@ RANKERS = [each for each in vars(policies).values()
 @pytest.mark.parametrize("kind", RANKERS)
 def test_a_policy_aimed_at_a_count_is_one_of_that_count(kind: type[MaskPolicy]) -> None:
     for unit, count in itertools.product(kind.works_on, (1, 2, 3)):
-        most, own = kind(always_keep=[0]), kind(always_keep=[0])
-        most.setup(7, 3, unit=unit)
-        own.setup(7, count, unit=unit)
+        keys: dict[str, Any] = {"always_keep": [] if KINDS[unit].wide else [0], "polish": False}
+        keys |= {"init": "zeros"} if kind is GumbelTopK else {}
+        most, own = kind(**keys), kind(**keys)
+        most.setup(7, 3, unit=unit, width=9)
+        own.setup(7, count, unit=unit, width=9)
         with torch.no_grad():
             most.logits.copy_(torch.randn(most.units, generator=torch.Generator().manual_seed(count)))
             own.logits.copy_(most.logits)

@@ -16,9 +16,9 @@ from src.export.fresh import Reference, verify
 from src.export.observe import Finding, compare, observe, proof_tokens
 from src.export.proof import in_fresh_process, observe_gated, predicted_weights
 from src.mask import Mask
-from src.models import cut as cutting
+from src.models import cut_config as cutting
 from src.models.claims import is_tied
-from src.models.cut import cut
+from src.models.cut import cut, cut_config
 from src.models.cut_rules import slice_section
 from tests.tiny import FAMILIES, KV_SHARED, mask_of, tiny_model
 
@@ -138,7 +138,7 @@ def test_a_wrong_cut_on_disk_is_caught_by_the_proof(
     right.save_pretrained(tmp_path)
     expected = reference(parent, right, MASK)
     monkeypatch.setattr(cutting, "slice_section", rule)
-    cutting.cut_config(parent.config, MASK).save_pretrained(tmp_path)
+    cut_config(parent.config, MASK).save_pretrained(tmp_path)
     assert failures(verify(tmp_path, expected))
 
 
@@ -150,7 +150,7 @@ def test_layers_deleted_without_renumbering_are_caught(family: str) -> None:
     body = wrong.transformer if family == "gpt2" else wrong.model
     name = "h" if family == "gpt2" else "layers"
     setattr(body, name, nn.ModuleList(getattr(body, name)[i] for i in MASK.keep))
-    wrong.config.update(cutting.cut_config(parent.config, MASK).to_dict())
+    wrong.config.update(cut_config(parent.config, MASK).to_dict())
     try:
         found = observe(wrong, ids_BT)
     except IndexError:
