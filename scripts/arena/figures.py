@@ -18,11 +18,9 @@ def draw(results: JSON, into: Path) -> list[Path]:
     rows = results["rows"]
     made = {}
     if any("recovered" in row for row in rows) and len({row["group"] for row in rows}) == 1:
-        made = {
-            "retention": retention(rows),
-            "recovery": before_and_after(rows),
-            "layers": layers(rows, results["teacher"]["layers"]),
-        }
+        made = {"retention": retention(rows), "recovery": before_and_after(rows)}
+        if all(row["kind"] for row in rows):  # methods that choose layers or halves have one
+            made["layers"] = layers(rows, results["teacher"]["layers"])
     elif rows:
         made = {"divergences": divergences(rows)}
     files = {into / f"{results['name']}_{name}.svg": svg(figure) for name, figure in made.items()}
