@@ -212,3 +212,14 @@ def test_faults_are_named(saved: Path, tokenizer, arguments: str, message: str) 
 def test_limit_takes_the_first_rows(saved: Path, rows) -> None:
     read = read_rows(f"{saved}/test.jsonl", 3)
     assert [row["question"] for row in read] == [row["question"] for row in rows[:3]]
+
+
+def test_figures_have_intervals_that_hold_them(models, tokenizer, rows) -> None:
+    teacher, student = models[:2]
+    judgement = held_out(student, teacher, batches(judged(tokenizer, rows, QA, "all").rows, 4, 0))
+    low, high = judgement["kl_interval"]
+    assert low <= judgement["kl"] <= high
+    assert low < high
+    same = held_out(teacher, teacher, batches(judged(tokenizer, rows, QA, "all").rows, 4, 0))
+    assert same["kl_interval"] == pytest.approx([0.0, 0.0], abs=1e-6)
+    assert "kl_interval" not in held_out(student, None, batches(judged(tokenizer, rows, QA).rows, 4, 0))

@@ -1,0 +1,79 @@
+"""The polish ends where no neighbour is better, never above where it began, and measures what it may."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+
+from src.policies.polish import polish
+from src.units.spaces import Alternating, AnyOf, Kept, Space
+
+SPACES = [AnyOf(9, 5), AnyOf(9, 5, [8]), Alternating(12, 8), Alternating(12, 6, [0, 1])]
+
+
+class Costs:
+    """A divergence of sets: costs of single units and of pairs, drawn from a seed; notes what is asked."""
+
+    def __init__(self, space: Space, seed: int, pairs: float) -> None:
+        draw = torch.Generator().manual_seed(seed)
+        self.one_U = torch.rand(space.units, generator=draw, dtype=torch.float64)
+        self.two_UU = pairs * torch.rand(space.units, space.units, generator=draw, dtype=torch.float64)
+        self.asked: list[Kept] = []
+
+    def of(self, kept: Kept) -> float:
+        gone = torch.ones_like(self.one_U)
+        gone[list(kept)] = 0.0
+        return float(gone @ self.one_U + gone @ self.two_UU @ gone)
+
+    def measure(self, masks: Sequence[Kept], quick: bool = False) -> list[float]:
+        self.asked += masks
+        return [self.of(kept) for kept in masks]
+
+
+@pytest.mark.parametrize("space", SPACES, ids=repr)
+@pytest.mark.parametrize("seed", range(4))
+def test_it_ends_where_no_neighbour_is_better(space: Space, seed: int) -> None:
+    costs = Costs(space, seed, pairs=0.3)
+    start = space.uniform(torch.Generator().manual_seed(seed))
+    end = polish(start, space, costs.measure, [0.0] * space.units, swaps=10_000, finalists=10_000)
+    assert space.legal(end)
+    assert costs.of(end) <= costs.of(start)
+    assert costs.of(end) <= min(map(costs.of, space.neighbours(end)))
+    assert all(space.legal(kept) for kept in costs.asked)
+
+
+@pytest.mark.parametrize("space", SPACES[:2], ids=repr)
+@pytest.mark.parametrize("seed", range(3))
+def test_where_units_cost_alone_it_finds_the_best_of_all(space: Space, seed: int) -> None:
+    costs = Costs(space, seed, pairs=0.0)
+    start = space.uniform(torch.Generator().manual_seed(seed))
+    end = polish(start, space, costs.measure, costs.one_U.tolist())
+    assert costs.of(end) == pytest.approx(min(map(costs.of, space)))
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_halves_that_cost_alone_reach_the_best_of_all_from_anywhere(seed: int) -> None:
+    space = Alternating(12, 8)
+    costs = Costs(space, seed, pairs=0.0)
+    best = min(map(costs.of, space))
+    ends = [
+        costs.of(polish(start, space, costs.measure, [0.0] * 12, swaps=10_000, finalists=10_000))
+        for start in space
+    ]
+    assert sum(end == pytest.approx(best) for end in ends) >= 0.9 * len(ends)
+
+
+def test_it_measures_few_swaps_on_all_rows_and_none_twice_in_a_round() -> None:
+    space, rounds = AnyOf(9, 5), list[tuple[bool, int]]()
+    costs = Costs(space, 0, pairs=0.3)
+
+    def measure(masks: Sequence[Kept], quick: bool = False) -> list[float]:
+        rounds.append((quick, len(masks)))
+        assert len({*masks}) == len(masks)
+        return costs.measure(masks)
+
+    polish(next(iter(space)), space, measure, [0.0] * 9, swaps=7, finalists=3)
+    assert all(count <= (7 if quick else 4) for quick, count in rounds)
+    assert [quick for quick, _ in rounds] == [True, False] * (len(rounds) // 2)
