@@ -13,6 +13,10 @@ from src.units.spaces import Alternating, AnyOf, Kept, Space
 SPACES = [AnyOf(9, 5), AnyOf(9, 5, [8]), Alternating(12, 8), Alternating(12, 6, [0, 1])]
 
 
+def named(space: Space) -> str:
+    return f"{type(space).__name__} {space.keep} of {space.units} with {sorted(space.pinned)}"
+
+
 class Costs:
     """A divergence of sets: costs of single units and of pairs, drawn from a seed; notes what is asked."""
 
@@ -32,7 +36,7 @@ class Costs:
         return [self.of(kept) for kept in masks]
 
 
-@pytest.mark.parametrize("space", SPACES, ids=repr)
+@pytest.mark.parametrize("space", SPACES, ids=named)
 @pytest.mark.parametrize("seed", range(4))
 def test_it_ends_where_no_neighbour_is_better(space: Space, seed: int) -> None:
     costs = Costs(space, seed, pairs=0.3)
@@ -44,7 +48,7 @@ def test_it_ends_where_no_neighbour_is_better(space: Space, seed: int) -> None:
     assert all(space.legal(kept) for kept in costs.asked)
 
 
-@pytest.mark.parametrize("space", SPACES[:2], ids=repr)
+@pytest.mark.parametrize("space", SPACES[:2], ids=named)
 @pytest.mark.parametrize("seed", range(3))
 def test_where_units_cost_alone_it_finds_the_best_of_all(space: Space, seed: int) -> None:
     costs = Costs(space, seed, pairs=0.0)
