@@ -12,8 +12,8 @@ import torch
 from src.errors import ConfigError
 from src.policies import BlockInfluence, ConcaveGate, GumbelTopK, Tail
 from src.policies import relaxations as R
+from src.policies.angular import AngularDistance
 from src.policies.measuring import Probe
-from src.policies.one_shot import Contiguous
 from src.units.spaces import AnyOf
 
 FORMS = ("softmax", "successive", "simple", "sigmoid", "identity")
@@ -93,7 +93,7 @@ def test_draws_of_halves_are_legal_and_their_gradient_is_that_of_the_form(form: 
     assert grad[:2].eq(0).all() or form == "simple"
 
 
-@pytest.mark.parametrize("policy", [Contiguous, Tail, ConcaveGate, BlockInfluence])
+@pytest.mark.parametrize("policy", [AngularDistance, Tail, ConcaveGate, BlockInfluence])
 def test_a_method_of_whole_layers_refuses_halves_before_anything_is_loaded(policy: type) -> None:
     with pytest.raises(ConfigError, match=r"model\.unit: 'half'"):
         policy().setup(6, 2, unit="half")
