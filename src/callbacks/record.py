@@ -63,17 +63,18 @@ class StageRecord(Callback):
 
     def on_fit_end(self, trainer: Trainer, module: LightningModule) -> None:
         path = Path(self.path or Path(trainer.log_dir or ".") / "record.json")  # log_dir asks all ranks
-        read = Distinct().unite(from_all(cast("Stage", module).read.sample))
+        stage = cast("Stage", module)
+        read = Distinct().unite(from_all(stage.read.sample))
         if trainer.interrupted or not trainer.is_global_zero:
             return
         record = {
-            "tokens": module.tokens,
+            "tokens": stage.tokens,
             "distinct_tokens": read.tokens,
             "seconds": time.monotonic() - self._since,
             "steps": trainer.global_step,
             "history": self.history,
             "commit": git_sha(),
-            **getattr(module, "figures", {}),
+            **stage.figures,
         }
         with whole(path.with_suffix(".rows.safetensors")) as partial:
             save_file({"rows": read.sample}, partial)

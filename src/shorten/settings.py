@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
 
 from src.errors import ConfigError
+from src.models.costs import parameters
+from src.models.cut_config import weightless
 from src.models.loading import load_config, longest_row
 from src.plan.advice import Advice, advise
 from src.plan.devices import FILE, device
@@ -48,9 +49,8 @@ class Choice:
 
 
 def weights(model: str) -> int:
-    """Number of weights of a model, of which only the config is read."""
-    with torch.device("meta"):
-        return sum(p.numel() for p in AutoModelForCausalLM.from_config(load_config(model)).parameters())
+    """Return the number of weights of a model, of which only the config is read."""
+    return parameters(weightless(load_config(model)))
 
 
 def choose(model: str, text: Text, tokens: int | None) -> Iterator[Choice]:
@@ -89,7 +89,7 @@ def choose(model: str, text: Text, tokens: int | None) -> Iterator[Choice]:
     yield Choice("recover", "trainer.val_check_interval", every, "five looks at the held-out rows")
 
 
-def fitted(config: str, argv: Sequence[str], ratio: float) -> tuple[Advice | None, str]:
+def fitted(argv: Sequence[str], ratio: float) -> tuple[Advice | None, str]:
     """Ask the planner for the simplest way to run a stage on this machine.
 
     Returns:
@@ -98,7 +98,7 @@ def fitted(config: str, argv: Sequence[str], ratio: float) -> tuple[Advice | Non
     name = _device()
     if name is None:
         return None, f"{torch.cuda.get_device_name()}, of which {FILE.name} knows nothing"
-    advice = advise(Planner(Experiment(["--config", config, *argv], ratio), device(name)))
+    advice = advise(Planner(Experiment(argv, ratio), device(name)))
     if advice.best is None:
         raise ConfigError(f"--model: {advice.reason}")
     return advice, name

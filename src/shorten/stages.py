@@ -16,7 +16,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from src.files import write_json
+from src.errors import ConfigError
+from src.files import read_json, write_json
 from src.training import stopping
 
 DONE, BEGUN = "done", "begun"
@@ -61,15 +62,21 @@ def work_through(stages: Sequence[Stage], log: Path) -> None:
     """Run the stages that are not done; each command's output goes to the screen.
 
     Raises:
+        ConfigError: a folder that a stage would write to is not from this command.
         SystemExit: a stage failed; with its status.
         Stopped: a signal asked for the end; the stage was told and has ended.
     """
-    done: dict[str, list[str]] = json.loads(log.read_text()) if log.exists() else {}
+    done: dict[str, list[str]] = read_json(log) if log.exists() else {}
     for stage, digest in zip(stages, digests(stages).values(), strict=True):
         if done.get(stage.name) == [DONE, digest] and stage.product.exists():
             print(f"{stage.name}: done already, {stage.product}")
             continue
         if stage.folder is not None and done.get(stage.name) not in ([BEGUN, digest], [DONE, digest]):
+            if stage.name not in done and stage.folder.exists():
+                raise ConfigError(
+                    f"--run: '{stage.folder}' is there already, and not from this command. Name another "
+                    f"directory, or move it away."
+                )
             shutil.rmtree(stage.folder, ignore_errors=True)
         write_json(log, done := {**done, stage.name: [BEGUN, digest]})
         print(f"\n{stage.name}: {stage.command}", flush=True)

@@ -8,10 +8,9 @@ a stage whose inputs have not changed is not run again.
 from __future__ import annotations
 
 import argparse
-import json
 import shlex
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 from rich.table import Table
 from transformers.utils import logging
@@ -21,7 +20,7 @@ from src.data.content import fingerprint
 from src.data.options import amount
 from src.data.sources import Source
 from src.errors import ConfigError, did_you_mean
-from src.files import write_json
+from src.files import read_json, write_json
 from src.mask import Unit
 from src.models.fingerprint import weights_fingerprint
 from src.ranges import inside_unit, positive
@@ -30,6 +29,8 @@ from src.shorten.stages import Stage, work_through
 from src.shorten.text import JUDGED, SHARE, hold_out, look
 
 POLICIES = Path(__file__).parents[2] / "configs" / "policy"
+HELD_OUT = "held_out.jsonl"
+"""File of the run's directory with the rows to judge by, where the user names none."""
 
 
 def main(argv: list[str]) -> None:
@@ -37,35 +38,43 @@ def main(argv: list[str]) -> None:
     args = _parse(argv)
     logging.disable_progress_bar()
     run = Path(args.run or f"logs/shorten/{Path(args.model).name}")
-    judged = args.held_out or str(run / "held_out.jsonl")
-    if not args.held_out and not Path(judged).exists():
-        hold_out(args.model, args.train, Path(judged))
-    choices, options, notes = settled(args, run)
+    facts = _facts(args)
+    choices, options, notes = settled(args, run, facts)
     _tell(args.model, choices, notes)
-    found = stages(args, run, judged, options)
+    found = stages(args, run, options, facts)
     if args.dry_run:
         print("\n".join(stage.command for stage in found))
         return
     work_through(found, run / "stages.json")
 
 
-def settled(args: argparse.Namespace, run: Path) -> tuple[list[Choice], dict[str, list[str]], list[str]]:
-    """The settings of this run: those that it began with, or chosen now.
+def settled(
+    args: argparse.Namespace, run: Path, facts: list[str | None]
+) -> tuple[list[Choice], dict[str, list[str]], list[str]]:
+    """Return the settings of this run: those that it began with, or chosen now, with rows held out anew.
+
+    Args:
+        args: what the user asks for.
+        run: the run's directory, which keeps the settings.
+        facts: fingerprints of model and text; settings are chosen for what these hold.
 
     Returns:
-        the choices, the options of each stage, and what the planner says.
+        The choices, the options of each stage, and what the planner says.
     """
-    about = {key: str(value) for key, value in vars(args).items() if key not in ("run", "dry_run")}
-    kept = run / "settings.json"
-    if kept.exists() and (known := json.loads(kept.read_text()))["about"] == about:
+    about: dict[str, Any] = {k: str(v) for k, v in vars(args).items() if k not in ("run", "dry_run")}
+    about["facts"], kept = facts, run / "settings.json"
+    if kept.exists() and (known := read_json(kept))["about"] == about:
         return [Choice(*each) for each in known["choices"]], known["options"], known["notes"]
+    if not args.held_out:
+        hold_out(args.model, args.train, run / HELD_OUT)
     choices, notes = list(choose(args.model, look(args.model, args.train), args.tokens)), list[str]()
     options: dict[str, list[str]] = {}
-    for stage, config in (("search", SEARCH), ("recover", RECOVER)):
+    for stage, configs in (("search", _search(args)), ("recover", [RECOVER])):
         own = [part for choice in choices if choice.stage == stage for part in choice.argv]
         own += [*_what(args)] if stage == "search" else []
         own += shlex.split(getattr(args, stage))
-        advice, where = fitted(config, [*own, "--model.init_args.model", args.model], args.ratio)
+        files = [part for config in configs for part in ("--config", config)]
+        advice, where = fitted([*files, *own, "--model.init_args.model", args.model], args.ratio)
         if advice is None or advice.best is None:
             notes.append(f"{stage}: not planned on {where}")
         else:
@@ -88,63 +97,59 @@ def _what(args: argparse.Namespace) -> list[str]:
     return [part for key, value in given.items() for part in (f"--model.init_args.{key}", str(value))]
 
 
-def stages(args: argparse.Namespace, run: Path, judged: str, options: dict[str, list[str]]) -> list[Stage]:
-    """The stages in order."""
+def stages(
+    args: argparse.Namespace, run: Path, options: dict[str, list[str]], facts: list[str | None]
+) -> list[Stage]:
+    """Return the stages in order."""
     mask, cut, out = run / "search/mask.json", run / "cut", Path(args.out or run / "recovered")
-    facts = (
-        weights_fingerprint(args.model),
-        *(fingerprint(Source(path)) for path in (args.train, args.held_out) if path),
-    )
-    method = ["--config", str(POLICIES / f"{args.method}.yaml")] if args.method else []
-    search = [SEARCH, *method, "--model.init_args.model", args.model, *options["search"]]
-    recover = [RECOVER, "--model.init_args.mask", str(mask), *options["recover"]]
+    search = ["--model.init_args.model", args.model, *options["search"]]
+    recover = ["--model.init_args.mask", str(mask), *options["recover"]]
     export = ["export", "--mask", str(mask), "--force", "--out"]
     last = str(run / "recover/checkpoints/last.ckpt")
-    both, scores, speeds = [str(cut), str(out)], run / "evaluate.json", run / "benchmark.json"
-    judge = [
-        "evaluate",
-        "--teacher",
-        args.model,
-        "--data",
-        judged,
-        "--limit",
-        str(JUDGED),
-        "--out",
-        str(scores),
-    ]
+    scores, speeds, exported = run / "evaluate.json", run / "benchmark.json", ("cut", "export")
+    rows = ["--data", args.held_out or str(run / HELD_OUT), "--limit", str(JUDGED)]
+    judge = ["evaluate", "--teacher", args.model, *rows, "--out", str(scores)]
     race = ["benchmark", "--baseline", args.model, "--out", str(speeds)]
-    exported = ("cut", "export")
+    both, read = ("--model", str(cut), str(out)), tuple(facts)
     return [
-        Stage("search", _fit(args, run, "search", search), mask, (), facts, run / "search"),
+        Stage("search", _fit(args, run, "search", _search(args), search), mask, (), read, run / "search"),
         Stage(
-            "recover", _fit(args, run, "recover", recover), run / "recover/record.json",
-            ("search",), facts, run / "recover",
+            "recover", _fit(args, run, "recover", [RECOVER], recover), run / "recover/record.json",
+            ("search",), read, run / "recover",
         ),
         Stage("cut", (*export, str(cut)), cut / "config.json", ("search",)),
         Stage("export", (*export, str(out), "--checkpoint", last), out / "config.json", ("recover",)),
-        Stage("evaluate", (*judge, "--model", *both), scores, exported),
-        Stage("benchmark", (*race, "--model", *both), speeds, exported),
+        Stage("evaluate", (*judge, *both), scores, exported),
+        Stage("benchmark", (*race, *both), speeds, exported),
         Stage("report", ("report", "--run", str(run)), run / "report.html", ("evaluate", "benchmark")),
     ]  # fmt: skip
 
 
-def _fit(args: argparse.Namespace, run: Path, stage: str, own: list[str]) -> tuple[str, ...]:
-    """A ``fit`` into the run's directory, which goes on from its last checkpoint if there is one."""
-    held = (
-        {"data.init_args.validation": args.held_out} if args.held_out else {"data.init_args.held_out": SHARE}
-    )
+def _facts(args: argparse.Namespace) -> list[str | None]:
+    """Return the fingerprints of the model and of the texts."""
+    texts = [fingerprint(Source(path)) for path in (args.train, args.held_out) if path]
+    return [weights_fingerprint(args.model), *texts]
+
+
+def _search(args: argparse.Namespace) -> list[str]:
+    """Return the config files of the search: the shipped one, and the method's overlay."""
+    return [SEARCH, *([str(POLICIES / f"{args.method}.yaml")] if args.method else [])]
+
+
+def _fit(
+    args: argparse.Namespace, run: Path, stage: str, configs: list[str], own: list[str]
+) -> tuple[str, ...]:
+    """Return a ``fit`` into the run's directory, which goes on from its last checkpoint if there is one."""
+    held = ("validation", args.held_out) if args.held_out else ("held_out", SHARE)
     logger = {"save_dir": run, "name": stage, "version": ""}
+    data = {"train": args.train, "tokenizer": args.model, **dict([held])}
     keys = {
-        "data.init_args.train": args.train, "data.init_args.tokenizer": args.model, **held,
+        **{f"data.init_args.{key}": value for key, value in data.items()},
         **{f"trainer.logger.init_args.{key}": value for key, value in logger.items()},
         "seed_everything": args.seed, "ckpt_path": "last",
     }  # fmt: skip
-    return (
-        "fit",
-        "--config",
-        *own,
-        *(part for key, value in keys.items() for part in (f"--{key}", str(value))),
-    )
+    files = [part for config in configs for part in ("--config", config)]
+    return ("fit", *files, *own, *(part for k, v in keys.items() for part in (f"--{k}", str(v))))
 
 
 def _tell(model: str, choices: list[Choice], notes: list[str]) -> None:

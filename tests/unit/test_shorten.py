@@ -8,6 +8,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from safetensors.torch import load_file, save_file
@@ -90,6 +91,15 @@ def test_a_failed_stage_ends_the_run_and_goes_on_from_what_it_left(tmp_path: Pat
     assert ran[3:] == ["recover", "judge"]
 
 
+def test_a_folder_of_another_origin_is_refused_and_stays(tmp_path: Path, ran: list[str]) -> None:
+    (tmp_path / "search").mkdir()
+    (tmp_path / "search/precious").touch()
+    with pytest.raises(ConfigError, match="is there already, and not from this command"):
+        work_through(line(tmp_path), tmp_path / "stages.json")
+    assert (tmp_path / "search/precious").exists()
+    assert ran == []
+
+
 def test_digests_differ_where_products_may(tmp_path: Path) -> None:
     plain = line(tmp_path)
     assert digests(plain) == digests(line(tmp_path / "elsewhere"))
@@ -149,20 +159,33 @@ def parsed(tmp_path: Path, teacher_dir: str, corpus_file: str, *more: str) -> ar
 
 
 def lined(args: argparse.Namespace, tmp_path: Path) -> dict[str, Stage]:
-    made = verb.stages(args, tmp_path / "run", "judged.jsonl", {"search": [], "recover": []})
+    made = verb.stages(args, tmp_path / "run", {"search": [], "recover": []}, verb._facts(args))
     return {stage.name: stage for stage in made}
 
 
 def test_settings_are_chosen_once_and_again_when_something_else_is_asked_for(
-    tmp_path: Path, teacher_dir: str, corpus_file: str, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, teacher_dir: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    args = parsed(tmp_path, teacher_dir, corpus_file)
-    first = verb.settled(args, tmp_path / "run")
+    text, kept = tmp_path / "text.jsonl", tmp_path / "run" / verb.HELD_OUT
+
+    def write(seed: int) -> None:
+        text.write_text("".join(json.dumps(row) + "\n" for row in problems("train", 300, seed)))
+
+    def settled(*more: str) -> Any:
+        args = parsed(tmp_path, teacher_dir, str(text), *more)
+        return verb.settled(args, tmp_path / "run", verb._facts(args))
+
+    write(0)
+    first = settled()
+    write(1)
+    settled()  # another text at the same place: rows held out of the old one may be trained on now
+    assert {*kept.read_text().splitlines()} <= {*text.read_text().splitlines()}
+    write(0)
+    assert settled() == first
     monkeypatch.setattr(verb, "look", lambda *_: pytest.fail("the text is looked at again"))
-    assert verb.settled(args, tmp_path / "run") == first
-    assert verb.settled(parsed(tmp_path, teacher_dir, corpus_file, "--dry-run"), tmp_path / "run") == first
+    assert settled() == settled("--dry-run") == first
     with pytest.raises(pytest.fail.Exception, match="looked at again"):
-        verb.settled(parsed(tmp_path, teacher_dir, corpus_file, "--tokens", "9K"), tmp_path / "run")
+        settled("--tokens", "9K")
 
 
 @pytest.mark.parametrize(
