@@ -1,1 +1,1 @@
-"""Units are what a mask removes from a decoder; spaces say in which combinations."""
+"""Units are what a mask removes (layers, halves, KV groups, channels); spaces say in which combinations."""

@@ -1,4 +1,4 @@
-"""How much of a model a search removes: a count of layers, a share, several shares, or as a target asks."""
+"""Say how much of a model a search removes: a count, a share, several shares, or enough for a target."""
 
 from __future__ import annotations
 
@@ -18,12 +18,13 @@ from src.units.width import Width
 
 @dataclass(frozen=True, order=True)
 class Budget:
-    """What one mask removes.
+    """How much one mask removes; a search learns one mask for each of its budgets.
 
     Attributes:
-        remove: layers; of halves as many of both kinds.
-        share: the share among ``budgets`` that asks for it; None in a search for one mask.
-        told: what a target takes and reaches, in words.
+        remove: number of layers. Of halves, as many attentions and as many feed-forwards; of KV groups or
+            channels, as many from each layer.
+        share: the entry of ``budgets`` that asks for it; None in a search for one mask.
+        told: which target it reaches and how far, in words; empty without a target.
     """
 
     remove: int
@@ -32,19 +33,19 @@ class Budget:
 
     @property
     def suffix(self) -> str:
-        """What tells files and figures of this budget from those of the others, such as ``-0.25``."""
+        """What the names of files and figures of one of several budgets end with, such as ``-0.25``."""
         return "" if self.share is None else f"-{self.share:g}"
 
 
 @dataclass(frozen=True)
 class Amount:
-    """How much to remove, said in one of several ways.
+    """The settings that say how much to remove; exactly one of them is given.
 
     Attributes:
-        remove: layers.
+        remove: number of layers (or of what else is removed, see :class:`Budget`).
         ratio: share of the layers, in (0, 1), rounded to the nearest count.
         budgets: several such shares, each of which gets a mask of its own.
-        target: what the cut model must reach with the fewest layers removed.
+        target: speed or size that the cut model must reach; as little as possible is removed.
 
     Raises:
         ConfigError: not exactly one of them is given, or a share is outside (0, 1).
@@ -72,12 +73,12 @@ class Amount:
     def of(
         self, config: PretrainedConfig, stored: torch.dtype = torch.float32, width: Width | None = None
     ) -> tuple[Budget, ...]:
-        """Return the budgets for a model, the smallest removal first.
+        """Return the budgets for a model, the smallest removal first; one alone unless ``budgets`` is set.
 
         Args:
             config: of the model.
             stored: type of its weights, by which a target counts memory.
-            width: its units of width, if these are removed.
+            width: where its KV groups or channels lie, if these are removed; None if layers or halves are.
 
         Raises:
             ConfigError: two shares are the same count, or the target is out of reach.

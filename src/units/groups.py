@@ -1,7 +1,8 @@
-"""The space of masks that keep as many units in each of several groups, such as the channels of each layer.
+"""The space of masks that keep equally many units in each group, such as the channels of each layer.
 
-The groups are chosen alike and apart: the law of the whole is the product of the laws of the groups. The
-tables of :class:`src.units.spaces.Space` take the groups as a leading dimension.
+Every group obeys the same rule, and is chosen independently of the others: the probability of a mask is the
+product of those of its groups. So the computations of :class:`src.units.spaces.Space` serve all groups at
+once, with the groups as a leading dimension.
 
 Shapes: G groups, W units in each, U = G W units, group after group.
 """
@@ -18,11 +19,11 @@ from src.units.spaces import Kept, Space
 
 
 class InEach(Space):
-    """A set of one space in each of several groups.
+    """Sets of units that consist of one legal set of the space ``each`` in every group.
 
     Args:
-        groups: number of groups.
-        each: space of the sets of one group.
+        groups: number of groups, G.
+        each: space of the sets of one group, of W units.
     """
 
     def __init__(self, groups: int, each: Space) -> None:
@@ -31,24 +32,26 @@ class InEach(Space):
         self.groups, self.each = groups, each
 
     def holding(self, units: Iterable[int]) -> Space:
-        """The part of this space whose sets keep these units besides: of a group alone it is no space.
+        """Return this space if there is nothing to add to what its sets keep.
+
+        A unit of one group alone cannot be added, since the groups would then differ in their rule.
 
         Raises:
-            NotImplementedError: there are such units.
+            NotImplementedError: units are given.
         """
         if [*units]:
             raise NotImplementedError("groups are chosen alike")
         return self
 
     def neighbours(self, kept: Kept) -> Iterator[Kept]:
-        """A neighbour of one group's set in its place."""
+        """Yield each legal set that differs from ``kept`` in one group, by one exchange there."""
         parts = self._parts(kept)
         for group, part in enumerate(parts):
             for near in self.each.neighbours(part):
                 yield self._joined([*parts[:group], near, *parts[group + 1 :]])
 
     def shorter(self, kept: Kept) -> Iterator[Kept]:
-        """One unit less in each group."""
+        """Yield each set with one unit less in every group."""
         return map(self._joined, product(*(self.each.shorter(part) for part in self._parts(kept))))
 
     def size(self) -> int:

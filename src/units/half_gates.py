@@ -1,7 +1,7 @@
-"""Gates on halves of decoder layers; each multiplies what its half adds to the residual stream.
+"""Gates on the halves of layers: each multiplies what its attention or feed-forward adds to the stream.
 
 A half whose gate is exactly zero is evaluated without autograd, because only its output matters to the gate's
-gradient; where nothing is differentiated and no cache is filled, it does not run at all.
+gradient. Where nothing is differentiated and no cache is filled, it does not run at all.
 
 Shapes: L layers, U = 2 L halves in order of computation.
 """
@@ -31,11 +31,11 @@ class HalfGates(Gates):
     and :meth:`remove` restores it.
 
     Args:
-        model: a decoder whose layers consist of two halves.
+        model: a decoder whose layers consist of an attention and a feed-forward, one after the other.
         checkpoint_activations: recompute open halves in the backward pass instead of storing them.
 
     Attributes:
-        halves: the halves of each layer.
+        halves: for each layer, which of its modules belong to which half.
         evaluated: layers run so far, with 0.5 for a half.
 
     Raises:
@@ -91,7 +91,11 @@ class HalfGates(Gates):
         return see
 
     def _layer(self, index: int, forward: Forward) -> Forward:
-        """The forward of a layer: along remembered streams it runs one half at a time, the other at rest."""
+        """Return the forward of a layer that runs its halves one at a time if earlier streams are remembered.
+
+        While one half runs alone, the other adds nothing. Without remembered streams it is the layer's own
+        forward.
+        """
 
         def layer(*args: Any, **kwargs: Any) -> Any:
             return (
@@ -112,15 +116,15 @@ class HalfGates(Gates):
         return layer
 
     def _closed(self, unit: int) -> bool:
-        """Whether a half adds nothing: by its gate, or because the other half runs alone."""
+        """Return whether a half adds nothing: its gate is zero, or the other half runs alone."""
         return self._alone not in (None, unit) or (self._gates is not None and self._values[unit] == 0.0)
 
     def _rests(self, unit: int) -> bool:
-        """Whether a half need not run: it is closed, nothing is differentiated, no cache is filled."""
+        """Return whether a half need not run: it is closed, nothing is differentiated, no cache is filled."""
         return self._closed(unit) and not torch.is_grad_enabled() and not self._caching
 
     def _gated(self, unit: int, forward: Forward) -> Forward:
-        """The forward of a writer: its output times the gate."""
+        """Return a forward that multiplies the output of a writer, which goes to the stream, by its gate."""
 
         def gated(*args: Any, **kwargs: Any) -> Any:
             out = forward(*args, **kwargs)
@@ -134,9 +138,10 @@ class HalfGates(Gates):
         return gated
 
     def _idle(self, unit: int, forward: Forward) -> Forward:
-        """The forward of a module that serves its half alone, which may be closed.
+        """Return a forward for a module that serves one half alone, and has no use while that half is closed.
 
-        Then it runs without autograd; and where nothing is differentiated and no cache is filled, not at all.
+        Then the module runs without autograd; and where nothing is differentiated and no cache is filled, it
+        does not run: zeros of its output's shape take the place.
         """
         form: list[
             Any

@@ -31,10 +31,10 @@ TRIED = 8
 
 @dataclass(frozen=True)
 class Halves:
-    """The two halves of one layer.
+    """Which modules of one layer belong to its attention, and which to its feed-forward.
 
     Attributes:
-        writers: paths, inside the layer, of the modules that write to the stream.
+        writers: paths, inside the layer, of the two modules whose output is added to the stream.
         half: 0 (attention) or 1 (feed-forward) for the path of each module inside the layer.
         idle: paths of the outermost modules that need not run where their half adds nothing.
     """
@@ -44,13 +44,17 @@ class Halves:
     idle: tuple[str, ...]
 
     def of(self, name: str) -> int | None:
-        """Return the half that a module or an attribute of one belongs to; None for the layer itself."""
+        """Return 0 for a part of the attention, 1 for one of the feed-forward, None for one of neither.
+
+        Args:
+            name: dotted path, inside the layer, of a module or of an attribute of one.
+        """
         return self.half.get(name, self.half.get(name.rpartition(".")[0]))
 
 
 @torch.no_grad()
 def find_halves(model: PreTrainedModel) -> list[Halves]:
-    """Return the halves of every layer of a model.
+    """Return the halves of every layer of a model, found by silencing modules in one layer of each kind.
 
     Raises:
         Misfit: a layer does not consist of two halves, one after the other; the message gives the reason.
@@ -71,7 +75,7 @@ def find_halves(model: PreTrainedModel) -> list[Halves]:
 
 
 def layer_calls(model: PreTrainedModel) -> list[Arguments]:
-    """Return the arguments of each decoder layer in a pass of a few tokens."""
+    """Return the arguments with which each decoder layer is called in a pass over a few tokens."""
     _, layers = decoder_layers(model)
     calls: list[Arguments] = [((), {})] * len(layers)
     with ExitStack() as stack:
@@ -96,7 +100,12 @@ class _Trial:
         self.spans = self._spans()
 
     def run(self, *silent: str, observed: str | None = None) -> tuple[Tensor, Tensor | None]:
-        """Return the stream behind the layer with modules silenced, and the output of one module."""
+        """Run the layer with some modules silenced (their output zero).
+
+        Returns:
+            The stream ``[B, T, H]`` behind the layer, and the output of the module ``observed``, if one is
+            given and it ran.
+        """
         outputs: list[Tensor] = []
         with ExitStack() as stack:
             if observed is not None:
@@ -113,11 +122,11 @@ class _Trial:
         return out, outputs[-1] if outputs else None
 
     def identity(self, *silent: str) -> bool:
-        """Return whether the layer does nothing when these modules are silenced."""
+        """Return whether the layer passes its input on unchanged when these modules are silenced."""
         return torch.equal(self.run(*silent)[0], self.h)
 
     def halves(self) -> Halves:
-        """Find the latest two modules without which the layer does nothing, and sort the others."""
+        """Find the two latest modules without which the layer does nothing; sort all others by half."""
         order = sorted(self.spans, key=lambda path: self.spans[path][1], reverse=True)
         for at, second in enumerate(order):
             if self.identity(second):
@@ -147,7 +156,7 @@ class _Trial:
         return Halves((attention, feed_forward), half, self._idle(attention, feed_forward))
 
     def _idle(self, *writers: str) -> tuple[str, ...]:
-        """The outermost modules whose output reaches the stream by their half's writer alone."""
+        """Return the outermost modules whose output reaches the stream by their half's writer alone."""
         idle: list[str] = []
         for path in self.spans:  # in the order of named_modules: the outer before the inner
             if not any(path.startswith(f"{outer}.") for outer in idle) and self.identity(path, *writers):
@@ -155,7 +164,7 @@ class _Trial:
         return tuple(idle)
 
     def _spans(self) -> dict[str, tuple[int, int]]:
-        """When each module begins and ends: by path, counted in events of one pass."""
+        """Return when each module, by path, begins and ends in one pass, counted in calls and returns."""
         begun, spans, clock = dict[str, int](), dict[str, tuple[int, int]](), [0]
 
         def tick() -> int:

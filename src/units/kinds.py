@@ -1,4 +1,4 @@
-"""The kinds of unit by name, each with its number in a layer, its space and its gates."""
+"""The kinds of unit by the names that ``unit:`` takes: how many a layer has, their space, their gates."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from src.units.width_gates import WidthGates
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of unit.
+    """A kind of unit: layers, halves of layers, or units of width (KV groups, channels).
 
     Attributes:
-        gates: puts gates on the units of a model.
-        each: number of units in a layer; None where the model says, of units of width.
-        spaces: class of the space of legal sets; of width units, of the sets of one layer.
+        gates: puts gates on the units of a model; called with the model and ``checkpoint_activations``.
+        each: number of units in a layer; None for units of width, of which the model's config says how many.
+        spaces: class of the space of legal sets; for units of width, of the sets within one layer.
     """
 
     gates: Callable[[PreTrainedModel, bool], Gates]
@@ -33,29 +33,35 @@ class Kind:
 
     @property
     def wide(self) -> bool:
-        """Whether units are parts of the width, of which each layer loses as many."""
+        """Whether units are KV groups or channels, of which each layer loses equally many."""
         return self.each is None
 
     def of(self, layers: Iterable[int]) -> list[int]:
-        """Return the units that stay with some layers; of units of width none."""
+        """Return the numbers of the units that make up some layers; empty for units of width."""
         each = self.each or 0
         return [each * layer + part for layer in layers for part in range(each)]
 
     def space(self, layers: int, width: int, remove: int, pinned: Iterable[int] = ()) -> Space:
-        """Return the space of masks.
+        """Return the space of the masks that remove a given number of units.
 
         Args:
-            layers: of the model.
-            width: width units of each layer; only units of width need it.
-            remove: width units to remove from each layer; or layers, or as many halves as these have.
-            pinned: layers that stay.
+            layers: number of layers of the model.
+            width: units of width in each layer; not read for other kinds.
+            remove: how many go: units of each layer for units of width; else layers, or as many attentions
+                and as many feed-forwards.
+            pinned: layers that stay; not read for units of width.
         """
         if self.each is None:
             return InEach(layers, self.spaces(width, width - remove))
         return self.spaces(self.each * layers, self.each * (layers - remove), self.of(pinned))
 
     def gate(self, model: PreTrainedModel, checkpoint_activations: bool = False) -> Gates:
-        """Put gates on the units of a model, all open."""
+        """Put gates on the units of a model, and return them, all open.
+
+        Args:
+            model: changed in place, until :meth:`src.models.gated.Gates.remove`.
+            checkpoint_activations: recompute what runs in the backward pass instead of storing it.
+        """
         return self.gates(model, checkpoint_activations)
 
 
@@ -68,7 +74,7 @@ KINDS: dict[Unit, Kind] = {
 
 
 def width_of(config: PretrainedConfig, unit: Unit) -> Width | None:
-    """Return where the width units of a model lie; None for other units.
+    """Return where the units of width lie in a model; None if ``unit`` is a layer or a half.
 
     Raises:
         Misfit: the layers do not hold such units in a way that can be cut.

@@ -1,4 +1,4 @@
-"""Which sets of units a mask may keep: the best set, chances, exact draws, neighbours.
+"""Which sets of units a mask may keep; the best of them by score, the probability of each unit, exact draws.
 
 A unit is a layer, half of one, or a part of its width; its kind says what removing it does to a model. A
 space knows numbers only: ``units`` of them in order of computation, of which each legal set keeps ``keep``.
@@ -11,15 +11,16 @@ AnyOf        layers, or the width of a layer any ``keep`` of them
 Alternating  2 L halves of L layers          attention, feed-forward, attention, feed-forward, ... in order
 ============ =============================== ==============================================================
 
-The law of a space on its legal sets is ``P(S) ~ exp(sum of theta over S)``: uniform at theta = 0, and nearer
-to the best set the larger theta is. Gumbel noise on theta and then :meth:`Space.argmax` is perturb-and-MAP
-(Papandreou and Yuille, ICCV 2011); in ``AnyOf`` it is the Gumbel-TopK draw.
+Logits theta, one for each unit, define a distribution over the legal sets:
+``P(S) ~ exp(sum of theta over S)``. It is uniform at theta = 0, and concentrates on the best set as theta
+grows. Gumbel noise on theta followed by :meth:`Space.argmax` is perturb-and-MAP (Papandreou and Yuille, ICCV
+2011); in ``AnyOf`` it is the Gumbel-TopK draw.
 
-Everything is a table over (unit, number kept before it), as long as there are units, in float64: exact for
-any number of sets.
+Every computation is dynamic programming over (unit, number of units kept before it), with one step for each
+unit, in float64: exact, however many sets there are.
 
-Shapes: U units, K = ``keep``, M = K + 1 (none to all of them kept); ``...`` are groups that are chosen alike
-and apart, such as the layers whose channels are the units.
+Shapes: U units, K = ``keep``, M = K + 1 (none to all of them kept); ``...`` are groups that are chosen
+independently by the same rule, such as the layers whose channels are the units.
 """
 
 from __future__ import annotations
@@ -35,22 +36,24 @@ NEVER = -1e200
 """Logarithm of zero, below any score. Finite, because infinity has no second derivative."""
 
 TABULATED = 512
-"""Most units whose chances are summed up exactly: a table of their number squared, in each group."""
+"""Most units whose probabilities are computed exactly, by a table of their number squared in each group."""
 
 Kept = tuple[int, ...]
 """Units that stay, rising."""
 
 
 class Space:
-    """Legal sets of which each unit is kept or not by how many before it are kept.
+    """The legal sets of units, where a unit may be kept or not depending on how many before it are kept.
+
+    A subclass says by :meth:`allowed` which sets are legal.
 
     Args:
         units: number of units, U.
-        keep: units that each set keeps, K.
+        keep: number of units in each set, K.
         pinned: units that are in each set.
 
     Attributes:
-        groups: parts of the units that are chosen alike and apart; see :class:`src.units.groups.InEach`.
+        groups: number of groups that are chosen independently; see :class:`src.units.groups.InEach`.
     """
 
     groups = 1
@@ -64,11 +67,11 @@ class Space:
         return self.allowed(torch.arange(self.units)[:, None], torch.arange(self.keep)[None])
 
     def allowed(self, unit: Tensor, before: Tensor) -> Tensor:
-        """Whether ``unit`` may be kept when ``before`` units in front of it are; both broadcast to [U, K]."""
+        """Return whether ``unit`` may be kept when ``before`` units in front of it are; both broadcast."""
         raise NotImplementedError
 
     def holding(self, units: Iterable[int]) -> Space:
-        """The part of this space whose sets keep these units besides."""
+        """Return the space of those sets of this one that also keep ``units``."""
         return type(self)(self.units, self.keep, self.pinned | {*units})
 
     def neighbours(self, kept: Kept) -> Iterator[Kept]:
@@ -76,17 +79,21 @@ class Space:
         raise NotImplementedError
 
     def shorter(self, kept: Kept) -> Iterator[Kept]:
-        """The legal subsets of ``kept`` in the next smaller space of this kind."""
+        """Yield the subsets of ``kept`` that are legal in the next smaller space of this kind."""
         raise NotImplementedError
 
     def starts(self, scores: Tensor) -> Iterator[Kept]:
-        """Yield further legal sets, found by scores ``[U]``, where a search over neighbours may start."""
+        """Yield further legal sets at which a search over neighbours may start; none by default.
+
+        Args:
+            scores: ``[U]``, by which such sets are found; high is worth keeping.
+        """
         return iter(())
 
     # ------------------------------------------------------------------ counting
 
     def size(self) -> int:
-        """The number of legal sets."""
+        """Return the number of legal sets."""
         ways = [1] + [0] * self.keep
         for unit, may in enumerate(self.may_UK.tolist()):
             kept = [0, *(before * ok for before, ok in zip(ways, may, strict=False))]
@@ -94,11 +101,11 @@ class Space:
         return ways[-1]
 
     def legal(self, kept: Iterable[int]) -> bool:
-        """Whether these units are a set of the space."""
+        """Return whether these units are one of the legal sets."""
         return len(rising := sorted(kept)) == self.keep and self._chain(rising)
 
     def __iter__(self) -> Iterator[Kept]:
-        """Every legal set, in lexical order; :meth:`size` says how many."""
+        """Yield every legal set, in lexical order; :meth:`size` says how many there are."""
         may = self.may_UK.tolist()
 
         def grow(kept: Kept, unit: int) -> Iterator[Kept]:
@@ -114,7 +121,7 @@ class Space:
         return grow((), 0)
 
     def _chain(self, rising: list[int]) -> bool:
-        """Whether units are distinct, hold the pinned, and may follow each other."""
+        """Return whether units are distinct, include the pinned ones, and may follow each other."""
         inside = all(0 <= u < self.units for u in rising) and all(a < b for a, b in pairwise(rising))
         if not inside or not self.pinned <= set(rising):
             return False
@@ -123,7 +130,7 @@ class Space:
     # ------------------------------------------------------------------ tables
 
     def argmax(self, scores: Tensor) -> Tensor:
-        """The legal set of the highest sum of scores ``[..., U]``, as ones and zeros (Viterbi)."""
+        """Return the legal set of the highest sum of scores ``[..., U]``, as ones and zeros (Viterbi)."""
         theta = scores.detach().double().cpu()
         best, kept = self._start(theta), []
         for unit in range(self.units):
@@ -133,18 +140,21 @@ class Space:
         return self._walk(kept).to(scores)
 
     def log_total(self, theta: Tensor) -> Tensor:
-        """``log sum_S exp(sum of theta over S)`` ``[...]``, float64, differentiable."""
+        """Return ``log sum_S exp(sum of theta over S)`` ``[...]`` for theta ``[..., U]``, differentiable."""
         return self._sums(theta.double().cpu())[-1][..., -1]
 
     def marginals(self, theta: Tensor) -> Tensor:
-        """Chance ``[..., U]`` that a unit is kept: the gradient of :meth:`log_total`, differentiable."""
+        """Return the probability ``[..., U]`` that each unit is kept under logits ``theta [..., U]``.
+
+        It is the gradient of :meth:`log_total`, and differentiable itself.
+        """
         with torch.enable_grad():
             live = theta if theta.requires_grad else theta.detach().requires_grad_()
             (chance,) = torch.autograd.grad(self.log_total(live).sum(), live, create_graph=True)
         return chance if theta.requires_grad else chance.detach()
 
     def draw(self, theta: Tensor, generator: torch.Generator) -> Tensor:
-        """An exact draw from the law, as ones and zeros ``[..., U]``: the table of sums, walked backwards."""
+        """Draw a legal set with probability ``P(S)`` under theta ``[..., U]``, as ones and zeros."""
         logits = theta.detach().double().cpu()
         table = self._sums(logits)
         coin = torch.rand(logits.shape, generator=generator, dtype=torch.float64)
@@ -155,7 +165,7 @@ class Space:
         return self._walk(kept).to(theta)
 
     def uniform(self, generator: torch.Generator) -> Kept:
-        """A legal set, each equally likely."""
+        """Draw a legal set, each equally likely."""
         drawn = self.draw(torch.zeros(self.units), generator)
         return tuple(drawn.nonzero().flatten().tolist())
 
@@ -165,20 +175,24 @@ class Space:
         return start
 
     def _step(self, row: Tensor, theta: Tensor, unit: int) -> tuple[Tensor, Tensor]:
-        """A row of a table ``[..., M]`` after one more unit: where it is not kept, and where it is."""
+        """Return the next row ``[..., M]`` of a table, if ``unit`` is not kept and if it is."""
         never = torch.full_like(row, NEVER)
         into = torch.where(self.may_UK[unit], row[..., :-1] + theta[..., unit, None], NEVER)
         return never if unit in self.pinned else row, torch.cat([never[..., :1], into], -1)
 
     def _sums(self, theta: Tensor) -> list[Tensor]:
-        """Log-sums over the ways to keep m of the first units: U + 1 tables ``[..., M]``."""
+        """Return U + 1 rows ``[..., M]``: log-sums over the ways to keep m of the first units."""
         sums = [self._start(theta)]
         for unit in range(self.units):
             sums.append(torch.stack(self._step(sums[-1], theta, unit)).logsumexp(0))
         return sums
 
     def _walk(self, kept: list[Tensor]) -> Tensor:
-        """From the last unit to the first, by whether each is kept when m up to it are, ``[..., M]``."""
+        """Trace a set ``[..., U]`` back from the last unit.
+
+        Args:
+            kept: for each unit, whether it is kept if m units up to it are, ``[..., M]``.
+        """
         left = torch.full(kept[0].shape[:-1], self.keep)
         out = []
         for unit in reversed(kept):
@@ -188,23 +202,23 @@ class Space:
 
 
 class AnyOf(Space):
-    """Any ``keep`` of the units."""
+    """The sets of any ``keep`` of the units."""
 
     def allowed(self, unit: Tensor, before: Tensor) -> Tensor:
         return unit >= before
 
     def argmax(self, scores: Tensor) -> Tensor:
-        """The ``keep`` highest scores: sorted, the quick way in this space; of equal ones the last stay."""
+        """Return the ``keep`` highest scores as ones, by sorting; of equal scores the last stay."""
         forced = scores.detach().clone()
         forced[..., sorted(self.pinned)] = float("inf")
         order = forced.sort(dim=-1, stable=True).indices
         return torch.ones_like(scores).scatter(-1, order[..., : self.units - self.keep], 0.0)
 
     def marginals(self, theta: Tensor) -> Tensor:
-        """Exact for up to ``TABULATED`` units.
+        """Return the probability ``[..., U]`` that each unit is kept; exact up to ``TABULATED`` units.
 
-        Of more, the chances of coins that fall apart, with as many kept on average: within about one in the
-        number of units (Hajek, Ann. Math. Stat. 1964). They are not differentiable.
+        Of more, it is that of independent coins that keep as many on average: right within about one in the
+        number of units (Hajek, Ann. Math. Stat. 1964), and not differentiable.
         """
         if self.units <= TABULATED:
             return super().marginals(theta)
@@ -226,7 +240,7 @@ class AnyOf(Space):
         return tuple(u for u in range(self.units) if u not in gone)
 
     def neighbours(self, kept: Kept) -> Iterator[Kept]:
-        """Yield each set that has a removed unit in the place of a kept one."""
+        """Yield each set that has one removed unit in the place of a kept one."""
         for back in sorted(set(range(self.units)) - set(kept)):
             for out in kept:
                 if out not in self.pinned:
@@ -267,7 +281,7 @@ class Alternating(Space):
                 yield tuple(swapped)
 
     def starts(self, scores: Tensor) -> Iterator[Kept]:
-        """Yield the best set of whole layers; it is nearer to the best set of halves than many such sets."""
+        """Yield the best set of whole layers, at which few exchanges away good sets of halves are found."""
         layers = AnyOf(self.units // 2, self.keep // 2, {unit // 2 for unit in self.pinned})
         if len(layers.pinned) > layers.keep:
             return
@@ -275,7 +289,7 @@ class Alternating(Space):
         yield tuple(unit for layer in kept for unit in (2 * layer, 2 * layer + 1))
 
     def shorter(self, kept: Kept) -> Iterator[Kept]:
-        """Yield each set without two consecutive kept halves."""
+        """Yield each set without two consecutive kept halves, which make up one layer of the cut model."""
         for pair in pairwise(kept):
             if not self.pinned & {*pair}:
                 yield tuple(k for k in kept if k not in pair)

@@ -1,7 +1,7 @@
-"""The number of layers whose removal makes a model as fast, or as small, as is asked.
+"""Find the number of layers whose removal makes a model as fast, or as small, as is asked.
 
-What a cut costs is counted on models without weights. Where layers differ in what they cost, the removed ones
-are spread evenly; the mask that a search finds may cost more or less.
+The cost of a cut is counted on models without weights. Where layers differ in cost, the removed ones are
+spread evenly over the model; the mask that a search then finds may cost more or less.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ SHOWN = {
 
 @dataclass(frozen=True)
 class Target:
-    """What a cut model must reach; one of these is given.
+    """What a cut model must reach; exactly one of these is given.
 
     Attributes:
-        speedup: how many times fewer operations a decoded token takes, as a benchmark of one row counts them
-            (its ideal), above 1.
-        parameters: weights at most.
-        memory_gib: GiB of weights at most, in the type that the parent's have.
+        speedup: how many times fewer floating-point operations a decoded token takes, above 1; what
+            ``benchmark`` calls ideal.
+        parameters: most weights that the cut model may have.
+        memory_gib: most GiB that they may take, in the type that the parent's have.
     """
 
     speedup: float | None = None
@@ -51,9 +51,10 @@ class Target:
 
         Args:
             config: of the parent.
-            limits: what its family allows.
-            stored: type of the parent's weights.
-            width: units of width, of which as many go from each layer; None removes layers.
+            limits: which layers its family lets go.
+            stored: type of the parent's weights, by which ``memory_gib`` counts.
+            width: where KV groups or channels lie: then the number to remove from each layer is found. None
+                removes layers.
 
         Raises:
             ConfigError: not exactly one target is given, or no number of layers reaches it.
@@ -97,6 +98,6 @@ class Target:
 
 
 def spread(limits: Constraints, layers: int, remove: int) -> set[int]:
-    """Return so many of the layers that may go, as far from each other as can be."""
+    """Return ``remove`` of the layers that may go, as far from each other as can be."""
     free = sorted(set(range(layers)) - limits.pinned(layers, remove))
     return {free[int((i + 0.5) * len(free) / remove)] for i in range(min(remove, len(free)))}

@@ -1,10 +1,10 @@
-"""Find the width of decoder layers, KV groups and channels, without knowing a family.
+"""Find the units of width in decoder layers, KV groups and channels, without knowing a family.
 
 A number in the config counts the units of a layer. Made smaller, it makes some tensors narrower: columns of
-the linear map that writes to the stream (the *writer*), and rows of those that feed it (*feeders*). So which
-tensors hold the units, and how many rows each unit has, is read off two models without weights. Whether the
-rows are in the order of the units, and reach the stream through the writer's columns of their unit alone, is
-tried on the real layers (:mod:`src.units.width_gates`).
+the linear map that writes to the residual stream (the *writer*), and rows of those that feed it. So which
+tensors hold the units, and how many rows each unit has, is read off two models without weights. Two things
+are tried on the real layers (:mod:`src.units.width_gates`): that the rows are in the order of the units, and
+that they reach the stream only through the writer's columns of their own unit.
 
 Shapes: B batch, T tokens, W units in each layer.
 """
@@ -32,11 +32,11 @@ INPUT = {nn.Linear: 1, Conv1D: 0}
 
 @dataclass(frozen=True)
 class Counted:
-    """Settings of a config that count width units.
+    """The settings of a config that count the units of width in a layer.
 
     Attributes:
-        each: for each key, how much of it one unit is.
-        fixed: what must be said besides, because the family would derive it from the others.
+        each: for each key, how much of its value one unit accounts for.
+        fixed: settings to spell out because the family would otherwise derive them from the counts.
     """
 
     each: Mapping[str, int]
@@ -54,13 +54,13 @@ class Counted:
 
 @dataclass(frozen=True)
 class Block:
-    """Where a tensor holds the width units: ``each`` entries along ``axis`` for each unit, in their order."""
+    """Where a tensor holds units of width: ``each`` entries along ``axis`` for each unit, in order."""
 
     axis: int
     each: int
 
     def keep(self, tensor: Tensor, units: Sequence[int]) -> Tensor:
-        """Return the part of a tensor that holds some of the units, a copy."""
+        """Return a copy of a tensor that holds the entries of some units alone."""
         kept = torch.tensor(units, device=tensor.device)
         entries = (kept[:, None] * self.each + torch.arange(self.each, device=tensor.device)).flatten()
         return tensor.detach().index_select(self.axis, entries)
@@ -76,14 +76,15 @@ class Block:
 
 @dataclass(frozen=True)
 class Width:
-    """The width units of a model.
+    """Where the units of width (KV groups or channels) lie in a model.
 
     Attributes:
-        unit: their kind.
-        count: how many each layer has.
-        counted: settings that count them.
-        writers: for each layer, the path of the map whose input they are.
-        blocks: for each layer, where each tensor holds them, by name inside the layer.
+        unit: kind of the units.
+        count: number of units in each layer, W.
+        counted: the settings of the config that count them.
+        writers: for each layer, the path of the linear map that takes the units as input and writes to the
+            residual stream.
+        blocks: for each layer, by name of a tensor inside it, where that tensor holds the units.
     """
 
     unit: Unit
@@ -106,14 +107,15 @@ class Width:
 
 
 def find_width(config: PretrainedConfig, unit: Unit, family: type[PreTrainedModel] | None = None) -> Width:
-    """Return the width units of a model, read off models without weights.
+    """Return where the units of width lie in a model, read off models without weights.
 
-    Of all settings that change nothing outside of the layers, the one that changes most weights counts.
+    Each setting of the config is tried as their count. Of those that change nothing outside of the layers,
+    the one that changes most weights is taken.
 
     Args:
         config: of the model.
         unit: kind of the units.
-        family: class of the model; None is the one that stock loading takes.
+        family: class of the model; None is the one that ``AutoModelForCausalLM`` takes.
 
     Raises:
         Misfit: the layers do not hold such units in a way that can be cut; the message gives the reason.
@@ -156,7 +158,14 @@ def find_width(config: PretrainedConfig, unit: Unit, family: type[PreTrainedMode
 
 @contextmanager
 def misfit_of(config: PretrainedConfig, index: int, layer: nn.Module, unit: Unit) -> Iterator[None]:
-    """Complete the reason of a misfit, given as what the layer does, to a message."""
+    """Complete, in the block, the text of a :class:`Misfit` that says only what the layer does.
+
+    Args:
+        config: of the model.
+        index: number of the layer.
+        layer: the layer.
+        unit: the kind of unit that it does not hold.
+    """
     try:
         yield
     except Misfit as e:
@@ -167,7 +176,7 @@ def misfit_of(config: PretrainedConfig, index: int, layer: nn.Module, unit: Unit
 
 
 def _numbers(config: PretrainedConfig, layers: nn.ModuleList) -> Iterator[Counted]:
-    """Each number of the config that divides a size of a layer, and each that it leaves to the family."""
+    """Yield each number of the config that divides a size in a layer, and each key that it leaves unset."""
     sizes = {size for tensor in layers.state_dict().values() for size in tensor.shape}
     for key, value in text_section(config).items():
         fits = type(value) is int and value > 1 and any(size % value == 0 for size in sizes)
@@ -176,7 +185,7 @@ def _numbers(config: PretrainedConfig, layers: nn.ModuleList) -> Iterator[Counte
 
 
 def _heads(config: PretrainedConfig, _: nn.ModuleList) -> Iterator[Counted]:
-    """Query heads and KV heads together, the width of a head as it is."""
+    """Yield the settings that count KV heads, each with its query heads; the width of a head stays."""
     text = text_config(config)
     heads = getattr(text, "num_attention_heads", None)
     groups = getattr(text, "num_key_value_heads", None) or heads
@@ -197,7 +206,13 @@ def _tensors(model: PreTrainedModel) -> dict[str, Tensor]:
 
 
 def _narrower(old: dict[str, Tensor], new: dict[str, Tensor], path: str) -> dict[str, Block]:
-    """Where tensors hold units, by those of a model with one unit; nothing if others change too."""
+    """Return where tensors hold the units, by comparing with a model of one unit; empty if others change too.
+
+    Args:
+        old: tensors of the model by name.
+        new: those of the same model with one unit in each layer.
+        path: of the list of layers.
+    """
     if old.keys() != new.keys():
         return {}
     blocks = {}
@@ -216,7 +231,11 @@ def _narrower(old: dict[str, Tensor], new: dict[str, Tensor], path: str) -> dict
 
 
 def _writer(layer: nn.Module, blocks: Mapping[str, Block], unit: Unit) -> str:
-    """The one linear map whose input are the units."""
+    """Return the path of the one linear map whose input the units are.
+
+    Raises:
+        Misfit: there is none, or several; or other tensors hold the units in a form that cannot be cut.
+    """
     if not blocks:
         raise Misfit(f"has no {WIDE[unit]} of the kind that other layers have")
     owners = {name: layer.get_submodule(name.rpartition(".")[0]) for name in blocks}

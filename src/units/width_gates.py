@@ -1,10 +1,11 @@
-"""Gates on the width of decoder layers; each multiplies its unit's part of the input of a linear map.
+"""Gates on the width of decoder layers: each multiplies its unit's part of the input of a linear map.
 
-That map writes to the residual stream: the output projection of the attention for KV groups, the down
-projection for channels. So a closed unit adds nothing, as if its rows and columns were cut out. Sums are then
-taken over more numbers than in the cut model, and in another order: both agree to rounding, not to the bit.
+That map (the *writer*) writes to the residual stream: it is the output projection of the attention for KV
+groups, the down projection for channels. So a closed unit adds nothing, as if its rows and columns were cut
+out. Its sums run over more numbers than in the cut model, and in another order: both agree to rounding, not
+to the bit.
 
-Shapes: L layers, W units in each, U = L W units, layer after layer.
+Shapes: B batch, T tokens, L layers, W units in each, U = L W units, layer after layer.
 """
 
 from __future__ import annotations
@@ -27,8 +28,9 @@ from src.units.width import INPUT, Width, find_width, misfit_of
 
 Forward = Callable[..., Any]
 Watcher = Callable[[int, Tensor], None]
+"""Called as ``see(layer, x)`` with the input of a writer."""
 LOUD = 30.0
-"""Noise of a trial, far above what features are."""
+"""Size of the noise in a trial, far above that of features."""
 
 
 class WidthGates(Gates):
@@ -38,12 +40,12 @@ class WidthGates(Gates):
     and :meth:`remove` restores it.
 
     Args:
-        unit: kind of the units.
+        unit: kind of the units, ``kv_group`` or ``channel``.
         model: a decoder whose layers all have such units.
         checkpoint_activations: recompute layers in the backward pass instead of storing them.
 
     Attributes:
-        width: where the units lie.
+        width: which tensors hold the units, and where.
 
     Raises:
         Misfit: the layers do not hold such units in a way that can be cut.
@@ -68,7 +70,10 @@ class WidthGates(Gates):
 
     @contextmanager
     def watched(self, see: Watcher) -> Iterator[None]:
-        """Show the inputs of the writers, ``see(layer, x [B, T, W each])``, while the model runs."""
+        """Pass the input of each writer to ``see(layer, x)`` whenever the model runs in the block.
+
+        ``x`` is ``[B, T, features]``, with the features of a unit beside each other.
+        """
         self._watcher = see
         try:
             yield
@@ -84,7 +89,7 @@ class WidthGates(Gates):
         self._restore.callback(delattr, module, "forward")
 
     def _counted(self, index: int, forward: Forward) -> Forward:
-        """The forward of a layer, counted, observed, and recomputed if that is asked."""
+        """Return the forward of a layer that is counted, observed, and recomputed if that is asked."""
 
         def run(gates_U: Tensor | None, *args: Any, **kwargs: Any) -> Any:
             before, self._gates = self._gates, gates_U  # a recomputation runs outside of `use`
@@ -106,7 +111,7 @@ class WidthGates(Gates):
         return counted
 
     def _gated(self, index: int, forward: Forward) -> Forward:
-        """The forward of a writer, on its input times the gates of its layer."""
+        """Return a forward that runs a writer on its input times the gates of its layer."""
         count = self.width.count
 
         def gated(x: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -122,9 +127,9 @@ class WidthGates(Gates):
 
 @torch.no_grad()
 def tried_width(model: PreTrainedModel, unit: Unit) -> Width:
-    """Return the width units of a model, after a trial of one layer of each kind.
+    """Return where the units of width lie in a model, after a trial on one layer of each kind.
 
-    With a unit closed, noise on what its rows compute must change nothing; with it open it must.
+    With a unit closed, noise on what its rows compute must change nothing; with it open, it must.
 
     Raises:
         Misfit: as of :func:`find_width`; or the rows of a unit reach the stream otherwise too.
@@ -151,7 +156,12 @@ class _Trial:
         self.writer, self.blocks = width.writers[index], width.blocks[index]
 
     def of(self, unit: int) -> None:
-        """Try one unit."""
+        """Try one unit.
+
+        Raises:
+            Misfit: its rows are not where they should be, or reach the stream past the writer; the message
+                says what the layer does.
+        """
         if torch.equal(self.run(unit), self.run(unit, noisy=True)):
             raise Misfit("does not hold its rows in the order of the units")
         if not torch.equal(self.run(unit, closed=True), self.run(unit, closed=True, noisy=True)):
@@ -161,7 +171,7 @@ class _Trial:
             )
 
     def run(self, unit: int, closed: bool = False, noisy: bool = False) -> Tensor:
-        """Return the stream behind the layer."""
+        """Run the layer with a unit closed, or with noise on what it computes; return the stream behind."""
         with ExitStack() as stack:
             writer = self.layer.get_submodule(self.writer)
 
@@ -177,7 +187,7 @@ class _Trial:
             return first(self.layer(*self.args, **self.kwargs)).clone()
 
     def _part(self, x: Tensor, unit: int, factor: float, shift: float) -> Tensor:
-        """Features in which those of a unit are multiplied and shifted."""
+        """Multiply the features of one unit in ``x [..., features]`` by a factor, and shift them."""
         each = x.shape[-1] // self.width.count
         part = x[..., unit * each : (unit + 1) * each]
         sign = torch.ones(x.shape[-2], 1, device=x.device, dtype=x.dtype)
