@@ -1,4 +1,4 @@
-"""Schedules and side effects of the stages."""
+"""Lightning callbacks of the stages: schedules, the final mask, checkpoints, figures, a clean stop."""
 
 from src.callbacks.anneal import PruningCurriculum, TemperatureAnnealing
 from src.callbacks.harden import HardenMask

@@ -1,4 +1,4 @@
-"""Schedules of the search: relaxation temperature and pruning curriculum."""
+"""Schedules of a search: the temperature of its relaxation, and how many units a draw removes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ if TYPE_CHECKING:
 
 
 class TemperatureAnnealing(Callback):
-    """Moves ``policy.temperature`` from ``start`` to ``end`` over the run; it shapes gradients only.
+    """Moves the temperature of the policy's relaxation from ``start`` to ``end`` over the run.
+
+    Where a policy draws hard masks, the temperature shapes the gradients only, not which masks are drawn.
 
     Args:
         start: temperature at the first step.
@@ -37,10 +39,12 @@ class TemperatureAnnealing(Callback):
 
 
 class PruningCurriculum(Callback):
-    """Raises the number of removed layers in integer steps: ``min(n, ceil(n (t+1) / (until T)))``.
+    """Raises the number of units that a draw removes from few to the full number n, in the course of the run.
+
+    At step t of T, counted from 0, it is ``min(n, ceil(n (t + 1) / (until T)))``.
 
     Args:
-        until: share of the run after which the full number is removed; 0 switches the curriculum off.
+        until: share of the run after which the full number is removed; 0 removes it from the first step.
     """
 
     @checked

@@ -1,4 +1,4 @@
-"""Harden the learned mask, choose and polish it on held-out rows, write ``mask.json``."""
+"""End a search with ``mask.json``: take the policy's final mask, improve it on held-out rows, write it."""
 
 from __future__ import annotations
 
@@ -28,13 +28,15 @@ def choose(
 ) -> Iterator[tuple[Budget, Kept, dict[str, float]]]:
     """Choose the final mask of each budget on held-out rows, that of the largest removal first.
 
+    A budget says how many units go; a search for several sizes has several.
+
     Args:
-        search: at the end of its run.
+        search: the search, at the end of its run.
         probe: measures masks.
-        recent: the last distinct masks that the policy hardened to, of all budgets.
+        recent: the last distinct masks that the policy gave as its answer, of all budgets.
 
     Yields:
-        A budget, its kept units, and the figures of its mask file.
+        A budget, the units that its mask keeps, and the figures to write into its mask file.
     """
     policy, held = search.policy, tuple[int, ...]()
     for budget in reversed(search.budgets):
@@ -45,19 +47,19 @@ def choose(
 
 
 class HardenMask(Callback):
-    """Starts the policy from calibration rows and ends it with a mask file.
+    """Initialises the policy before the first step, and writes its final mask to a file after the last.
 
-    The policy's own answer is final unless it asks for more: that its last distinct masks compete on
-    held-out rows (``candidates``), and that single swaps are tried until none helps (``polish``). All of it
-    counts in the budget.
+    The final mask is the policy's own answer (``policy.harden()``), unless the policy asks for more. With
+    ``candidates`` its last distinct answers compete on held-out rows. With ``polish`` single swaps of a kept
+    and a removed unit are tried until none helps. ``forward_tokens`` in the file counts all of this.
 
-    A search with several budgets ends with a file for each, such as ``mask-0.25.json``; ``mask.json`` is then
-    that of the largest removal.
+    A search for several sizes writes a file for each, such as ``mask-0.25.json``; ``mask.json`` is then the
+    mask of the largest removal.
 
     Args:
         path: where to write the mask; None is ``mask.json`` in the run's log directory.
-        prefix_gib: memory (GiB) for streams that masks share while they are measured, which saves layers and
-            changes no value; 0 runs every mask from its first layer.
+        prefix_gib: memory (GiB) in which layers' outputs are remembered while masks are measured. A mask then
+            starts at its first removed unit, not at the first layer, with the same result; 0 remembers none.
     """
 
     @checked
@@ -102,7 +104,7 @@ class HardenMask(Callback):
             search.figures["budgets"] = curve
 
     def _write(self, trainer: Trainer, search: MaskSearch, budget: Budget, mask: Mask) -> str:
-        """Write the files of a budget; return the name of the mask's."""
+        """Write the mask of a budget, and its adapters if it has any; return the name of the mask file."""
         last = Path(self.path or Path(trainer.log_dir or ".") / "mask.json")  # log_dir asks all ranks
         own = last.with_stem(last.stem + budget.suffix)
         for path in dict.fromkeys([own, *([last] if budget is search.budgets[-1] else [])]):

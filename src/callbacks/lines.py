@@ -1,4 +1,4 @@
-"""Lines on the error stream instead of Lightning's bar, where that is no terminal."""
+"""Print progress as lines, in place of Lightning's progress bar, where the error stream is no terminal."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ from src.training.schedules import total_steps
 
 
 class ProgressLines(Callback):
-    """Says now and then how far a run is, with what its bar would show; a run without a bar says nothing."""
+    """Prints now and then how far a run is, and the figures that its progress bar would show.
+
+    A run whose progress bar is switched off prints nothing.
+    """
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self.wanted = trainer.progress_bar_callback is not None and not sys.stderr.isatty()

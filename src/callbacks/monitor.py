@@ -1,4 +1,4 @@
-"""Log a stage while it runs: gates over time, entropy of the mask, speed, memory."""
+"""Log a stage while it runs: keep probabilities and their entropy, speed, memory."""
 
 from __future__ import annotations
 
@@ -20,13 +20,14 @@ if TYPE_CHECKING:
 
 
 class SearchMonitor(Callback):
-    """Logs the mask's entropy, and to TensorBoard a heat map of keep probabilities and the kept layers.
+    """Logs the mask's entropy, and to TensorBoard a heat map of keep probabilities and the kept units.
 
-    At the end it writes the probabilities of all logged steps to ``gates.json`` in the run's log directory,
-    for the report. Of units of width it writes, for each layer, the mean over the units that it would keep.
+    At the end it writes the keep probabilities of all steps to ``gates.json`` in the run's log directory, for
+    the report. Channels and KV groups are too many to draw: for each layer it shows and writes the mean over
+    the units of the layer that would be kept.
 
     Args:
-        every: steps between pictures.
+        every: steps between two heat maps.
     """
 
     @checked

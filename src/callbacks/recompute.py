@@ -1,4 +1,4 @@
-"""Activation checkpointing as a setting of the trainer, so that a strategy overlay can hold it."""
+"""Switch on activation checkpointing by a callback, so that a strategy overlay of the trainer can do it."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from src.training.stage import Stage
 
 
 class CheckpointActivations(Callback):
-    """Recomputes the layers' activations in the backward pass: about a third more work, far less memory.
+    """Has the layers' activations recomputed in the backward pass: a third more work, far less memory.
 
-    It sets the module's ``checkpoint_activations``; a module without one keeps no activations.
+    It sets ``checkpoint_activations`` of the stage, which a recovery heeds when it makes its student.
     """
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Set the module's switch before its model is loaded."""
+        """Set the stage's switch before its model is loaded."""
         if isinstance(pl_module, Stage):
             pl_module.checkpoint_activations = True

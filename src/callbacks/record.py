@@ -1,4 +1,4 @@
-"""Write the cost of a stage to a small JSON file, which the report reads."""
+"""Write what a stage cost (tokens, seconds, steps) to a small JSON file, which the report reads."""
 
 from __future__ import annotations
 
@@ -20,26 +20,29 @@ if TYPE_CHECKING:
 
 
 def check_path(callback: Callback, path: str | None) -> None:
-    """Refuse, before anything is learned, a path of a callback that can be no file.
+    """Refuse, before anything is learned, the path of an output file that could not be written.
+
+    Args:
+        callback: whose setting the path is; the message names it.
+        path: where it will write; None is a place of its own choice.
 
     Raises:
-        ConfigError: says why.
+        ConfigError: the path is a directory, or its directory cannot be written to.
     """
     if path is not None and (fault := misfit(path)) is not None:
         raise ConfigError(f"{type(callback).__name__}: path: '{path}' given; {fault}.")
 
 
 class StageRecord(Callback):
-    """Writes ``{"tokens", "distinct_tokens", "seconds", "steps", "history"}`` when a stage ends.
+    """Writes tokens, distinct tokens, seconds, steps and the course of a metric to a file when a stage ends.
 
-    What the stage itself found stands beside these, such as the KL of each budget of a search. Tokens are
-    those processed, each time that a row is read. Distinct tokens are those of the rows, read once or often;
-    the names of the rows lie beside it in ``record.rows.safetensors``, so that rows that two stages share
-    count once.
+    Figures that the stage found stand beside these, such as the KL of each size that a search learned.
+    ``tokens`` counts a row each time it is read, ``distinct_tokens`` once. Hashes of the rows lie beside the
+    file, in ``record.rows.safetensors``: with them the report counts a row once that two stages read.
 
     Args:
         path: the JSON file; None is ``record.json`` in the run's log directory.
-        metric: logged training metric whose course is kept.
+        metric: logged training metric whose value at each step is written, as ``history``.
     """
 
     def __init__(self, path: str | None = None, metric: str = "train/kl") -> None:
@@ -48,7 +51,7 @@ class StageRecord(Callback):
         self._since = time.monotonic()
 
     def on_fit_start(self, trainer: Trainer, module: LightningModule) -> None:
-        """Refuse a path that the end of the stage could not write.
+        """Refuse a path that could not be written when the stage ends, and start the clock.
 
         Raises:
             ConfigError: it is a directory, or its directory cannot be written to.

@@ -1,4 +1,4 @@
-"""End a run between two batches after a signal."""
+"""End a run after a signal (SIGTERM, SIGINT) cleanly: between two batches, with a checkpoint."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ from src.training.stopping import Stopped
 class StopOnSignal(Checkpoint):
     """Ends a run on SIGTERM or SIGINT, on all ranks at once, after the present step and its checkpoint.
 
-    The command line gives every run one. It is a :class:`Checkpoint`, which Lightning calls after all others,
-    so that they have had their part of the step. A cache needs no saving: it keeps its finished shards.
+    The command line adds it to every run. It derives from Lightning's ``Checkpoint`` because Lightning calls
+    these after all other callbacks, so that the others have seen the whole step. A run that writes a cache
+    needs no checkpoint: its finished shards stay.
     """
 
     def __init__(self) -> None:
@@ -30,7 +31,10 @@ class StopOnSignal(Checkpoint):
         stopping.patient(True)
 
     def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
-        """Save and stop; the micro-batches of a step are one, because half a step cannot be resumed."""
+        """Save a checkpoint and raise :class:`Stopped` if any rank has received a signal.
+
+        With gradient accumulation it waits for the last batch of the step: half a step cannot be resumed.
+        """
         if trainer.global_step == self._step or not (number := _agreed(trainer)):
             return
         for saver in trainer.checkpoint_callbacks:
@@ -39,7 +43,10 @@ class StopOnSignal(Checkpoint):
         raise Stopped(number)
 
     def on_train_epoch_end(self, trainer: Trainer, module: LightningModule) -> None:
-        """Stop waiting for a batch to end once the last step is saved: what follows it may take long."""
+        """Let a signal end the run at once from here on, if the last step is done.
+
+        That step is saved, and what follows training, such as the polish of a mask, may take long.
+        """
         if trainer.global_step == trainer.max_steps or trainer.should_stop:
             stopping.patient(False)
 
@@ -57,13 +64,13 @@ class StopOnSignal(Checkpoint):
         stopping.patient(False)
 
     def on_exception(self, trainer: Trainer, module: LightningModule, exception: BaseException) -> None:
-        """Add where the run stopped and how it goes on."""
+        """Write into a :class:`Stopped` at which step or batch the run ended, and how to resume it."""
         if isinstance(exception, Stopped):
             exception.where = exception.where or _where(trainer)
 
 
 def _agreed(trainer: Trainer) -> int:
-    """Return the signal that any rank received, or 0; all ranks stop after the same batch."""
+    """Return the number of the signal that any rank received, or 0: the same answer on all ranks."""
     number = most(stopping.received() or 0, trainer.strategy.root_device)
     if number:
         stopping.receive(number)

@@ -1,4 +1,4 @@
-"""Losses: the teacher's signal, divergences from it, weights of tokens, and further terms."""
+"""Losses: the teacher's signal, divergences from it, weights of tokens, and terms of a recovery's loss."""
 
 from src.losses.cross_entropy import CrossEntropy
 from src.losses.distill import Distillation

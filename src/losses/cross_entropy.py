@@ -1,7 +1,7 @@
-"""Cross-entropy on the labels, as a term.
+"""Cross-entropy on the labels, as a term of a recovery's loss.
 
-Beside a distillation it costs another pass of the output head; ``Distillation(alpha=...)`` mixes both in one
-pass, under one entropy weight.
+It costs a pass through the output head of its own, and all tokens weigh the same. ``Distillation(alpha=...)``
+computes a cross-entropy in the same pass as its divergence, and weighs the tokens of both by entropy.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from src.ranges import Count, checked
 
 
 class CrossEntropy(Term):
-    """Mean cross-entropy of the next token (nats), logged as ``ce``.
+    """Computes the mean cross-entropy of the next token (nats), logged as ``ce``.
 
     Args:
-        chunk_tokens: positions projected at a time.
+        chunk_tokens: positions that pass through the output head at a time; fewer take less memory.
     """
 
     @checked

@@ -1,13 +1,16 @@
-"""The distillation objective, without ever holding ``[tokens, vocabulary]``.
+"""Compute the distillation loss and its gradient, without ever holding logits ``[N, V]``.
 
-    loss = mean over tokens of  w_t (alpha T^2 KL_t + (1 - alpha) CE_t)
+    loss = mean over tokens of  w (alpha T^2 KL + (1 - alpha) CE)
+
+KL is the divergence of the student from the teacher (:mod:`src.losses.kl`) at temperature T, CE the
+cross-entropy on the label, and w the weight of the token (:mod:`src.losses.entropy`).
 
 Only supervised positions pass through the output head, a chunk at a time. The gradient of a chunk is taken
 as soon as its loss is known, and its logits are dropped: the head runs once forward and once back for each
 token, as in the unchunked loss, and logits are neither stored nor recomputed. A frozen head gets no weight
 gradient.
 
-Shapes: B batch, T tokens of a row, N supervised positions, H hidden, V vocabulary.
+Shapes: N supervised positions of a batch, n positions of a chunk, H hidden, V vocabulary.
 """
 
 from __future__ import annotations
@@ -30,17 +33,20 @@ from src.training.ranks import WholeBatch
 
 
 class Distillation(Term):
-    """Entropy-weighted distillation from a teacher's signal.
+    """Computes the divergence of a student from a teacher's signal; tokens weigh by the teacher's entropy.
 
     Args:
         k: likeliest tokens of the teacher that are used; None uses the whole distribution.
-        rule: what is done about the mass outside the k: ``bucket``, ``renormalise`` or ``zero``.
-        weight: token weights from the entropy: ``linear``, ``ratio``, ``eakd``, ``topq`` or ``none``.
+        rule: what is done about the mass outside the k: ``bucket``, ``renormalise`` or ``zero``
+            (src/losses/kl.py).
+        weight: how the entropy gives a token's weight: ``linear``, ``ratio``, ``eakd``, ``topq`` or ``none``
+            (src/losses/entropy.py).
         weight_lambda: strength of ``linear``.
-        temperature: of both sides; the term is multiplied by its square.
-        alpha: share of the distillation term; the rest is cross-entropy on the labels.
-        chunk_tokens: positions projected at a time.
-        mean_entropy: mean entropy of the corpus in nats (a cache states it): equal weights in every batch.
+        temperature: divides the logits of both models; its square multiplies the divergence.
+        alpha: share of the divergence in the loss; the rest is cross-entropy on the labels.
+        chunk_tokens: positions that pass through the output head at a time; fewer take less memory.
+        mean_entropy: mean entropy of the teacher over the corpus, nats, which a cache prints when it is
+            complete. With it a token weighs the same in every batch; None makes each batch's mean weight 1.
     """
 
     @checked
@@ -71,17 +77,19 @@ class Distillation(Term):
         signal: Signal,
         whole: WholeBatch | None = None,
     ) -> dict[str, Tensor]:
-        """Return scalars: ``loss``, and without gradient the unweighted means of its terms (nats).
-
-        They are ``kd``, and ``ce`` where it takes part (``alpha < 1``): it costs a pass over the vocabulary.
+        """Return the loss of a batch, and the figures that are logged.
 
         Args:
             head: output head of the student.
-            hidden_NH: its hidden states at the supervised positions.
+            hidden_NH: its final hidden states at the supervised positions.
             labels_N: the tokens these positions predict.
-            signal: what the teacher says there.
-            whole: the batch that these positions are a part of, if ranks share one: then the scalars' means
-                over the ranks are those over its positions.
+            signal: the teacher's distribution at these positions.
+            whole: the batch of all ranks that these positions are a part of. The mean over the ranks of each
+                returned scalar is then the mean over all its positions. None: these are all.
+
+        Returns:
+            Scalars: ``loss``; and in nats, unweighted and without gradient, the mean divergence ``kd`` and,
+            if ``alpha < 1``, the mean cross-entropy ``ce``.
         """
         weights_N = self._weights(head, hidden_NH, signal, whole)
 
@@ -100,7 +108,7 @@ class Distillation(Term):
         return {"loss": loss / count, **dict(zip(("kd", "ce"), means, strict=False))}
 
     def loss(self, step: Step) -> dict[str, Tensor]:
-        """Return the objective as a term: ``loss``, ``kd`` and, where it takes part, ``ce``."""
+        """Return ``loss``, ``kd`` and, if ``alpha < 1``, ``ce``, as :meth:`__call__` does."""
         return self(step.head, step.hidden_NH, step.labels_N, step.signal, step.whole)
 
     def _weights(
@@ -136,12 +144,13 @@ def chunked(
     """Sum a loss over chunks of tokens, holding one chunk's graph at a time.
 
     Args:
-        chunk: ``(hidden [n, H], slice of N, buffers) -> (loss, parts [P, n])``; the parts carry no gradient.
+        chunk: ``(hidden [n, H], slice of N, buffers) -> (loss, parts [P, n])``. The loss is the sum over the
+            chunk. The parts are P figures of each token, to be logged, without gradient.
         hidden_NH: hidden states, which receive a gradient if they require one.
-        parameters: trained tensors that ``chunk`` uses.
+        parameters: weights that ``chunk`` uses; those that require a gradient receive one.
         size: tokens of a chunk.
-        sums: whether ``chunk`` adds the gradients of the parameters to the buffers it is given, one for each;
-            otherwise they are autograd's, and no buffers are given.
+        sums: whether ``chunk`` itself adds the gradients of the parameters to buffers, which it is given, one
+            for each; otherwise autograd computes them, and no buffers are given.
 
     Returns:
         The loss (scalar) and the parts ``[P, N]``.

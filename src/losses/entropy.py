@@ -1,7 +1,7 @@
-"""Weights of tokens from the teacher's entropy: tokens about which the teacher is uncertain count more.
+"""Weigh tokens by the teacher's entropy: those about which the teacher is uncertain count more.
 
-H is the entropy of the teacher's distribution, V the vocabulary, and ``u = H / log V`` lies in [0, 1]. Before
-they are normalised to mean 1, the weights are:
+H is the entropy of the teacher's distribution, V the size of the vocabulary, and ``u = H / log V`` lies in
+[0, 1]. Before they are normalised to mean 1, the weights are:
 
 ======== ============================ ================================================================
 linear   1 + lambda u                 between 1 and 1 + lambda; lambda = 0 is ``none``
@@ -60,7 +60,7 @@ def token_weights(
         student_N: entropies of the student, nats; ``eakd`` needs them.
         mean_entropy: mean entropy of the teacher over the corpus, nats. With it, ``linear`` and ``ratio`` are
             normalised by the same number in every batch.
-        whole: batch of all ranks that these tokens are a part of; None if they are the whole batch.
+        whole: the batch of all ranks that these tokens are a part of; None if they are the whole batch.
     """
     u = teacher_N.detach().float() / math.log(vocabulary)
     if name == "none" or not (len(u) if whole is None else whole.share):

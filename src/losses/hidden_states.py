@@ -30,7 +30,7 @@ from src.mask import Mask
 
 
 class HiddenStates(Term):
-    """Relative squared error of the kept layers' outputs, summed over layers; logged as ``states``.
+    """Computes the relative squared error of the kept layers' outputs, summed over layers; logs ``states``.
 
     Args:
         layers: kept layers that are compared: ``all``; ``gaps``, those right before a gap; or a list of their
@@ -64,7 +64,7 @@ class HiddenStates(Term):
 
 
 def relative_error(own_NH: Tensor, target_NH: Tensor) -> Tensor:
-    """Return the sum over positions of ``|own - target|^2 / |target|^2``, in float32."""
+    """Return the sum over N positions of ``|own - target|^2 / |target|^2``, a float32 scalar."""
     target = target_NH.float()
     size_N = target.square().sum(-1).clamp_min(torch.finfo(torch.float32).tiny)
     return ((own_NH.float() - target).square().sum(-1) / size_N).sum()

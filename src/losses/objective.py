@@ -1,4 +1,4 @@
-"""The loss of a recovery, a weighted sum of terms."""
+"""The loss of a recovery: a weighted sum of terms, of which the distillation is usually the first."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ class Objective:
     """Computes the weighted sum of the terms of a loss.
 
     Args:
-        distillation: a term of weight 1, the first of the sum; None adds none, unless ``terms`` is empty too.
-        terms: further terms. With neither, the sum is the default distillation.
+        distillation: the first term of the sum, of weight 1; None leaves it out.
+        terms: further terms. With neither, the sum is the default distillation alone.
 
     Attributes:
         terms: all terms, each with its weight.
-        distillation: the divergence that validation reports, and whose ``k`` the teacher's signal has. It is
-            the distillation among the terms, or the default one if there is none.
+        distillation: validation reports its divergence, and its ``k`` says how many tokens the teacher's
+            signal holds. It is the distillation among the terms, or the default one if there is none.
 
     Raises:
         ConfigError: two terms are of the same class, so their figures would have the same names.
@@ -61,7 +61,7 @@ class Objective:
         self.distillation = next(divergences, Distillation())
 
     def pairs(self, mask: Mask) -> tuple[Pair, ...]:
-        """Return the layers whose streams the terms compare, each pair once."""
+        """Return all pairs of layers, of student and parent, whose streams some term compares; each once."""
         return tuple(dict.fromkeys(pair for each in self.terms for pair in each.term.pairs(mask)))
 
     def __call__(self, step: Step) -> dict[str, Tensor]:

@@ -7,11 +7,12 @@ the whole distribution.
 No log-probability is ever below ``FLOOR``, whose exponential is exactly zero in float32: impossible
 tokens keep zero mass, and ``0 * log 0`` is 0, not NaN, in values and in gradients.
 
-Temperature. From the stored log-probabilities, ``p_T ~ p^(1/T)`` is exact inside the top-k. The mass outside
-is not stored for other temperatures; it is extrapolated from its mass r and its exact entropy
-h (both follow from what is stored):  ``log rest_T = log(r)/T + (1 - 1/T) h``. This is the tangent of the true
-log-mass at T = 1: exact there with its slope, exact for a flat tail, and never above the truth. So at other
-temperatures the bucket rule has its zero near, not at, student = teacher; ``renormalise`` needs no such rule.
+Temperature. At a temperature T, ``p_T ~ p^(1/T)`` follows exactly for the stored tokens. The mass outside
+does not; it is extrapolated from the mass r and the entropy h of the tokens outside at T = 1, both of which
+follow from what is stored:  ``log rest_T = log(r)/T + (1 - 1/T) h``. This is the tangent of the true log-mass
+at T = 1. It is exact at T = 1, and at every T if all tokens outside are equally likely; it is never above the
+truth. So at other temperatures the rule ``bucket`` of :mod:`src.losses.kl` has its zero near, not at,
+student = teacher. ``renormalise`` does not use the mass outside.
 
 Shapes: N tokens, V vocabulary, K tokens kept.
 """
@@ -54,15 +55,19 @@ class TopK:
         return TopK(*(x[index] for x in (self.ids, self.log_probs, self.entropy, self.log_rest)))
 
     def truncate(self, k: int) -> TopK:
-        """Return the signal with fewer tokens: the mass of the others joins the rest."""
+        """Return the signal with the ``k`` likeliest of its tokens; the mass of the others joins the rest."""
         others = torch.cat([self.log_probs[..., k:], self.log_rest[..., None]], -1)
         return TopK(self.ids[..., :k], self.log_probs[..., :k], self.entropy, others.logsumexp(-1))
 
     def within(self, vocabulary: int) -> TopK:
-        """Return the signal in a smaller vocabulary, whose tokens share the mass of the others.
+        """Return the signal over a smaller vocabulary: tokens beyond it lose their mass to the others.
 
-        Where others are among the k, all positions keep as many tokens as that with the fewest left, and the
-        rest joins ``log_rest``. Mass of others that is not stored stays in ``log_rest``.
+        All positions keep the same number of tokens: as many as the position that loses most of its k has
+        left. The mass of further ones joins ``log_rest``. Tokens beyond the vocabulary that are not among the
+        k cannot be told from the rest; their mass stays in ``log_rest``.
+
+        Args:
+            vocabulary: ids from this number on are beyond it.
         """
         beyond = self.ids >= vocabulary
         lost = int(beyond.sum(-1).amax()) if beyond.numel() else 0
@@ -78,7 +83,10 @@ class TopK:
         return whole.truncate(self.ids.shape[-1] - lost)
 
     def tempered(self, temperature: float, vocabulary: int) -> tuple[Tensor, Tensor]:
-        """Return log-probabilities ``[..., K]`` and the log-mass outside ``[...]`` at a temperature."""
+        """Return log-probabilities ``[..., K]`` and the log-mass outside ``[...]`` at a temperature.
+
+        ``vocabulary`` is the number V of all tokens, which bounds the extrapolation (see the module).
+        """
         power, inside, rest = 1 / temperature, self.log_probs, self.log_rest
         if temperature != 1 and inside.shape[-1] < vocabulary:
             mass = rest.exp().clamp_min(1e-30)
@@ -97,7 +105,7 @@ class Dense:
 
     @property
     def entropy(self) -> Tensor:
-        """Entropy ``[...]``, nats."""
+        """Entropy ``[...]`` of each distribution, nats."""
         return -(self.log_probs.exp() * self.log_probs).sum(-1)
 
     def select(self, index: Tensor | slice) -> Dense:
@@ -109,7 +117,7 @@ Signal = TopK | Dense
 
 
 def dense_signal(logits: Tensor) -> Dense:
-    """Return the signal of logits ``[..., V]``, whole."""
+    """Return the whole distribution of logits ``[..., V]`` as a signal."""
     return Dense(logits.float().log_softmax(-1).clamp_min_(FLOOR))
 
 
@@ -119,9 +127,9 @@ def topk_signal(logits: Tensor, k: int) -> TopK:
 
 
 def _topk(x: Tensor, k: int, e: Tensor) -> TopK:
-    """:func:`topk_signal` of float32 logits that may be overwritten, with a buffer of their shape.
+    """Return :func:`topk_signal` of float32 logits ``x``, which are overwritten, as is ``e`` of their shape.
 
-    Most of the time of the plain formula goes into fresh buffers as large as the logits.
+    Without reuse, most of the time would go into fresh buffers as large as the logits.
     """
     top, ids = x.topk(min(k, x.shape[-1]), dim=-1)
     x.sub_(top[..., :1]).clamp_(min=FLOOR)
@@ -138,14 +146,15 @@ def _topk(x: Tensor, k: int, e: Tensor) -> TopK:
 def live_signal(
     head: OutputHead, hidden_NH: Tensor, k: int | None, chunk: int = 256, vocabulary: int | None = None
 ) -> Signal:
-    """Return a teacher's signal at ``hidden_NH``; with a k, ``[N, V]`` is never held at once.
+    """Return the signal of a teacher that runs now; with a k, logits ``[N, V]`` are never held at once.
 
     Args:
         head: output head of the teacher.
-        hidden_NH: its hidden states ``[N, H]``.
-        k: tokens to keep; None keeps the whole distribution.
+        hidden_NH: its final hidden states at N positions.
+        k: likeliest tokens to keep; None keeps the whole distribution.
         chunk: positions that pass through the head at a time.
-        vocabulary: that of the student (:func:`src.models.vocabulary.within`); None is the teacher's own.
+        vocabulary: number of the student's tokens, if the signal shall be over these; None keeps the
+            teacher's. Models of one family may pad a common vocabulary to other widths.
     """
 
     def logits_of(h_nH: Tensor) -> Tensor:

@@ -35,9 +35,9 @@ class Step:
         signal: the teacher's distribution at these positions.
         mask: mask by which the student was cut.
         whole: batch of all ranks that this batch is a part of; None if this batch is the whole.
-        student: residual stream ``[N, H]`` behind layers of the student, by layer; those in
-            :meth:`Term.pairs`.
-        parent: the same of the parent.
+        student: residual stream ``[N, H]`` behind each layer of the student that some term compares
+            (:meth:`Term.pairs`), by the layer's number.
+        parent: the same of the parent, by the parent's numbers.
     """
 
     head: OutputHead
@@ -51,9 +51,9 @@ class Step:
 
     @property
     def count(self) -> float:
-        """Divisor of a sum over this rank's positions.
+        """What a term divides its sum over this rank's positions by.
 
-        The mean of the ranks' quotients is the mean over the positions of all ranks.
+        The mean of the ranks' quotients is then the mean over the positions of all ranks.
         """
         return (len(self.hidden_NH) if self.whole is None else self.whole.share) or 1
 
@@ -65,7 +65,7 @@ class Term(ABC):
     """
 
     def pairs(self, mask: Mask) -> tuple[Pair, ...]:
-        """Return the layers whose streams the term compares; none by default.
+        """Return the pairs of layers whose streams the term compares; none by default.
 
         Raises:
             ConfigError: the term is undefined for this mask.
@@ -74,8 +74,8 @@ class Term(ABC):
 
     @abstractmethod
     def loss(self, step: Step) -> dict[str, Tensor]:
-        """Return the value under ``loss``, and further figures, without gradient, that are logged by name.
+        """Return the term's value as ``loss``, a scalar, and figures without gradient, logged by their names.
 
-        The mean of the ranks' values must be the mean over all their positions: divide sums by
-        ``step.count``.
+        Divide sums over positions by ``step.count``, not by their number on this rank: the mean of the ranks'
+        values must be the mean over all their positions.
         """
