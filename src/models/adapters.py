@@ -1,4 +1,4 @@
-"""LoRA adapters on every linear layer, and what they do not reach."""
+"""Put LoRA adapters on every linear layer of a model, and say which weights they do not reach."""
 
 from __future__ import annotations
 
@@ -13,13 +13,20 @@ from src.errors import ConfigError
 
 
 class Wrapped(Protocol):
-    """What peft gives a model that it has adapted."""
+    """A model that peft has wrapped with adapters: the one method of it that is used here."""
 
     def merge_and_unload(self) -> PreTrainedModel: ...
 
 
 def adapted(student: PreTrainedModel, rank: int) -> PreTrainedModel:
-    """Put adapters on all linear layers, so that nothing else trains; warn of what they do not reach.
+    """Put LoRA adapters on all linear layers, so that nothing else trains; warn of what they do not reach.
+
+    Args:
+        student: a plain model.
+        rank: rank of each adapter; its scale is 2.
+
+    Returns:
+        The student, wrapped by peft.
 
     Raises:
         ConfigError: peft is not installed.
@@ -39,12 +46,12 @@ def adapted(student: PreTrainedModel, rank: int) -> PreTrainedModel:
 
 
 def unwrapped(model: nn.Module) -> PreTrainedModel:
-    """Return the plain model within one that peft has adapted, the adapters merged into its weights."""
+    """Return the plain model inside one that peft has wrapped, with the adapters merged into its weights."""
     return cast(Wrapped, model).merge_and_unload()
 
 
 def out_of_reach(model: PreTrainedModel) -> str:
-    """Return the matrices within the layers of an adapted model that have no adapter; empty if all have one.
+    """Say which matrices within the layers of an adapted model have no adapter; empty if all have one.
 
     They are mostly routed experts: one tensor holds the weights of all experts, and is no linear layer. peft
     adapts these tensors in some families (Mixtral), and not in others (GPT-OSS).

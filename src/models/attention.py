@@ -18,6 +18,9 @@ CPU, CPU_BACKWARD = FORWARD[0], torch.ops.aten._scaled_dot_product_flash_attenti
 
 
 def attention_flops(query: Sequence[int], key: Sequence[int], value: Sequence[int]) -> int:
-    """Floating-point operations on tensors of these shapes: two products, each of the whole square."""
+    """Return the floating-point operations of attention on a query, a key and a value of these shapes.
+
+    They are those of its two matrix products; nothing is saved for a causal mask.
+    """
     *batch, queries, width = query
     return 2 * math.prod(batch) * queries * key[-2] * (width + value[-1])

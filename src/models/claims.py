@@ -86,7 +86,13 @@ def stored_dtype(name: str) -> torch.dtype | None:
 
 
 def check_counts(section: dict[str, Any], name: str) -> None:
-    """Refuse numbers of layers that are none, anywhere in a config, before a list of that length is made.
+    """Refuse a config in which a number of layers is none, or far too high to be meant.
+
+    It looks into nested configs too, and comes before a list of that length is made.
+
+    Args:
+        section: a config as stored, or a part of it.
+        name: Hub id or directory, for the message.
 
     Raises:
         ConfigError: names the key.
@@ -105,10 +111,15 @@ def check_counts(section: dict[str, Any], name: str) -> None:
 
 
 def check_weights(model: PreTrainedModel, info: dict[str, Any], name: str) -> None:
-    """Refuse a directory whose weights do not match its config, from what transformers reports at loading.
+    """Refuse a directory whose weights do not match its config, by what transformers reports at loading.
 
-    Files may hold a layer more than the model. It is accepted as a prediction head if the config mentions
-    one, or if it has tensors that no layer has. Otherwise the config leaves out a layer.
+    Files may hold a layer more than the model. It is accepted as a multi-token-prediction head if the config
+    mentions one, or if it has tensors that no layer has. Otherwise the config leaves out a layer.
+
+    Args:
+        model: the loaded model.
+        info: what ``from_pretrained`` returns with ``output_loading_info``.
+        name: Hub id or directory, for the message.
 
     Raises:
         ConfigError: weights are missing, layers are left over, or the directory is an adapter.
@@ -157,7 +168,7 @@ def is_tied(model: PreTrainedModel) -> bool:
 
 
 def untie(model: PreTrainedModel) -> bool:
-    """Correct the config of a loaded model that calls an output head of its own tied; return whether it did.
+    """Correct the config of a loaded model that calls an output head of its own tied; return if it did.
 
     transformers ties by this flag alone whenever it builds a model, so a copy would lose the head.
     """
@@ -171,7 +182,7 @@ def untie(model: PreTrainedModel) -> bool:
 
 
 def cause(error: Exception) -> str:
-    """Return the first line of a library's error, short, with its type where the text says little."""
+    """Return the first line of a library's error, shortened; with the error's type if that tells more."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     text = (lines or [""])[0][:300]
     kind = type(error).__name__
@@ -179,7 +190,15 @@ def cause(error: Exception) -> str:
 
 
 def blamed(section: dict[str, Any], message: str) -> str:
-    """Name the settings whose values an error repeats: ``its config.json has hidden_act: 'swoosh'. ``."""
+    """Say which settings have a value that an error repeats: ``its config.json has hidden_act: 'swoosh'. ``.
+
+    Args:
+        section: a config as stored, or a part of it.
+        message: text of the error.
+
+    Returns:
+        Words to put in front of the error; empty if it repeats no value.
+    """
     guilty = [
         f"{key}: {value!r}"
         for key, value in _words(section)
@@ -189,7 +208,7 @@ def blamed(section: dict[str, Any], message: str) -> str:
 
 
 def _words(section: dict[str, Any]) -> list[tuple[str, str]]:
-    """Return the texts in a config with their keys, without those that any message may hold."""
+    """Return the text values of a config with their keys, except those that any error may repeat."""
     texts: list[tuple[str, str]] = []
     for key, value in section.items():
         if isinstance(value, dict):

@@ -1,4 +1,8 @@
-"""What a family cannot express, offered to a search before it draws a mask."""
+"""Find which layers of a model cannot go, before a search draws a mask.
+
+A family builds some layers from their position, or lets layers use what others compute. Its config cannot
+express every cut then, and an export of such a mask would compute something else.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +20,7 @@ from src.models.structure import Sources, alike, structural_changes
 
 @dataclass(frozen=True)
 class Constraints:
-    """What a mask must respect so that the family can express the cut model.
+    """What a mask must respect so that a model of the same class can be the cut model.
 
     Attributes:
         always_keep: layers that must stay, whatever else goes.
@@ -33,7 +37,7 @@ class Constraints:
     reason: str = ""
 
     def pinned(self, length: int, remove: int) -> frozenset[int]:
-        """Layers to keep so that any choice of ``remove`` others of ``length`` is legal."""
+        """Return layers to keep so that any choice of ``remove`` others of ``length`` layers is legal."""
         pinned = self.always_keep
         if self.tail_only:
             pinned |= frozenset(range(length - remove))
@@ -44,11 +48,11 @@ class Constraints:
 
 
 def constraints(config: PretrainedConfig) -> Constraints:
-    """Return what a mask of this model must respect, found by cutting weightless copies of the model.
+    """Return what a mask of a model must respect, found by cutting copies of the model without weights.
 
-    One layer of each kind, both ends and the whole tail are taken out in turn. Where no kind can go without
-    changing another layer, the layers compute with their positions: only the tail can go, or blocks of a
-    period, which is looked for.
+    One layer of each kind, both ends and the whole tail are taken out in turn, and the layers that are left
+    are compared with their originals. Where no kind can go without changing another layer, the layers compute
+    with their positions: only the tail can go, or blocks of a period, which is looked for.
     """
     length, lent, attend = num_layers(config), lenders(config), attention_layers(config)
     if why := forbidden(config):
@@ -91,7 +95,7 @@ def constraints(config: PretrainedConfig) -> Constraints:
 
 
 def _types(config: PretrainedConfig) -> set[frozenset[int]]:
-    """Layers by their type, where the family has several."""
+    """Return the layers of each of the config's layer types; empty where there is one type."""
     types = getattr(text_config(config), "layer_types", None) or []
     kinds = {frozenset(i for i, other in enumerate(types) if other == kind) for kind in types}
     return kinds if len(kinds) > 1 else set()

@@ -1,4 +1,4 @@
-"""Count what a model costs to run and to hold, with its weights or without.
+"""Count the operations that a model takes to run, and its weights, with the weights loaded or without.
 
 Shapes: B rows, T tokens.
 """
@@ -22,7 +22,16 @@ PROMPT, NEW = 128, 32
 
 
 def flops(model: PreTrainedModel, ids_BT: Tensor, new_tokens: int) -> tuple[int, int]:
-    """Count the operations (matrix products, attention) of reading a prompt, and of decoding behind it."""
+    """Count the floating-point operations (matrix products, attention) of reading prompts and of decoding.
+
+    Args:
+        model: a causal language model; it may be on the meta device.
+        ids_BT: the prompts.
+        new_tokens: tokens to decode behind each.
+
+    Returns:
+        Operations of reading, and of decoding all new tokens.
+    """
     with FlopCounterMode(display=False, custom_mapping=dict.fromkeys(FORWARD, _fused)) as prefill:
         token_B1, cache = step(model, ids_BT)
     with FlopCounterMode(display=False, custom_mapping=dict.fromkeys(FORWARD, _fused)) as decode:
@@ -41,7 +50,7 @@ def parameters(model: PreTrainedModel) -> int:
 
 
 def parameters_of(config: PretrainedConfig) -> int:
-    """Count the weights of a model of a config, as :func:`parameters` does; none is made."""
+    """Count the weights of a model from its config alone, as :func:`parameters` does."""
     model = weightless(config)
     model.tie_weights()  # a part of the initialisation, which is left out
     return parameters(model)
@@ -49,13 +58,13 @@ def parameters_of(config: PretrainedConfig) -> int:
 
 @torch.inference_mode()
 def decode_flops(config: PretrainedConfig) -> float:
-    """Count the operations of decoding a token, in the mean over those of a benchmark of one row.
+    """Count the floating-point operations of decoding one token, from a config alone.
 
-    A benchmark decodes behind 128 to 159 tokens. What attention costs is linear in these, so two tokens in
-    the middle have the mean cost of all.
+    It is the mean over a benchmark of one row, which decodes behind 128 to 159 tokens. What attention costs
+    is linear in these, so two tokens in the middle have the mean cost of all.
 
     Raises:
-        ConfigError: this family computes with data, of which a model without weights has none.
+        ConfigError: what this family computes depends on values, and a model without weights has none.
     """
     model = weightless(config).bfloat16()  # of experts the only type that torch knows the shapes of
     prompt = PROMPT + NEW // 2 - 1

@@ -1,11 +1,11 @@
-"""Remove layers from any Hugging Face decoder: a new model, renumbered, that behaves like the masked one.
+"""Remove units from any Hugging Face decoder: make a new model that computes what the masked one does.
 
 The cut model is built by its own class from a cut config, so ``layer_idx`` and everything a layer derives
-from it are right by construction, and it receives the parent's weights under their new names. Then each
-layer is compared with its original: modules, shapes and plain attributes. Whatever differs is computed from
-the position in a way that the config cannot say, and the mask is refused by that name.
+from it are right by construction. It receives the parent's weights under their new names. Then each layer is
+compared with its original: modules, shapes and plain attributes. Whatever differs is computed from the
+position in a way that the config cannot say, and the mask is refused by that name.
 
-What a family cannot express is offered to the search before it draws a mask (:mod:`src.models.constraints`).
+A search learns what a family cannot express before it draws a mask (:mod:`src.models.constraints`).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from src.units.width_gates import tried_width
 
 
 def cut_config(config: PretrainedConfig, mask: Mask) -> PretrainedConfig:
-    """Return the config of the model that keeps the units of a mask.
+    """Return the config of the cut model, the smaller model that keeps the units of a mask.
 
     Raises:
         ConfigError: the mask is of a model of another depth or width, or the family forbids the result.
@@ -70,7 +70,12 @@ def cut(model: PreTrainedModel, mask: Mask) -> PreTrainedModel:
 
 
 def shortened(model: PreTrainedModel, new: PreTrainedModel, mask: Mask) -> dict[str, Tensor]:
-    """Return the weights of the kept layers or halves for a new model.
+    """Return the state dict of a model with fewer layers or halves: copies of the weights that stay.
+
+    Args:
+        model: the parent.
+        new: the cut model, its weights not set.
+        mask: of layers or halves.
 
     Raises:
         ConfigError: a layer of the new model is built otherwise than the one it comes from.
@@ -88,7 +93,12 @@ def shortened(model: PreTrainedModel, new: PreTrainedModel, mask: Mask) -> dict[
 
 
 def narrowed(model: PreTrainedModel, new: PreTrainedModel, mask: Mask) -> dict[str, Tensor]:
-    """Return the weights of the kept width units for a new model.
+    """Return the state dict of a model with narrower layers: copies of the weights that stay.
+
+    Args:
+        model: the parent.
+        new: the cut model, its weights not set.
+        mask: of KV groups or channels.
 
     Raises:
         ConfigError: a layer of the new model is built otherwise than the one it comes from.
@@ -108,7 +118,7 @@ def narrowed(model: PreTrainedModel, new: PreTrainedModel, mask: Mask) -> dict[s
 
 
 def sources(model: PreTrainedModel, mask: Mask) -> Sources:
-    """Where each layer of the cut comes from.
+    """Return which layer of the parent each layer of the cut model takes its attention and feed-forward from.
 
     Raises:
         ConfigError: the mask recombines halves, and the layers do not consist of two.
@@ -117,7 +127,15 @@ def sources(model: PreTrainedModel, mask: Mask) -> Sources:
 
 
 def renamed(state: dict[str, Tensor], path: str, sources: Sources) -> dict[str, Tensor]:
-    """Weights of the kept units under their new numbers, and all weights outside the layers."""
+    """Return the parent's weights that a cut of layers or halves keeps, under their names in the cut model.
+
+    Weights of removed units are left out, those outside the layers keep their names; no tensor is copied.
+
+    Args:
+        state: state dict of the parent, or of adapters on it.
+        path: name of the parent's list of layers, such as ``model.layers``.
+        sources: which layer of the parent each new layer comes from.
+    """
     out = {}
     for name, tensor in state.items():
         if not name.startswith(path + "."):
@@ -130,7 +148,17 @@ def renamed(state: dict[str, Tensor], path: str, sources: Sources) -> dict[str, 
 
 
 def _along_depth(tensor: Tensor, shape: torch.Size, length: int, mask: Mask) -> Tensor:
-    """A copy of ``tensor``, its one axis that is a multiple of the depth sliced like the layers."""
+    """Return a copy of a tensor; if one axis holds all layers, with the entries of the kept layers alone.
+
+    Args:
+        tensor: of the parent.
+        shape: that the cut model gives it.
+        length: number of layers of the parent.
+        mask: of layers or halves.
+
+    Raises:
+        ConfigError: the tensor holds all layers, and the mask recombines halves.
+    """
     axes = [a for a, (old, new) in enumerate(zip(tensor.shape, shape, strict=False)) if old != new]
     keep = mask.attention
     if len(axes) == 1 and tensor.shape[axes[0]] * len(keep) == shape[axes[0]] * length:

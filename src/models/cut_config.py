@@ -1,4 +1,4 @@
-"""The config of a cut model, and models of a config without weights.
+"""Make the config of a cut model, and models from a config without weights.
 
 A config says everything about a model but its weights, so a cut is first a cut of the config: lists, counts
 and periods follow the kept layers (:mod:`src.models.cut_rules`).
@@ -23,7 +23,13 @@ from src.models.layers import num_layers, text_config
 def kept_config(
     config: PretrainedConfig, keep: Sequence[int], feed_forward: Sequence[int] | None = None
 ) -> PretrainedConfig:
-    """Return the config of the layers ``keep``, with the feed-forwards of other layers if these are named.
+    """Return the config of a model with some of the parent's layers.
+
+    Args:
+        config: of the parent.
+        keep: layers that stay, rising.
+        feed_forward: layers whose feed-forwards stay, if a recombined cut takes them from others than
+            ``keep``.
 
     Raises:
         ConfigError: the family forbids it; the message names the layer that must stay, or the setting.
@@ -56,7 +62,7 @@ def kept_config(
 
 
 def text_section(config: PretrainedConfig) -> Section:
-    """Return the settings of the text decoder, as the config is stored."""
+    """Return the settings of the text decoder as stored: all of a plain config, a part of a nested one."""
     section: Section = config.to_dict()
     for key in _text_path(config):
         section = section[key]
@@ -64,7 +70,11 @@ def text_section(config: PretrainedConfig) -> Section:
 
 
 def rebuilt(config: PretrainedConfig, section: Section) -> PretrainedConfig:
-    """Return a config with another ``section`` for the text decoder; how it attends is that of ``config``.
+    """Return a config whose text decoder has the settings ``section``; all else is that of ``config``.
+
+    Args:
+        config: the original.
+        section: settings of the text decoder, as :func:`text_section` returns them.
 
     Raises:
         ConfigError: the config class does not accept the section.
@@ -89,7 +99,11 @@ def rebuilt(config: PretrainedConfig, section: Section) -> PretrainedConfig:
 
 
 def weightless(config: PretrainedConfig, family: type[PreTrainedModel] | None = None) -> PreTrainedModel:
-    """Return a model of a config on the meta device, of a class or of the one that stock loading takes.
+    """Build a model of a config on the meta device, where tensors have shapes and no data.
+
+    Args:
+        config: of the model.
+        family: its class; None is the one that ``AutoModelForCausalLM`` takes.
 
     Raises:
         ConfigError: the class cannot be built from the config.
@@ -111,21 +125,24 @@ def weightless(config: PretrainedConfig, family: type[PreTrainedModel] | None = 
 
 
 def layer_list(model: PreTrainedModel, path: str) -> nn.ModuleList:
-    """The layers of a model whose class and path are those of another's."""
+    """Return the layers of a model, by the path of the list in another of the same class."""
     found = model.get_submodule(path)
     assert isinstance(found, nn.ModuleList)
     return found
 
 
 def attention_implementation(config: PretrainedConfig) -> dict[str, str | None]:
-    """How the model attends, ``""`` for the whole and by name for its parts; transformers takes this form."""
+    """Return the attention implementation (``sdpa``, ...) of the whole under ``""``, of its parts by name.
+
+    transformers takes this form.
+    """
     parts = {key: getattr(config, key, None) for key in config.sub_configs}
     named = {key: part._attn_implementation for key, part in parts.items() if part is not None}
     return {"": config._attn_implementation, **named}
 
 
 def _text_path(config: PretrainedConfig) -> tuple[str, ...]:
-    """Keys that lead to the text decoder's part of a nested config."""
+    """Return the keys that lead to the text decoder's part of a nested config; empty if it is not nested."""
     text = text_config(config)
     for key in config.sub_configs:
         if getattr(config, key) is text:

@@ -51,9 +51,9 @@ LAST_INDICES = ("moe_layer_end_index",)
 SUFFIX_COUNTS = ("num_kv_shared_layers",)
 INDEX_MAPPINGS = ("per_layer_config",)
 DEPTH_SCALES = ("scale_depth",)
-"""Divided by the square root of the depth before use."""
+"""Factors that the family divides by the square root of the depth before use."""
 STRINGS = ("hybrid_override_pattern",)
-"""One character for each layer."""
+"""Texts with one character for each layer."""
 
 OF_FEED_FORWARD = (
     "decoder_sparse_step",
@@ -66,7 +66,7 @@ OF_FEED_FORWARD = (
     "moe_layers",
     "num_dense_layers",
 )
-"""What follows the feed-forward where a layer takes it from another one than its attention."""
+"""Settings of the feed-forwards, which follow them where halves of different layers are recombined."""
 
 NOT_PER_LAYER = (
     "architectures",
@@ -78,7 +78,7 @@ NOT_PER_LAYER = (
     "ssm_multipliers",
     "time_step_limit",
 )
-"""Lists that may happen to be as long as the model is deep."""
+"""Lists of something else, which may happen to be as long as the model is deep."""
 
 EXTRA_LAYERS: dict[str, Any] = {
     "num_nextn_predict_layers": 0,
@@ -91,7 +91,10 @@ EXTRA_LAYERS: dict[str, Any] = {
     "mtp_local_layer_ids": None,
     "mtp_per_layer_config": None,
 }
-"""Multi-token-prediction heads: no causal-LM class of transformers holds them, so they do not survive."""
+"""Settings of multi-token-prediction heads, with their value in a cut model.
+
+No causal-LM class of transformers holds these heads, so they do not survive a cut.
+"""
 
 
 FORBIDDEN = {
@@ -104,15 +107,20 @@ FORBIDDEN = {
     "rescale_every": "halves its weights by position in evaluation; set `rescale_every` to 0 in the parent's "
     "config.json, which computes the same, and cut that",
 }
-"""Settings under which no cut is exact, whatever the mask."""
+"""Settings under which no cut is exact, whatever the mask; with what such a model does."""
 
 
 def slice_section(
     section: Section, length: int, keep: Sequence[int], feed_forward: Sequence[int] | None = None
 ) -> Section:
-    """Return ``section`` for the layers ``keep`` (rising) of a model of ``length`` layers.
+    """Return a copy of a decoder's config dict in which each per-layer entry covers the kept layers alone.
 
-    Where the feed-forwards are of other layers than the attentions, ``feed_forward`` names theirs.
+    Args:
+        section: the config of the parent's text decoder, as a dict.
+        length: number of layers of the parent.
+        keep: layers that stay, rising.
+        feed_forward: layers whose feed-forwards stay, if a recombined cut takes them from others than
+            ``keep``.
     """
     if feed_forward is not None and tuple(feed_forward) != tuple(keep):
         other = slice_section(section, length, feed_forward)
@@ -154,7 +162,7 @@ def slice_section(
 
 
 def _rescaled(scale: float, length: int, kept: int) -> float:
-    """Return the scale whose quotient by the root of the new depth equals the parent's to the bit."""
+    """Return the scale whose quotient by the root of the new depth equals the parent's to the last bit."""
     quotient = scale / math.sqrt(length)
     guess = quotient * math.sqrt(kept)
     near = (guess, math.nextafter(guess, math.inf), math.nextafter(guess, 0.0))
@@ -162,7 +170,12 @@ def _rescaled(scale: float, length: int, kept: int) -> float:
 
 
 def spell_out_periods(section: Section, length: int) -> Section:
-    """Return ``section`` with periods written as explicit lists, where the family has such a list."""
+    """Return a copy of a decoder's config dict with periods ("every second layer") as explicit lists.
+
+    Args:
+        section: the config of the text decoder, as a dict.
+        length: its number of layers.
+    """
     out = dict(section)
     step = out.get("decoder_sparse_step") or 1
     if step > 1 and "mlp_only_layers" in out:
@@ -174,13 +187,13 @@ def spell_out_periods(section: Section, length: int) -> Section:
 
 
 def forbidden(config: PretrainedConfig) -> str | None:
-    """Return why no layer of this model can be removed, or None."""
+    """Return why no layer of this model can be removed, as words that follow "this model"; or None."""
     parts = config, config.get_text_config(decoder=True)
     return next((why for name, why in FORBIDDEN.items() if any(getattr(p, name, None) for p in parts)), None)
 
 
 def attention_layers(config: PretrainedConfig) -> frozenset[int]:
-    """Return the layers that attend, in a model that also has others (recurrent, convolution); else none.
+    """Return the attention layers of a hybrid, which also has recurrent or convolution layers; else none.
 
     The cache of such a hybrid counts tokens in an attention layer, and fails without any.
     """
@@ -191,18 +204,18 @@ def attention_layers(config: PretrainedConfig) -> frozenset[int]:
 
 
 def extra_layers(config: PretrainedConfig) -> int:
-    """Return the number of multi-token-prediction layers in the parent's config, which a cut leaves out."""
+    """Return how many multi-token-prediction layers the parent's config counts; a cut leaves them out."""
     text = config.get_text_config(decoder=True)
     counts = [name for name, none in EXTRA_LAYERS.items() if none == 0 and none is not False]
     return max(getattr(text, name, None) or 0 for name in counts)
 
 
 def lenders(config: PretrainedConfig) -> dict[int, set[int]]:
-    """Return the layers whose output other layers read directly, each with its readers.
+    """Return the layers whose results other layers use directly, each with the layers that use them.
 
-    Key/value sharing (Gemma-3n, Gemma-4), shared sparse-attention indices (GLM, Hunyuan), a cache that counts
-    tokens in the first layer (MiniMax), and the first text layers of DeepStack vision models, after which
-    visual features are added by position.
+    These are key/value sharing (Gemma-3n, Gemma-4), shared sparse-attention indices (GLM, Hunyuan), a cache
+    that counts tokens in the first layer (MiniMax), and the first text layers of DeepStack vision models,
+    after which visual features are added by position.
     """
     text = config.get_text_config(decoder=True)
     types = getattr(text, "layer_types", None) or []

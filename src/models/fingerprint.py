@@ -1,4 +1,4 @@
-"""Fingerprint models and tokenizers by what they hold, not by their place or name."""
+"""Recognise models and tokenizers by their content, not by where they lie or what they are called."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from src.models.loading import weightless
 
 SCHEME = "w1-"
-"""Fingerprints that begin alike can be compared."""
+"""How fingerprints begin; only those that begin alike can be compared."""
 _PLACES, _BYTES = 4, 256
 _FORMS = (
     "model.safetensors",
@@ -28,10 +28,10 @@ _FORMS = (
 def weights_fingerprint(name: str, revision: str | None = None) -> str | None:
     """Return the fingerprint of a model's stored weights; None if their format is unknown here.
 
-    It reads the name, type and shape of every tensor and 4 x 256 bytes of its values, evenly spaced: little
-    at any size. A copy and other shards have the same fingerprint, however the model is loaded (type,
-    quantisation). A tensor that was trained, converted or renamed changes it. A change between the places
-    that it reads, such as of one entry of an embedding, does not.
+    It covers the name, type and shape of every tensor and 4 x 256 bytes of its values, evenly spaced, so it
+    is quick at any size. A copy, and the same weights in other shards, have the same fingerprint, however the
+    model is loaded (type, quantisation). If a tensor is trained, converted or renamed, the fingerprint
+    changes. A change between the bytes that it reads, such as of one entry of an embedding, escapes it.
 
     Args:
         name: Hub id, downloaded before, or directory.
@@ -78,14 +78,17 @@ def _find(name: str, file: str, revision: str | None) -> Path | None:
 
 
 def _places(size: int) -> list[int]:
-    """Return the places to read: all of a small tensor."""
+    """Return the offsets at which to sample a tensor of ``size`` bytes; of a small one all is read."""
     if size <= _PLACES * _BYTES:
         return [*range(0, size, _BYTES)]
     return [(size - _BYTES) * i // (_PLACES - 1) for i in range(_PLACES)]
 
 
 def _safetensors(file: Path) -> Iterator[bytes]:
-    """Name, type, shape and sampled bytes of each tensor; the format is 8 bytes of length, JSON, values."""
+    """Yield name, type, shape and sampled bytes of each tensor in a safetensors file.
+
+    The format is 8 bytes of length, a header in JSON, values.
+    """
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
         if length > file.stat().st_size:

@@ -31,13 +31,13 @@ Observer = Callable[[int, Tensor, Tensor], None]
 
 
 class Gates:
-    """Holds the gates of a model's units while it runs; a subclass puts them where they act.
+    """Holds the gates of a model's units while it runs; a subclass attaches them to the model.
 
     Attributes:
         layers: the decoder layers.
         each: number of units in a layer.
         evaluated: layers run so far: the cost of a search.
-        plain: whether they return the stream alone; known once the open model has run.
+        plain: whether the layers return the stream alone, as a tensor; known once the open model has run.
     """
 
     each: int
@@ -60,24 +60,29 @@ class Gates:
         raise NotImplementedError
 
     def share(self, layer: int, name: str, values: Tensor) -> Tensor:
-        """Return the sums ``[U / L]`` of values at the entries of a weight over the units of its layer.
+        """Return the sum of values over the entries of a weight that belong to each unit of its layer.
 
         Args:
-            layer: of the model.
+            layer: number of the layer.
             name: of the weight, inside the layer.
-            values: of its shape.
+            values: one for each entry of the weight, of its shape.
+
+        Returns:
+            ``[U / L]``, one sum for each unit of the layer; zeros where the weight belongs to none.
         """
         raise NotImplementedError
 
     def watched(self, see: Callable[[int, Tensor], None]) -> AbstractContextManager[None]:
-        """Show the inputs of the maps that write units of width, as ``see(layer, input)``."""
+        """Call ``see(layer, input)``, in the block, for each linear map that units of width feed."""
         raise NotImplementedError
 
     @contextmanager
     def use(self, gates_U: Tensor | None, observer: Observer | None = None) -> Iterator[None]:
-        """Run the model under ``gates_U`` (``[U]``, values in [0, 1]; None leaves all open).
+        """Apply gates, within the block, to every pass of the model.
 
-        An observer sees the stream before and after each layer.
+        Args:
+            gates_U: values in [0, 1], one for each unit; None leaves all open.
+            observer: sees the stream before and after each layer.
         """
         assert gates_U is None or gates_U.shape == (len(self),), "one gate for each unit"
         before = self._gates, self._values, self._observer, self._prefixes
@@ -93,10 +98,13 @@ class Gates:
 
     @contextmanager
     def remember(self, prefixes: Prefixes | None) -> Iterator[None]:
-        """In the block, begin each pass at the deepest stream that ``prefixes`` hold for its gates.
+        """Let each pass in the block start behind the units that an earlier pass ran with the same gates.
 
         The passes are of one batch, without gradients, and under :meth:`use`. The layers must hand on the
         stream alone (:func:`resumes`). A pass with an observer runs every layer.
+
+        Args:
+            prefixes: keeps the streams of earlier passes, and those of these passes; None remembers nothing.
         """
         before, self._remembered = self._remembered, prefixes
         try:
@@ -105,12 +113,15 @@ class Gates:
             self._remembered = before
 
     def _in_turn(self, index: int, run: Callable[..., Any], arguments: Arguments) -> Tensor:
-        """Run the units of a layer in turn, from the stream that is remembered in front of one.
+        """Run the units of a layer in turn, each from the remembered stream if there is one; return the last.
 
         Args:
             index: the layer.
             run: runs one unit of it alone; called with the unit and the layer's arguments.
             arguments: the layer's; their stream has no meaning where the pass begins behind this layer.
+
+        Returns:
+            The stream ``[B, T, H]`` behind the layer.
         """
         assert self._prefixes is not None, "there is something to begin at"
         assert not torch.is_grad_enabled(), "a gradient passes through every unit"
@@ -201,10 +212,10 @@ class GatedLayers(Gates):
 
 @torch.no_grad()
 def resumes(gates: Gates, run: Callable[[], Tensor]) -> bool:
-    """Whether a pass of the open model that begins at any unit ends as the whole pass does, to the last bit.
+    """Return whether a pass of the open model may start at any unit, from the stream remembered there.
 
-    It does not where a layer hands on more than the stream, such as keys and values that others borrow, or
-    returns more than it.
+    It must end as the whole pass does, to the last bit. It does not where a layer hands on more than the
+    stream, such as keys and values that others borrow, or returns more than it.
 
     Args:
         gates: of the model.

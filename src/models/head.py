@@ -90,16 +90,16 @@ class OutputHead:
 
     @property
     def few(self) -> dict[str, Tensor]:
-        """A batch of a few tokens, to try the model on."""
+        """A batch of eight tokens, to try the model on."""
         ids = torch.arange(3, 11, device=self.model.device)[None] % text_config(self.model.config).vocab_size
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
     @torch.no_grad()
     def check(self) -> None:
-        """Compare with the model's own logits on a few tokens, without dropout.
+        """Compare the logits of this class with the model's own on a few tokens, without dropout.
 
         Raises:
-            ConfigError: they differ, so the head does something this class does not know.
+            ConfigError: they differ, so the head computes something that this class does not know.
         """
         batch, training = self.few, [part for part in self.model.modules() if part.training]
         self.model.eval()
@@ -127,6 +127,6 @@ class OutputHead:
 
 @runtime_checkable
 class Headed(Protocol):
-    """A module that runs one model, and knows it by its output head once it is loaded."""
+    """Any module, such as a teacher or a student, that gives its model's output head once it is loaded."""
 
     head: OutputHead

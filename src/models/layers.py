@@ -1,4 +1,4 @@
-"""Find the decoder layers of any Hugging Face causal language model, without knowing its family."""
+"""Find the decoder layers of any Hugging Face causal language model, and its stream in their arguments."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from src.models.cut_rules import LAYER_COUNTS
 
 Named = tuple[str, nn.ModuleList]
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
-"""Of a module, by position and by name."""
+"""What a module is called with: positional arguments, and arguments by name."""
 
 
 def text_config(config: PretrainedConfig) -> PretrainedConfig:
@@ -42,7 +42,7 @@ def num_layers(config: PretrainedConfig) -> int:
 
 
 def decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
-    """Return the one ``ModuleList`` that holds the decoder layers, after its dotted path.
+    """Return the dotted path of the ``ModuleList`` that holds the decoder layers, and the list.
 
     It is the outermost list of the config's length; lists inside it (experts, say) do not count. Where a
     tower of another modality is as deep, it is the list nearest to what the model calls its decoder.
@@ -83,22 +83,22 @@ def decoder(model: PreTrainedModel) -> nn.Module:
 
 
 def first(out: Any) -> Tensor:
-    """Return the hidden states in a module's output, which they are or which they begin."""
+    """Return the hidden states ``[B, T, H]`` of a module's output: the output itself or its first element."""
     hidden: Tensor = out if isinstance(out, Tensor) else out[0]
     return hidden
 
 
 def stream_in(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """Return the hidden states in a layer's arguments."""
+    """Return the hidden states ``[B, T, H]`` in the arguments that a layer is called with."""
     hidden: Tensor = args[0] if args else kwargs["hidden_states"]
     return hidden
 
 
 def with_stream(hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
-    """Return a layer's arguments with other hidden states."""
+    """Return the arguments that a layer is called with, their hidden states replaced by ``hidden``."""
     return ((hidden, *args[1:]), kwargs) if args else ((), {**kwargs, "hidden_states": hidden})
 
 
 def with_first(out: Any, hidden: Tensor) -> Any:
-    """Return a module's output with other hidden states."""
+    """Return a module's output, the hidden states in it replaced by ``hidden``."""
     return hidden if isinstance(out, Tensor) else type(out)((hidden, *out[1:]))

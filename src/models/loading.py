@@ -1,8 +1,8 @@
-"""Load models and tokenizers from the Hub or a directory, with errors that a person can act on.
+"""Load models and tokenizers from the Hub or a directory; every fault is one message that says what to do.
 
 No code of a model's author runs: ``trust_remote_code`` is false at every load, and a ``pytorch_model.bin`` is
-unpickled with ``weights_only``. What a directory says of itself is compared with what it holds
-(:mod:`src.models.claims`).
+unpickled with ``weights_only``. What the config of a directory claims is compared with the weights that it
+holds (:mod:`src.models.claims`).
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ _CAUSAL = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 
 
 def load_config(name: str, revision: str | None = None) -> PretrainedConfig:
-    """Read the config of a decoder, and compare it with the headers of a directory's weights.
+    """Read the config of a decoder; if the model is a directory, compare it with the headers of its weights.
 
     Raises:
         ConfigError: the model does not exist, is unknown to transformers, is not a decoder, or holds other
@@ -84,7 +84,7 @@ def _config(name: str, revision: str | None) -> PretrainedConfig:
 
 
 def _read_config(name: str, revision: str | None) -> PretrainedConfig:
-    """Return the config of a decoder, without what points to code of its author."""
+    """Return the config of a decoder, without the entry that points to code of its author."""
     config = _config(name, revision)
     architectures = config.architectures or []
     if not isinstance(architectures, list) or not all(isinstance(a, str) for a in architectures):
@@ -159,7 +159,7 @@ def load_model(
 
 
 def shared_positions(names: Sequence[str], length: int) -> int:
-    """Return the longest sequence that all of some models can read; warn where ``length`` is longer.
+    """Return the longest sequence that all of some models can read; warn if ``length`` tokens are too long.
 
     Raises:
         ConfigError: see :func:`load_config`.
@@ -174,7 +174,7 @@ def shared_positions(names: Sequence[str], length: int) -> int:
 
 
 def longest_row(name: str, revision: str | None = None) -> int | None:
-    """Return the longest sequence that a model's table of positions allows; None without a table.
+    """Return the most tokens that a model's table of positions allows in a sequence; None without a table.
 
     It reads no weight.
 
@@ -191,7 +191,10 @@ def longest_row(name: str, revision: str | None = None) -> int | None:
 
 
 def _fetch(name: str, revision: str | None, config: PretrainedConfig, **keys: Any) -> PreTrainedModel:
-    """Load a model, or with ``device_map="meta"`` the headers of its weights, and compare it with them."""
+    """Load a model and check that its weights match its config.
+
+    With ``device_map="meta"`` among the keys, only the headers of its weights are read.
+    """
     try:
         with _quiet():
             loaded = AutoModelForCausalLM.from_pretrained(
@@ -213,14 +216,20 @@ def _fetch(name: str, revision: str | None, config: PretrainedConfig, **keys: An
 
 
 def numbers(name: str, dtype: Dtype, revision: str | None = None) -> str:
-    """Return the name of the type of a model's weights, such as ``bfloat16``; ``auto`` is resolved."""
+    """Return the name of the type in which a model's weights are loaded, such as ``bfloat16``.
+
+    Args:
+        name: Hub id or directory.
+        dtype: the setting; ``auto`` is resolved to what the files hold.
+        revision: Hub revision.
+    """
     if dtype != "auto":
         return dtype
     return str(_torch_dtype(name, _read_config(name, revision), dtype)).removeprefix("torch.")
 
 
 def _torch_dtype(name: str, config: PretrainedConfig, dtype: Dtype) -> torch.dtype:
-    """Return the type itself; for ``auto`` that of most numbers in the files, or else that of the config."""
+    """Return the torch type of a setting; for ``auto`` that of most numbers in the files, or the config's."""
     if dtype != "auto":
         return cast(torch.dtype, getattr(torch, dtype))
     return cast(torch.dtype, claims.stored_dtype(name) or config.dtype or torch.float32)
@@ -232,7 +241,7 @@ def _quantization(config: PretrainedConfig) -> Any:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence warnings of transformers: its tables of keys repeat what our one message says."""
+    """Silence warnings of transformers in the block: its tables of keys repeat what our one message says."""
     before = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
@@ -242,7 +251,7 @@ def _quiet() -> Iterator[None]:
 
 
 def load_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenizerBase:
-    """Load a tokenizer, giving it a padding token if it has none.
+    """Load a tokenizer; without a padding token of its own it pads with its end-of-text token.
 
     Raises:
         ConfigError: there is no tokenizer under that name.
@@ -265,7 +274,7 @@ def load_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenize
 
 @dataclass(frozen=True)
 class Loading:
-    """How a model is loaded; arguments of :func:`load_model`."""
+    """How a model is loaded; the fields are arguments of :func:`load_model`."""
 
     revision: str | None = None
     dtype: Dtype = "float32"
@@ -273,5 +282,5 @@ class Loading:
     attention: str | None = None
 
     def load(self, name: str) -> PreTrainedModel:
-        """Load the model of that name."""
+        """Load the model of a Hub id or directory."""
         return load_model(name, self.revision, self.dtype, self.quantize, self.attention)

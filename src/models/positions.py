@@ -17,14 +17,14 @@ from src.errors import ConfigError
 from src.models.layers import decoder, decoder_layers, text_config
 
 SPARE = 8
-"""Entries that a table may have beyond the positions: an offset (OPT), one for padding."""
+"""Most entries that a table may have beyond the positions: for an offset (OPT), or for padding."""
 
 
 def position_limit(model: PreTrainedModel) -> int | None:
     """Return the most tokens that a sequence may have; None where positions have no end.
 
-    A table has an entry for each of the config's positions. Where one is for padding, tokens count from
-    behind it (RoBERTa), and so many are lost.
+    The table has an entry for each of the config's positions. In some families one entry is for padding, and
+    tokens use only those behind it (RoBERTa), so fewer fit.
     """
     positions = getattr(text_config(model.config), "max_position_embeddings", None)
     if not isinstance(positions, int):
@@ -34,7 +34,7 @@ def position_limit(model: PreTrainedModel) -> int | None:
 
 
 def _tables(model: PreTrainedModel) -> Iterator[tuple[int, int]]:
-    """Yield each possible table of positions: its entries, and how many of them precede the first token's."""
+    """Yield each possible table of positions: its number of entries, and how many precede the first token."""
     words = model.get_input_embeddings()
     for module in decoder(model).modules():
         if isinstance(module, nn.Embedding) and module is not words:
@@ -46,7 +46,7 @@ def _tables(model: PreTrainedModel) -> Iterator[tuple[int, int]]:
 
 
 def guard(model: PreTrainedModel) -> PreTrainedModel:
-    """Return the model, which from now on refuses a sequence longer than its table of positions.
+    """Make a model refuse sequences longer than its table of positions; return the model.
 
     A hook on the decoder checks the length before each forward pass, and raises a :class:`ConfigError`.
     """
@@ -69,7 +69,13 @@ def guard(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def too_long(excess: str, family: str, limit: int) -> ConfigError:
-    """Return the error for what is longer than a table of positions; ``excess`` names it and its length."""
+    """Return the error for a sequence longer than a table of positions.
+
+    Args:
+        excess: what is too long, and its length, such as ``a row has 2048 tokens``.
+        family: model type, for the message.
+        limit: entries of the table.
+    """
     return ConfigError(
         f"{excess}, and the position table of this '{family}' ends at {limit}. Lower the length: "
         f"data.max_length of a run; --max-length, --max-new-tokens, --prompt-tokens or --proof-tokens."

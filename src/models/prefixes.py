@@ -1,8 +1,9 @@
-"""Remember the residual stream of a batch, so that a mask costs what lies behind its first difference.
+"""Remember the residual stream of a batch, so that only the units behind a mask's first change run again.
 
-Two masks that agree on their first u units have the same stream in front of unit u, to the last bit. So the
-masks of a walk form a tree of shared prefixes. In a walk that goes through it depth first, which sorting the
-masks gives, each edge is computed once: 120 instead of 240 layers to close each of 16 alone.
+Two masks that agree on their first u units have the same stream in front of unit u, to the last bit. So masks
+form a tree of shared prefixes (the gates of the first units). If masks are measured in sorted order, the tree
+is walked depth first, and each of its edges is computed once: 120 instead of 240 layers to close each of 16
+layers alone.
 
 Shapes: B batch, T tokens, H hidden, U units in order of computation.
 """
@@ -19,15 +20,15 @@ Front = tuple[float, ...]
 
 
 class Prefixes:
-    """Holds streams of one batch: those of the open model, and those along the last mask.
+    """Holds streams of one batch at some depths: those of the open model, and those along the last mask.
 
-    They are right for one batch and one state of the weights.
+    They hold for one batch and one state of the weights.
 
     Args:
         every: streams are kept in front of each unit whose number this divides; None keeps no stream.
 
     Attributes:
-        start: unit at which the present mask begins; none in front of it needs to run.
+        start: first unit that the present pass has to run; the stream in front of it is remembered.
     """
 
     def __init__(self, every: int | None = 1) -> None:
@@ -39,20 +40,33 @@ class Prefixes:
         return len(self._streams)
 
     def begin(self, gates: Iterable[float]) -> None:
-        """Take the gates ``[U]`` of the next pass; forget the streams that neither it nor open gates have."""
+        """Prepare a pass: find the unit at which it can start, and forget the streams that are of no use.
+
+        Streams of the open model stay, and those along these gates.
+
+        Args:
+            gates: of the pass, ``[U]``.
+        """
         self._gates = tuple(gates)
         along = {front for front in self._streams if front == self._gates[: len(front)]}
         self.start = max(map(len, along), default=0)
         self._streams = {f: h for f, h in self._streams.items() if f in along or set(f) == {1.0}}
 
     def stream(self, unit: int, h_BTH: Tensor) -> Tensor:
-        """Return the stream in front of a unit, the present one or a later: it is remembered or ``h_BTH``."""
+        """Return the stream ``[B, T, H]`` in front of a unit: the remembered one, or else ``h_BTH``.
+
+        Then ``h_BTH`` is remembered, if the unit is one in front of which streams are kept.
+
+        Args:
+            unit: at or behind :attr:`start`.
+            h_BTH: the stream that the pass has computed there.
+        """
         if unit == 0 or self.every is None or unit % self.every:
             return h_BTH
         return self._streams.setdefault(self._gates[:unit], h_BTH)
 
     def apart(self) -> Iterator[Prefixes]:
-        """Give each stream that is held now, alone."""
+        """Yield, for each stream that is held now, a :class:`Prefixes` that holds it alone."""
         for front, h_BTH in list(self._streams.items()):
             alone = Prefixes(self.every)
             alone._streams[front] = h_BTH
@@ -60,10 +74,10 @@ class Prefixes:
 
 
 class PrefixMemory:
-    """Holds the prefixes of several batches within a number of streams.
+    """Holds the :class:`Prefixes` of several batches, with a limit on the number of streams.
 
-    What a batch in use needs comes first; of the others, the streams of the open model stay as far as there
-    is room, those of the first batches first.
+    The batch in use comes first. Of the other batches, the streams of the open model stay as far as there is
+    room, those of the first batches first.
 
     Args:
         units: number of units, U.
@@ -84,7 +98,11 @@ class PrefixMemory:
 
     @contextmanager
     def of(self, batch: int) -> Iterator[Prefixes]:
-        """Give the prefixes of a batch; after the block, those along its last mask are forgotten."""
+        """Give the :class:`Prefixes` of a batch for the block; then forget those along its last mask.
+
+        Args:
+            batch: number of the batch.
+        """
         prefixes = self._open.pop(batch, None) or Prefixes(self.every)
         yield prefixes
         prefixes.begin([1.0] * self.units)

@@ -1,8 +1,9 @@
-"""Spread a network's weights over the ranks, by decoder layer, whatever its family.
+"""Shard a network's weights over the ranks, layer by layer, for any family of decoders (FSDP2).
 
-With FSDP2 each decoder layer is gathered for its own turn, and what is left (embeddings, final norm, head)
-from the start of the pass to the end of the backward pass. FSDP2 does this in a forward pass of the *root*. A
-step here calls the decoder and the head apart, and never the root; :func:`within` makes its pass around them.
+Each decoder layer is gathered when its turn comes. What is left (embeddings, final norm, head) is gathered
+from the start of the pass to the end of the backward pass. FSDP2 does this in the forward pass of the *root*
+module. A training step here calls the decoder and the head separately, and never the root; :func:`within`
+makes such a step count as a forward pass of the root.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ def shard(network: PreTrainedModel, mesh: DeviceMesh, whole: Iterable[nn.Paramet
 
     Args:
         network: any decoder.
-        mesh: of all ranks.
-        whole: parameters that every rank keeps as they are.
+        mesh: one dimension, over all ranks.
+        whole: parameters that every rank keeps unsharded.
     """
     kept = set(whole)
     for layer in decoder_layers(network)[1]:
@@ -39,7 +40,15 @@ def shard(network: PreTrainedModel, mesh: DeviceMesh, whole: Iterable[nn.Paramet
 
 
 def within(network: nn.Module, step: Callable[[], T]) -> T:
-    """Run a step that calls parts of ``network``, as one forward pass of the whole."""
+    """Run a step that calls parts of ``network`` so that FSDP2 takes it for a forward pass of the whole.
+
+    Args:
+        network: sharded by :func:`shard` or not; if not, the step simply runs.
+        step: what to run.
+
+    Returns:
+        What the step returns.
+    """
     run: Callable[[Callable[[], T]], T] | None = getattr(network, "within", None)
     return run(step) if run else step()
 

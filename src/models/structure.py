@@ -1,9 +1,9 @@
-"""Compare the layers of a cut model with their originals, by everything but their weights.
+"""Compare the layers of a cut model with their originals in everything but their weights.
 
-A layer of transformers decides what it is when it is built, from the config and its position: attention
-kind, window, expert or dense MLP, scale, rotary or none. So two layers that agree in their modules, shapes
-and plain attributes compute the same function of the same tensors, and a difference names what the config
-failed to carry over.
+A layer of transformers decides what it is when it is built, from the config and its position: attention kind,
+window, expert or dense MLP, scale, rotary or none. So two layers that agree in their modules, shapes and
+plain attributes compute the same function of the same tensors. A difference shows what the config failed to
+carry over.
 """
 
 from __future__ import annotations
@@ -22,19 +22,23 @@ Plain = bool | int | float | str | None
 
 
 class Misfit(ConfigError):
-    """Says that the layers of a model are not built as a kind of unit needs."""
+    """Says that a model's layers are not built so that units of the asked kind can be removed from them."""
 
 
 class Halved(Protocol):
-    """A layer of two halves."""
+    """Says which parts of a layer belong to its attention and which to its feed-forward."""
 
     def of(self, name: str) -> int | None:
-        """0 for a parameter or attribute of the attention, 1 for the feed-forward, None for the layer."""
+        """Return 0 for a part of the attention, 1 for one of the feed-forward, None for one of neither.
+
+        Args:
+            name: path of a parameter or attribute inside the layer.
+        """
 
 
 @dataclass(frozen=True)
 class Sources:
-    """The origin of each layer of the cut model, part by part.
+    """Which layers of the parent each layer of the cut model comes from, one for each of its halves.
 
     Attributes:
         attention: for each new layer, the layer of the parent that its attention comes from.
@@ -47,12 +51,24 @@ class Sources:
     halves: Sequence[Halved] = ()
 
     def positions(self, layer: int, name: str) -> list[int]:
-        """Return the new layers, one or none, that take the part ``name`` from a layer of the parent."""
+        """Return the new layers, one or none, that take a parameter from a layer of the parent.
+
+        Args:
+            layer: number of the parent's layer.
+            name: of the parameter, inside the layer.
+        """
         pairs = enumerate(zip(self.attention, self.feed_forward, strict=True))
         return [at for at, pair in pairs if layer in pair and layer in self._of(pair, layer, name)]
 
     def traits(self, old: nn.ModuleList, position: int) -> dict[str, tuple[Any, ...]]:
-        """Return the values that each trait of a new layer may have: those of the layers it comes from."""
+        """Return the values that each trait of a new layer may have: those of the layers it comes from.
+
+        A trait is a class, a shape or a plain attribute of a module (see :func:`traits`).
+
+        Args:
+            old: layers of the parent.
+            position: number of the new layer.
+        """
         pair = self.attention[position], self.feed_forward[position]
         values: dict[str, tuple[Any, ...]] = {}
         for layer in dict.fromkeys(pair):
@@ -62,7 +78,7 @@ class Sources:
         return values
 
     def _of(self, pair: tuple[int, int], layer: int, name: str) -> tuple[int, ...]:
-        """Return the layers of a pair that ``name`` comes from: its half's, or both if it is of no half."""
+        """Return the layers of a pair that a parameter comes from: its half's; both if it is of no half."""
         if pair[0] == pair[1]:
             return pair
         half = self.halves[layer].of(name)
@@ -72,13 +88,17 @@ class Sources:
 def structural_changes(
     old: nn.ModuleList, new: nn.ModuleList, sources: Sources, shares: tuple[int, int] = (1, 1)
 ) -> dict[int, str]:
-    """Return how each layer of the cut model differs from its original, by new position; empty if in nothing.
+    """Return how layers of the cut model are built differently from their originals; empty if none is.
 
     Args:
         old: layers of the parent.
         new: layers of the cut model; its weights may be on the meta device.
         sources: where each new layer comes from.
-        shares: width units that are left, of how many; counts and sizes may shrink by this share.
+        shares: for a cut of width, how many units of each layer are left, and of how many; counts and sizes
+            may shrink in this proportion.
+
+    Returns:
+        For each layer that differs, by its new position, words that name the first difference.
     """
     changes = {}
     for position, index in enumerate(sources.attention):
@@ -96,7 +116,7 @@ def structural_changes(
 
 
 def _same(value: Any, expected: Any, shares: tuple[int, int]) -> bool:
-    """Whether a trait is as expected, to the type; or a count or size that shrinks by the share."""
+    """Return whether a trait is as expected, in value and type; or a count or size, shrunk by ``shares``."""
     if isinstance(value, tuple) and isinstance(expected, tuple) and len(value) == len(expected):
         return all(_same(a, b, shares) for a, b in zip(value, expected, strict=True))
     left, of = shares
@@ -105,7 +125,7 @@ def _same(value: Any, expected: Any, shares: tuple[int, int]) -> bool:
 
 
 def alike(layers: nn.ModuleList) -> list[set[int]]:
-    """Return the layers sorted into kinds, those of one kind differing in their weights alone."""
+    """Return the layers in groups; those of a group differ in their weights alone."""
     kinds: dict[str, set[int]] = {}
     for index, layer in enumerate(layers):
         kinds.setdefault(repr(traits(layer)), set()).add(index)
@@ -113,7 +133,11 @@ def alike(layers: nn.ModuleList) -> list[set[int]]:
 
 
 def traits(layer: nn.Module) -> dict[str, Any]:
-    """Return everything that decides what a layer computes, except the values of its tensors."""
+    """Return everything that decides what a layer computes, except the values of its tensors.
+
+    These *traits* are, by path inside the layer, the class of each module, its plain attributes, and the
+    shapes of its tensors.
+    """
     values: dict[str, Any] = {}
     for path, module in layer.named_modules():
         values[path or "class"] = type(module).__name__

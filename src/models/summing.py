@@ -1,4 +1,4 @@
-"""A linear map adds the gradients of its weights to buffers, in float32 and a slice at a time.
+"""A linear map whose backward pass adds the weights' gradients to buffers, in float32 and a slice at a time.
 
 Autograd would make a second tensor as large as the weights for every chunk of tokens, and add up the chunks
 in the type of the weights.
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 SLICE = 1 << 13
-"""Vocabulary entries whose weights get their gradients at a time."""
+"""Number of vocabulary entries whose gradients are computed at a time."""
 
 
 def summing(linear: nn.Module, x_nH: Tensor, into: tuple[Tensor, ...]) -> Tensor:

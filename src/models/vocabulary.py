@@ -1,8 +1,8 @@
-"""Compare what models mean by a token's id, and bring logits of one into the vocabulary of another.
+"""Check that models mean the same by a token's id, and fit logits of one to the vocabulary of another.
 
 A teacher of the student's family often has the same tokenizer and a head of another width, because models of
-other sizes pad it to other widths. The student's width is what counts: ids that it
-lacks are left out of the teacher's distribution, and ids that the teacher lacks have no mass in it.
+other sizes pad it to other widths. The student's width is what counts: ids that it lacks are left out of the
+teacher's distribution, and ids that the teacher lacks get no probability.
 
 Shapes: V vocabulary.
 """
@@ -28,7 +28,7 @@ _FILES = ("tokenizer*", "vocab.*", "*.model", "*.tiktoken")
 
 
 def within(logits: Tensor, vocabulary: int) -> Tensor:
-    """Return logits ``[..., V]`` as ``[..., vocabulary]``: fewer ids, or more that are impossible."""
+    """Return logits ``[..., V]`` as ``[..., vocabulary]``: cut off, or padded with minus infinity."""
     missing = vocabulary - logits.shape[-1]
     return F.pad(logits, (0, missing), value=-math.inf) if missing > 0 else logits[..., :vocabulary]
 
@@ -40,7 +40,9 @@ def check_vocabulary(
     revision: str | None = None,
     key: str = "data.tokenizer",
 ) -> None:
-    """Refuse a model that lacks tokens of a tokenizer, or means others by their ids.
+    """Refuse a model that lacks tokens of a tokenizer, or means other tokens by their ids.
+
+    A directory without a tokenizer is trusted, with a warning, if the model's vocabulary is large enough.
 
     Args:
         tokenizer: gives the ids that the model reads.
@@ -70,7 +72,7 @@ def check_vocabulary(
 
 
 def _difference(ours: PreTrainedTokenizerBase, theirs: PreTrainedTokenizerBase) -> str | None:
-    """Return in what another tokenizer differs; more tokens, at ids that ours never gives, do not count."""
+    """Say in what another tokenizer differs; None if in nothing. Tokens that ours lacks do not count."""
     ids = theirs.get_vocab()
     padding = None if ours.pad_token == ours.eos_token else ours.pad_token  # never looked at
     other = [
