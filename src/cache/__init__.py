@@ -1,4 +1,4 @@
-"""The teacher's signal on disk: written once by ``predict``, read by every recovery."""
+"""The teacher's top-k distributions on disk: written once by ``predict``, read by every recovery."""
 
 from src.cache.corpus import CachedCorpus
 from src.cache.manifest import Manifest

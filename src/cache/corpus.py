@@ -1,4 +1,4 @@
-"""A cache as the corpus of a recovery: tokens and signal come from the same rows."""
+"""A data module that reads a cache, so that tokens and the teacher's signal come from the same rows."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from src.training.identity import changes, refuse_changes
 
 
 class CachedCorpus(LightningDataModule):
-    """Trains on a cache, with ``teacher: {class_path: src.teachers.CachedTeacher}``.
+    """Gives the rows of a cache to a recovery whose ``teacher`` is ``src.teachers.CachedTeacher``.
 
     Args:
         tokenizer: Hub id or directory of the student's tokenizer; it must be the one of the cache.
@@ -30,7 +30,7 @@ class CachedCorpus(LightningDataModule):
     """
 
     accepted: Sequence[str] = ()
-    """Keys whose change on resume is meant."""
+    """Keys that a resumed run may change without being refused (``--accept``)."""
 
     @checked
     def __init__(

@@ -1,7 +1,7 @@
-"""Fingerprints of documents, by which caches are told apart.
+"""Compute fingerprints of documents, by which the corpora of caches are told apart.
 
-They are hashed one by one and chained by a polynomial, so that the fingerprint of a corpus is the same
-wherever its shards end: ``f(ab) = f(a) BASE^len(b) + f(b)`` modulo a prime.
+Documents are hashed one by one, and the hashes are chained by a polynomial. So the fingerprint of a corpus is
+the same wherever its shards end: ``f(ab) = f(a) BASE^len(b) + f(b)`` modulo a prime, for shards a and b.
 """
 
 from __future__ import annotations
@@ -17,18 +17,22 @@ BASE = int.from_bytes(hashlib.sha256(b"document").digest(), "big") % PRIME
 
 
 def documents(tokens: NDArray[np.int32], supervised: NDArray[np.bool_], lengths: NDArray[np.int64]) -> str:
-    """Fingerprint of documents laid end to end: their tokens, which are supervised, and their order.
+    """Return the fingerprint of documents: of their tokens, of which are supervised, and of their order.
 
     Args:
-        tokens: ``[S]``.
-        supervised: ``[S]``.
+        tokens: ``[S]`` tokens of all documents, laid end to end.
+        supervised: ``[S]`` whether each token has a label.
         lengths: ``[D]`` tokens of each document.
     """
     return chained((digest, 1) for digest in _each(tokens, supervised, lengths))
 
 
 def chained(parts: Iterable[tuple[str, int]]) -> str:
-    """Fingerprint of parts one after the other, each with its number of documents."""
+    """Return the fingerprint of the whole that parts make, one after the other.
+
+    Args:
+        parts: fingerprint and number of documents of each part.
+    """
     value = 0
     for part, count in parts:
         value = (value * pow(BASE, count, PRIME) + int(part, 16)) % PRIME

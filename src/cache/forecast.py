@@ -22,24 +22,26 @@ class Runner(Protocol):
     """What a forecast asks of the module that runs the teacher."""
 
     skip: int
-    """Batches that need no signal."""
+    """Number of first batches whose signal is in the cache already."""
 
     @property
     def device(self) -> torch.device:
-        """Where it runs."""
+        """The device that the teacher runs on."""
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        """Bring a batch there."""
+        """Return a batch on that device."""
 
 
 def forecast(trainer: Trainer, teacher: Runner, manifest: Manifest, count_seconds: float) -> str:
-    """Time a few batches and count the corpus as far as time allows; tell size and time of the cache.
+    """Return a message that says how large a cache will be, and how long writing it will take.
+
+    A few batches are run to measure bytes and speed, and the corpus is counted as far as time allows.
 
     Args:
-        trainer: about to predict.
+        trainer: the trainer, about to predict.
         teacher: the teacher, on its device.
         manifest: what is written already.
-        count_seconds: time for counting; several ranks, whose loaders run in step, do not count.
+        count_seconds: seconds for counting. Several ranks do not count, because their loaders run in step.
     """
     batches: Iterator[Batch] = iter(trainer.predict_dataloaders or ())
     rows, seconds = _trial(trainer, teacher, islice(batches, TRIAL))
@@ -64,7 +66,7 @@ def forecast(trainer: Trainer, teacher: Runner, manifest: Manifest, count_second
 
 
 def _trial(trainer: Trainer, teacher: Runner, batches: Iterable[Any]) -> tuple[Rows | None, float]:
-    """Rows of a few batches, and the seconds they took; the first is run once before, as a warm-up."""
+    """Return the rows of a few batches, and the seconds they took; the first is run before, as a warm-up."""
     rows, seconds = list[Rows](), 0.0
     for batch in batches:
         batch = teacher.transfer_batch_to_device(batch, teacher.device, 0)

@@ -1,7 +1,7 @@
-"""Batches of a cache, in an order that is a function of (seed, epoch) alone.
+"""Load the batches of a cache, in an order that is a function of (seed, epoch) alone.
 
-An epoch takes the shards in a shuffled order; within one, rows are divided into batches of similar length,
-and ranks take batches in turn. The place of a run is therefore two numbers.
+An epoch takes the shards in a shuffled order. The rows of a shard are divided into batches of similar length,
+and ranks take batches in turn. So the position of a run is two numbers: its epoch, and its batches done.
 
 Shapes: B documents of a batch, T tokens of the longest.
 """
@@ -23,19 +23,20 @@ from src.errors import ConfigError
 
 
 class CachedLoader:
-    """Batches of one rank, in training one epoch after the other.
+    """Iterates over the batches of one rank; in training each iteration is the next epoch.
 
-    It has a length, so Lightning does not read ahead of the saved position. While training, an iteration
-    that was broken off is continued by the next one: Lightning breaks one off when it resumes at the end of
-    an epoch, or at ``limit_train_batches``, and no document may be lost to that.
+    It has a length: without one, Lightning would read a batch ahead of the saved position. In training, an
+    iteration that was broken off is continued by the next one, so that no document is lost. Lightning breaks
+    one off when it resumes at the end of an epoch, and at ``limit_train_batches``.
 
     Args:
         cache: what to read.
         batch_size: documents of a batch.
         pad_id: token that fills rows.
         seed: seed of the order.
-        shuffle: shuffle, and go on with the next epoch; or always give the same batches.
-        rank: this rank.
+        shuffle: whether to shuffle, and to begin the next epoch with each iteration; otherwise every
+            iteration gives the same batches.
+        rank: number of this rank, from 0.
         world: number of ranks.
     """
 
@@ -90,7 +91,7 @@ class CachedLoader:
 
     @property
     def order(self) -> dict[str, Any]:
-        """The settings that give a position its meaning; the number of ranks is none of them."""
+        """The settings that a saved position depends on; the number of ranks is none of them."""
         return {"corpus": self.cache.corpus, "batch_size": self.batch_size, "seed": self.seed}
 
     def state_dict(self) -> dict[str, Any]:
@@ -116,10 +117,10 @@ class CachedLoader:
         self.done = self._place(state_dict["done"], state_dict["world"])
 
     def _place(self, done: int, world: int) -> int:
-        """Return the batches this rank has done when each of ``world`` ranks has done ``done`` of the epoch.
+        """Return how many batches this rank has done when each of ``world`` ranks has done ``done``.
 
-        All ranks begin a shard together. Where the place lies between two batches of this number of ranks, it
-        is the earlier one.
+        All ranks begin a shard together. Where the number of ranks has changed and the position lies within a
+        batch of all ranks, that batch is given again.
         """
         here = 0
         for index in self._order():
@@ -132,12 +133,17 @@ class CachedLoader:
 
 
 def collate(rows: Rows, chosen: Array, pad_id: int) -> Batch:
-    """Return a batch of documents: token tensors ``[B, T]``, and the flat signal of supervised positions.
+    """Return some documents as a padded batch, with the teacher's signal.
 
     Args:
         rows: rows of a shard.
-        chosen: ``[B]`` documents.
+        chosen: ``[B]`` numbers of the documents.
         pad_id: token that fills rows, on the right.
+
+    Returns:
+        ``input_ids``, ``attention_mask`` and ``labels``, each ``[B, T]``; and the signal of the N supervised
+        positions in their order: ``teacher_ids`` and ``teacher_log_probs`` ``[N, K]``, ``teacher_entropy``
+        and ``teacher_log_rest`` ``[N]``.
     """
     lengths, counts = rows.lengths[chosen], rows.counts[chosen]
     inside = np.arange(lengths.max()) < lengths[:, None]

@@ -29,14 +29,14 @@ VERSION = 2
 
 @dataclass(frozen=True)
 class Shard:
-    """One Parquet file.
+    """Describes one Parquet file of a cache.
 
     Attributes:
         file: its name.
-        batches: batches of the corpus that it holds.
-        rows: documents.
-        tokens: tokens of the documents.
-        positions: supervised positions, each with one signal.
+        batches: number of batches of the corpus that it holds.
+        rows: number of documents.
+        tokens: number of their tokens.
+        positions: number of supervised positions, each with one signal.
         bytes: size of the file.
         sha256: checksum of the file.
         corpus: fingerprint of its documents, in order (:func:`src.cache.fingerprint.documents`).
@@ -56,9 +56,9 @@ class Shard:
 
 @dataclass(frozen=True)
 class Manifest:
-    """One part of a cache.
+    """Describes one part of a cache: the shards that one process wrote.
 
-    The fields above ``part``, ``compute`` and ``day`` must agree in all parts, and when writing resumes.
+    The fields before ``part``, and ``compute`` and ``day``, must agree in all parts, and on resume.
 
     Attributes:
         teacher: id of the teacher.
@@ -67,13 +67,14 @@ class Manifest:
             unknown.
         quantize: its quantisation, or None.
         tokenizer: fingerprint of the tokenizer.
-        vocabulary: number of logits.
-        k: tokens kept.
+        vocabulary: number of the teacher's logits.
+        k: tokens kept at each position.
         precision: how log-probabilities are stored (:mod:`src.cache.shards`).
-        parts: processes that wrote.
-        part: which of them this is.
+        parts: number of parts of the cache.
+        part: number of this part, from 0.
         complete: whether the corpus was read to its end.
         shards: the files, in order.
+        version: version of the format.
         dtype: type of the weights that are not quantised; None in caches that did not note it.
         compute: the trainer's precision; None in caches that did not note it.
         day: what chat templates took for today; None in caches that did not note it.
@@ -104,17 +105,17 @@ class Manifest:
 
     @cached_property
     def corpus(self) -> str:
-        """Fingerprint of tokens, supervision and order; it does not depend on where shards end."""
+        """Fingerprint of all tokens, of which are supervised, and of their order, wherever shards end."""
         return chained((s.corpus, s.rows) for s in self.shards)
 
     @property
     def rows(self) -> int:
-        """Documents."""
+        """Number of documents."""
         return sum(s.rows for s in self.shards)
 
     @property
     def positions(self) -> int:
-        """Supervised positions."""
+        """Number of supervised positions."""
         return sum(s.positions for s in self.shards)
 
     @property
@@ -132,16 +133,16 @@ class Manifest:
         return replace(self, shards=(*self.shards, shard))
 
     def save(self, cache: str) -> None:
-        """Replace the file, whole; it states the fingerprint of the corpus too."""
+        """Write the manifest to its part of the directory ``cache``, whole, in place of an older one."""
         content = asdict(self) | {"corpus": self.corpus}
         write_json(f"{cache}/part-{self.part}/manifest.json", {**content, "digest": _digest(content)})
 
     @classmethod
     def load(cls, cache: str, part: int = 0) -> Manifest | None:
-        """Read one part; None if there is none.
+        """Read the manifest of a part of the cache at a directory or URL; None if there is none.
 
         Raises:
-            ConfigError: the file is damaged, was edited, is of another part or version, or out of reach.
+            ConfigError: the file is damaged, was edited, is of another part or version, or cannot be read.
         """
         file = f"{cache}/part-{part}/manifest.json"
         data = fetch(file)
@@ -168,7 +169,7 @@ def fetch(file: str) -> bytes | None:
     """Return the bytes of a file or URL; None if there is none.
 
     Raises:
-        ConfigError: it is out of reach.
+        ConfigError: it exists, or may exist, and cannot be read.
     """
     if "://" not in file and os.path.exists(file) and not os.path.isfile(file):
         raise ConfigError(f"cache: '{file}' is a directory, a pipe or a device.")
@@ -185,7 +186,7 @@ def sizes(files: list[str]) -> list[int | None]:
     """Return the sizes in bytes of files or URLs of one file system; None for those that are missing.
 
     Raises:
-        ConfigError: they are out of reach.
+        ConfigError: their directory cannot be read.
     """
     if not files:
         return []

@@ -18,16 +18,18 @@ _OTHER = "model.init_args.teacher.init_args.any_teacher to true"
 
 
 def check_origin(cache: Cache, weights: str | None, name: str, revision: str | None) -> None:
-    """Compare the teacher of a cache with a model: the weights, or the names where those cannot be compared.
+    """Refuse a cache whose teacher has other weights than the model that is recovered.
+
+    Where a fingerprint of weights is missing, names and revisions are compared; a difference gives a warning.
 
     Args:
-        cache: whose teacher is asked.
-        weights: fingerprint of the model.
-        name: its id.
-        revision: its revision, or None.
+        cache: the cache.
+        weights: fingerprint of the model's weights; None if unknown.
+        name: Hub id or directory of the model.
+        revision: its Hub revision, or None.
 
     Raises:
-        ConfigError: the weights are others.
+        ConfigError: the weights differ.
     """
     about = cache.about
     other = differ(about.weights, weights)

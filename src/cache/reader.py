@@ -15,13 +15,18 @@ from src.errors import ConfigError
 
 
 class Cache:
-    """A complete cache, opened for reading.
+    """Opens a complete cache for reading.
 
     Args:
         path: directory or URL of the cache.
 
+    Attributes:
+        about: manifest of the first part; what it says of teacher, tokenizer and k holds for all parts.
+        shards: path within the cache, and description, of each shard of all parts.
+        corpus: fingerprint of all documents, in order.
+
     Raises:
-        ConfigError: there is none, it is incomplete, or its parts disagree.
+        ConfigError: there is none, it is incomplete, a shard is missing, or its parts disagree.
     """
 
     def __init__(self, path: str) -> None:
@@ -51,7 +56,7 @@ class Cache:
         return sum(m.mean_entropy * m.positions for m in self.parts) / positions
 
     def _check_sizes(self) -> None:
-        """Check that every shard is there and whole, now rather than in the middle of a run."""
+        """Refuse a cache with a shard that is missing or of the wrong size, now and not in mid-run."""
         lengths = sizes([f"{self.path}/{name}" for name, _ in self.shards])
         for (name, shard), size in zip(self.shards, lengths, strict=True):
             if size != shard.bytes:
@@ -59,7 +64,7 @@ class Cache:
                 raise ConfigError(f"cache: '{self.path}/{name}' {fault}. {REMEDY}")
 
     def read(self, index: int) -> Rows:
-        """Return the rows of a shard.
+        """Return the rows of shard ``index``, after a check of its checksum.
 
         Raises:
             ConfigError: the file is missing or damaged.

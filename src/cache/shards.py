@@ -1,4 +1,4 @@
-"""Rows of a cache as Parquet bytes, and back.
+"""Turn rows of a cache into Parquet bytes, and back.
 
 A row is a document: its tokens, which of them are supervised, and one signal for each position that predicts
 a supervised token, in order. Tokens and signal lie in one row, so nothing can be misaligned, and any Parquet
@@ -38,17 +38,17 @@ Array = NDArray[Any]
 
 @dataclass(frozen=True)
 class Rows:
-    """Documents with their signal, laid end to end.
+    """Holds documents with their signal, laid end to end.
 
     Attributes:
-        tokens: ``[S]`` int32.
-        supervised: ``[S]`` bool: whether the token has a label.
-        lengths: ``[D]`` tokens of each document.
-        counts: ``[D]`` supervised positions of each document.
-        ids: ``[N, K]`` int32.
-        log_probs: ``[N, K]`` float32.
-        entropy: ``[N]`` float32.
-        log_rest: ``[N]`` float32.
+        tokens: ``[S]`` int32, tokens of all documents.
+        supervised: ``[S]`` bool, whether the token has a label.
+        lengths: ``[D]`` number of tokens of each document.
+        counts: ``[D]`` number of supervised positions of each document.
+        ids: ``[N, K]`` int32, the teacher's likeliest tokens at each position.
+        log_probs: ``[N, K]`` float32, their log-probabilities.
+        entropy: ``[N]`` float32, entropy of the teacher's whole distribution, nats.
+        log_rest: ``[N]`` float32, logarithm of the mass outside the K tokens.
     """
 
     tokens: Array
@@ -62,7 +62,7 @@ class Rows:
 
     @classmethod
     def concatenate(cls, parts: list[Rows]) -> Rows:
-        """Lay several end to end."""
+        """Return several, laid end to end, as one."""
         return cls(*(np.concatenate([getattr(p, f.name) for p in parts]) for f in fields(cls)))
 
     @property
@@ -72,9 +72,13 @@ class Rows:
 
 
 def documents(batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the documents of a batch, flat: ``tokens``, ``supervised``, ``lengths``, ``counts``.
+    """Return the documents of a padded or packed batch, laid end to end as in :class:`Rows`.
 
     A document without a supervised position is left out: it teaches nothing, and has no signal.
+
+    Returns:
+        ``tokens [S]``; ``supervised [S]``, whether a token has a label; ``lengths [D]``, tokens of each
+        document; ``counts [D]``, supervised tokens of each document.
     """
     labels = batch["labels"]
     starts = torch.zeros_like(labels, dtype=torch.bool)
@@ -98,7 +102,13 @@ def documents(batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 def rows_of(batch: dict[str, Tensor], signal: TopK | None) -> Rows:
-    """Return the rows of a batch with its signal (k = 0 without one), in order."""
+    """Return the documents of a batch as rows.
+
+    Args:
+        batch: a padded or packed batch.
+        signal: the teacher's signal at its N supervised positions, in order; None gives rows without a
+            signal (K = 0), as when only their tokens are compared with a shard.
+    """
     tokens, supervised, lengths, counts = (x.cpu().numpy() for x in documents(batch))
     corpus = tokens.astype(np.int32), supervised, lengths, counts
     if signal is None:
@@ -110,7 +120,7 @@ def rows_of(batch: dict[str, Tensor], signal: TopK | None) -> Rows:
 
 
 def encode(rows: Rows, precision: Precision) -> bytes:
-    """Parquet bytes of the rows; the same rows give the same bytes."""
+    """Return rows as the bytes of a Parquet file; the same rows give the same bytes."""
     real = np.float32 if precision == "float32" else np.float16
     per_signal, k = rows.counts, rows.ids.shape[1]
     if precision == "compact":
@@ -141,7 +151,7 @@ def encode(rows: Rows, precision: Precision) -> bytes:
 
 
 def decode(data: bytes, k: int) -> Rows:
-    """Return the rows in Parquet bytes."""
+    """Return the rows that :func:`encode` wrote, with ``k`` tokens at each position."""
     table = pq.read_table(pa.BufferReader(data), use_threads=False).combine_chunks()
 
     def column(name: str) -> tuple[Array, Array]:

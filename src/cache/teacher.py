@@ -1,4 +1,4 @@
-"""The teacher's forward pass, as the module that ``predict`` runs."""
+"""The LightningModule with which ``predict`` writes a cache: a forward pass of the teacher."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from src.training.strategies import check_device, check_quantised, kind
 
 
 class CacheTeacher(Stage):
-    """Computes the k likeliest tokens at every supervised position; a :class:`CacheWriter` stores them.
+    """Computes the teacher's k likeliest tokens at every supervised position, for a :class:`CacheWriter`.
 
     Args:
         model: Hub id or directory of the teacher.
         out: directory of the cache; the same command again resumes it.
         k: tokens kept.
-        precision: of the stored log-probabilities: ``float32``, ``float16``, or ``compact`` (one byte).
-        chunk_tokens: positions projected to the vocabulary at a time.
+        precision: how log-probabilities are stored: ``float32``, ``float16``, or ``compact`` (one byte).
+        chunk_tokens: positions that pass through the output head at a time; fewer take less memory.
         shard_positions: supervised positions after which a file is closed; a kill costs at most these.
         count_seconds: seconds spent on counting the corpus before the run, to forecast time and size.
         kwargs: how the teacher is loaded; see :class:`src.training.stage.Stage`.
@@ -61,9 +61,9 @@ class CacheTeacher(Stage):
             raise ConfigError(" ".join(wrong))
         self.writer = CacheWriter(out, precision, shard_positions, count_seconds)
         self.skip: int = 0
-        """Batches that need no signal: this rank has it already."""
+        """Number of first batches whose signal this rank has written already."""
         self.idle: int = 0
-        """Batches that the model need not run on: a sharded one runs while any rank needs it."""
+        """Number of first batches that the model skips: a sharded model must run while any rank needs it."""
         self.k, self.chunk_tokens = k, chunk_tokens
 
     def refuse(self, trainer: Trainer, data: object) -> None:
@@ -87,7 +87,7 @@ class CacheTeacher(Stage):
             shard(self.model, self.device_mesh["data_parallel"])
 
     def configure_callbacks(self) -> list[Callback]:
-        """Lightning adds the writer to the trainer's callbacks."""
+        """Return the writer, which Lightning adds to the trainer's callbacks."""
         return [self.writer]
 
     def on_predict_start(self) -> None:
@@ -95,13 +95,13 @@ class CacheTeacher(Stage):
             self.check()
 
     def resume(self, batches: int) -> None:
-        """Skip the first ``batches``, which lie in the cache; called on every rank."""
+        """Compute no signal for the first ``batches``, which lie in the cache. Every rank must call it."""
         sharded = kind(self.trainer.strategy) in ("fsdp", "fsdp2")
         self.skip, self.idle = batches, least(batches, self.device) if sharded else batches
 
     @torch.no_grad()
     def signal(self, batch: dict[str, Tensor]) -> TopK:
-        """Return what the teacher says at the supervised positions of a batch."""
+        """Return the teacher's k likeliest tokens at the N supervised positions of a batch, in order."""
         index_N = supervised(batch["labels"], batch.get("position_ids"))
         hidden_NH = self.head.hidden(batch).flatten(0, 1)[index_N]
         signal = live_signal(self.head, hidden_NH, self.k, self.chunk_tokens)
@@ -112,7 +112,7 @@ class CacheTeacher(Stage):
         """Return the documents of a batch with their signal; without one for the first ``skip`` batches.
 
         Raises:
-            ConfigError: the model says something that is not finite.
+            ConfigError: the model's distribution has NaN or infinity.
         """
         if batch_idx < self.idle:
             return rows_of(batch, None)

@@ -1,9 +1,9 @@
 """Write the teacher's signal to disk, shard by shard; a run that is killed loses at most one shard.
 
 A shard consists of whole batches of the corpus in its fixed order. It is written under a temporary name,
-flushed, renamed, and then entered in the manifest. A file that the manifest does not name is not a part of
-the cache. A second run skips the batches of the named shards, after it compares their tokens with the
-checksums.
+flushed, renamed, and then entered in the manifest. A file that the manifest does not name does not belong to
+the cache. A resumed run reads the batches of finished shards again, but computes no signal for them: it
+compares their tokens with the manifest's fingerprints.
 """
 
 from __future__ import annotations
@@ -47,16 +47,16 @@ class Teacher(Runner, Protocol):
     k: int
 
     def resume(self, batches: int) -> None:
-        """Skip the first ``batches``; called on every rank."""
+        """Compute no signal for the first ``batches``. Every rank must call it."""
 
 
 class Rendered(Protocol):
-    """What a cache notes of its data module."""
+    """What the writer asks of the data module, to note it in the manifest."""
 
     tokenizer: PreTrainedTokenizerBase
     rendering: Rendering
     named_day: date | None
-    """Today, if the user says which day it is."""
+    """The day that the user set as today for chat templates; None if the user set none."""
 
 
 class CacheWriter(BasePredictionWriter):
@@ -83,7 +83,7 @@ class CacheWriter(BasePredictionWriter):
         """The directory's lock and the writing thread."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Go on with the day that chats were rendered on, unless another was named."""
+        """Render chats with the date that the cache began with, unless the user sets a date."""
         super().setup(trainer, pl_module, stage)
         corpus = cast(Rendered, data_of(trainer))
         parts = (Manifest.load(self.out, part) for part in range(trainer.world_size))
@@ -92,7 +92,11 @@ class CacheWriter(BasePredictionWriter):
             corpus.rendering.day = date.fromisoformat(day)
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Find what is already there, and print what the rest will cost."""
+        """Find the shards that are written, have the teacher skip them, and print what the rest will cost.
+
+        Raises:
+            ConfigError: the directory holds another cache or a damaged one, is in use, or cannot be written.
+        """
         trainer.predict_loop.return_predictions = False  # they are on disk; memory stays flat
         teacher = cast(Teacher, pl_module)  # Lightning hands over its own type
         wanted = describe(trainer, teacher, self.precision)
@@ -128,7 +132,10 @@ class CacheWriter(BasePredictionWriter):
         batch_idx: int,
         dataloader_idx: int,
     ) -> None:
-        """Collect the rows of a batch; close the shard when it is full, or check it if it exists."""
+        """Add the rows of a batch to the present shard, and write the shard when it is full.
+
+        If an earlier run wrote that shard, its tokens are compared instead.
+        """
         self._batches += 1
         if REPEATED not in batch:
             self._rows.append(prediction)
@@ -139,7 +146,7 @@ class CacheWriter(BasePredictionWriter):
             self._close()
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Close the last shard; the cache is complete."""
+        """Write the last shard, and mark this part of the cache as complete."""
         if self._known:
             raise ConfigError(f"cache: corpus: it ends before {self._known[0].file} of '{self.out}' now.")
         if self._rows:
@@ -155,7 +162,7 @@ class CacheWriter(BasePredictionWriter):
         )
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Let the shard that is being written end, whole; the manifest says that more is to come."""
+        """Wait until the shard being written is whole, and free the directory; it stays marked incomplete."""
         self._held.close()
 
     # ------------------------------------------------------------------ shards
@@ -174,7 +181,7 @@ class CacheWriter(BasePredictionWriter):
             )
 
     def _close(self) -> None:
-        """Hand the shard to the writing thread, which is at most one shard behind."""
+        """Hand the present shard to the writing thread, which is at most one shard behind."""
         rows, batches = self._take()
         self._wait()
         if rows is not None:
@@ -227,7 +234,7 @@ class CacheWriter(BasePredictionWriter):
 
 
 def describe(trainer: Trainer, teacher: Teacher, precision: Precision) -> Manifest:
-    """Return the manifest of a new part, without shards."""
+    """Return the manifest of the part that this process will write, without shards yet."""
     corpus = cast(Rendered, data_of(trainer))
     return Manifest(
         teacher=teacher.name,

@@ -1,1 +1,1 @@
-"""The evaluate verb: divergence, exact match and public tasks beside the teacher."""
+"""The ``evaluate`` verb: judges models beside their teacher by divergence, exact match and public tasks."""

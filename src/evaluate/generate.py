@@ -1,4 +1,4 @@
-"""Greedy decoding with a cache: the one loop that evaluation and benchmark share.
+"""Decode greedily with a KV cache, in one loop that evaluation and benchmark share.
 
 ``generate()`` of transformers merges the checkpoint's own sampling settings (temperature, repetition
 penalty) into what it is asked, and costs several times a small model's step in bookkeeping. Judging and
@@ -31,16 +31,16 @@ def stop_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> f
 
 
 def new_tokens(prompts: Sequence[Sequence[int]], positions: int, asked: int | None, default: int) -> int:
-    """Choose the most tokens of a continuation: as asked, or by default as many as have positions.
+    """Return how many tokens a continuation may have at most, so that the longest one fits the positions.
 
     Args:
         prompts: token lists.
         positions: tokens that prompt and continuation may have together.
-        asked: the user's number, or None.
-        default: otherwise, where the positions suffice.
+        asked: the number that the user asks for, or None.
+        default: the number otherwise, cut to what the longest prompt leaves.
 
     Raises:
-        ConfigError: there are too few positions.
+        ConfigError: the longest prompt leaves fewer positions than asked for, or none.
     """
     longest = max(map(len, prompts))
     room = positions - longest + 1  # the last token is not fed

@@ -1,4 +1,4 @@
-"""EleutherAI's lm-evaluation-harness, an optional extra: its tasks, and what it records of a model.
+"""Load tasks of EleutherAI's lm-evaluation-harness, an optional extra, and let it judge a model.
 
 https://github.com/EleutherAI/lm-evaluation-harness
 """
@@ -38,7 +38,7 @@ def harness(module: str) -> Any:
 
 
 def load_tasks(names: Sequence[str], include: str | None = None, data_dir: str = ".") -> list[Any]:
-    """Load the harness's tasks and groups of these names, and read their data.
+    """Return the tasks and groups of these names as the harness's own objects, with their data read.
 
     Args:
         names: tasks, groups or tags of the harness, or tasks of ``include``.
@@ -100,7 +100,7 @@ def _first_line(error: Exception) -> str:
 
 @contextlib.contextmanager
 def _quiet(*names: str) -> Iterator[None]:
-    """Let these loggers say errors only."""
+    """Let the loggers of these names print errors only, in the block."""
     levels = {name: logging.getLogger(name).level for name in names}
     for name in names:
         logging.getLogger(name).setLevel(logging.ERROR)
@@ -119,7 +119,7 @@ def ask(
     limit: int | None = None,
     batch_size: int = 8,
 ) -> dict[str, Any]:
-    """Let the harness judge one model: return its results, and every answer under ``samples``.
+    """Let the harness judge one model; return the harness's results, with every answer under ``samples``.
 
     Args:
         model: the model to judge, in eval mode.

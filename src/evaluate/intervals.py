@@ -23,23 +23,26 @@ Interval = dict[str, float]
 
 RESAMPLES, SEED, LEVEL = 10_000, 0, 0.95
 MANY = 10_000
-"""Items from which on the interval is the normal distribution's, which theirs has become."""
+"""With more items the interval is computed from a normal distribution, to which resampling then converges."""
 
 
 @lru_cache(maxsize=16)
 def shares(count: int, stream: int, resamples: int = RESAMPLES) -> Array:
-    """Return the share ``[R, count]`` of each of ``count`` items in each of R resamples of them."""
+    """Return the share ``[R, count]`` that each of ``count`` items has in each of R resamples of them.
+
+    ``stream`` selects a stream of random numbers: items and seeds are resampled independently.
+    """
     rng = np.random.default_rng([SEED, stream])
     drawn = rng.multinomial(count, np.full(count, 1 / count), size=resamples).astype(np.float64)
     return drawn / count
 
 
 def interval(sums_SI: Array, sizes_I: Array, resamples: int = RESAMPLES) -> Interval:
-    """The mean ``sums / sizes`` over seeds and items, with its percentile interval.
+    """Return the mean of a figure over seeds and items, ``sums / sizes``, with its 95 % interval.
 
     Args:
-        sums_SI: sum of a figure on each item, by seed.
-        sizes_I: what to divide by: ones for a share of items, tokens for a mean over tokens.
+        sums_SI: sum of the figure over each item (0 or 1, if an item is right or wrong), by seed.
+        sizes_I: what each item counts for: 1 in a share of items, its tokens in a mean over tokens.
         resamples: number of resamples.
     """
     seeds, items = sums_SI.shape
@@ -55,9 +58,14 @@ def interval(sums_SI: Array, sizes_I: Array, resamples: int = RESAMPLES) -> Inte
 
 
 def verdict(difference: Interval, higher_is_better: bool) -> Verdict:
-    """Return whether a difference is an improvement: ``better``, ``worse``, or ``tied``.
+    """Return whether a difference between two methods is an improvement of the first.
 
-    It is tied if its interval contains 0.
+    Args:
+        difference: the first method's figure less the second's, with its interval.
+        higher_is_better: whether a larger figure is better.
+
+    Returns:
+        ``tied`` if the interval contains 0; else ``better`` or ``worse``.
     """
     if difference["low"] <= 0 <= difference["high"]:
         return "tied"

@@ -1,8 +1,8 @@
-"""Public tasks beside the teacher: ``python -m src.cli evaluate --tasks piqa,arc_easy``.
+"""Judge models on public tasks beside their teacher: ``python -m src.cli evaluate --tasks piqa,arc_easy``.
 
 The lm-evaluation-harness (:mod:`src.evaluate.harness`) words the prompts and keeps the score. Teacher and
-students answer the same documents in one run, so that each score has beside it its ratio to the teacher's,
-and how many documents flipped.
+students answer the same documents in one run. So each score stands beside its ratio to the teacher's, and
+beside the number of documents that only one of the two has right (flips).
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from src.files import write_json
 from src.models.loading import load_tokenizer
 
 Scores = dict[str, dict[str, dict[str, Any]]]
-"""By task and metric: ``score``; where the harness has one ``stderr``; where a document is right or wrong
-``correct``, one bool a document; beside a teacher ``ratio`` and ``flips``."""
+"""By task and metric: ``score``; ``stderr``, if the harness gives one; ``correct``, one bool a document, if a
+document is right or wrong; beside a teacher also ``ratio`` and ``flips``."""
 
 
 def main(args: argparse.Namespace, argv: list[str]) -> None:
@@ -51,7 +51,11 @@ def main(args: argparse.Namespace, argv: list[str]) -> None:
 
 
 def scores(output: dict[str, Any]) -> Scores:
-    """Collect all metrics by task and the harness's names: ``acc``, ``exact_match,strict`` (a filter)."""
+    """Collect the metrics of each task from the output of :func:`src.evaluate.harness.ask`.
+
+    A metric keeps the harness's name, such as ``acc``. If the harness filters answers before it scores them,
+    the filter's name follows a comma: ``exact_match,strict``.
+    """
     out: Scores = {}
     for task, values in output["results"].items():
         for key, value in values.items():
@@ -71,7 +75,7 @@ def scores(output: dict[str, Any]) -> Scores:
 
 
 def compare(student: Scores, teacher: Scores) -> None:
-    """Add to each of the student's metrics ``ratio`` and, where documents are right or wrong, ``flips``."""
+    """Add the ``ratio`` to the teacher's score and, if known, ``flips`` to the student's metrics in place."""
     for task, metrics in student.items():
         for name, own in metrics.items():
             other = teacher[task][name]
@@ -82,7 +86,10 @@ def compare(student: Scores, teacher: Scores) -> None:
 
 
 def describe(output: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Describe each task: shots, documents, version, data, and the metrics of which less is better."""
+    """Return facts on each task of the harness's output.
+
+    They are its shots, number of documents, version, data set, and the metrics of which less is better.
+    """
     keys, facts = ("dataset_path", "dataset_name", "dataset_kwargs"), dict[str, dict[str, Any]]()
     for task in output["results"]:
         config = output["configs"].get(task, {})
@@ -98,7 +105,12 @@ def describe(output: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def summary(results: list[dict[str, Any]], facts: dict[str, dict[str, Any]]) -> Table:
-    """Return a table with a row for each task, metric and model; a teacher is the first model."""
+    """Return a table with a row for each task, metric and model.
+
+    Args:
+        results: results of each model, the teacher's first if there is one.
+        facts: what :func:`describe` returned.
+    """
     table = Table(title="public tasks")
     for heading in ("task", "metric", "model"):
         table.add_column(heading, overflow="fold")

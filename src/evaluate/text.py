@@ -1,4 +1,4 @@
-"""How far a model is from its teacher on held-out text: KL, agreement, loss.
+"""Measure how far a model is from its teacher on held-out text: KL, agreement, loss.
 
 Shapes: B rows, T tokens, N judged positions (those that predict a supervised token), V vocabulary.
 """
@@ -24,7 +24,7 @@ from src.training.progress import track
 ROW_SUMS = ("loss", "teacher_loss", "kl", "agreement", "tokens")
 """Columns of :func:`row_sums`."""
 LARGEST_LOSS = math.log(sys.float_info.max)
-"""Of which the perplexity is a number."""
+"""Largest loss (nats) whose perplexity is a finite number."""
 
 
 def held_out(
@@ -39,7 +39,7 @@ def held_out(
 
     Args:
         student: the model to judge.
-        teacher: what it should behave like; None leaves loss and perplexity alone.
+        teacher: the model that it should behave like; None measures loss and perplexity alone.
         batches: ``input_ids, attention_mask, labels`` (not shifted), each ``[B, T]``.
         chunk: tokens whose float32 logits are held at once.
 
@@ -76,7 +76,10 @@ def row_sums(
     batches: Iterable[dict[str, Tensor]],
     chunk: int = 1024,
 ) -> Tensor:
-    """Sum the figures of :func:`held_out` over each row: ``[rows, 5]`` float64, columns :data:`ROW_SUMS`."""
+    """Return the figures of :func:`held_out` summed over each row: ``[rows, 5]`` float64.
+
+    The columns are :data:`ROW_SUMS`; the arguments are those of :func:`held_out`.
+    """
     rows = [torch.zeros(0, len(ROW_SUMS), dtype=torch.float64)]
     for batch in track(batches, "batches of text"):
         batch = {key: value.to(student.device) for key, value in batch.items()}
@@ -94,13 +97,13 @@ def row_sums(
 
 
 def _logits(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
-    """Logits ``[B, T - 1, V]`` of all positions that have a next token."""
+    """Return the logits ``[B, T - 1, V]`` of all positions that have a next token."""
     logits_BTV: Tensor = model(**batch, use_cache=False).logits
     return logits_BTV[:, :-1]
 
 
 def _compare(own_NV: Tensor, other_NV: Tensor, labels_N: Tensor) -> Tensor:
-    """Columns ``[N, 5]``: own loss, the other's loss, KL(other || own), equal first choices, one.
+    """Return columns ``[N, 5]``: own loss, the other's loss, KL(other || own), equal first choices, one.
 
     The other's distribution is that over the tokens that the own model has.
     """

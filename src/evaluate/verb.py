@@ -3,12 +3,11 @@
 There are three kinds of figures:
 
 * agreement with the teacher: exact KL over the whole vocabulary, and the share of tokens where both models
-rank
-  the same token first;
+  rank the same token first;
 * the language model: loss and perplexity;
 * the task: exact match of the final answer after free greedy generation. Beside it stand the items that
-flipped
-  against the teacher, and the probability that chance alone flips them so unevenly (McNemar's exact test).
+  only one of model and teacher has right (flips), and the probability that chance alone divides them so
+  unevenly (McNemar's exact test).
 
 All figures are of the same rows. The number of rows read, and the reasons why some are not judged, are
 printed with them.
@@ -62,7 +61,7 @@ def exact_match(
         model: the model to judge, in eval mode.
         tokenizer: its tokenizer.
         rows: prompts, and reference answers that end in ``#### n``.
-        columns: those of prompt and reference.
+        columns: names of the columns of prompt and reference.
         max_new_tokens: most tokens of an answer; None is the longest reference and 32 more.
         batch_size: prompts decoded together.
         positions: tokens that prompt and answer may have together.
@@ -105,7 +104,7 @@ def exact_match(
 
 OF_ROWS = (*COLUMN_OPTIONS, "supervise", "max_length", "max_new_tokens", "no_exact_match")
 OF_TASKS = ("include_path", "data_dir", "num_fewshot")
-"""Options of one kind of judgement only."""
+"""Options that only held-out rows have (``OF_ROWS``), or only public tasks (``OF_TASKS``)."""
 
 
 def main(argv: list[str]) -> None:
