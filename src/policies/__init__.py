@@ -1,4 +1,4 @@
-"""Mask policies, one in each file; YAML names them by class path."""
+"""Mask policies, the methods of choosing which units go: one in each file, named in YAML by class path."""
 
 from src.policies.angular import AngularDistance
 from src.policies.base import MaskPolicy

@@ -12,9 +12,10 @@ from src.policies.one_shot import Contiguous
 
 
 class AngularDistance(Contiguous):
-    """Drops the run of layers with the least mean ``arccos cos(h_l, h_{l+n}) / pi`` at each row's last token.
+    """Removes the n neighbouring layers that turn the residual stream least at each row's last token.
 
-    It takes one forward pass. In packed rows it reads the last token of the last document.
+    The turn is the angle ``arccos cos(h_l, h_{l+n}) / pi``, in the mean over rows. It takes one forward pass.
+    In packed rows the last token is that of the last document.
     """
 
     def change(self, h_in_WBTH: Tensor, h_out_WBTH: Tensor, real_BT: Tensor) -> Tensor:

@@ -1,12 +1,13 @@
 """The contract of a mask policy: an ask-tell optimiser over which units to remove.
 
-The search asks :meth:`MaskPolicy.sample` for a mask and runs the model under it. It tells the loss to
-:meth:`MaskPolicy.surrogate` and, if the policy needs it, the gradient of the loss with respect to the gates.
-The surrogate's value is differentiated with respect to the policy's own parameters. So pathwise,
+The search asks :meth:`MaskPolicy.sample` for a mask, runs the model under it, and tells the loss to
+:meth:`MaskPolicy.surrogate`; with it, if the policy needs that, the gradient of the loss with respect to the
+gates. The surrogate's value is differentiated with respect to the policy's own parameters. So pathwise,
 score-function, greedy, random and training-free methods share one command, and the search names none of them.
 
-A policy knows units (layers, or halves of layers) by their numbers alone. The *space* says which sets of them
-are legal (:mod:`src.units.spaces`).
+A policy knows units (layers, halves of layers, or parts of their width) by their numbers alone. The *space*
+says which sets of them are legal (:mod:`src.units.spaces`). At the end the policy *hardens*: it names the set
+of units to keep.
 
 Shapes: D draws, U units (L layers where a method takes whole layers only).
 """
@@ -30,32 +31,33 @@ from src.units.spaces import Kept, Space
 
 
 class MaskPolicy(nn.Module, ABC):
-    """Holds the counts and constraints, one logit for each unit, and uniform defaults.
+    """The base of all policies: holds the space of legal masks and one logit for each unit.
 
     A subclass overrides what it needs; :meth:`sample` it must.
 
     Args:
         always_keep: layers that may not be removed, such as ``[0, -1]``; negative counts from the end.
         seed: seed of the policy's own draws.
-        candidates: how many of the last distinct hardened masks compete on held-out rows; 1 is the plain
-            answer of the method.
-        polish: whether single swaps of a removed and a kept layer are tried on held-out rows.
+        candidates: how many of the last distinct masks that the policy hardened to compete on held-out rows;
+            1 is the plain answer of the method.
+        polish: whether exchanges of a removed and a kept unit are tried on held-out rows for as long as they
+            help.
     """
 
     works_on: ClassVar[tuple[Unit, ...]] = ("layer",)
-    """Units for which the method makes sense."""
+    """Kinds of unit for which the method makes sense."""
 
     needs_gradient = True
     """Whether :meth:`surrogate` wants the losses' gradients with respect to the gates."""
 
     any_count = False
-    """Whether what is learned ranks the units for every count alike, so that one search serves several."""
+    """Whether what is learned ranks the units for any count, so that one search serves several counts."""
 
     differentiates_weights = False
     """Whether :meth:`initialise` needs gradients of the weights from the probe."""
 
     temperature: float = 1.0
-    """Of a relaxation, for a policy that has one; a callback may anneal it."""
+    """Temperature of the relaxation, for a policy that has one; a callback may anneal it."""
 
     logits: nn.Parameter
 
@@ -75,9 +77,9 @@ class MaskPolicy(nn.Module, ABC):
         """Refuse weights that this policy cannot learn from, before anything is loaded.
 
         Args:
-            quantize: how they are quantised.
-            adapted: whether adapters train beside them.
-            in_parts: whether each rank holds a part of them.
+            quantize: type to which the weights are quantised; None if they are not.
+            adapted: whether adapters train beside the weights.
+            in_parts: whether each rank holds only a part of the weights.
 
         Raises:
             ConfigError: names the key and the alternative.
@@ -102,14 +104,15 @@ class MaskPolicy(nn.Module, ABC):
     def setup(
         self, num_layers: int, remove: int, pinned: Iterable[int] = (), unit: Unit = "layer", width: int = 1
     ) -> None:
-        """Take the sizes and create the parameters; the search calls this once, first of all.
+        """Create the space and the parameters for a model's sizes; the search calls this once, first of all.
 
         Args:
-            num_layers: layers of the model.
-            remove: layers to remove in the end; or as many halves as these have, or units of each layer.
+            num_layers: number of layers of the model.
+            remove: how many layers to remove in the end. Of halves as many attentions and as many
+                feed-forwards go, of KV groups or channels as many from each layer.
             pinned: layers that this model cannot lose and still be exported.
-            unit: what is removed.
-            width: units in each layer, where these are parts of its width.
+            unit: kind of the units.
+            width: units in each layer, for KV groups or channels.
 
         Raises:
             ConfigError: the count and the constraints cannot both be met, or the method is for other units.
@@ -142,7 +145,11 @@ class MaskPolicy(nn.Module, ABC):
         self.logits = nn.Parameter(torch.zeros(self.units))
 
     def _kept_layers(self, pinned: Iterable[int]) -> frozenset[int]:
-        """The layers that stay, of those that a mask may remove."""
+        """Return the layers that every mask keeps: those of ``always_keep``, and those the model cannot lose.
+
+        Raises:
+            ConfigError: ``always_keep`` names a layer that is none, or units of width are removed.
+        """
         if self.kind.wide and self.always_keep:
             raise ConfigError(
                 f"policy.always_keep: {list(self.always_keep)} are layers, and model.unit removes as many "
@@ -157,17 +164,17 @@ class MaskPolicy(nn.Module, ABC):
         return frozenset({i % self.num_layers for i in self.always_keep} | set(pinned))
 
     def spare(self, remove: int) -> Space:
-        """Return the space of masks without so many layers, halves of so many, or units of each layer."""
+        """Return the space of the masks that remove ``remove`` layers (or halves, or units; as in setup)."""
         return self.kind.space(self.num_layers, self.width, remove, self.pinned).holding(self.held)
 
     @contextmanager
     def aimed(self, remove: int, held: Iterable[int] = ()) -> Iterator[None]:
-        """Draw and harden masks of a smaller count within the block.
+        """Aim at a smaller removal in the block: draws and hardened masks are then of that size.
 
         Args:
-            remove: how many to remove in the end, at most those of :meth:`setup`. While a curriculum has come
-                to fewer, a draw removes these.
-            held: units that stay besides the pinned.
+            remove: how many to remove in the end, at most those of :meth:`setup`. While a curriculum has not
+                yet come to so many, a draw removes as many as the curriculum says.
+            held: units that stay besides those that always do.
         """
         before = self.target, self.remove, self.held, self.space
         self.target, self.remove, self.held = remove, min(remove, self.remove), frozenset(held)
@@ -183,36 +190,51 @@ class MaskPolicy(nn.Module, ABC):
         return self.units - self.spare(self.remove).keep
 
     def by_group(self, free: Tensor) -> Tensor:
-        """Return values of the free units ``[G, F]``, a row for each group of them that is chosen apart."""
+        """Arrange values of the free units (those that may be removed) in a row for each group of units.
+
+        Groups are chosen independently: each layer is one for KV groups and channels; else there is one
+        group.
+
+        Args:
+            free: one value for each free unit.
+
+        Returns:
+            ``[G, F]``: G groups, F free units in each.
+        """
         return free.view(self.space.groups, -1)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MaskPolicy:
-        """Follow the trainer to its device, not to half precision, which loses small steps of logits."""
+        """Move to the trainer's device, but not to half precision, which loses small steps of logits."""
         apply = cast(Callable[..., "MaskPolicy"], super()._apply)
         return apply(lambda tensor: fn(tensor).to(tensor.dtype), recurse)
 
     def initialise(self, probe: Probe) -> None:
-        """Prepare from calibration rows, before the first step of a new search."""
+        """Set the start of the parameters from calibration rows, before the first step of a new search."""
 
     @abstractmethod
     def sample(self, step: int, draw: int) -> Tensor:
         """Draw a mask: gates ``[U]``, exactly 0 or 1, exactly ``self.closed`` zeros.
 
-        A method whose gates are relaxed by definition may return values in [0, 1] instead.
-        A pure function of the parameters, (seed, step, draw) and the schedules, hence equal on all ranks.
-        The result may carry a relaxed gradient to the parameters.
+        A method whose gates are relaxed by definition may return values in [0, 1] instead. The draw depends
+        on nothing but the parameters, (seed, step, draw) and the schedules, so all ranks draw the same. The
+        result may carry a relaxed gradient to the parameters.
+
+        Args:
+            step: number of the training step.
+            draw: number of the draw within the step.
         """
 
     def surrogate(self, gates_DL: Tensor, losses_D: Tensor, grads_DL: Tensor | None) -> Tensor:
-        """Take the outcome of the draws; return a scalar whose gradient drives the parameters.
+        """Take the outcome of a step's draws; return a scalar whose gradient drives the parameters.
 
         The default is the pathwise one: its gradient is that of the mean loss, by the chain rule through
-        ``gates_DL``. A method without gradients records the losses and returns ``self.nothing()``.
+        ``gates_DL``. A method without gradients records the losses and returns :meth:`nothing`.
 
         Args:
             gates_DL: the draws as sampled ``[D, U]``, with their graph.
             losses_D: loss of each draw, detached.
-            grads_DL: gradient of each loss with respect to its gates, detached.
+            grads_DL: gradient ``[D, U]`` of each loss with respect to its gates, detached; None unless
+                ``needs_gradient``.
         """
         assert grads_DL is not None
         return (gates_DL * grads_DL).sum(-1).mean()
@@ -222,17 +244,20 @@ class MaskPolicy(nn.Module, ABC):
         return self.logits.sum() * 0.0
 
     def harden(self) -> Kept:
-        """Return the kept units, a set of the space: by default that of the highest logits."""
+        """Return the units that the final mask keeps, a legal set: by default that of the highest logits."""
         return tuple(self.space.argmax(self.logits.detach()).nonzero().flatten().tolist())
 
     def keep_probabilities(self) -> Tensor:
-        """Return the probability ``[U]`` of keeping each unit, for pictures and the entropy of the mask."""
+        """Return the probability ``[U]`` that each unit is kept, for plots and the entropy of the mask."""
         keep = torch.zeros(self.units)
         keep[list(self.harden())] = 1.0
         return keep
 
     def worth(self) -> list[float]:
-        """Return how much each unit is worth keeping, by which the polish orders swaps: here the logits."""
+        """Return how much each of the U units is worth keeping: by default its logit.
+
+        The polish tries the exchanges first that promise most by this.
+        """
         return self.logits.tolist()
 
     def gates(self, kept: Iterable[int]) -> Tensor:

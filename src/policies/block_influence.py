@@ -10,7 +10,10 @@ from src.policies.scores import block_influence
 
 
 class BlockInfluence(OneShot):
-    """Scores a layer by ``1 - mean cos(h_l, h_{l+1})`` over the real tokens, in one forward pass."""
+    """Scores a layer by ``1 - mean cos(h_l, h_{l+1})``: how far it turns the stream, over all real tokens.
+
+    It takes one forward pass.
+    """
 
     any_count = True
 

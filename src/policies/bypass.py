@@ -25,17 +25,18 @@ EPS = 1e-7
 
 
 class BypassBP(MaskPolicy):
-    """Learns Bernoulli keep probabilities (in ``logits``, as probabilities) against a moving baseline.
+    """Learns the probability that each unit is kept, from the losses of masks drawn by it.
 
-    A loss that is not finite is dropped together with its mask.
+    ``logits`` holds the probabilities themselves. A loss counts by its difference from a moving baseline. A
+    loss that is not finite is dropped together with its mask.
 
     Args:
-        init: start: ``kl`` (the rise of the KL when a layer alone is bypassed, standardised, through a
-            sigmoid, shifted to the budget; the paper does so with a metric for channels), the same with
-            ``salience`` (the gates' gradients), or ``uniform``.
+        init: start: ``kl`` (the rise of the KL when a unit alone is bypassed, standardised, through a
+            sigmoid, shifted to the budget; arXiv 2406.10576 does so with a metric for channels), the same
+            with ``salience`` (the gates' gradients), or ``uniform``.
         window: the baseline moves by ``1 / window`` towards the mean loss of each step.
         exact_score: divide the score by ``s (1 - s)`` and correct for the baseline's share of the draws: an
-            unbiased gradient. The paper divides by the square root and by draws - 1.
+            unbiased gradient. arXiv 2406.10576 divides by the square root and by draws - 1.
         kwargs: ``always_keep``, ``seed``, ``candidates``, ``polish`` of the base class.
     """
 
@@ -69,7 +70,7 @@ class BypassBP(MaskPolicy):
             self.logits[self.free] = self._budget() / (len(self.free) // self.space.groups)
 
     def _budget(self) -> int:
-        """Return the number of free units to keep, of those that are chosen together."""
+        """Return how many of the free units to keep (in each group of KV groups or channels)."""
         return (len(self.free) - self.closed) // self.space.groups
 
     def initialise(self, probe: Probe) -> None:
@@ -83,7 +84,7 @@ class BypassBP(MaskPolicy):
             self.logits[self.free] = shifted(torch.sigmoid(z), self._budget()).flatten().to(self.logits)
 
     def sample(self, step: int, draw: int) -> Tensor:
-        """Independent coin flips: gates ``[U]`` of 0 and 1, on average ``self.closed`` zeros."""
+        """Flip an independent coin for each unit: gates ``[U]``, 0 or 1, on average ``self.closed`` zeros."""
         with torch.no_grad():  # the projection of the step before; doing it again changes nothing
             self.logits[self.free] = self._projected()
         keep = self.logits.detach()[self.free].cpu()
@@ -92,7 +93,11 @@ class BypassBP(MaskPolicy):
         return gates
 
     def surrogate(self, gates_DL: Tensor, losses_D: Tensor, grads_DL: Tensor | None) -> Tensor:
-        """Return a scalar whose gradient is the paper's estimate of the gradient of the expected loss."""
+        """Return a scalar whose gradient is the policy gradient of the expected loss in the probabilities.
+
+        The estimate is that of arXiv 2406.10576: the sum over draws of (loss - baseline) times the score,
+        divided by draws - 1; ``exact_score`` makes it unbiased. The call also moves the baseline.
+        """
         finite = losses_D.isfinite()
         if not finite.any():
             return self.nothing()
@@ -111,12 +116,19 @@ class BypassBP(MaskPolicy):
         return keep
 
     def _projected(self) -> Tensor:
-        """The chances of the free units, brought to the budget."""
+        """Return the keep probabilities of the free units, brought to the budget."""
         return project(self.by_group(self.logits.detach()[self.free]), self._budget()).flatten()
 
 
 def shifted(value_L: Tensor, total: float) -> Tensor:
-    """Return ``clip(value - v, 0, 1)`` with v such that each row's sum is ``total``, bisected in float64."""
+    """Shift values so that, clipped to [0, 1], each row adds up to ``total``.
+
+    It finds v in ``clip(value - v, 0, 1)`` by bisection in float64.
+
+    Args:
+        value_L: ``[..., L]``.
+        total: sum of each row.
+    """
     value = value_L.double()
     low, high = value.amin(-1, keepdim=True) - 1, value.amax(-1, keepdim=True)
     for _ in range(80):
@@ -127,7 +139,12 @@ def shifted(value_L: Tensor, total: float) -> Tensor:
 
 
 def project(value_L: Tensor, total: float) -> Tensor:
-    """Return the nearest point of ``{s in [0, 1]^L, sum s <= total}`` in each row (arXiv 2406.10576)."""
+    """Return the nearest point of ``{s in [0, 1]^L, sum s <= total}`` to each row (arXiv 2406.10576).
+
+    Args:
+        value_L: ``[..., L]``.
+        total: greatest sum of a row.
+    """
     inside = value_L.clamp(0, 1)
     # A sum that the last projection left at the budget, up to rounding, stays to the last bit.
     fits = inside.double().sum(-1, keepdim=True) <= total + 1e-5

@@ -30,14 +30,14 @@ from src.units.spaces import Kept
 
 
 class ConcaveGate(MaskPolicy):
-    """Learns the places of contiguous segments, one number for each.
+    """Learns the places of contiguous segments of layers to remove, one number for each.
 
     Contiguous means: among the layers that may be removed. The gates are deterministic, so one draw a step is
     enough. A callback should anneal the temperature from about 2 layers to 0.05.
 
     Args:
         segments: number of segments; the layers to remove are divided among them as equally as possible.
-        start: first place of the segments. ``scan`` measures places half a length apart on the quick
+        start: first place of the segments. ``scan`` measures places half a length apart on a part of the
             calibration rows and takes the best; ``random`` draws one from the seed.
         temperature: width of the segments' soft edges, in layers.
         kwargs: ``always_keep``, ``seed``, ``candidates``, ``polish`` of the base class.
@@ -78,14 +78,18 @@ class ConcaveGate(MaskPolicy):
         self.place(chosen)
 
     def place(self, starts: list[int]) -> None:
-        """Set the first layer of each segment, counted among the layers that may be removed."""
+        """Move the segments to the given places.
+
+        Args:
+            starts: first layer of each segment, counted among the layers that may be removed.
+        """
         rooms = [len(self.free) - length + 1 for length in lengths(self.target, self.segments)]
         share = torch.tensor([(s + 0.5) / room for s, room in zip(starts, rooms, strict=True)])
         with torch.no_grad():
             self.logits.copy_(torch.logit(share))
 
     def _starts(self, count: int) -> Tensor:
-        """Return the place ``[S]`` of each segment's first layer, float64; rounded, it is legal."""
+        """Return where each segment's first layer is now, ``[S]`` float64; rounded, it is a legal place."""
         sizes = torch.tensor(lengths(count, self.segments))
         return (len(self.free) - sizes + 1) * torch.sigmoid(self.logits.cpu().double()) - 0.5
 
@@ -98,7 +102,7 @@ class ConcaveGate(MaskPolicy):
         return tuple(i for i in range(self.num_layers) if i not in removed)
 
     def sample(self, step: int, draw: int) -> Tensor:
-        """Return relaxed gates ``[L]`` in [0, 1]; their complements add up to the number to remove."""
+        """Return relaxed gates ``[L]`` in [0, 1]; what they lack to 1 adds up to the number to remove."""
         sizes = torch.tensor(lengths(self.remove, self.segments))
         height_L = heights(len(self.free), self._starts(self.remove), sizes)
         gates = torch.ones(self.num_layers, device=self.logits.device)
@@ -106,7 +110,7 @@ class ConcaveGate(MaskPolicy):
         return gates
 
     def harden(self) -> Kept:
-        """Return all layers but the n highest: of one segment, those of the nearest whole place."""
+        """Return all layers but the n of greatest height: with one segment, a run at the nearest place."""
         return self._without(self._starts(self.target).detach())
 
     def worth(self) -> list[float]:
@@ -137,8 +141,8 @@ def removed_shares(height_L: Tensor, count: int, tau: float) -> Tensor:
     Newton step from there makes it differentiable in the heights (implicit function theorem).
 
     Args:
-        height_L: height of each layer.
-        count: layers to remove.
+        height_L: height of each layer, see :func:`heights`.
+        count: number of layers to remove.
         tau: temperature, in layers.
     """
     with torch.no_grad():

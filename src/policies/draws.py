@@ -1,4 +1,4 @@
-"""Draws of a search, each with its loss and its gradient, gathered over the ranks.
+"""The masks that a search step draws, each with its loss and its gradient, averaged over the ranks.
 
 Shapes: D draws, U units.
 """
@@ -30,7 +30,7 @@ class Draw:
 
 
 def over_ranks(drawn: Sequence[Draw]) -> tuple[Tensor, Tensor | None]:
-    """Return the losses ``[D]`` of draws and their gradients ``[D, U]`` (or None), means over the ranks.
+    """Return losses ``[D]`` and gates' gradients ``[D, U]`` (or None) of draws, each the mean over the ranks.
 
     So every rank hands the same bits to its policy, and all ranks make the same update.
     """

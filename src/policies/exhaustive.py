@@ -1,4 +1,4 @@
-"""Measure every mask: the true optimum on the calibration rows, for shallow models."""
+"""Measure every legal mask: finds the true optimum on the calibration rows, where the masks are few."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from src.ranges import Count, checked
 
 
 class Exhaustive(OneShot):
-    """Measures all masks of the exact count by divergence and takes the best.
+    """Measures the divergence of every mask that removes the set number of units, and takes the best.
 
     Args:
         limit: most masks that it measures; more are refused.
@@ -42,6 +42,6 @@ class Exhaustive(OneShot):
             )
 
     def score(self, probe: Probe) -> Tensor:
-        """Return the best mask's gates ``[U]``."""
+        """Return the best mask's gates ``[U]``: a score of 1 for its units, 0 for the others."""
         masks = list(self.space)
         return self.gates(best_of(masks, probe.walk([self.gates(kept) for kept in masks], "all masks")))

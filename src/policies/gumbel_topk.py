@@ -1,13 +1,14 @@
 """Gumbel-TopK: the learned mask of E3-Pruner (arXiv 2511.17205).
 
 One logit for each layer says how much it is worth keeping. A draw perturbs the logits with Gumbel noise and
-removes exactly n layers, the top-n on the prune side (a Plackett-Luce draw without replacement, arXiv
-1903.06059). The backward pass goes through a relaxation whose temperature a callback anneals; the
-temperature never changes which layers are drawn. Of halves (ours) a draw is the best legal set of the
-perturbed logits.
+removes exactly the n layers that are worth least then (a Plackett-Luce draw without replacement, arXiv
+1903.06059). The backward pass goes through a relaxation whose temperature a callback anneals; the temperature
+never changes which layers are drawn. With other units than layers, which is our extension, a draw is the best
+legal set of the perturbed logits.
 
-Prune-side logits are the default: a softmax over keep logits spends its unit mass on the surest keepers,
-and the decision boundary gets almost no gradient.
+The relaxation is a softmax over the negated logits by default, of which the layers to remove have the
+highest. A softmax over what is worth keeping spends its mass of 1 on the surest keepers, and layers at the
+border between kept and removed get almost no gradient.
 """
 
 from __future__ import annotations
@@ -40,19 +41,20 @@ class GumbelTopK(MaskPolicy):
     """Learns logits by exact top-n draws with straight-through gradients.
 
     Args:
-        form: backward pass: ``softmax`` (one softmax), ``successive`` (Xie-Ermon), ``simple`` (exact
-            marginals of the subset law, no temperature), ``sigmoid``, or ``identity`` (control).
+        form: backward pass: ``softmax`` (one softmax), ``successive`` (Xie-Ermon), ``simple`` (exact draws
+            from ``P(S) ~ exp(sum of the logits of S)``, with the gradient of their exact keep probabilities;
+            no temperature), ``sigmoid``, or ``identity`` (control).
         side: ``prune`` draws the layers to remove, ``keep`` those to keep.
         init: start of the logits: ``kl`` (rise of the KL when the layer is bypassed), ``block_influence``
             (ShortGPT), ``salience`` (the gates' gradients, one backward pass), ``zeros``, or ``random``
-            (normal, by the seed). Scores go through a logarithm and are standardised, those of width units
-            in each layer apart.
+            (normal, by the seed). Scores go through a logarithm and are standardised, those of KV groups or
+            channels within their layer.
         init_scale: standard deviation of the initial logits.
         temperature: softness of the relaxation; :class:`src.callbacks.TemperatureAnnealing` moves it.
         always_keep: layers that may not be removed, such as ``[0, -1]``.
         seed: seed of the noise.
-        candidates: how many of the last distinct masks compete on held-out rows (the paper's own budget
-            table is not monotone: the last mask is not always the best).
+        candidates: how many of the last distinct masks compete on held-out rows. The last mask is not always
+            the best: E3-Pruner's own results do not improve steadily with the budget.
         polish: try single swaps of a removed and a kept layer on held-out rows.
     """
 
@@ -79,11 +81,11 @@ class GumbelTopK(MaskPolicy):
     def setup(
         self, num_layers: int, remove: int, pinned: Iterable[int] = (), unit: Unit = "layer", width: int = 1
     ) -> None:
-        """Set up as the base class does.
+        """Set up as the base class does, and refuse a start or a backward pass that the units do not allow.
 
         Raises:
-            ConfigError: the start compares the stream before and after whole layers, and other units are
-                asked; or start or form take too long for the channels of a model.
+            ConfigError: as of the base class; ``init`` compares the stream around whole layers, and other
+                units are asked; or ``init`` or ``form`` takes too long for so many channels.
         """
         super().setup(num_layers, remove, pinned, unit, width)
         if self.init == "block_influence" and unit != "layer":
@@ -118,7 +120,7 @@ class GumbelTopK(MaskPolicy):
             self.logits[self.free] = (self.init_scale * spread).flatten().to(self.logits)
 
     def _scores(self) -> tuple[Tensor, int]:
-        """Scores of the free units for being selected, by group, and how many to select of each."""
+        """Return the free units' scores ``[G, F]`` for being selected, and how many to select in a group."""
         theta = self.by_group(self.logits[self.free].cpu())
         gone = self.closed // self.space.groups
         return (-theta, gone) if self.side == "prune" else (theta, theta.shape[-1] - gone)
@@ -141,8 +143,10 @@ class GumbelTopK(MaskPolicy):
         return gates
 
     def keep_probabilities(self) -> Tensor:
-        """Marginals of the space's law, exact where they can be tabulated.
+        """Return the probability ``[U]`` that a mask drawn with the present logits keeps each unit.
 
-        For Gumbel draws they are an approximation, within a few percent.
+        It is computed for masks of probability ``P(S) ~ exp(sum of the logits of S)``. With ``form: simple``
+        the draws follow just that; those of the other forms, by Gumbel noise, differ from it by a few
+        percent.
         """
         return self.spare(self.remove).marginals(self.logits.detach().cpu()).clamp(0, 1)

@@ -1,9 +1,10 @@
-"""L0 gates with a Lagrangian, as in Sheared-LLaMA (arXiv 2310.06694), at layer level.
+"""L0 gates, with Lagrange multipliers on their number, as in Sheared-LLaMA (arXiv 2310.06694).
 
-Multipliers drive the expected number of open hard concrete gates (arXiv 1712.01312) to the target. A gate is
-a stretched and clipped binary concrete variable, so a forward pass sees values in [0, 1], many of them
-exactly 0 or 1. The count is met in expectation only; hardening takes the exact count by the log-alphas.
-Weights stay frozen here, while Sheared-LLaMA trains them along with the gates.
+Each unit has a hard concrete gate (arXiv 1712.01312): a binary concrete variable, stretched and clipped, so a
+forward pass sees values in [0, 1], many of them exactly 0 or 1. The multipliers drive the expected number of
+open gates to the number of units to keep. The count is met in expectation only; hardening takes the exact
+count by the log-alphas, the parameters of the gates. Weights stay frozen here, while Sheared-LLaMA trains
+them along with the gates.
 """
 
 from __future__ import annotations
@@ -20,18 +21,19 @@ from src.policies.base import MaskPolicy
 from src.ranges import Finite, checked
 
 TEMPERATURE, LOW, HIGH = 2 / 3, -0.1, 1.1
-"""Of the concrete variable, and the interval it is stretched to (the constants of arXiv 1712.01312)."""
+"""Temperature of the concrete variable, and the interval it is stretched to (as in arXiv 1712.01312)."""
 
 
 class HardConcrete(MaskPolicy):
-    """Learns log-alphas (the logits) and two Lagrange multipliers, which ascend while the logits descend.
+    """Learns the log-alpha of each gate (``logits``) and two Lagrange multipliers, by descent and ascent.
 
-    The loss gains ``m_1 d + m_2 d^2`` with d the expected number of layers kept too many; under
+    The loss gains ``m_1 d + m_2 d^2`` with d the expected number of units kept too many; under
     :class:`src.callbacks.PruningCurriculum` the number to remove rises, as in Sheared-LLaMA. One optimiser
-    steps both kinds of parameters: use a per-coordinate one such as Adam, for their units differ.
+    steps both kinds of parameters. Their gradients differ in scale, so use one that adapts to each
+    coordinate, such as Adam.
 
     Args:
-        log_alpha: start of the log-alphas. At 2 a layer is open with probability 0.97 (our choice).
+        log_alpha: start of the log-alphas. At 2 a unit is open with probability 0.97 (our choice).
         kwargs: ``always_keep``, ``seed``, ``candidates``, ``polish`` of the base class.
     """
 

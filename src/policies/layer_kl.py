@@ -1,4 +1,7 @@
-"""Remove the layers of the least KL alone: where a search starts, as the control of what it adds."""
+"""Remove the units that cost least KL when each is removed alone.
+
+A Gumbel-TopK search starts from these scores, so this policy shows what the search adds to its start.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from src.policies.scores import unit_kl
 
 
 class LayerKL(OneShot):
-    """Scores a unit by the KL from the teacher without it alone, on the rows that start Gumbel-TopK."""
+    """Scores a unit by the KL from the teacher when it alone is removed, on calibration rows."""
 
     works_on = ("layer", "half", "kv_group")
     any_count = True

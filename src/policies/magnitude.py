@@ -1,4 +1,4 @@
-"""Drop the units of the smallest weights; no data is read."""
+"""Remove the units of the smallest weights; no data is read."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Magnitude(OneShot):
     any_count = True
 
     def refuse(self, quantize: str | None, adapted: bool, in_parts: bool) -> None:
-        """As the base class.
+        """Refuse what the base class refuses, and weights that are quantised or sharded.
 
         Raises:
             ConfigError: the weights are quantised, or no rank holds them whole.

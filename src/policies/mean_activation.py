@@ -1,4 +1,4 @@
-"""Minitron's width criterion (arXiv 2407.14679): drop the units whose activations are smallest."""
+"""Minitron's width criterion (arXiv 2407.14679): remove the units whose activations are smallest."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from src.policies.one_shot import OneShot
 
 
 class MeanActivation(OneShot):
-    """Scores a KV group or a channel by the mean absolute value of what it hands to the stream's writer.
+    """Scores a KV group or a channel by the mean absolute activation that goes into its output projection.
 
-    Of a KV group it is the sum over its columns. It takes one forward pass; no gradient is needed.
+    That map writes to the residual stream: a channel is one of its inputs, and of a KV group all inputs are
+    added up. It takes one forward pass and no gradient.
 
     Args:
         kwargs: ``seed``, ``candidates``, ``polish`` of the base class.

@@ -1,4 +1,4 @@
-"""What a policy may ask of the model that it chooses units of."""
+"""What a policy may ask about the model whose units it chooses: losses under masks, states, gradients."""
 
 from __future__ import annotations
 
@@ -18,22 +18,24 @@ class Probe(Protocol):
     """
 
     def divergence(self, gates_L: Tensor, quick: bool = False) -> float:
-        """Return the mean KL (nats per token) from the teacher to the model under ``gates_L``.
+        """Return the mean KL (nats per token) from the teacher to the model under gates ``[U]``.
 
-        A quick measurement uses a part of the rows.
+        Args:
+            gates_L: one gate for each unit.
+            quick: use only a part of the rows.
         """
 
     def cross_entropy(self, gates_L: Tensor) -> float:
-        """Return the mean cross-entropy (nats per supervised token) under ``gates_L`` on the labels."""
+        """Return the mean cross-entropy (nats per supervised token) on the labels under gates ``[U]``."""
 
     def walk(
         self, masks: Sequence[Tensor], about: str, by: Measure = "divergence", quick: bool = False
     ) -> list[float]:
-        """Measure many masks, in whatever order is cheapest, and show how far that is.
+        """Measure many masks, in whatever order is cheapest, and show the progress.
 
         Args:
             masks: gates ``[U]`` of each.
-            about: names the step.
+            about: name of the step, which the progress shows.
             by: what is measured.
             quick: whether a part of the rows is enough.
 
@@ -45,29 +47,41 @@ class Probe(Protocol):
         return [self.divergence(gates_L, quick) for gates_L in masks]
 
     def states(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield the open model's residual stream, a batch at a time: ``(h_JBTH, real_BT)``.
+        """Yield the open model's residual stream at all depths, a batch at a time.
 
-        J = L + 1: ``h[l]`` enters layer l, and ``h[L]`` leaves the last layer, before the final norm.
-        ``real`` is false at padding.
+        Yields:
+            ``h_JBTH`` and ``real_BT``. J = L + 1: ``h[l]`` enters layer l, and ``h[L]`` leaves the last
+            layer, before the final norm. ``real`` is false at padding.
         """
 
     def mean(self, sums: Tensor, counts: Tensor) -> Tensor:
-        """Return ``sums / counts``, both added up over the ranks first."""
+        """Return ``sums / counts``, of one shape, after each is added up over the ranks."""
 
     def salience(self) -> Tensor:
-        """Return ``|gate dCE/dgate|`` ``[U]`` at open gates, the mean over the batches of rows."""
+        """Return ``|gate dCE/dgate|`` ``[U]`` of the cross-entropy at open gates, the mean over batches."""
 
     def activations(self) -> Tensor:
-        """Return the mean absolute input ``[U]`` of the map that writes width units to the stream."""
+        """Return the mean absolute input ``[U]`` of the output projections, by KV group or channel."""
 
     def weights(self) -> Iterator[tuple[int, str, nn.Parameter]]:
-        """Give the weights of the layers, each with its layer and its name inside it."""
+        """Yield each weight of the layers with the number of its layer and its name inside it."""
 
     def share(self, layer: int, name: str, values: Tensor) -> Tensor:
-        """Return the sums ``[U / L]`` of values at the entries of a weight over the units of its layer."""
+        """Return the sum of values over the entries of a weight that belong to each unit of its layer.
+
+        Args:
+            layer: number of the layer.
+            name: of the weight, inside the layer.
+            values: one for each entry of the weight, of its shape.
+
+        Returns:
+            ``[U / L]``.
+        """
 
     def gradients(self, visit: Callable[[int, nn.Module], None]) -> None:
         """Differentiate the mean cross-entropy of the open model with respect to the layers' weights.
 
-        It calls ``visit(layer, module)`` for each layer, with the gradient in its parameters' ``grad``.
+        Args:
+            visit: called as ``visit(layer, module)`` for each layer, with the gradient in its parameters'
+                ``grad``.
         """

@@ -1,9 +1,9 @@
-"""Training-free methods score the layers once on calibration rows, and learn nothing after.
+"""The bases of training-free methods: they score the units once on calibration rows, and learn nothing after.
 
 The scores are in ``logits``, so a checkpoint holds them and a resumed run hardens to the same mask. One
 training step is enough (``trainer.max_steps: 1``), because the scores do not change.
 
-Shapes: B batch, T tokens of a row, H hidden, J = L + 1 places of the residual stream, W = L + 1 - n windows
+Shapes: B batch, T tokens of a row, H hidden, J = L + 1 depths of the residual stream, W = L + 1 - n windows
 of n = ``remove`` neighbouring layers, N measured tokens.
 """
 
@@ -21,11 +21,11 @@ from src.policies.base import MaskPolicy
 from src.policies.measuring import Probe
 
 BROKEN = 1e30
-"""Score of a layer without which the model yields no finite number; finite, so that ``nothing()`` is."""
+"""Score of a layer without which the model yields no finite number; finite, so that losses stay finite."""
 
 
 class OneShot(MaskPolicy):
-    """Removes the units of the lowest scores, which a subclass gives.
+    """Removes the units of the lowest scores; a subclass computes these.
 
     Args:
         always_keep: layers that may not be removed, such as ``[0, -1]``; negative counts from the end.
@@ -53,18 +53,18 @@ class OneShot(MaskPolicy):
 
 
 class Contiguous(OneShot):
-    """Removes the one run of neighbouring layers that changes the residual stream least.
+    """Removes the run of n neighbouring layers (window) that changes the residual stream least.
 
-    Only runs of which every layer may be removed compete. A subclass measures the change.
+    Only windows of which every layer may be removed compete. A subclass measures the change.
     """
 
     def setup(
         self, num_layers: int, remove: int, pinned: Iterable[int] = (), unit: Unit = "layer", width: int = 1
     ) -> None:
-        """Set up as the base class does.
+        """Set up as the base class does, and find the windows whose layers may all be removed.
 
         Raises:
-            ConfigError: no run of this length is free of layers that must stay.
+            ConfigError: as of the base class, or there is no such window.
         """
         super().setup(num_layers, remove, pinned, unit, width)
         windows = range(num_layers - remove + 1)
@@ -81,13 +81,13 @@ class Contiguous(OneShot):
         """Return how far each window moves the stream ``[W, N]``, at the tokens that the method reads.
 
         Args:
-            h_in_WBTH: the stream before each window.
+            h_in_WBTH: the stream in front of each window.
             h_out_WBTH: the stream behind it.
             real_BT: false at padding.
         """
 
     def score(self, probe: Probe) -> Tensor:
-        """Return 0 within the window of the smallest mean change, 1 outside."""
+        """Return scores ``[L]``: 0 within the window of the smallest mean change, 1 outside."""
         windows = self.num_layers + 1 - self.target
         total, count = torch.zeros(windows), torch.zeros(windows)
         for h_JBTH, real_BT in probe.states():

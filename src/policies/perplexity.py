@@ -1,4 +1,4 @@
-"""Shortened LLaMA, PPL criterion (arXiv 2402.02834): remove layers whose removal raises the loss least."""
+"""Shortened LLaMA, PPL criterion (arXiv 2402.02834): remove the units without which the loss rises least."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from src.policies.one_shot import OneShot
 
 
 class OneShotPerplexity(OneShot):
-    """Scores a unit by the cross-entropy without it alone (the logarithm of the paper's perplexity).
+    """Scores a unit by the cross-entropy when it alone is removed: the logarithm of the perplexity.
 
-    It takes a forward pass for each unit that may be removed. The paper scores layers; halves are ours.
+    It takes a forward pass for each unit that may be removed. arXiv 2402.02834 scores layers; other units are
+    our extension.
     """
 
     works_on = ("layer", "half", "kv_group")

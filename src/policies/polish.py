@@ -11,19 +11,20 @@ from src.policies.measuring import Probe
 from src.units.spaces import Kept, Space
 
 Measure = Callable[[Sequence[Kept], bool], Sequence[float]]
-"""The divergences of masks; with True, on the quick rows alone."""
+"""Called as ``measure(masks, quick)``; returns their divergences, on a part of the rows if ``quick``."""
 
 
 def settle(policy: MaskPolicy, probe: Probe, recent: Sequence[Kept]) -> tuple[Kept, dict[str, float]]:
-    """Choose the search's final mask on held-out rows, within what the policy allows.
+    """Choose the search's final mask on held-out rows, among what the policy allows.
 
-    Its ``candidates`` says how many recent masks compete, its ``polish`` whether the best is improved by
-    swaps; then further starts, which its space knows, compete too.
+    The policy's ``candidates`` says how many recent masks compete. With ``polish``, starting points that its
+    space knows compete too, and the best is improved by swaps.
 
     Args:
         policy: the policy at the end of its run.
         probe: measures masks.
-        recent: the last distinct masks that the policy hardened to, which compete with its last one.
+        recent: the last distinct masks that the policy hardened to, besides its present one, which competes
+            too.
 
     Returns:
         The kept units, and the figures of a mask file: the divergences of the chosen mask, of the learned

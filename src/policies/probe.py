@@ -1,4 +1,9 @@
-"""Measure masks on fixed calibration rows, to score units and to choose among masks."""
+"""Measure masks on fixed calibration rows, to score units and to choose among masks.
+
+:class:`CalibrationProbe` is the :class:`src.policies.measuring.Probe` that a search gives its policy.
+
+Shapes: B batch, T tokens, H hidden, L layers, U units, J = L + 1 depths of the residual stream.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +48,7 @@ class Measured(Protocol):
 
     @property
     def data(self) -> Data:
-        """The data module."""
+        """The data module, which has the held-out rows."""
 
     @property
     def trainer(self) -> Trainer:
@@ -57,25 +62,32 @@ class Measured(Protocol):
         """Move a batch to a device, as every LightningModule can."""
 
     def teacher_hidden(self, batch: Batch, observer: Observer | None = None) -> Tensor:
-        """Return the teacher's final hidden states: gates open, adapters off."""
+        """Return the teacher's final hidden states ``[B, T, H]``: gates open, adapters off."""
 
     def parents_weights(self) -> AbstractContextManager[None]:
-        """Switch the adapters off, if there are any."""
+        """Switch the adapters off in the block, if there are any."""
 
     def spent(self, batch: Batch, layers: float) -> None:
-        """Count a pass of a batch through some layers in the budget of the search."""
+        """Count the tokens of a batch, for a pass through ``layers`` layers, as cost of the search."""
 
     def teacher_signal(self, rows: Supervised) -> Signal:
-        """Return the teacher's signal on a batch."""
+        """Return the teacher's top-k signal, which the loss compares with, on a batch."""
 
     def divergence(
         self, rows: Supervised, signal: Signal, gates_U: Tensor | None, by: Distillation | None = None
     ) -> Tensor:
-        """Return the loss of the model under gates, against the teacher's signal on the same rows."""
+        """Return the loss of the model under gates ``[U]`` (None: all open) on a batch.
+
+        Args:
+            rows: the batch.
+            signal: the teacher's, on the same batch.
+            gates_U: one gate for each unit.
+            by: the loss; None is that of the search.
+        """
 
 
 def stream_bytes(config: PretrainedConfig, dtype: torch.dtype, tokens: int) -> int:
-    """Return the bytes of the stream ``[B, T, H]`` of so many tokens."""
+    """Return the bytes that the residual stream of ``tokens`` tokens takes at one depth."""
     return int(tokens * text_config(config).hidden_size * dtype.itemsize)
 
 
@@ -110,7 +122,7 @@ class CalibrationProbe(Walker):
 
     @cached_property
     def memory(self) -> PrefixMemory:
-        """What holds the streams: as many as the memory allows, none of a family that must not resume."""
+        """The memory for streams: as many as fit, none for a model whose pass cannot start in the middle."""
         head, gates = self.search.head, self.search.gates
         with self.search.parents_weights():
             allowed = resumes(gates, lambda: head.hidden(head.few))
@@ -119,7 +131,7 @@ class CalibrationProbe(Walker):
         return PrefixMemory(len(gates), int(self.prefix_gib * 2**30 // each) if allowed else 0)
 
     def signal(self, batch: int) -> Signal:
-        """Return the teacher's signal on a batch; it is computed at the first call."""
+        """Return the teacher's signal on a batch, by number; it is computed at the first call."""
         if batch not in self._signals:
             self._signals[batch] = self.search.teacher_signal(self.rows[batch])
         return self._signals[batch]
@@ -133,7 +145,7 @@ class CalibrationProbe(Walker):
 
     @torch.no_grad()
     def adapted(self, gates_L: Tensor) -> float:
-        """Return :meth:`divergence` of the model with what the search's adapters have learned."""
+        """Return :meth:`divergence` under gates ``[U]`` with the search's adapters on."""
         gates_U, divergence = gates_L.to(self.search.device), self.search.divergence
         signals = [self.signal(batch) for batch in range(self.batches)]
         pairs = zip(self.rows, signals, strict=True)
@@ -144,14 +156,14 @@ class CalibrationProbe(Walker):
         return float(self.mean(torch.tensor(sums).sum(), count))
 
     def mean(self, sums: Tensor, counts: Tensor) -> Tensor:
-        """Return ``sums / counts``, both added up over the ranks first."""
+        """Return ``sums / counts``, of one shape, after each is added up over the ranks."""
         reduce, device = self.search.trainer.strategy.reduce, self.search.device
         totals = [cast(Tensor, reduce(x.to(device), reduce_op="sum")).to(x.device) for x in (sums, counts)]
         return totals[0] / totals[1]
 
     @torch.no_grad()
     def states(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield the open model's residual stream, a batch at a time: ``(h_JBTH, real_BT)``, J = L + 1."""
+        """Yield the open model's residual stream ``h_JBTH`` at all depths and ``real_BT``, batch by batch."""
         for rows in self.rows:
             stream: list[Tensor] = []
 
@@ -162,7 +174,7 @@ class CalibrationProbe(Walker):
             yield torch.stack(stream), real(rows.batch)
 
     def salience(self) -> Tensor:
-        """Return ``|gate dCE/dgate|`` ``[U]`` at open gates, the mean over the batches."""
+        """Return ``|gate dCE/dgate|`` ``[U]`` of the cross-entropy at open gates, the mean over batches."""
         search, size = self.search, len(self.search.gates)
         sums, count = torch.zeros(size), torch.tensor(float(len(self.rows)))
         for batch, rows in enumerate(self.rows):
@@ -176,7 +188,7 @@ class CalibrationProbe(Walker):
 
     @torch.no_grad()
     def activations(self) -> Tensor:
-        """Return the mean absolute input ``[U]`` of the writers, summed over the columns of a unit."""
+        """Return the mean absolute input ``[U]`` of the output projections, summed over a unit's columns."""
         gates = self.search.gates
         sums, count = torch.zeros(len(gates.layers), len(gates) // len(gates.layers)), torch.zeros(1)
         for rows in self.rows:
@@ -192,19 +204,23 @@ class CalibrationProbe(Walker):
         return self.mean(sums.flatten(), count)
 
     def weights(self) -> Iterator[tuple[int, str, nn.Parameter]]:
-        """Give the weights of the layers, each with its layer and its name inside it."""
+        """Yield each weight of the layers with the number of its layer and its name inside it."""
         for index, layer in enumerate(self.search.gates.layers):
             for name, weight in layer.named_parameters():
                 yield index, name, weight
 
     def share(self, layer: int, name: str, values: Tensor) -> Tensor:
-        """Return the sums ``[U / L]`` of values at the entries of a weight over the units of its layer."""
+        """Return sums ``[U / L]`` of values over the entries of a weight that belong to each unit."""
         return self.search.gates.share(layer, name, values)
 
     def gradients(self, visit: Callable[[int, nn.Module], None]) -> None:
         """Differentiate the mean cross-entropy of the open model with respect to the layers' weights.
 
-        The weights are whole and not quantised: the search refuses others before anything is loaded.
+        The weights are whole and not quantised, because the search refuses others before anything is loaded.
+
+        Args:
+            visit: called as ``visit(layer, module)`` for each layer, with the gradient in its parameters'
+                ``grad``.
         """
         search = self.search
         reduce = search.trainer.strategy.reduce

@@ -1,4 +1,4 @@
-"""Draw random masks, the control of every search."""
+"""Draw random masks and take the best: a control that every search should beat at equal cost."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ from src.units.spaces import Kept
 
 
 class RandomSearch(OneShot):
-    """Takes the best of N uniform masks by divergence on the calibration rows.
+    """Takes the best of several uniform random masks, by divergence on the calibration rows.
 
-    One mask is the plain random control and is not measured. The masks of a smaller N are among those of a
-    larger. At equal budget with a learned mask, ``forward_tokens`` in the two mask files agree.
+    One mask is the plain random control and is not measured. The masks of a smaller number are among those of
+    a larger one. For a comparison at equal cost, choose the number at which ``forward_tokens`` agrees with
+    that in the learned mask's file.
 
     Args:
         masks: how many masks are drawn.
@@ -33,11 +34,11 @@ class RandomSearch(OneShot):
         self.masks = masks
 
     def draws(self) -> list[Kept]:
-        """Return the masks as kept units: uniform over all of the space, with repetition."""
+        """Return the masks, each as its kept units: uniform over all legal sets, repetitions possible."""
         return [self.space.uniform(self.generator(0, number)) for number in range(self.masks)]
 
     def score(self, probe: Probe) -> Tensor:
-        """Return the best mask's gates ``[U]``."""
+        """Return the best mask's gates ``[U]``: a score of 1 for its units, 0 for the others."""
         masks = self.draws()
         if len(masks) == 1:
             return self.gates(masks[0])
@@ -45,5 +46,5 @@ class RandomSearch(OneShot):
 
 
 def best_of(masks: Sequence[Kept], values: Sequence[float]) -> Kept:
-    """Return the first mask of the lowest value; NaN never wins against a number."""
+    """Return the first of the masks that has the lowest value; NaN never wins against a number."""
     return masks[min(range(len(masks)), key=lambda i: (math.isnan(values[i]), values[i]))]

@@ -1,8 +1,11 @@
 """Relaxed selections of q units of each group, for the backward pass of an exact one.
 
-A selection is exactly 0 or 1 with exactly q ones; its gradient is that of a smooth surrogate, one of the
-forms here (the straight-through estimator). The paper (arXiv 2511.17205) names a Gumbel-TopK sampler with
-straight-through gradients; which relaxation it uses is not stated, so all of these are switches.
+A selection is exactly 0 or 1 with exactly q ones; its gradient is that of a smooth function, one of the forms
+here (the straight-through estimator). E3-Pruner (arXiv 2511.17205) names a Gumbel-TopK sampler with
+straight-through gradients. It does not state which relaxation it uses, so all of these are switches.
+
+Each form takes perturbed scores ``z [..., L]``, the number q to select in each group, and a temperature tau;
+it returns soft selections ``[..., L]``.
 
 Shapes: L units; ``...`` are groups, each with a selection of its own.
 """
@@ -27,14 +30,14 @@ def straight_through(hard_L: Tensor, soft_L: Tensor) -> Tensor:
 
 
 def softmax_form(z_L: Tensor, q: int, tau: float) -> Tensor:
-    """Form A: one softmax, Jacobian ``(diag y - y y^T) / tau``; its mass is 1, not q."""
+    """Return one softmax, Jacobian ``(diag y - y y^T) / tau``; its sum is 1, not q."""
     return torch.softmax(z_L / tau, -1)
 
 
 def successive_form(z_L: Tensor, q: int, tau: float) -> Tensor:
-    """Form B: q softmaxes, each with the mass already taken removed (Xie and Ermon, arXiv 1901.10517).
+    """Return the sum of q softmaxes, each without what those before took (Xie, Ermon, arXiv 1901.10517).
 
-    The mass is q; single entries may exceed 1, so they are no probabilities.
+    The sum over the units is q; single entries may exceed 1, so they are no probabilities.
     """
     total = z_L * 0.0
     for _ in range(q):
@@ -45,11 +48,11 @@ def successive_form(z_L: Tensor, q: int, tau: float) -> Tensor:
 
 
 def sigmoid_form(z_L: Tensor, q: int, tau: float) -> Tensor:
-    """Form D: a sigmoid around the midpoint between the q-th and the next score."""
+    """Return a sigmoid of each score around the midpoint between the q-th highest and the next."""
     top = z_L.detach().topk(min(q + 1, z_L.shape[-1])).values
     return torch.sigmoid((z_L - (top[..., q - 1, None] + top[..., -1:]) / 2) / tau)
 
 
 def identity_form(z_L: Tensor, q: int, tau: float) -> Tensor:
-    """Control: the plain straight-through estimator, gradient 1."""
+    """Return the scores themselves, as a control: the plain straight-through estimator, gradient 1."""
     return z_L

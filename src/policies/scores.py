@@ -1,4 +1,8 @@
-"""Training-free importance scores; the higher, the more a unit matters."""
+"""Compute importance scores of units without training; the higher, the more a unit matters.
+
+Shapes: U units, L layers, J = L + 1 depths of the residual stream, B batch, T tokens, N real tokens, H
+hidden.
+"""
 
 from __future__ import annotations
 
@@ -9,22 +13,28 @@ from src.policies.measuring import Probe
 
 
 def unit_kl(probe: Probe, units: int) -> Tensor:
-    """KL ``[U]`` from the teacher when one unit alone is removed (nats per token); U forward passes."""
+    """Return the KL ``[U]`` from the teacher (nats per token) when one unit alone is removed.
+
+    It takes U forward passes, on a part of the calibration rows.
+    """
     return torch.tensor(probe.walk(list(1 - torch.eye(units)), "KL of each unit", quick=True))
 
 
 def salience(probe: Probe, _: int) -> Tensor:
-    """``|gate dLoss/dgate|`` ``[U]`` of the cross-entropy at open gates, the mean over calibration batches.
+    """Return ``|gate dLoss/dgate|`` ``[U]`` of the cross-entropy at open gates, the mean over batches.
 
     One forward and one backward pass score all units. The divergence has no such gradient: it is at its
-    lowest where all gates are open. The absolute value is taken of each batch, because the mean gradient of
-    a trained model is near zero (Molchanov et al., arXiv 1906.10771).
+    lowest where all gates are open. The absolute value is taken of each batch, because the mean gradient of a
+    trained model is near zero (Molchanov et al., arXiv 1906.10771).
     """
     return probe.salience()
 
 
 def block_influence(probe: Probe, num_layers: int) -> Tensor:
-    """Return ``1 - mean cos(h_l, h_{l+1})`` ``[L]`` over calibration tokens (ShortGPT, arXiv 2403.03853)."""
+    """Return ``1 - mean cos(h_l, h_{l+1})`` ``[L]``: how far each layer turns the residual stream.
+
+    The mean is over calibration tokens (ShortGPT, arXiv 2403.03853).
+    """
     total, count = torch.zeros(num_layers), torch.zeros(num_layers)
     for h_JBTH, real_BT in probe.states():
         h_JNH = h_JBTH[:, real_BT].float()

@@ -14,13 +14,14 @@ from src.policies.random_search import best_of
 
 
 class SLEB(OneShot):
-    """Removes greedily in n rounds, each of which measures every layer that is left.
+    """Removes units greedily in n rounds, each of which measures every unit that is left.
 
-    Of halves (ours) a round removes two that lie side by side, so that those left still pair up.
+    With halves, which is our extension, a round removes two that lie side by side, so that those left still
+    pair up.
 
     Args:
-        measure: ``cross_entropy`` on the labels, as in the paper, or ``divergence`` from the teacher.
-        always_keep: layers that may not be removed; the paper protects the first and the last.
+        measure: ``cross_entropy`` on the labels, as in arXiv 2402.09025, or ``divergence`` from the teacher.
+        always_keep: layers that may not be removed; arXiv 2402.09025 protects the first and the last.
         kwargs: ``seed``, ``candidates``, ``polish`` of the base class.
     """
 
@@ -37,7 +38,7 @@ class SLEB(OneShot):
         self.measure: Measure = measure
 
     def score(self, probe: Probe) -> Tensor:
-        """Return the round ``[U]`` in which each unit goes; the target for those that stay."""
+        """Return the round in which each unit goes, ``[U]``; for those that stay, the number of rounds."""
         rounds = torch.full((self.units,), float(self.target))
         keep = tuple(range(self.units))
         for number in range(self.target):

@@ -1,4 +1,7 @@
-"""LLM-Streamline's choice of layers (arXiv 2403.19135), without a network in their place."""
+"""LLM-Streamline's choice of layers (arXiv 2403.19135): remove the run that turns the stream least.
+
+LLM-Streamline trains a small network in their place; here nothing takes it.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ from src.policies.one_shot import Contiguous
 
 
 class Streamline(Contiguous):
-    """Drops the run of layers with the greatest mean ``cos(h_l, h_{l+n})`` over the real tokens."""
+    """Removes the run of layers with the greatest mean ``cos(h_l, h_{l+n})`` over the real tokens."""
 
     def change(self, h_in_WBTH: Tensor, h_out_WBTH: Tensor, real_BT: Tensor) -> Tensor:
         return 1 - cosine_similarity(h_in_WBTH[:, real_BT].float(), h_out_WBTH[:, real_BT].float(), dim=-1)

@@ -13,7 +13,7 @@ from src.policies.one_shot import OneShot
 
 
 class Tail(OneShot):
-    """Removes the last n layers that may be removed.
+    """Removes the last n layers, of those that may be removed.
 
     Args:
         keep_last: keep the very last layer, and remove the n before it (UIDL's simple heuristic).

@@ -1,4 +1,4 @@
-"""Shortened LLaMA, Taylor criterion (arXiv 2402.02834): remove the units of the smallest weight salience."""
+"""Shortened LLaMA, Taylor criterion (arXiv 2402.02834): remove the units whose weights matter least."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from src.policies.measuring import Probe
 from src.policies.one_shot import OneShot
 
 PLUS = (0, 1, 2, 3, -2, -1)
-"""Layers that the paper's "+" variant never removes."""
+"""Layers that the variant Taylor+ never removes."""
 
 
 class Taylor(OneShot):
     """Scores a unit by the sum of ``|w dLoss/dw|`` over its weights without biases.
 
-    The paper scores layers. Of a KV group or a channel the weights are its rows and columns, as LLM-Pruner
-    scores them (arXiv 2305.11627).
+    arXiv 2402.02834 scores layers. The weights of a KV group or a channel are its rows and columns, as in
+    LLM-Pruner (arXiv 2305.11627).
 
     It takes one forward and one backward pass, with a gradient for every weight: memory for a second copy of
     the layers.
 
     Args:
-        plus: keep the first four and the last two layers besides (Taylor+).
+        plus: never remove the first four and the last two layers either (the variant Taylor+).
         always_keep: layers that may not be removed, such as ``[0, -1]``; negative counts from the end.
         kwargs: ``seed``, ``candidates``, ``polish`` of the base class.
     """

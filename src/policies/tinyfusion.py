@@ -4,11 +4,11 @@ The layers are divided into blocks of M neighbours, of which N stay (N:M). Each 
 them is one class of a categorical distribution. A draw adds Gumbel noise to the logits and takes the highest
 way of each block. The backward pass goes through a softmax with a temperature (straight-through).
 
-The paper looks for the mask that recovers best, not for the one that is best before recovery. So adapters of
+TinyFusion looks for the mask that recovers best, not for the one that is best before recovery. So adapters of
 the weights train beside the mask (``model.adapters``, :mod:`src.training.adapters`). Without adapters, only
 the distribution is learned.
 
-From the paper and its public code:
+From TinyFusion and its public code:
 
 * the blocks and the distribution, uniform at the start;
 * the factor of 100 on the learned numbers, and a temperature from 4 to 0.1;
@@ -91,7 +91,7 @@ class TinyFusion(MaskPolicy):
         self.logits = nn.Parameter(torch.zeros(sum(ways)))  # one for each way of each block
 
     def blocks(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield the logits ``[C]`` of each block and its ways ``[C, M]``, 1 where a layer stays."""
+        """Yield the logits ``[C]`` of each block, and its ways ``[C, M]``: 1 where a layer stays."""
         split = self.logits.cpu().split([len(ways) for ways in self.ways])
         for logits_C, ways_CM in zip(split, self.ways, strict=True):
             yield self.scale * logits_C, ways_CM
@@ -133,6 +133,6 @@ class TinyFusion(MaskPolicy):
 
 
 def ways_to_keep(layers: int, remove: int) -> Tensor:
-    """Return all ways to remove ``remove`` layers of a block: ``[C, M]``, 1 where a layer stays."""
+    """Return all ways to remove ``remove`` layers of a block of ``layers``: ``[C, M]``, 1 where one stays."""
     gone = list(itertools.combinations(range(layers), remove))
     return torch.ones(len(gone), layers).scatter(1, torch.tensor(gone).view(len(gone), remove), 0.0)

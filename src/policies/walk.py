@@ -1,7 +1,8 @@
-"""Measure many masks on several batches, in the order that shares most.
+"""Measure many masks on several batches, in the order in which the most work is shared.
 
-A batch is finished before the next is begun, so that the streams of one batch at a time are remembered. On
-each, the masks go by their gates, open ones first: a walk through the tree of their prefixes, depth first.
+Masks that agree on their first units share the stream behind these (:mod:`src.models.prefixes`). So a batch
+is finished before the next is begun, and only its streams are held. On each batch the masks are sorted by
+their gates, open ones first: a walk through the tree of shared prefixes, depth first.
 
 Shapes: U units.
 """
@@ -20,10 +21,10 @@ from src.training.progress import track
 
 
 class Walker(Probe):
-    """A probe that remembers values, and streams while it walks; a subclass runs a batch under gates.
+    """A probe that remembers streams while it measures, and values it has measured; see :class:`Probe`.
 
-    A quick measurement takes the first quarter of the batches: enough to drop bad masks, not to rank good
-    ones.
+    A subclass runs a batch under gates. A quick measurement takes the first quarter of the batches: enough to
+    drop bad masks, not to rank good ones.
 
     Args:
         batches: number of calibration batches.
@@ -35,29 +36,45 @@ class Walker(Probe):
 
     @property
     def memory(self) -> PrefixMemory:
-        """What holds the streams."""
+        """The memory for residual streams that masks share."""
         raise NotImplementedError
 
     def run(self, batch: int, gates: Front, by: Measure, prefixes: Prefixes) -> float:
-        """Return the sum of a measure over the positions of a batch under gates."""
+        """Run a batch under gates; return the sum of a measure over its supervised positions.
+
+        Args:
+            batch: number of the batch.
+            gates: one for each unit.
+            by: what is measured.
+            prefixes: remembered streams of this batch.
+        """
         raise NotImplementedError
 
     def average(self, sums: Sequence[float]) -> float:
-        """Return the mean over all positions of the first batches from their sums."""
+        """Return the mean over all positions of the first batches, and over the ranks.
+
+        Args:
+            sums: of a measure, one for each of these batches.
+        """
         raise NotImplementedError
 
     def divergence(self, gates_L: Tensor, quick: bool = False) -> float:
-        """Return the mean divergence (nats per token) of the model under ``gates_L``, as exported."""
+        """Return the mean KL (nats per token) from the teacher under gates ``[U]``, without adapters.
+
+        Args:
+            gates_L: one gate for each unit.
+            quick: use a quarter of the batches.
+        """
         return self.walk([gates_L], "divergence", quick=quick)[0]
 
     def cross_entropy(self, gates_L: Tensor) -> float:
-        """Return the mean cross-entropy (nats per supervised token) under ``gates_L`` on the labels."""
+        """Return the mean cross-entropy (nats per supervised token) on the labels under gates ``[U]``."""
         return self.walk([gates_L], "cross-entropy", "cross_entropy")[0]
 
     def walk(
         self, masks: Sequence[Tensor], about: str, by: Measure = "divergence", quick: bool = False
     ) -> list[float]:
-        """Measure many masks, each once on a batch, in an order that shares prefixes; see :class:`Probe`."""
+        """Measure many masks, each at most once on a batch, with shared prefixes; see :class:`Probe`."""
         asked: list[Front] = [tuple(gates_U.tolist()) for gates_U in masks]
         read = range(ceil(self.batches / 4) if quick else self.batches)
         ordered = sorted(set(asked), reverse=True)
