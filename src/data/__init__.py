@@ -1,4 +1,4 @@
-"""Corpora as LightningDataModules."""
+"""Corpora as LightningDataModules: reading, rendering, tokenising, packing, and exact resume."""
 
 from src.data.batches import real_tokens, row_ids
 from src.data.columns import Columns

@@ -127,7 +127,7 @@ def write_splits(out: Path, sizes: dict[str, int], seed: int = 0) -> None:
 
 
 def main() -> None:
-    """Command line: write the three JSONL files."""
+    """Write the three JSONL files and, if asked, the tokenizer, as the command line says."""
     import argparse
 
     parser = argparse.ArgumentParser(description="Write the arithmetic corpus as JSONL.")

@@ -1,4 +1,4 @@
-"""Token rows as batches: padded rows of similar length, or packed rows of several documents.
+"""Make batches of token rows: padded rows of similar length, or packed rows of several documents.
 
 A packed row separates its documents by ``position_ids`` that start again at each, and by having
 **no** attention mask: from that, transformers builds a block-diagonal mask of every layer type,
@@ -28,7 +28,7 @@ Batch = dict[str, Tensor]
 
 
 def supervised(labels_BT: Tensor, position_ids_BT: Tensor | None = None) -> Tensor:
-    """Flat index ``[N]`` into ``B * T`` of the positions that predict a supervised token.
+    """Return the flat index ``[N]`` into ``B * T`` of the positions that predict a supervised token.
 
     Position t predicts token t + 1, so it counts when the label of t + 1 is not -100; the label itself is
     ``labels.flatten()[index + 1]``. In packed rows the first token of a document is predicted by nobody.
@@ -56,7 +56,7 @@ class Supervised:
 
     @classmethod
     def of(cls, batch: Batch) -> Supervised:
-        """Find the positions of a batch."""
+        """Find the supervised positions of a batch."""
         index_N = supervised(batch["labels"])
         return cls(batch, index_N, batch["labels"].flatten()[index_N + 1])
 
@@ -65,7 +65,7 @@ class Supervised:
 
 
 class Batching(Protocol):
-    """How a block of rows becomes batches."""
+    """Says how documents that are read together, a block, become rows and batches."""
 
     @property
     def batch_size(self) -> int:
@@ -73,18 +73,21 @@ class Batching(Protocol):
 
     @property
     def block_tokens(self) -> int:
-        """Tokens that a block needs for full batches, where rows alone do not tell."""
+        """Fewest tokens of a block that fill batches well; 0 if the number of its documents decides that."""
 
     def plan(self, rows: list[TokenRow], rng: random.Random | None) -> list[list[list[TokenRow]]]:
-        """Divide all ``rows`` into batches of rows of documents; shuffled only with ``rng``."""
+        """Divide the documents ``rows`` into batches: a list of batches of rows of documents.
+
+        Documents and batches are shuffled by ``rng``, or keep a fixed order without one.
+        """
 
     def collate(self, batch: list[list[TokenRow]]) -> Batch:
-        """Make the tensors of one planned batch."""
+        """Return the tensors ``[B, T]`` of one of the planned batches."""
 
 
 @dataclass(frozen=True)
 class Padded:
-    """One document a row; the rows of a batch have similar lengths, so little is padding."""
+    """Puts one document in a row, and rows of similar length in a batch, so that little is padding."""
 
     batch_size: int
     max_length: int
@@ -110,7 +113,7 @@ class Padded:
 
 @dataclass(frozen=True)
 class Packed:
-    """Rows of exactly ``max_length`` tokens, each filled with whole documents."""
+    """Fills rows of exactly ``max_length`` tokens with whole documents."""
 
     batch_size: int
     max_length: int
@@ -138,7 +141,10 @@ class Packed:
 
 
 def pack(rows: list[TokenRow], size: int) -> list[list[TokenRow]]:
-    """Fill bins of ``size`` tokens: longest row first, each into the fullest bin with room."""
+    """Pack documents into bins of ``size`` tokens, and return the bins (best fit, decreasing).
+
+    The longest document comes first, and each goes into the fullest bin that has room.
+    """
     bins: list[list[TokenRow]] = []
     room: list[tuple[int, int]] = []  # (free tokens, bin), sorted
     for row in sorted(rows, key=lambda row: -len(row.ids)):
@@ -168,7 +174,7 @@ def real_tokens(batch: Batch) -> int:
 
 
 def row_ids(batch: Batch) -> list[int]:
-    """Return a stable 64-bit name of each row's tokens, whatever its padding, batch, order or corpus."""
+    """Return a hash of each row's tokens, whatever the padding, batch, order or corpus of the row."""
     names = []
     for b, ids in enumerate(batch["input_ids"].cpu()):
         kept = ids[batch["attention_mask"][b].cpu().bool()] if "attention_mask" in batch else ids
@@ -177,13 +183,13 @@ def row_ids(batch: Batch) -> list[int]:
 
 
 def name_of(ids_T: Tensor) -> int:
-    """A stable signed 64-bit name of some tokens: a hash."""
+    """Return a hash of tokens as a signed 64-bit number, the same on every machine."""
     digest = hashlib.blake2b(ids_T.numpy().astype("<i8").tobytes(), digest_size=8).digest()
     return int.from_bytes(digest, "little", signed=True)
 
 
 def _divide(rows: list[list[TokenRow]], size: int, rng: random.Random | None) -> list[list[list[TokenRow]]]:
-    """Cut into the fewest batches of at most ``size`` rows, as equal as can be."""
+    """Divide rows into the fewest batches of at most ``size`` rows, as equal as can be."""
     count = -(-len(rows) // size)
     ends = [len(rows) * i // count for i in range(count + 1)] if count else [0]
     batches = [rows[a:b] for a, b in pairwise(ends)]

@@ -12,9 +12,10 @@ _TOKENS = 8
 
 @torch.no_grad()
 def check_boundaries(model: PreTrainedModel) -> None:
-    """Compare the last document of a packed row with the same document alone.
+    """Refuse a model that lets the documents of a packed row see each other.
 
-    A model fails that carries a state across tokens (Mamba, convolutions), that takes its positions
+    Its logits on the last document of a packed row are compared with those on the same document alone. A
+    model fails that carries a state across tokens (Mamba, convolutions), that takes its positions
     from the attention mask (OPT), or whose attention implementation reads packed positions only in
     batches of one row.
 

@@ -42,7 +42,14 @@ ROLES = {alias: role for role, aliases in _ALIASES.items() for alias in aliases}
 
 
 def read_turns(messages: Any, where: str, roles: dict[str, str] | None = None) -> list[Turn]:
-    """Messages as turns of ``role`` and ``content``; ShareGPT's ``from`` and ``value`` are understood.
+    """Return the messages of a chat as turns: dicts with a known ``role`` and a text ``content``.
+
+    ShareGPT's ``from`` and ``value`` are understood.
+
+    Args:
+        messages: what the column of messages holds.
+        where: file and row, for a message of error.
+        roles: what other names of roles mean, such as ``{tutor: assistant}``.
 
     Raises:
         ConfigError: they are no messages, or a role has no meaning; names file and row.
@@ -86,10 +93,14 @@ def _content(content: Any, where: str) -> str:
 
 
 def read_tools(tools: Any, where: str) -> list[Any]:
-    """Return the tools of a row, from a list or its JSON.
+    """Return the tools that a chat may call, from a list or its JSON.
+
+    Args:
+        tools: what the column of tools holds.
+        where: file and row, for a message of error.
 
     Raises:
-        ConfigError: they are neither.
+        ConfigError: it is neither.
     """
     try:
         parsed = json.loads(tools) if isinstance(tools, str) else tools
@@ -108,14 +119,22 @@ def render(
     rendering: Rendering,
     raw: str,
 ) -> tuple[str, list[Span] | None]:
-    """Return the text of a chat, and the spans of what the assistant wrote in the turns that are its ``own``.
+    """Return the text of a chat, and where in it the supervised answers of the assistant stand.
 
-    Whatever chance a template asks for follows from ``raw``, what the row says.
+    Args:
+        turns: the messages, from :func:`read_turns`.
+        tools: tools that the chat may call, or None.
+        own: for each turn, whether it is an answer of the assistant that is supervised.
+        where: file and row, for a message of error.
+        rendering: the template with its date.
+        raw: what the row says; it seeds the random choices that a template makes.
 
-    The spans are None if the template hides which they are.
+    Returns:
+        The text, and the spans of its characters that the assistant wrote, from start to before end; None in
+        place of the spans if the template hides which they are.
 
     Raises:
-        ConfigError: the template refuses the chat, or passes over something that it says.
+        ConfigError: the template refuses the chat, or leaves out something that the chat says.
     """
     tokenizer = rendering.tokenizer
     if not tokenizer.chat_template:

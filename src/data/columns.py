@@ -17,7 +17,7 @@ from src.errors import ConfigError
 
 @dataclass(frozen=True)
 class Columns:
-    """Which columns hold what; all None means: look for well-known names.
+    """Names the columns of a row that are read; where all are None, well-known names are looked for.
 
     Args:
         text: column of plain text.
@@ -50,7 +50,7 @@ class Columns:
 
     @property
     def names(self) -> list[str]:
-        """The names of the columns that a row must have."""
+        """The columns that a row must have."""
         return [c for c in (self.text, self.prompt, self.answer, self.messages) if c is not None]
 
     def of(self, row: Row) -> Columns:

@@ -1,4 +1,4 @@
-"""Compression that fsspec alone does not undo: zstd and LZ4, by the codecs that pyarrow brings."""
+"""Teach fsspec to read zstd and LZ4 files, by the codecs that pyarrow brings."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SUFFIXES = (".gz", ".bz2", ".xz", *(f".{suffix}" for suffix in _CODECS.values())
 
 
 def register() -> None:
-    """Let ``fsspec.open(..., compression="infer")`` read the codecs, unless it can by itself."""
+    """Let ``fsspec.open(..., compression="infer")`` read zstd and LZ4 files, unless it can by itself."""
     for codec, suffix in _CODECS.items():
         if codec not in available_compressions():
             register_compression(codec, _reader(codec), suffix)

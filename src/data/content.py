@@ -1,4 +1,4 @@
-"""Fingerprints of corpora: a corpus is known by what it holds, not by its place or name."""
+"""Compute fingerprints of corpora, so that a corpus is recognised by its content, not by its path or name."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _BLOCKS, _BLOCK = 16, 1 << 14
 
 
 def described(sources: list[Source]) -> list[dict[str, Any]]:
-    """Return the parts of a mixture as plain values, each with the fingerprint of its content.
+    """Return each source of a mixture as a dict of its settings, with the fingerprint of its content.
 
     Raises:
         ConfigError: there is no such file or dataset.
@@ -30,7 +30,10 @@ def described(sources: list[Source]) -> list[dict[str, Any]]:
 
 
 def alike(was: list[dict[str, Any]], now: list[dict[str, Any]]) -> bool:
-    """Return whether two mixtures are the same; their names are compared where a content is not known."""
+    """Return whether two mixtures, from :func:`described`, are the same.
+
+    Sources are compared by content; by the name of the file or dataset, if a content is not known.
+    """
     if len(was) != len(now):
         return False
     for pair in zip(was, now, strict=True):
@@ -42,11 +45,12 @@ def alike(was: list[dict[str, Any]], now: list[dict[str, Any]]) -> bool:
 
 
 def fingerprint(source: Source) -> str | None:
-    """Fingerprint of what a source holds; None where it cannot be known.
+    """Return a fingerprint of what a source holds; None where it cannot be known.
 
-    Of each local file the size and 16 blocks of 16 KiB are read, evenly spaced (all of a file up to 256 KiB),
-    so that a change of a larger one between them is not seen if it keeps the size. Of a remote file size and
-    first block are read. A dataset of the Hub is known by its commit. Names do not count, their order does.
+    Of a local file the size and 16 blocks of 16 KiB are read, evenly spaced: all of it up to 256 KiB. A
+    change of a larger file between the blocks is not seen if it keeps the size. Of a remote file the size and
+    the first block are read. A dataset of the Hub is known by its commit. The names of files do not count;
+    their order does.
 
     Raises:
         ConfigError: there is no such file or dataset, or it cannot be read.

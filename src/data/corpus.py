@@ -39,7 +39,7 @@ from src.training.identity import Change, changes, refuse_changes
 
 
 class Corpus(Tokenized):
-    """A corpus, streamed in an order fixed by the seed, and resumed at the very next batch.
+    """Streams a corpus in an order fixed by the seed; a resumed run goes on with the very next batch.
 
     Args:
         tokenizer: Hub id or directory of the tokenizer; on the command line it is by default the model's.
@@ -48,7 +48,7 @@ class Corpus(Tokenized):
         validation: what to validate on, in the same forms.
         held_out: share of the documents of ``train`` set apart for validation, instead of
             ``validation``.
-        columns: which columns hold what; by default well-known names are looked for.
+        columns: which columns of the rows are read; by default well-known names are looked for.
         separator: text between prompt and answer.
         max_tokens: tokens to train on, over all ranks and epochs, such as 500M; by default no
             limit.
@@ -56,12 +56,12 @@ class Corpus(Tokenized):
         num_workers: worker processes of each rank: 0 (read in this process), 1, 2 or 4; changes no
             batch.
         seed: seed of the order.
-        today: what a chat template takes for today, such as 2026-01-31; by default the day the run began.
+        today: date that chat templates take for today, such as 2026-01-31; by default the day the run began.
         kwargs: how documents become rows and batches; see :class:`src.data.tokenized.Tokenized`.
     """
 
     accepted: Sequence[str] = ()
-    """Keys whose change on resume is meant."""
+    """Keys that a resumed run may change without being refused (``--accept``)."""
 
     @checked
     def __init__(
@@ -95,7 +95,7 @@ class Corpus(Tokenized):
         self.setup("")
 
     def setup(self, stage: str) -> None:
-        """Forget the positions of an earlier run; all ranks take the day of the first for today."""
+        """Prepare for a run: forget positions of an earlier one, and give all ranks the first rank's date."""
         if self.trainer is not None:
             self.rendering.day = self.trainer.strategy.broadcast(self.rendering.day)
         self._loader: Loader | None = None
@@ -139,7 +139,7 @@ class Corpus(Tokenized):
         return self.loader("validation", shuffle=False, **self._ranks())
 
     def test_dataloader(self) -> Loader | list[Any]:
-        """Return the same as :meth:`val_dataloader`; tasks are judged by ``evaluate``."""
+        """Return the same as :meth:`val_dataloader`. Answers to tasks are judged by the verb ``evaluate``."""
         return self.val_dataloader()
 
     def predict_dataloader(self) -> Loader:
@@ -157,7 +157,7 @@ class Corpus(Tokenized):
         return self._loader.position["tokens"] if self._loader else 0
 
     def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
-        """Move the position behind a training batch: Lightning calls this as it hands the batch to the model.
+        """Count a training batch as read: Lightning calls this when it hands the batch to the model.
 
         Raises:
             ConfigError: rows are packed and the model does not keep their documents apart.
@@ -175,7 +175,7 @@ class Corpus(Tokenized):
         return batch
 
     def _report(self, trainer: Trainer, loader: Loader) -> None:
-        """Log the counts as often as the trainer logs; name the first document not used whole."""
+        """Log the counts as often as the trainer logs; warn of the first document that is not used whole."""
         counts, step = loader.statistics, trainer.global_step
         if step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]  # set, not declared
             numbers = {**counts.numbers(), "wait": loader.wait()}

@@ -16,7 +16,7 @@ from torch import Tensor
 from src.data.batches import Batch, name_of, real
 
 KEPT = 1 << 16
-"""Documents of a sample, at most."""
+"""Most documents that a sample keeps."""
 
 _HALF = 1 << 63
 
@@ -57,7 +57,7 @@ class Distinct:
 
     @property
     def sample(self) -> Tensor:
-        """The kept hashes and token counts, int64 ``[D, 2]``, D documents: what :meth:`unite` takes."""
+        """Hash and number of tokens of each of the D kept documents, int64 ``[D, 2]``, for :meth:`unite`."""
         self._thin()
         signed = [(name - _HALF, tokens) for name, tokens in self._tokens.items()]
         return torch.tensor(signed, dtype=torch.int64).reshape(-1, 2)

@@ -23,14 +23,14 @@ __all__ = ["MAX_DOCUMENT", "Columns", "Document", "read_document"]
 
 @dataclass(frozen=True)
 class Document:
-    """A text and where it comes from.
+    """Holds a text, which of its characters are supervised, and where it comes from.
 
     Args:
         text: what the model reads.
         spans: the supervised characters; None if the chat template hides which they are.
-        where: file and row.
-        raw: what the row says, before any template, day or separator; its identity.
-        chat: the text was rendered by a template, which sets special tokens itself.
+        where: file and row, for messages.
+        raw: what the row says, before any template, date or separator; the document is recognised by it.
+        chat: whether a template rendered the text; it sets special tokens itself.
         unread: columns of the row that are not read.
     """
 
@@ -44,6 +44,12 @@ class Document:
 
 def read_document(row: Row, columns: Columns, separator: str, rendering: Rendering) -> Document:
     """Make a document of a row.
+
+    Args:
+        row: values by column.
+        columns: which of them are read.
+        separator: text between the parts, such as prompt and answer.
+        rendering: how chats become text.
 
     Raises:
         ConfigError: a column is missing, holds the wrong type, or conditions the answer and is not read; or

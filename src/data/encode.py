@@ -27,9 +27,13 @@ TooLong = Literal["truncate", "split", "error"]
 
 @dataclass(frozen=True)
 class TokenRow:
-    """Token ids and labels of a document or a piece of one.
+    """Holds the tokens of a document, or of a piece of one that is too long for a row.
 
-    ``lost`` of a document's first piece is the number of the document's tokens that are in no row.
+    Attributes:
+        ids: token ids.
+        labels: the id where a token is supervised, :data:`IGNORE` elsewhere; not shifted.
+        where: file and row that the document comes from, for messages.
+        lost: in a document's first piece, how many tokens of the document are in no row.
     """
 
     ids: list[int]
@@ -79,7 +83,7 @@ class Encoder:
             )
 
     def __call__(self, documents: list[Document]) -> list[list[TokenRow]]:
-        """Encode documents: for each, its rows of at most ``max_length`` tokens.
+        """Return the rows of each document, each of at most ``max_length`` tokens.
 
         A row without a supervised token after its first teaches nothing and is left out.
         """
@@ -113,7 +117,7 @@ class Encoder:
         return [replace(piece, lost=missing) if n == 0 else piece for n, piece in enumerate(pieces)]
 
     def _ends(self, text: str) -> tuple[list[int], list[int]]:
-        """BOS and EOS around a text: not those that it brings, being rendered already."""
+        """Return the BOS and the EOS to put around a text: none that the text has already."""
         bos, eos = str(self.tokenizer.bos_token), str(self.tokenizer.eos_token)
         begun, ended = text.lstrip().startswith(bos), text.rstrip().endswith(eos)
         return [] if begun else self.head, [] if ended else self.tail

@@ -1,4 +1,4 @@
-"""The formats of files: how rows are read from each, one by one, local or remote, compressed or not.
+"""Read the rows of files one by one, in each format; files are local or remote, compressed or not.
 
 Each row says under the key :data:`WHERE` where it comes from, so that an error message can name the file and
 the row.
@@ -64,10 +64,16 @@ def read_files(
     format: Format | None = None,
     most: int | None = None,
 ) -> Iterator[Row]:
-    """Yield share ``share`` of ``shares`` of the rows of numbered files: every ``shares``-th row.
+    """Yield the rows of one share of some files: every ``shares``-th row.
 
-    A row says under the key ``WHERE`` where it comes from. The reading ends after ``most`` rows of all shares
-    together, if that is given.
+    A row says under the key ``WHERE`` where it comes from.
+
+    Args:
+        files: number and path or URL of each; with the number the share is dealt evenly over short files.
+        share: number of the share, from 0.
+        shares: into how many disjoint shares the rows are dealt.
+        format: format of the files; None tells it from their suffixes.
+        most: number of rows, of all shares together, after which the reading ends; None reads all.
 
     Raises:
         ConfigError: a file is empty or damaged, or a row is not what its format promises; the message
@@ -184,7 +190,7 @@ _READERS: dict[Format, tuple[Callable[[str], Iterator[tuple[int, Any]]], Callabl
 
 
 def suffix(file: str) -> str:
-    """Return the suffix that tells the format of a file, before that of a compression."""
+    """Return the suffix that tells the format of a file, without that of a compression."""
     path = Path(file)
     return path.with_suffix("").suffix if path.suffix in SUFFIXES else path.suffix
 

@@ -38,11 +38,11 @@ def read_rows(path: str, limit: int | None = None, split: str | None = None) -> 
 
 @dataclass(frozen=True)
 class Judged:
-    """Rows as tokens, and counts of the rows that are left out.
+    """Holds the tokens of the rows to judge, and counts of the rows that are left out.
 
     Attributes:
         rows: tokens and labels of the rows that have a supervised token.
-        numbers: number of each of them among the rows that were read, from 0.
+        numbers: place of each of them among all rows that were read, from 0.
         read: number of rows that were read.
         left_out: number of rows that are not judged, by reason.
         truncated: number of judged rows that are longer than ``max_length`` and lost their end.
@@ -77,7 +77,14 @@ def judged(
     supervise: Literal["all", "answer"] = "answer",
     max_length: int = sys.maxsize,
 ) -> Judged:
-    """Encode rows; count those without a supervised token within ``max_length``, and leave them out.
+    """Encode rows; leave out, and count, those without a supervised token within ``max_length``.
+
+    Args:
+        tokenizer: tokenizer of the models.
+        rows: the rows, by column, as from :func:`read_rows`.
+        columns: which columns are read.
+        supervise: tokens that count: of the ``answer``, or ``all``.
+        max_length: tokens of a row, at most; what is longer loses its end.
 
     Raises:
         ConfigError: a row lacks a column, or has one that conditions the answer and is not read; names the
@@ -104,12 +111,12 @@ def judged(
 
 
 def prompt(row: TokenRow) -> list[int]:
-    """Return the tokens before the first supervised one."""
+    """Return the tokens of a row before the first supervised one."""
     first = next(at for at, label in enumerate(row.labels) if label != IGNORE)
     return row.ids[:first]
 
 
 def batches(rows: list[TokenRow], batch_size: int, pad: int) -> Iterator[Batch]:
-    """Return batches of rows of similar length, padded on the right."""
+    """Yield batches of rows of similar length, padded on the right by the token ``pad``."""
     padded = Padded(batch_size, sys.maxsize, pad)
     return map(padded.collate, padded.plan(rows, None))

@@ -27,18 +27,19 @@ from src.data.stream import LANES, Lanes, Recipe
 from src.errors import ConfigError
 
 REPEATED = "repeated"
-"""Key of a batch that a rank was given before, where that is marked."""
+"""Key that marks a batch which its rank gives a second time, because it has run out before other ranks."""
 Agree = Callable[[bool, int], tuple[bool, int]]
-"""Given whether this rank has more and its number of tokens: whether any rank has, and the sum."""
+"""Tells each rank about all: from whether it has another batch, and the number of tokens of its present one,
+follow whether any rank has another, and the sum of tokens."""
 
 
 def alone(more: bool, tokens: int) -> tuple[bool, int]:
-    """Agree as a single rank: its own answer."""
+    """Return the answer of a single rank, as an :data:`Agree`: what it is given."""
     return more, tokens
 
 
 def across_ranks() -> Agree:
-    """Agree among all ranks, by one small reduction on the CPU for each batch."""
+    """Return an :data:`Agree` of all ranks, which takes one small reduction on the CPU for each batch."""
     group = dist.group.WORLD if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
 
     def agree(more: bool, tokens: int) -> tuple[bool, int]:
@@ -61,7 +62,7 @@ def _epoch(lanes: int) -> State:
 
 
 class Loader:
-    """An iterable over the batches of an epoch, from ``position`` on.
+    """Iterates over the batches of an epoch, from ``position`` on.
 
     Only :meth:`handed` moves the position: without it, every iteration gives the same batches.
     All ranks give the same number of batches: one that runs out early gives its first batch again,
@@ -69,12 +70,13 @@ class Loader:
 
     Args:
         recipe: what the batches are made of.
-        rank: this rank.
+        rank: number of this rank, from 0.
         world: number of ranks.
-        workers: worker processes, at most; 0 reads in this process. As many as divide the lanes.
+        workers: worker processes; 0 reads in this process. Fewer are used if they do not divide the rank's
+            lanes (:mod:`src.data.stream`).
         max_tokens: tokens, over all ranks and epochs, after which there are no more batches.
         agree: how ranks agree that an epoch goes on.
-        position: where to start.
+        position: where to start: an earlier :attr:`position`; None is the beginning.
         mark: whether a batch that is given again has the key ``repeated``.
     """
 
@@ -144,7 +146,7 @@ class Loader:
         return item
 
     def _items(self, position: State, workers: int) -> Iterator[tuple[Batch | None, State]]:
-        """Batches with the position after each; then, without end, None with the last position."""
+        """Yield batches with the position after each; then, without end, None with the last position."""
         if workers:  # a fork keeps no threads: with them a tokenizer would wait for ever
             os.environ["TOKENIZERS_PARALLELISM"] = "false"
         lanes, ended = list(position["lanes"]), set[int]()

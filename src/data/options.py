@@ -1,4 +1,4 @@
-"""What a user writes under ``data:``, checked and made exact."""
+"""Check what a user writes under ``data:``, and turn short forms into exact values."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from src.data.stream import LANES
 from src.errors import ConfigError, did_you_mean
 
 Sources = str | list[str | dict[str, Any]]
-"""A path, or parts of a mixture with the keys of :class:`src.data.sources.Source`.
+"""A path; or a mixture, a list of paths and of dicts with the keys of :class:`src.data.sources.Source`.
 
 Not ``Source`` itself: for a dataclass the parser of the command line would try a path as a file of settings,
 and so read the whole corpus.
@@ -23,10 +23,14 @@ _POWERS = {"K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}
 
 
 def sources(given: Sources | None, key: str) -> list[Source]:
-    """Return the parts of a mixture, from a path or a list.
+    """Return the sources that a user gives as a path or a list.
+
+    Args:
+        given: what the user gives; None is no source.
+        key: the key that it stands under, for messages.
 
     Raises:
-        ConfigError: the weights make no mixture.
+        ConfigError: a source has a wrong or unknown key, or only some have weights.
     """
     listed = [given] if isinstance(given, str) else [] if given is None else given
     parts = [_source({"path": part} if isinstance(part, str) else part, key) for part in listed]
@@ -66,10 +70,10 @@ def _source(part: dict[str, Any] | Source, key: str) -> Source:
 
 
 def check_weights(sources: list[Source], key: str) -> None:
-    """Check that every part of a mixture has a positive weight, or none has any.
+    """Refuse a mixture in which only some sources have a weight, or one is not positive.
 
     Raises:
-        ConfigError: naming the part and the key.
+        ConfigError: names the source and the key.
     """
     for source in sources:
         number = isinstance(source.weight, int | float) and 0 < source.weight < math.inf
@@ -117,10 +121,10 @@ def amount(text: str) -> int:
 
 
 def check(held_out: float, validation: Sources | None, num_workers: int) -> None:
-    """Check what the range of a single option cannot say.
+    """Refuse values that do not go together: a check that the range of a single option cannot make.
 
     ``held_out`` and ``validation`` exclude each other. ``num_workers`` is 0 or divides
-    :data:`src.data.stream.LANES`, as each worker serves as many of a rank's lanes.
+    :data:`src.data.stream.LANES`, because all workers serve the same number of a rank's lanes.
 
     Raises:
         ConfigError: one of these does not hold; the message names every key at fault.
@@ -140,7 +144,7 @@ COLUMN_OPTIONS = ("text", "prompt", "answer", "messages", "input", "system", "ig
 
 
 def add_columns(parser: argparse.ArgumentParser) -> None:
-    """Add the options of a command that say what to read of its rows."""
+    """Add options to a command by which a user says which columns of the rows are read."""
     add = parser.add_argument
     add("--prompt", metavar="COLUMN", help="column of the prompt (default: well-known names)")
     add("--answer", metavar="COLUMN", help="column of the answer, together with --prompt")

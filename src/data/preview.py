@@ -1,4 +1,4 @@
-"""A few rows of a corpus as a model will see them: ``python -m src.cli preview --config FILE``.
+"""Print a few rows of a corpus as a model will see them: ``python -m src.cli preview --config FILE``.
 
 Supervised text stands between ``{+`` and ``+}`` (in green on a terminal), the rest is context; so a person
 sees prompts, templates, special tokens and document boundaries before a single step is trained.
@@ -55,7 +55,12 @@ def main(argv: list[str]) -> None:
 
 
 def read_corpus(config: Path, changes: list[str]) -> Corpus:
-    """Build the corpus of a config file, with ``--data.KEY VALUE`` (and ``--model``) changes.
+    """Build the corpus of an experiment.
+
+    Args:
+        config: the experiment's file.
+        changes: command-line options that change it: ``--data.KEY VALUE`` and, to find the tokenizer,
+            ``--model.init_args.model`` and ``--model.init_args.mask``.
 
     Raises:
         ConfigError: the file cannot be read, or its data section is no corpus.
@@ -86,7 +91,7 @@ def _parent(model: str | None, mask: str | None) -> str | None:
 
 
 def documents(loader: Loader) -> Iterator[tuple[list[int], list[int]]]:
-    """Yield the token ids and labels of each document, without padding and out of its packed row."""
+    """Yield the token ids and the labels of each document, without padding and one by one if packed."""
     for batch in loader:
         loader.handed()
         for row in range(len(batch["input_ids"])):

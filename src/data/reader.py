@@ -1,4 +1,4 @@
-"""Read the documents of one share of a corpus, in the proportions of their weights, from any position on."""
+"""Read one share of a mixture of sources, in the proportions of their weights, from any position on."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ State = dict[str, Any]
 
 @dataclass(frozen=True)
 class Corpora:
-    """What to read.
+    """Says what to read, and how its rows become documents.
 
     Args:
-        sources: the parts of the mixture.
-        columns: where the rows keep what is wanted.
-        separator: what stands between prompt and answer.
+        sources: the sources of the mixture.
+        columns: which columns of the rows are read.
+        separator: text between prompt and answer.
         rendering: how chats become text.
         held_out: share of the documents that is set apart, in [0, 1), by a hash of what
             their rows say before any template.
@@ -46,10 +46,16 @@ class Corpora:
 
 
 class Reader(Iterator[Document]):
-    """The documents of share ``share`` of ``shares``.
+    """Yields the documents of one share of a mixture of sources, in the proportions of the sources' weights.
 
-    The next document comes from the part furthest behind its weight (D'Hondt's rule), so
-    proportions hold at every moment, without chance and without a state beyond the counts.
+    The next row comes from the source that is furthest behind its weight (D'Hondt's rule). So the proportions
+    hold at every moment, without chance, and the state is a count and a position for each source.
+
+    Args:
+        corpora: the mixture.
+        share: number of the share, from 0.
+        shares: into how many disjoint shares the corpus is dealt.
+        states: :meth:`states` of an earlier reader, to go on from there; None begins at the start.
 
     Raises:
         ConfigError: on reading, at the first fault of a file or row; names both.
@@ -76,7 +82,7 @@ class Reader(Iterator[Document]):
                 return document
 
     def states(self) -> list[State]:
-        """Return the positions of the parts; a reader made with them goes on from here."""
+        """Return the positions in all sources; a reader that is made with them goes on from here."""
         return [part.state() for part in self.parts]
 
     def _furthest_behind(self) -> _Part:

@@ -1,9 +1,9 @@
 """Give the positions of a stream to another number of ranks, so that no document is lost or repeated.
 
-The shares of the corpus stay as they were when the run began; only the ranks that read them change. Share k
-belongs to rank ``k % world``, as its lane ``k // world``. So all ranks together read the same shares in the
-same order. With the same global batch, for example half the ranks and two micro-batches a step, every step
-has the same rows.
+The shares of the corpus stay as they were when the run began; only the ranks that read them change. A rank
+reads each of its shares in a lane (:mod:`src.data.stream`): share k belongs to rank ``k % world``, as its
+lane ``k // world``. So all ranks together read the same shares in the same order. With the same global batch,
+for example half the ranks and two micro-batches a step, every step has the same rows.
 """
 
 from __future__ import annotations
@@ -18,7 +18,11 @@ from src.errors import ConfigError
 
 
 def redistribute(positions: list[State], world: int) -> list[State]:
-    """Return the positions of ``world`` ranks that go on where those of the ranks ``positions`` stopped.
+    """Return positions for ``world`` ranks that go on where an earlier number of ranks stopped.
+
+    Args:
+        positions: position of each earlier rank, as a checkpoint holds them.
+        world: number of ranks now.
 
     Raises:
         ConfigError: the shares cannot be divided by so many ranks.

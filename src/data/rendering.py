@@ -37,7 +37,7 @@ class Rendering:
 
     Args:
         tokenizer: owner of the template.
-        day: what the template takes for today, at midnight; None is the day of the call.
+        day: date that the template takes for today, at midnight; None is the present one.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, day: date | None = None) -> None:
@@ -48,8 +48,8 @@ class Rendering:
 
         Args:
             turns: its messages.
-            seed: seed of the random choices that the template makes.
-            inputs: what else the template is given, such as ``tools``.
+            seed: text that seeds the random choices which the template makes.
+            inputs: further variables of the template, such as ``tools``.
         """
         template = self.tokenizer.get_chat_template(tools=inputs.get("tools"))
         # The library reads the clock at each call. Its own name in the compiled template is all it offers.
@@ -59,7 +59,7 @@ class Rendering:
 
     @property
     def record(self) -> dict[str, str | None]:
-        """What a text depends on beside its row: the day; fingerprints of the template and the tokenizer."""
+        """What a text depends on beside its row: the day, and fingerprints of template and tokenizer."""
         core = getattr(self.tokenizer, "backend_tokenizer", None)
         rules = json.loads(core.to_str()) if core is not None else {}
         lasting = {key: rule for key, rule in rules.items() if key not in ("truncation", "padding")}
@@ -70,7 +70,12 @@ class Rendering:
         }
 
     def resume(self, was: dict[str, Any], named: date | None) -> None:
-        """Go on with the day of a record unless one was named; tell what renders differently now."""
+        """Take over the day on which a resumed run rendered its chats, and warn of each other change.
+
+        Args:
+            was: :attr:`record` of the run, from its checkpoint.
+            named: the day that the user set, which wins; None if the user set none.
+        """
         self.day = named or date.fromisoformat(was["day"])
         for change in changes(was, self.record):
             rank_zero_warn(
@@ -80,10 +85,10 @@ class Rendering:
 
 
 def parse_day(text: str | None) -> date | None:
-    """Return the day that a user names.
+    """Return the date that a user writes as 2026-01-31; None if the user writes none.
 
     Raises:
-        ConfigError: there is no such day.
+        ConfigError: it is no date.
     """
     try:
         return date.fromisoformat(text) if text is not None else None

@@ -1,4 +1,4 @@
-"""Where documents come from: files, the Hub and saved datasets, as one kind of stream.
+"""Open the sources of documents (files, the Hub, saved datasets) as one kind of stream.
 
 Every source becomes a ``datasets.IterableDataset`` of rows, whose position can be saved and
 restored. Files are read row by row, local or remote, compressed or not, and never stored whole.
@@ -35,17 +35,17 @@ _SPLIT = re.compile("(?<![a-z])(train|test|val|dev|eval)(?:ing|id|idation|uation
 
 @dataclass(frozen=True)
 class Source:
-    """One corpus, or one part of a mixture.
+    """Names a corpus, or one of several that are mixed.
 
     Args:
         path: a Hub id; a file, glob, directory or URL of JSONL, Parquet or text, compressed or not;
             or a directory written by ``Dataset.save_to_disk``.
-        weight: share of the documents drawn from this part. Give one to every part or to none:
-            without weights an epoch holds every document once; with weights a part that runs out
-            starts again, and the epoch ends when each part has been read to its end.
+        weight: share of the documents drawn from this source, relative to the other weights. Give one to
+            every source or to none: without weights an epoch holds every document once; with weights a
+            source that runs out starts again, and the epoch ends when each was read to its end.
         split: split of a Hub or saved dataset; None is the only one that it has.
         name: configuration of a Hub dataset.
-        rows: read so many of its first rows only, in every epoch; None reads all.
+        rows: number of first rows that are read, in every epoch; None reads all.
         format: format of the files where the suffix does not tell; ``lines`` (the meaning of
             ``.txt``) makes a document of each line, ``text`` of each file.
     """
@@ -59,9 +59,15 @@ class Source:
 
 
 def open_source(source: Source, share: int, shares: int) -> IterableDataset:
-    """Open share ``share`` of ``shares`` of a source; the shares are disjoint and complete.
+    """Open one share of a source, as a stream of rows whose position can be saved.
 
-    Whole files are dealt out where their number allows it, else single rows.
+    Readers that run side by side take a share each. Whole files are dealt out to the shares if their number
+    allows it, else single rows.
+
+    Args:
+        source: what to open.
+        share: number of the share, from 0.
+        shares: into how many disjoint shares the rows are dealt.
 
     Raises:
         ConfigError: there is no such file or dataset.
@@ -87,7 +93,7 @@ def open_source(source: Source, share: int, shares: int) -> IterableDataset:
 def read_saved(
     path: str, split: str | None, share: int, shares: int, rows: int | None = None
 ) -> Iterator[Row]:
-    """Yield share ``share`` of ``shares`` of a saved dataset: every ``shares``-th row.
+    """Yield the rows of one share of a saved dataset: every ``shares``-th row.
 
     A row says under the key ``WHERE`` where it comes from.
 
@@ -116,7 +122,7 @@ def find_files(source: Source) -> list[str] | None:
     """Return the files of a source in order; None if it is a saved dataset or on the Hub.
 
     Raises:
-        ConfigError: there is none, or it is not to be opened.
+        ConfigError: there are none, one cannot be opened or is a pipe, or a split is asked of files.
     """
     try:
         files, wanted = _found(source.path)
@@ -141,7 +147,7 @@ def find_files(source: Source) -> list[str] | None:
 
 
 def _found(path: str) -> tuple[list[str] | None, str]:
-    """Return what is at a path; or, if nothing is, what is missing."""
+    """Return the files at a path, None for a dataset; and what to say is wrong if there are no files."""
     folder = Path(path)
     several = any(sign in path for sign in "*?[") and not folder.is_file()
     if folder.is_dir():

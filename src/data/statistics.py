@@ -12,7 +12,7 @@ from src.data.encode import IGNORE, TokenRow
 
 @dataclass(frozen=True)
 class Statistics:
-    """Counts over batches; they add up.
+    """Holds counts over batches; the sum of two holds the counts over the batches of both.
 
     Args:
         batches: batches given.
@@ -24,7 +24,7 @@ class Statistics:
         lost: tokens that truncation took.
         dropped: documents left out because no token of theirs would be supervised.
         repeated: batches given a second time by a rank that ran out before the others.
-        first_truncated: file and row of the first of these documents.
+        first_truncated: file and row of the first truncated document.
         first_dropped: file and row of the first document left out.
         unread: columns of the documents that are not read, sorted.
     """
@@ -46,7 +46,14 @@ class Statistics:
     def of(
         cls, rows: list[list[TokenRow]], batch: Batch | None, dropped: list[str], unread: Iterable[str] = ()
     ) -> Statistics:
-        """Count a batch, the rows it was made of, and what was dropped and not read on the way to it."""
+        """Return the counts over one batch.
+
+        Args:
+            rows: rows of documents of which the batch was made.
+            batch: the batch; None counts only what was left out.
+            dropped: file and row of each document left out since the batch before.
+            unread: columns of the documents that are not read.
+        """
         documents = [document for row in rows for document in row]
         truncated = [document for document in documents if document.lost]
         tokens = 0 if batch is None else real_tokens(batch)
@@ -74,7 +81,10 @@ class Statistics:
         return {**numbers, "waste": self.padding / max(1, self.tokens + self.padding)}
 
     def fates(self) -> set[str]:
-        """Sentences on first documents truncated or left out, on repeated batches and on unread columns."""
+        """Return warnings of what was not used as it is, each a sentence that names the first case.
+
+        They are of documents truncated or left out, of repeated batches, and of columns that are not read.
+        """
         truncated = {f"{self.first_truncated} exceeds data.max_length and was truncated (data/truncated)"}
         dropped = {f"{self.first_dropped} has no token to learn from and was left out (data/dropped)"}
         short = {

@@ -36,10 +36,10 @@ _CHUNK = 64  # documents encoded at once
 
 @dataclass(frozen=True)
 class Recipe:
-    """All that decides the batches of a stream.
+    """Holds all settings that decide the batches of a stream.
 
     Args:
-        corpora: what is read.
+        corpora: what is read, and how rows become documents.
         encoder: how documents become token rows.
         batching: how token rows become batches.
         buffer: documents shuffled together, over all lanes of a rank.
@@ -60,7 +60,15 @@ Item = tuple[Batch | None, State, Statistics]
 
 
 class Lane:
-    """Share ``share`` of ``shares`` of an epoch, from ``state`` on."""
+    """Yields the batches of one share of the corpus, in one epoch.
+
+    Args:
+        recipe: what the batches are made of.
+        epoch: number of the epoch; the order depends on it.
+        share: number of the share, from 0.
+        shares: into how many disjoint shares the corpus is dealt.
+        state: state of the lane after its last batch, to go on from there; None begins at the start.
+    """
 
     def __init__(self, recipe: Recipe, epoch: int, share: int, shares: int, state: State | None) -> None:
         self.recipe, self.epoch, self.share, self.shares = recipe, epoch, share, shares
@@ -90,7 +98,7 @@ class Lane:
             yield None, state, Statistics()
 
     def _block(self, reader: Reader, index: int) -> _Block:
-        """Block ``index``: small at first, so that the first batch comes soon."""
+        """Return block ``index``, not read yet; the first ones are small, so that a batch comes soon."""
         rows = self.recipe.batching.batch_size
         size = rows * min(max(1, self.recipe.buffer // (LANES * rows)), 2 << min(index, 30))
         return _Block(reader, self.recipe.encoder, size, self.recipe.batching.block_tokens)
@@ -124,14 +132,21 @@ class _Block:
                 self.unread.update(document.unread)
 
     def finish(self) -> _Block:
-        """Read and encode what is left."""
+        """Read and encode what the block still lacks, and return it."""
         while not (self.ended or (self.read >= self.size and self.length >= self.tokens)):
             self.advance(1)
         return self
 
 
 class Lanes(IterableDataset[Item | ConfigError]):
-    """The lanes of a rank in turn; of several workers, each serves its turns only."""
+    """Yields a batch from each lane of a rank in turn; each worker process serves some of the lanes.
+
+    Args:
+        recipe: what the batches are made of.
+        position: position of the rank: its epoch, and the states of its lanes.
+        rank: number of the rank, from 0.
+        world: number of ranks.
+    """
 
     def __init__(self, recipe: Recipe, position: State, rank: int, world: int) -> None:
         self.recipe, self.position, self.rank, self.world = recipe, position, rank, world

@@ -14,8 +14,12 @@ _HALF = re.compile("[\ud800-\udfff]")
 def checked(value: Any, what: str) -> str:
     """Return a value if it is a text that can be encoded and is not too large.
 
+    Args:
+        value: what a column or a message holds.
+        what: names it in a message of error, such as ``FILE row 3: column 'text'``.
+
     Raises:
-        ConfigError: it is none; says what was found.
+        ConfigError: it is no such text; says what was found.
     """
     if not isinstance(value, str):
         kind = "null" if value is None else f"{type(value).__name__} {str(value)[:40]!r}"

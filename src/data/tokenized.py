@@ -1,4 +1,4 @@
-"""How text becomes rows of tokens, and rows batches: the settings and the parts that every epoch shares."""
+"""The part of a data module that turns text into rows of tokens and rows into batches, with its settings."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from src.ranges import MOST, Count, Range, checked
 
 
 class Tokenized(LightningDataModule):
-    """Data whose rows are the tokens of documents.
+    """Is the base of :class:`src.data.Corpus`: it holds what turns documents into rows and batches.
 
     Args:
         tokenizer: Hub id or directory of the tokenizer; on the command line it is by default the model's.
@@ -31,9 +31,9 @@ class Tokenized(LightningDataModule):
         max_length: tokens of a row.
         too_long: what becomes of a longer document: ``truncate`` it, ``split`` it, or stop with an
             ``error``.
-        bos: begin with the tokenizer's BOS; by default as the tokenizer itself does. Chats: as
-            their template.
-        eos: end with the tokenizer's EOS. Chats: as their template.
+        bos: whether a text begins with the tokenizer's BOS; by default as the tokenizer itself does. A chat
+            has what its template sets.
+        eos: whether a text ends with the tokenizer's EOS. A chat has what its template sets.
     """
 
     @checked
@@ -64,16 +64,16 @@ class Tokenized(LightningDataModule):
         self._warnings: set[str] = set()
 
     def warn_once(self, what: str) -> None:
-        """Warn of something, once a run."""
+        """Warn of something, unless this run has warned of it already."""
         if what not in self._warnings:
             rank_zero_warn(f"data: {what}.")
             self._warnings.add(what)
 
     def fitted(self) -> Encoder:
-        """Return the encoder, its rows no longer than the model's table of positions.
+        """Return the encoder, with rows no longer than the model's table of positions.
 
         Raises:
-            ConfigError: the user does not allow documents to be cut.
+            ConfigError: the table is shorter than ``max_length``, and ``too_long`` is ``error``.
         """
         model, asked = self.model(), self.encoder.max_length
         limit = position_limit(model) if model is not None else None
