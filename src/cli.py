@@ -28,6 +28,10 @@ TOOLS = {
         "src.repair.verb",
         "export the cut model repaired behind each gap, without training, on a few rows",
     ),
+    "generate": (
+        "src.generate.verb",
+        "let a model write rows to train on: generate --model M --prompts FILE --out own.jsonl",
+    ),
     "evaluate": ("src.evaluate.verb", "held-out KL, agreement, exact match; beside the teacher"),
     "benchmark": ("src.benchmark", "measured prefill and decode speed against another model and the ideal"),
     "report": ("src.report.verb", "gather a run's figures into a table, JSON, Markdown and HTML"),

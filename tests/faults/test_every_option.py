@@ -80,6 +80,7 @@ NEEDED = {
     "export": ["--mask", "m", "--out", "o"],
     "patch": ["--mask", "m", "--out", "o", "--data", "d"],
     "evaluate": ["--model", "m", "--data", "d"],
+    "generate": ["--model", "m", "--prompts", "p", "--out", "o"],
     "benchmark": ["--model", "m", "--baseline", "b"],
     "report": ["--run", "r"],
     "preview": ["--config", SEARCH],

@@ -1,0 +1,1 @@
+"""Text that a model writes itself: rows to recover a shortened model on, in the parent's own words."""

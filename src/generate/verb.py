@@ -1,0 +1,181 @@
+"""Let a model write rows of text: ``python -m src.cli generate --model M --prompts FILE --out own.jsonl``.
+
+A student learns most from text as its teacher writes it. The rows have the form in which corpora are read
+(docs/data.md), so that ``own.jsonl`` can be trained on as it is. Each batch is kept as it is written; the
+same command after an interruption goes on behind the last whole one, and writes what it would have written.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from src.command import Parser, load, new_file, provenance
+from src.data.content import fingerprint
+from src.data.judging import read_rows
+from src.data.options import add_columns, read_columns
+from src.data.sources import Source
+from src.errors import ConfigError
+from src.evaluate.generate import new_tokens, stop_tokens
+from src.files import discard, read_json, write_json, write_text
+from src.generate.prompts import Prompt, Prompts
+from src.models.fingerprint import weights_fingerprint
+from src.models.loading import load_tokenizer, longest_row
+from src.ranges import SEED, Range, positive
+from src.training.progress import track
+
+Written = dict[str, Any]
+"""``row``, the row of the corpus; ``tokens``, how many are new; ``finished``, whether the model ended it."""
+
+
+def main(argv: list[str]) -> None:
+    """Write the rows and their record.
+
+    Raises:
+        ConfigError: the prompts cannot be read, or what lies at ``--out`` was made with other settings.
+    """
+    args = _parse(argv)
+    out, began = Path(args.out), time.monotonic()
+    parts, record = out.with_name(f"{out.name}.parts"), out.with_name(f"{out.name}.record.json")
+    settings = _settings(args)
+    if _finished(out, record, settings, args.force):
+        print(f"{out}: written already by this command")
+        return
+    tokenizer = load_tokenizer(args.model)
+    rows = read_rows(args.prompts, args.limit, args.split)
+    prompts = Prompts(tokenizer, read_columns(args), args.start)(rows)
+    if not prompts:
+        raise ConfigError(f"--prompts: '{args.prompts}' has no rows.")
+    _go_on(parts, settings)
+    model = load(args.model, args)
+    order = sorted(range(len(prompts)), key=lambda n: len(prompts[n].ids))
+    batches = [order[at : at + args.batch_size] for at in range(0, len(order), args.batch_size)]
+    done = dict[int, Written]()
+    for number, batch in enumerate(track(batches, "batches written")):
+        part = parts / f"{number:06d}.json"
+        if not part.exists():
+            torch.manual_seed(args.seed * len(batches) + number)  # of this batch alone, in every run
+            write_json(part, written(model, tokenizer, [prompts[n] for n in batch], args))
+        done |= zip(batch, read_json(part), strict=True)
+    write_text(out, "".join(json.dumps(done[n]["row"], ensure_ascii=False) + "\n" for n in sorted(done)))
+    figures = {
+        "rows": len(done),
+        "tokens": sum(each["tokens"] for each in done.values()),
+        "unfinished": sum(not each["finished"] for each in done.values()),
+        "seconds": time.monotonic() - began,
+    }
+    write_json(record, settings | figures | provenance("generate", argv, model))
+    discard(parts)
+    print("{rows} rows, {tokens:,} tokens, {unfinished} rows not finished".format(**figures), f"-> {out}")
+
+
+@torch.inference_mode()
+def written(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[Prompt],
+    args: argparse.Namespace,
+) -> list[Written]:
+    """Continue some prompts together, padded on the left."""
+    stop, longest = stop_tokens(model, tokenizer), max(len(prompt.ids) for prompt in prompts)
+    positions = longest_row(args.model) or sys.maxsize
+    most = new_tokens([prompt.ids for prompt in prompts], positions, None, args.max_new_tokens)
+    padding = [longest - len(prompt.ids) for prompt in prompts]
+    ids_BT = torch.tensor([[0] * n + prompt.ids for n, prompt in zip(padding, prompts, strict=True)])
+    mask_BT = torch.tensor([[0] * n + [1] * (longest - n) for n in padding])
+    chance = {"do_sample": True, "temperature": args.temperature, "top_p": args.top_p, "top_k": 0}
+    config = GenerationConfig(
+        max_new_tokens=most, eos_token_id=sorted(stop), pad_token_id=tokenizer.pad_token_id or 0,
+        **(chance if args.temperature else {"do_sample": False}),
+    )  # fmt: skip
+    out_BT = model.generate(
+        ids_BT.to(model.device), attention_mask=mask_BT.to(model.device), generation_config=config
+    )
+    found = list[Written]()
+    for prompt, new in zip(prompts, out_BT[:, longest:].tolist(), strict=True):
+        end = next((at for at, token in enumerate(new) if token in stop), len(new))
+        text = str(tokenizer.decode(new[:end], skip_special_tokens=True))
+        found.append({"row": prompt.row(text), "tokens": end, "finished": end < len(new)})
+    return found
+
+
+def _settings(args: argparse.Namespace) -> dict[str, Any]:
+    """What the rows follow from: model and prompts by their content, and the options."""
+    plain = ("out", "force", "device", "threads", "model", "prompts")
+    options = {key: value for key, value in vars(args).items() if key not in plain}
+    model, prompts = weights_fingerprint(args.model), fingerprint(Source(args.prompts, split=args.split))
+    return {
+        "model": model or args.model,
+        "prompts": prompts or args.prompts,
+        "options": json.loads(json.dumps(options)),
+    }
+
+
+def _finished(out: Path, record: Path, settings: dict[str, Any], force: bool) -> bool:
+    """Return whether the rows are there, by these settings.
+
+    Raises:
+        ConfigError: a file is there that is not replaced without ``--force``.
+    """
+    if not out.exists() or force:
+        return False
+    if record.exists() and settings.items() <= read_json(record).items():
+        return True
+    raise ConfigError(f"--out: '{out}' is there, made otherwise. Name another file, or add --force.")
+
+
+def _go_on(parts: Path, settings: dict[str, Any]) -> None:
+    """Begin the directory of the parts, or go on in it.
+
+    Raises:
+        ConfigError: it was begun with other settings.
+    """
+    kept = parts / "settings.json"
+    if not kept.exists():
+        write_json(kept, settings)
+    elif (was := read_json(kept)) != settings:
+        other = ", ".join(key for key in settings if was.get(key) != settings[key])
+        raise ConfigError(
+            f"--out: '{parts}' was begun with other settings ({other}). Remove it, or name another file."
+        )
+
+
+def _parse(argv: list[str]) -> argparse.Namespace:
+    parser = Parser("generate", "Let a model write the answers to prompts, as rows to train on.")
+    add = parser.add_argument
+    add("--model", required=True, metavar="DIR", help="who writes: Hub id or directory")
+    add(
+        "--prompts",
+        required=True,
+        metavar="FILE",
+        help="chats, questions or texts: JSONL, Parquet, text or a Hub id",
+    )
+    add("--out", required=True, type=new_file, metavar="FILE", help="the rows, as JSONL")
+    add_columns(parser)
+    add("--limit", type=positive, metavar="N", help="the first N rows only")
+    add("--start", type=positive, default=16, metavar="T", help="tokens given of a plain text (default: 16)")
+    add("--max-new-tokens", type=positive, default=512, metavar="T", help="of a row (default: 512)")
+    add("--batch-size", type=positive, default=32, metavar="B", help="rows at once (default: 32)")
+    add(
+        "--temperature",
+        type=Range(float, 0, 100),
+        default=0.0,
+        help="of sampling (default: 0, the likeliest token)",
+    )
+    add(
+        "--top-p",
+        type=Range(float, 0, 1, "low"),
+        default=1.0,
+        help="smallest set of tokens with that probability (default: 1)",
+    )
+    add("--seed", type=Range(int, 0, SEED), default=0)
+    add("--force", action="store_true", help="replace a file that is there")
+    parser.add_model_options()
+    return parser.parse_args(argv)

@@ -1,0 +1,135 @@
+"""What a model writes: its own likeliest tokens, the same after any interruption, read again as it is."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from src.data import Corpus
+from src.errors import ConfigError
+from src.evaluate.generate import greedy, stop_tokens
+from src.generate.verb import main
+
+CHAT = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+def rows_of(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def command(teacher: str, prompts: str | Path, out: Path, *more: str) -> list[str]:
+    short = ("--max-new-tokens", "6", "--batch-size", "3", "--device", "cpu")
+    return ["--model", teacher, "--prompts", str(prompts), "--out", str(out), "--limit", "8", *short, *more]
+
+
+@pytest.fixture
+def chatty(teacher_dir: str, tmp_path: Path) -> str:
+    """The tiny model with a chat template."""
+    tokenizer = AutoTokenizer.from_pretrained(teacher_dir)
+    tokenizer.chat_template = CHAT
+    AutoModelForCausalLM.from_pretrained(teacher_dir).save_pretrained(tmp_path / "chatty")
+    tokenizer.save_pretrained(tmp_path / "chatty")
+    return str(tmp_path / "chatty")
+
+
+def test_without_temperature_it_is_the_likeliest_continuation(
+    teacher_dir: str, corpus_file: str, tmp_path: Path
+) -> None:
+    main(command(teacher_dir, corpus_file, tmp_path / "own.jsonl"))
+    tokenizer = AutoTokenizer.from_pretrained(teacher_dir)
+    model = AutoModelForCausalLM.from_pretrained(teacher_dir).eval()
+    asked = [row["question"] for row in rows_of(Path(corpus_file))[:8]]
+    alone = [
+        greedy(model, [tokenizer(f"{text}\n").input_ids], 6, stop_tokens(model, tokenizer))[0]
+        for text in asked
+    ]
+    wanted = [
+        {"prompt": text, "completion": tokenizer.decode(new, skip_special_tokens=True)}
+        for text, new in zip(asked, alone, strict=True)
+    ]
+    assert rows_of(tmp_path / "own.jsonl") == wanted
+    record = json.loads((tmp_path / "own.jsonl.record.json").read_text())
+    assert (record["rows"], record["tokens"]) == (8, sum(map(len, alone)))
+    assert record["unfinished"] == sum(len(new) == 6 for new in alone)
+    assert not (tmp_path / "own.jsonl.parts").exists()
+
+
+def test_what_was_interrupted_goes_on_and_is_the_same(
+    teacher_dir: str, corpus_file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Batches that are whole stay; those behind draw what they would have drawn."""
+    from src.generate import verb
+
+    hot = ("--temperature", "1.5", "--seed", "4")
+    main(command(teacher_dir, corpus_file, tmp_path / "whole.jsonl", *hot))
+    calls, write = list[int](), verb.written
+
+    def ends(*args: Any) -> Any:
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        calls.append(len(args[2]))
+        return write(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(verb, "written", ends)
+        with pytest.raises(KeyboardInterrupt):
+            main(command(teacher_dir, corpus_file, tmp_path / "torn.jsonl", *hot))
+    assert calls == [3, 3]
+    assert not (tmp_path / "torn.jsonl").exists()
+    with pytest.raises(ConfigError, match="other settings \\(options\\)"):
+        main(command(teacher_dir, corpus_file, tmp_path / "torn.jsonl"))
+    with monkeypatch.context() as patch:
+        patch.setattr(verb, "written", lambda *args: calls.append(len(args[2])) or write(*args))
+        main(command(teacher_dir, corpus_file, tmp_path / "torn.jsonl", *hot))
+    assert calls == [3, 3, 2], "only the last batch was left"
+    assert (tmp_path / "torn.jsonl").read_text() == (tmp_path / "whole.jsonl").read_text()
+    main(command(teacher_dir, corpus_file, tmp_path / "other.jsonl", "--temperature", "1.5", "--seed", "5"))
+    assert (tmp_path / "other.jsonl").read_text() != (tmp_path / "whole.jsonl").read_text()
+
+
+def test_a_file_that_is_there_is_kept_or_replaced_on_request(
+    teacher_dir: str, corpus_file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "own.jsonl"
+    out.write_text("mine\n")
+    with pytest.raises(ConfigError, match="--force"):
+        main(command(teacher_dir, corpus_file, out))
+    assert out.read_text() == "mine\n"
+    main(command(teacher_dir, corpus_file, out, "--force"))
+    main(command(teacher_dir, corpus_file, out))
+    assert "written already" in capsys.readouterr().out
+
+
+def test_chats_texts_and_questions_become_rows_that_are_read_as_they_are(chatty: str, tmp_path: Path) -> None:
+    """A chat is answered where its last answer began; a text goes on behind its first tokens."""
+    turns = [("user", "1 + 1"), ("assistant", "2"), ("user", "2 + 3"), ("assistant", "5")]
+    chat = {"messages": [{"role": role, "content": said} for role, said in turns]}
+    given = [chat, {"question": "4 + 4", "answer": "8"}, {"text": "1 + 2 = 3 and 2 + 2 = 4"}]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in given))
+    main(command(chatty, tmp_path / "in.jsonl", tmp_path / "own.jsonl", "--start", "3"))
+    answered, asked, text = rows_of(tmp_path / "own.jsonl")
+    assert answered["messages"][:3] == chat["messages"][:3]
+    assert [turn["role"] for turn in asked["messages"]] == ["user", "assistant"]
+    assert asked["messages"][0]["content"] == "4 + 4"
+    tokenizer = AutoTokenizer.from_pretrained(chatty)
+    assert text["text"].startswith(tokenizer.decode(tokenizer(given[2]["text"]).input_ids[:3]))
+    corpus = Corpus(tokenizer=chatty, train=str(tmp_path / "own.jsonl"), batch_size=3, max_length=99)
+    read = list(corpus.predict_dataloader())
+    assert sum(len(batch["input_ids"]) for batch in read) == 3
+    assert all(torch.any(batch["labels"] != -100) for batch in read)
+
+
+def test_what_cannot_be_answered_is_refused_by_its_row(chatty: str, tmp_path: Path) -> None:
+    alone = {"messages": [{"role": "assistant", "content": "hello"}]}
+    (tmp_path / "in.jsonl").write_text(json.dumps(alone) + "\n")
+    with pytest.raises(ConfigError, match=r"in\.jsonl row 1: the chat has no turn before its last answer"):
+        main(command(chatty, tmp_path / "in.jsonl", tmp_path / "own.jsonl"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["chatty", "in.jsonl"]
