@@ -1,1 +1,1 @@
-"""The export verb: a plain Hugging Face directory, proven equal to what was trained."""
+"""The verb ``export``: write the cut model as a plain Hugging Face directory, proven before it is kept."""

@@ -1,4 +1,4 @@
-"""The README.md of an exported model: what it is, where it comes from, what was proven, what it scores.
+"""Write the README.md of an exported model: what it is, where it comes from, what was proven, what it scores.
 
 Scores come after the export, from ``evaluate``: ``python -m src.export.card DIRECTORY --scores FILE.json``
 puts them into the card of an export, each beside the parent's in the same run.
@@ -26,7 +26,7 @@ NO_SCORES = "Not evaluated yet.\n"
 
 
 def front_matter(card: Path) -> dict[str, Any]:
-    """Return the YAML block at the head of a model card; empty if there is none, or none that can be read."""
+    """Return the YAML block at the head of a model card; empty if there is none that can be read."""
     try:
         text = card.read_bytes().decode("utf-8", "replace")
         match = re.match(r"---\r?\n(.*?)\r?\n---", text, re.DOTALL)
@@ -49,12 +49,12 @@ def model_card(
     made_for: str | None = None,
     before: Sequence[str] = (),
 ) -> str:
-    """Write the card.
+    """Return the text of the card.
 
     Args:
         mask: the kept units and their origin.
         weights: numbers in the parent and in this model.
-        findings: the proof.
+        findings: outcome of each check of the proof.
         parent_card: front matter of the parent's card, whose licence and languages carry over.
         recovery: tokens and scope of the recovery; None if the weights are the parent's.
         license_name: licence to state instead of the parent's.
@@ -150,7 +150,7 @@ def _head(
 
 
 def _units(mask: Mask) -> dict[str, str]:
-    """The card's facts about what is kept."""
+    """Return the card's facts about what is kept."""
     if mask.wide:
         return {"Layers": f"{mask.depth}, all of the parent", "Kept": mask.listed, "Removed": mask.missing}
     return {
@@ -173,7 +173,11 @@ def _training(recovery: dict[str, Any] | None, repair: str | None) -> dict[str, 
 
 
 def scores_table(evaluation: dict[str, Any], directory: Path) -> str:
-    """Return this model's figures beside its parent's, from the JSON that ``evaluate --out`` writes.
+    """Return a table of this model's figures beside its parent's.
+
+    Args:
+        evaluation: the JSON that ``evaluate --out`` writes.
+        directory: the exported model.
 
     Raises:
         ConfigError: the evaluation has no teacher, or did not judge this directory.

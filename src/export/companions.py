@@ -1,6 +1,6 @@
-"""Copy the files of a parent that go along with an export: tokenizer, templates, settings, licence.
+"""Copy the files of a parent that belong to an export: tokenizer, templates, generation settings, licence.
 
-Files are copied byte for byte, with one exception: an ``auto_map``, which points to code, is left out. Code
+They are copied byte for byte, with one exception: an ``auto_map``, which points to code, is left out. Code
 and pickles of the parent's author are not copied.
 """
 
@@ -50,14 +50,19 @@ RUNS = (".py", ".so", ".pkl", ".pickle", ".bin", ".pt", ".pth")
 
 
 def parent_files(name: str, revision: str | None) -> Path:
-    """Return a directory with the parent's tokenizer, templates, card and licence, downloaded if need be."""
+    """Return a directory with the parent's tokenizer, templates, card and licence, downloaded if needed."""
     if Path(name).is_dir():
         return Path(name)
     return Path(snapshot_download(name, revision=revision, allow_patterns=[*COMPANIONS, "README.md"]))
 
 
 def parent_tokenizer(name: str, revision: str | None, files: Path) -> PreTrainedTokenizerBase | None:
-    """Return the parent's tokenizer; None if it has no files of one, or an empty one.
+    """Return the parent's tokenizer; None if it has no files of one, or if that gives no tokens.
+
+    Args:
+        name: Hub id or directory of the parent.
+        revision: its Hub revision.
+        files: the directory that :func:`parent_files` returned.
 
     Raises:
         ConfigError: its files cannot be read, so that nobody could read them in the export either.
@@ -75,7 +80,7 @@ def parent_tokenizer(name: str, revision: str | None, files: Path) -> PreTrained
 
 
 def copy_companions(source: Path, target: Path) -> None:
-    """Copy the parent's :data:`COMPANIONS`, except files that may run code."""
+    """Copy the files of the patterns :data:`COMPANIONS` from the parent, except those that may run code."""
     for file in _matching(source, COMPANIONS):
         destination = target / file.relative_to(source)
         destination.parent.mkdir(exist_ok=True)
@@ -104,7 +109,12 @@ def _settings(file: Path) -> dict[str, Any]:
 
 
 def stored_heads(parent: Path, length: int) -> int:
-    """Count the multi-token-prediction layers in the parent's weights, which its config may not mention."""
+    """Count the multi-token-prediction layers in the parent's weights, which its config may not mention.
+
+    Args:
+        parent: directory of the parent.
+        length: its number of decoder layers.
+    """
     heads = set()
     for path in parent.glob("*.safetensors"):
         with safe_open(path, framework="pt") as file:

@@ -1,4 +1,4 @@
-"""The config of an export says what was cut, and from what; an export of an export says it of both steps."""
+"""Note in the config of an export what was cut, and from which parent; earlier cuts stay noted."""
 
 from __future__ import annotations
 
@@ -19,7 +19,12 @@ def public_name(model: str) -> str:
 
 
 def note_cut(config: PretrainedConfig, mask: Mask) -> None:
-    """Write a cut into the config of the cut model, beside what its parent's config says of earlier ones."""
+    """Add a cut to the config of the cut model, beside what its parent's config says of earlier ones.
+
+    Args:
+        config: of the cut model; changed in place.
+        mask: names the parent and the kept units.
+    """
     key = WIDTH if mask.wide else DEPTH
     before = getattr(config, key, None)
     kept = {"unit": mask.unit, "removed": mask.missing} if mask.wide else {"keep": mask.kept}
@@ -28,7 +33,7 @@ def note_cut(config: PretrainedConfig, mask: Mask) -> None:
 
 
 def earlier_cuts(config: PretrainedConfig) -> list[str]:
-    """Return the cuts that a config notes, in words: those of depth, then those of width."""
+    """Return the cuts that a config notes, in words: those of layers or halves, then those of width."""
     told: list[str] = []
     for key in (DEPTH, WIDTH):
         notes, note = [], getattr(config, key, None)

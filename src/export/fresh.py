@@ -2,7 +2,7 @@
 
 The parent with hard gates (or the recovered student) is observed in memory (:mod:`src.export.observe`). This
 process has nothing but the directory and that observation. It loads the directory with stock
-``AutoModelForCausalLM``, without remote code, and observes it in the same ways. On a CPU both must agree to
+``AutoModelForCausalLM``, without remote code, and observes it by the same runs. On a CPU both must agree to
 the last bit, in any type; on a GPU within the tolerance of the type.
 """
 
@@ -34,8 +34,8 @@ class Reference:
 
     Attributes:
         expected: observation of the model in memory.
-        ids_BT: its tokens.
-        weights: stored numbers, tied ones once, predicted from the parent.
+        ids_BT: the tokens that it was run on.
+        weights: how many numbers the export must hold, tied ones counted once, as predicted from the parent.
         layers: number of layers.
         tied: whether input and output embeddings are one tensor.
         text_ids: tokens of :data:`PROOF_TEXT`; None if the parent has no tokenizer.
@@ -73,7 +73,7 @@ class Reference:
 
 
 def verify(directory: Path, reference: Reference) -> list[Finding]:
-    """Load ``directory`` as a stranger would, and compare it with ``reference``."""
+    """Load an exported directory as any user would and compare it with the reference; return the findings."""
     torch.set_num_threads(reference.threads)
     read = AutoModelForCausalLM.from_pretrained(
         directory,
@@ -123,9 +123,9 @@ def _stored_weights(directory: Path) -> int:
 
 
 def main() -> None:
-    """Write the findings as JSON lines to a file; the caller judges them.
+    """Check the directory that the command line names, and write the findings as JSON lines to a file.
 
-    They do not go to the output, where libraries print too.
+    The caller judges them. They do not go to the output, where libraries print too.
     """
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("directory", type=Path)

@@ -30,7 +30,7 @@ Observation = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Finding:
-    """One check and its outcome."""
+    """One check of a proof, whether it passed, and what was found."""
 
     check: str
     passed: bool
@@ -38,7 +38,12 @@ class Finding:
 
 
 def proof_tokens(config: PretrainedConfig, tokens: int | None = None) -> Tensor:
-    """Return two sequences of ordinary ids ``[2, T]``, by default past any window of up to 1024 tokens."""
+    """Return two sequences of ordinary tokens ``[2, T]``, of random ids, to run a model on.
+
+    Args:
+        config: of the model; its special tokens are left out.
+        tokens: the length T; None takes one that exceeds every attention window of up to 1024 tokens.
+    """
     special: set[int] = set()
     windows = [8]
 
@@ -62,9 +67,12 @@ def proof_tokens(config: PretrainedConfig, tokens: int | None = None) -> Tensor:
 
 @torch.no_grad()
 def observe(model: PreTrainedModel, ids_BT: Tensor) -> Observation:
-    """Run a model in four ways; return logits ``[B, T or S, V]`` and generated tokens ``[B, S]``, on the CPU.
+    """Run a model in the four ways of this module, and return what it computes, on the CPU.
 
-    The weights alone decide (:func:`plain`), not the history of the model.
+    Nothing but the weights decides it, neither hooks nor how the model was loaded (:func:`plain`).
+
+    Returns:
+        By name, logits ``[B, T or S, V]`` and generated tokens ``[B, S]``.
     """
     with plain(model):
         return _observe(model, ids_BT)
@@ -109,11 +117,12 @@ HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 
 @contextmanager
 def plain(model: PreTrainedModel) -> Iterator[None]:
-    """Leave nothing but the values of the weights to decide what the model computes.
+    """Make what a model computes in the block depend on the values of its weights alone.
 
     A kernel is chosen by more than the values: by ``requires_grad``, even without autograd, by strides and by
-    alignment (mapped weights start anywhere in memory). Modes and hooks change what runs. The layout stays
-    afterwards, the rest is given back.
+    alignment (mapped weights start anywhere in memory). Training mode and hooks change what runs. So weights
+    are laid out afresh, which stays; gradients, training mode and hooks are switched off, and restored after
+    the block.
     """
     model._apply(_laid_out)
     with ExitStack() as stack:
@@ -137,7 +146,7 @@ def _laid_out(tensor: Tensor) -> Tensor:
 
 @contextmanager
 def _plain_generation(model: PreTrainedModel) -> Iterator[None]:
-    """Greedy, and no stop token: a checkpoint's sampling settings would hide the logits."""
+    """Generate greedily and without a stop token in the block; sampling settings would hide the logits."""
     own = model.generation_config
     model.generation_config = GenerationConfig(pad_token_id=0)
     try:
@@ -147,7 +156,7 @@ def _plain_generation(model: PreTrainedModel) -> Iterator[None]:
 
 
 def compare(expected: Observation, actual: Observation, dtype: str, exact: bool) -> list[Finding]:
-    """Judge an observation against the expected one.
+    """Judge an observation against the expected one; return a finding for each check.
 
     Args:
         expected: observation of the original.
@@ -181,19 +190,19 @@ def _padding(run: Observation) -> tuple[Tensor, Tensor]:
 
 
 def _cache(run: Observation) -> tuple[Tensor, Tensor]:
-    """Logits with and without the cache, up to where their tokens part: beyond, the contexts differ."""
+    """Return logits with and without the cache, up to where their tokens part: beyond, contexts differ."""
     steps = _alike(run["cached_tokens"], run["uncached_tokens"])
     return run["cached"][:, :steps], run["uncached"][:, :steps]
 
 
 def _alike(tokens_BS: Tensor, others_BS: Tensor) -> int:
-    """The number of steps up to the first in which the tokens differ, that one included."""
+    """Return the number of steps up to the first in which the tokens differ, that one included."""
     parted = (tokens_BS != others_BS).any(0).tolist()
     return parted.index(True) + 1 if True in parted else len(parted)
 
 
 def _difference(a: Tensor, b: Tensor) -> float:
-    """Largest difference; infinite for different shapes and for NaN."""
+    """Return the largest difference; infinite for different shapes and for NaN."""
     if a.shape != b.shape:
         return float("inf")
     gap = float((a.float() - b.float()).abs().max())

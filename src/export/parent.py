@@ -15,7 +15,8 @@ from src.models.fingerprint import differ, weights_fingerprint
 def true_parent(mask: Mask, name: str, record: dict[str, Any] | None, any_parent: bool) -> Mask:
     """Return the mask with the name of the parent that is really cut, for the card and ``mask.json``.
 
-    A copy of the mask's own parent has the name that the mask gives; another model has its own.
+    If the loaded parent has the weights that the mask was made for, the name in the mask stays; else the
+    loaded parent's takes its place.
 
     Args:
         mask: names the parent it was made for, if possible with a fingerprint.

@@ -53,7 +53,7 @@ def prove(
         parent: the parent, uncut.
         student: the model that was exported.
         mask: the mask of the cut.
-        weights: number of weights that the export must hold.
+        weights: how many numbers the export must hold; see :func:`predicted_weights`.
         recovered: whether the student's weights differ from the parent's.
         tokenizer: the parent's.
         tokens: length of the test sequences; None exceeds every attention window of up to 1024 tokens.
@@ -96,7 +96,9 @@ def prove(
 def stored_as_parent(
     trained: PreTrainedModel, parent: PreTrainedModel, mask: Mask, tokens: int | None = None
 ) -> tuple[PreTrainedModel, list[Finding]]:
-    """Return the recovered model in the parent's types, and a finding on what the rounding does, if any.
+    """Return the recovered model in the parent's types, and a finding if that rounds its weights.
+
+    The finding says by how much the logits move.
 
     Args:
         trained: the recovered model in the types it was trained in; holds rounded weights afterwards.
@@ -122,7 +124,14 @@ def stored_as_parent(
 
 
 def removed_weights(width: Width, parent: PreTrainedModel, path: str, mask: Mask) -> int:
-    """Count the numbers of a parent that a mask of width removes: each unit's rows and columns."""
+    """Count the numbers of a parent that a mask of KV groups or channels removes.
+
+    Args:
+        width: where the parent's tensors hold these units.
+        parent: the parent.
+        path: name of its list of layers.
+        mask: the mask.
+    """
     state, gone = parent.state_dict(), mask.units // mask.num_layers - len(mask.by_layer[0])
     held = [
         state[f"{path}.{index}.{name}"].numel()
@@ -134,7 +143,13 @@ def removed_weights(width: Width, parent: PreTrainedModel, path: str, mask: Mask
 
 
 def observe_gated(parent: PreTrainedModel, mask: Mask, ids_BT: Tensor) -> Observation:
-    """Observe the parent under hard gates: the units of a mask open, the others closed."""
+    """Observe the parent under hard gates: those of the kept units open, the others closed.
+
+    Args:
+        parent: the parent; its gates are taken off again.
+        mask: names the kept units.
+        ids_BT: tokens to run on.
+    """
     gates = KINDS[mask.unit].gate(parent)
     gates_U = torch.zeros(len(gates), device=parent.device)
     gates_U[list(mask.keep)] = 1.0
@@ -146,7 +161,14 @@ def observe_gated(parent: PreTrainedModel, mask: Mask, ids_BT: Tensor) -> Observ
 
 
 def in_fresh_process(directory: Path, reference: Reference) -> list[Finding]:
-    """Run :mod:`src.export.fresh` on a directory, offline; a crash is a failed check."""
+    """Check a directory by :mod:`src.export.fresh` in a process of its own, offline; return its findings.
+
+    A crash is a failed check.
+
+    Args:
+        directory: the export.
+        reference: what it must reproduce.
+    """
     with tempfile.TemporaryDirectory() as scratch:
         path, report = Path(scratch) / "reference.safetensors", Path(scratch) / "findings.jsonl"
         reference.save(path)
@@ -172,7 +194,12 @@ def in_fresh_process(directory: Path, reference: Reference) -> list[Finding]:
 def predicted_weights(parent: PreTrainedModel, student: PreTrainedModel, mask: Mask) -> int:
     """Count the numbers that the export must hold: the parent's without the removed units, shared ones once.
 
-    Tensors outside the layers that grow with the depth (per-layer embeddings) shrink with it.
+    Tensors outside the layers whose size follows the depth (per-layer embeddings) shrink with it.
+
+    Args:
+        parent: the parent.
+        student: the cut model.
+        mask: names the kept units.
     """
     path, _ = decoder_layers(parent)
     if mask.wide:

@@ -3,9 +3,9 @@
 ``python -m src.cli export --mask logs/run/mask.json [--checkpoint logs/run/last.ckpt] --out DIRECTORY``
 
 Everything is written beside ``--out`` under a temporary name. In memory the parent with hard gates must equal
-the cut model; then a fresh process that knows only the directory must find there what the memory held
-(:mod:`src.export.fresh`). Only then is the directory renamed. A fault, a full disk or a kill leaves nothing
-under the final name, and an existing directory stays as it was unless ``--force`` is given.
+the cut model. Then a fresh process that knows only the directory must compute from it what the model in
+memory computes (:mod:`src.export.fresh`). Only then is the directory renamed. A fault, a full disk or a kill
+leaves nothing under the final name, and an existing directory stays as it was unless ``--force`` is given.
 """
 
 from __future__ import annotations
@@ -50,7 +50,12 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 
 def export(mask: Mask, args: argparse.Namespace, repair: LinearPatch | None = None) -> list[Finding]:
-    """Export the cut model, repaired or recovered or neither; return the findings of the proof.
+    """Export the cut model, plain, repaired or recovered; return the findings of the proof.
+
+    Args:
+        mask: names the parent and the kept units.
+        args: the options of :func:`add_options`, with ``checkpoint`` and ``data``.
+        repair: changes the cut model first, if one is given.
 
     Raises:
         ConfigError: an option is at fault, the family cannot express the mask, or a check fails.
@@ -113,7 +118,11 @@ def export(mask: Mask, args: argparse.Namespace, repair: LinearPatch | None = No
 
 @contextmanager
 def staged(out: Path, force: bool) -> Iterator[Path]:
-    """Give a temporary directory beside ``out``, which takes that name if the block ends well.
+    """Give a temporary directory beside ``out``, which is renamed to ``out`` if the block ends without error.
+
+    Args:
+        out: the final name.
+        force: replace what has this name.
 
     Raises:
         ConfigError: it cannot be written, or something else has taken the name meanwhile.
@@ -179,7 +188,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
 
 
 def add_options(parser: Parser) -> None:
-    """Options of every command that ends in an export."""
+    """Add the options that every command shares which ends in an export."""
     add = parser.add_argument
     add("--mask", required=True, metavar="FILE", help="mask.json of a search")
     add("--out", required=True, metavar="DIR", help="directory to create")

@@ -1,1 +1,1 @@
-"""The verb ``patch``: repair a cut model without training, in weights that it already has."""
+"""Repair a cut model without training, by changing weights that it already has; the verb is ``patch``."""

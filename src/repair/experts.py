@@ -32,9 +32,10 @@ Weights = dict[str, int]
 
 @dataclass(frozen=True)
 class Mixture:
-    """A writer (:class:`src.repair.writers.Writer`) whose output z is linear in some of its weights.
+    """A mixture of experts that writes to the stream (a :class:`src.repair.writers.Writer`).
 
-    Its features are z, before the change.
+    Its output z is linear in some of its weights. Its features, on which a repair is fitted, are z itself,
+    before the change.
 
     Attributes:
         name: path of the module inside the layer.
@@ -54,13 +55,19 @@ class Mixture:
         return self.module.register_forward_hook(lambda _m, _a, out: keep(first(out)))
 
     def add(self, delta_FH: Tensor) -> None:
-        """Fold ``M = I + delta^T / scale`` into the weights; delta = 0 changes no bit of them."""
+        """Fold ``M = I + delta^T / scale`` into the weights, delta ``[H, H]``; 0 changes no bit of them."""
         for name, axis in self.weights.items():
             fold_in(self.module.get_parameter(name).data, axis, delta_FH / self.scale)
 
 
 def fold_in(weight: Tensor, axis: int, delta_HH: Tensor) -> Tensor:
-    """Change ``w`` to ``w + w @ delta`` along an axis, in place; computed in the precision of delta."""
+    """Change a weight w to ``w + w @ delta`` along one of its axes, in place, and return it.
+
+    Args:
+        weight: of any shape.
+        axis: the axis of length H that delta acts on.
+        delta_HH: the change; its type is the precision of the computation.
+    """
     rows = weight.movedim(axis, -1)
     for part in rows if rows.ndim > 2 else [rows]:  # one expert at a time, to save memory
         wide = part.to(delta_HH)
@@ -87,7 +94,7 @@ def last_weights(
         tolerance: largest relative difference of outputs that count as equal.
 
     Returns:
-        The weights; none if the output is not linear in them.
+        For each such weight, the axis to fold along; empty if the output is not linear in them.
     """
 
     def out(weights: dict[str, Tensor]) -> Tensor:

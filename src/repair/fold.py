@@ -1,6 +1,7 @@
 """Fold a repair of the residual stream into the last weights that write to it.
 
-A stock model has no place for a linear map P of its stream, and neither place where P could hide holds it:
+A repair is an ``H x H`` map P that turns the stream h in front of a layer into ``h P``
+(:mod:`src.repair.stream`). A stock model has no place for it, and neither place where P could hide holds it:
 
 * *In what a layer adds.* That is a function of ``norm(h)``, the same for h and for 2 h, while what P asks the
   layer to add, ``h P - h``, doubles. Both can be only where ``h P = h``.
@@ -8,7 +9,7 @@ A stock model has no place for a linear map P of its stream, and neither place w
   would have to preserve the norm of every h up to one factor. P is symmetric with eigenvalues d > 0, so only
   equal d do.
 
-What can be had is the best approximation. A layer ends in  ``out = h_mid + c a W^T``  with W the down
+What can be had is the best approximation. A layer ends in ``out = h_mid + c a W^T`` with W the down
 projection of its MLP and a that projection's input. Then
 
     W' = argmin  sum over tokens of  w |out(W') - target|^2  +  ridge on W' - W
@@ -16,9 +17,9 @@ projection of its MLP and a that projection's input. Then
 is one ridge regression of the residual ``target - out`` on a. (ReplaceMe, arXiv 2505.02819, works at the same
 place and multiplies W by an H x H map; here W' is free.) The weights ``w = 1 / |target|^2`` make the error of
 a token relative, as the next norm sees it; else the few tokens of huge norm that trained models have would
-decide alone. The ridge is relative to each feature's own power, so it does not depend on their scales.
-Where the MLP is a mixture of experts, what they write together takes the place of a, and the experts hold the
-H x H map that is found: :mod:`src.repair.experts`.
+decide alone. The ridge is relative to each feature's own power, so it does not depend on their scales. Where
+the MLP is a mixture of experts, what they write together takes the place of a, and the experts hold the H x H
+map that is found: :mod:`src.repair.experts`.
 
 Shapes: B batch, T tokens, H hidden, F features of the writer, N tokens that are not padding.
 """
@@ -52,7 +53,13 @@ class Regression:
         self.gram_FF = self.cross_FH = self.energy = nothing
 
     def add(self, a_NF: Tensor, residual_NH: Tensor, weight_N: Tensor) -> None:
-        """Add some tokens to the sums."""
+        """Add some tokens to the sums.
+
+        Args:
+            a_NF: features.
+            residual_NH: what the coefficients should give.
+            weight_N: weight of each token.
+        """
         a_NF, residual_NH, weight_N = a_NF.double(), residual_NH.double(), weight_N.double()
         if self.constant:
             a_NF = torch.cat([a_NF, torch.ones_like(a_NF[:, :1])], 1)
@@ -87,7 +94,7 @@ Target = Callable[[Batch, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Repair:
-    """The outcome of one fold.
+    """The outcome of one fold: which module changed, and how much nearer its layer's output is to the target.
 
     Attributes:
         module: dotted name of the changed module.

@@ -15,7 +15,8 @@ from torch import Tensor
 def hadamard(size: int) -> Tensor | None:
     """Return a matrix ``H [size, size]``, float64, with ``H H^T = I`` and entries of one magnitude.
 
-    It is None for sizes above 2 that are no multiple of 4, and for a few others that no construction reaches.
+    There is none for sizes above 2 that are no multiple of 4, and a few others are out of reach of both
+    constructions; then None is returned.
     """
     base, doublings = _paley(size), 0
     while base is None and size % 2 ** (doublings + 1) == 0:
@@ -29,7 +30,7 @@ def hadamard(size: int) -> Tensor | None:
 
 
 def _paley(order: int) -> Tensor | None:
-    """Entries +1 and -1, by either of Paley's constructions over the residues of a prime."""
+    """Return a matrix of +1 and -1 by one of Paley's constructions over a prime; None if neither fits."""
     if order == 1:
         return torch.ones(1, 1, dtype=torch.float64)
     if _is_prime(order - 1) and (order - 1) % 4 == 3:
@@ -44,7 +45,7 @@ def _paley(order: int) -> Tensor | None:
 
 
 def _bordered(q: int, sign: float) -> Tensor:
-    """Quadratic characters of ``i - j`` modulo q, bordered by ones (the column times ``sign``)."""
+    """Return the quadratic characters of ``i - j`` modulo q, bordered by ones (the column times ``sign``)."""
     residue_q = torch.full((q,), -1.0, dtype=torch.float64)
     residue_q[torch.arange(q) ** 2 % q] = 1.0
     residue_q[0] = 0.0

@@ -1,12 +1,13 @@
-"""Repair the residual stream behind each gap, without training, in weights that the cut model already has.
+"""Repair the residual stream behind each gap of a cut model, in weights that it has, without training.
 
-:mod:`src.repair.stream` says what LinearPatch (arXiv 2505.24680) computes, :mod:`src.repair.fold` why it
-cannot be folded exactly into a stock model, and how it is approximately. Here both meet the calibration rows:
+A gap is where layers were removed between two kept ones. :mod:`src.repair.stream` says what LinearPatch
+(arXiv 2505.24680) computes there. :mod:`src.repair.fold` says why that cannot be folded exactly into a stock
+model, and how it is approximately. Here both meet the calibration rows:
 
     repairs = LinearPatch("rows.jsonl")(student, parent, mask, tokenizer)
 
-changes the cut ``student`` in place; its class, shapes and keys stay what they are. ``python -m src.cli
-patch`` exports such a model; ``src.recover.Recovery(patch=...)`` starts from one.
+changes the cut ``student`` in place; its class, shapes and keys stay what they are.
+``python -m src.cli patch`` exports such a model; ``src.recover.Recovery(patch=...)`` starts from one.
 """
 
 from __future__ import annotations
@@ -46,16 +47,16 @@ class LinearPatch:
 
     Args:
         data: calibration rows: JSONL, Parquet, text or a Hub id.
-        goal: the stream that a gap should leave: the ``parent``'s own, or LinearPatch's ``h P``, with the
-            Hadamard rotation (``rotate``) or without (``diag``).
-        rows: calibration rows, at most.
+        goal: the stream that the layer before a gap should leave: the ``parent``'s own behind the gap, or
+            LinearPatch's ``h P``, with the Hadamard rotation (``rotate``) or without (``diag``).
+        rows: most calibration rows that are read.
         columns: columns of these rows; None looks for well-known names.
         split: split of a Hub or saved dataset; None is the only one that it has.
-        max_length: tokens of a row, at most.
+        max_length: most tokens of a row.
         batch_size: rows at once.
         ridge: pull towards the present weights, relative to the power of each feature.
         distill_steps: batches on which P alone is distilled before it is folded; not with ``parent``.
-        lr: learning rate of that; AdamW, cosine to a twentieth.
+        lr: learning rate of that distillation (AdamW, cosine to a twentieth).
         device: where to compute; None is cuda if there is one.
     """
 
@@ -91,10 +92,10 @@ class LinearPatch:
         self.used = f"{rows} rows"
 
     def refuse(self, mask: Mask) -> None:
-        """Refuse a mask that leaves no gap.
+        """Refuse a mask that removes no layers, and so leaves no gap.
 
         Raises:
-            ConfigError: the mask is of width.
+            ConfigError: the mask is of KV groups or channels.
         """
         if mask.wide:
             raise ConfigError(
@@ -149,7 +150,11 @@ class LinearPatch:
         return self.repairs
 
     def calibration(self, tokenizer: PreTrainedTokenizerBase, limit: int | None = None) -> list[Batch]:
-        """Return the calibration rows as padded batches, every token supervised, shortened to ``limit``.
+        """Return the calibration rows as padded batches, every token supervised.
+
+        Args:
+            tokenizer: of the model.
+            limit: most tokens of a row, if the model sets one; longer rows are shortened.
 
         Raises:
             ConfigError: there are no rows.
@@ -169,7 +174,16 @@ class LinearPatch:
         places: Sequence[Junction],
         calibration: Sequence[Batch],
     ) -> list[StreamRepair]:
-        """Return LinearPatch's own maps, distilled if so set, for :func:`src.repair.stream.repaired`."""
+        """Return LinearPatch's own maps P, one for each gap, before they are folded; distilled if so set.
+
+        :func:`src.repair.stream.repaired` runs a model with them.
+
+        Args:
+            student: the cut model.
+            parent: the whole model.
+            places: the gaps of the cut.
+            calibration: batches.
+        """
         matrices_JHH = matrices(parent, places, calibration, cast(Mode, self.goal))
         repairs = [StreamRepair(matrix_HH).to(student.device) for matrix_HH in matrices_JHH]
         if self.distill_steps:
@@ -184,7 +198,15 @@ class LinearPatch:
         calibration: Sequence[Batch],
         repairs: Sequence[StreamRepair],
     ) -> list[Repair]:
-        """Fold gap after gap, each on the stream that the folds before it leave."""
+        """Fold one gap after another into the student, each on the stream that the folds before it leave.
+
+        Args:
+            student: the cut model, changed in place.
+            parent: the whole model.
+            places: the gaps of the cut.
+            calibration: batches.
+            repairs: the map P of each gap; empty if the stream should be the parent's.
+        """
         folds = []
         for number, place in enumerate(places):
             with inputs(parent, [place.end]) as entering:
@@ -208,10 +230,20 @@ def distil(
     steps: int,
     lr: float,
 ) -> None:
-    """Train the stream repairs alone on the parent's likeliest tokens; no weight of either model changes.
+    """Train the matrices of the stream repairs in place, by distillation from the parent.
 
-    As in LinearPatch: a free ``H x H`` matrix, both distributions renormalised on the parent's top 50, AdamW
-    with weight decay 1e-4, cosine to a twentieth of ``lr``.
+    Both models stay frozen. As in LinearPatch: a free ``H x H`` matrix at each gap, the KL between both
+    distributions renormalised on the parent's top 50 tokens, AdamW with weight decay 1e-4, cosine to a
+    twentieth of ``lr``.
+
+    Args:
+        student: the cut model.
+        parent: the whole model, which teaches.
+        places: the gaps of the cut.
+        repairs: one for each gap; trained in place.
+        calibration: batches, taken in a fixed shuffled order, again and again.
+        steps: batches to train on.
+        lr: learning rate at the start.
     """
     student.requires_grad_(False)
     parameters = [repair.matrix.requires_grad_(True) for repair in repairs]

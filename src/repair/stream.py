@@ -1,9 +1,9 @@
-"""LinearPatch repairs the residual stream by a linear map at each place where layers were removed.
+"""LinearPatch (arXiv 2505.24680) repairs the residual stream by a linear map wherever layers were removed.
 
-Behind such a gap the next layer meets a stream whose channels have the wrong magnitude. The map (arXiv
-2505.24680) is  ``P = H diag(d) H^T``  with an orthonormal Hadamard matrix H, and d_c the mean of
-``|x H|_c`` where the gap ends over that where it begins, both in the parent; ``diag`` leaves H out. P is
-symmetric, its eigenvalues are d, and it is one matrix product for each token and gap.
+Behind such a gap the next layer meets a stream whose channels have the wrong magnitude. The map is
+``P = H diag(d) H^T`` with an orthonormal Hadamard matrix H, and d_c the mean of ``|x H|_c`` where the gap
+ends over that where it begins, both in the parent; the variant ``diag`` leaves H out. P is symmetric, its
+eigenvalues are d, and it is one matrix product for each token and gap.
 
 A run of removed layers at the very start or end gets none. Before the start there is no kept layer whose
 output could be repaired, only the embeddings; after the end there is none to receive it, only the final norm.
@@ -35,7 +35,7 @@ Mode = Literal["rotate", "diag"]
 
 @dataclass(frozen=True)
 class Junction:
-    """The place of a gap, a maximal run of removed layers between two kept ones.
+    """Where a gap of the cut model lies: a run of removed layers between two kept ones.
 
     Attributes:
         before: position, in the cut model, of the kept layer before it; the next one follows it.
@@ -72,7 +72,7 @@ class StreamRepair(nn.Module):
 def repaired(
     student: PreTrainedModel, places: Sequence[Junction], repairs: Iterable[StreamRepair]
 ) -> Iterator[None]:
-    """Repair the residual stream of the cut model at its junctions, inside this context.
+    """Apply repairs of the residual stream at the junctions, whenever the cut model runs in the block.
 
     A repair is a hook at the input of the layer after its junction: no module, weight or key changes.
 
@@ -97,7 +97,11 @@ def repaired(
 
 @contextmanager
 def inputs(model: PreTrainedModel, layers: Iterable[int]) -> Iterator[dict[int, Tensor]]:
-    """Collect the stream ``[B, T, H]`` that enters each of ``layers``, of the last pass in the block."""
+    """Collect the stream that enters each of ``layers`` when the model runs in the block.
+
+    Yields:
+        ``[B, T, H]`` by layer, of the last pass so far; empty before the first.
+    """
     streams: dict[int, Tensor] = {}
     _, modules = decoder_layers(model)
     with ExitStack() as stack:
@@ -112,7 +116,11 @@ def inputs(model: PreTrainedModel, layers: Iterable[int]) -> Iterator[dict[int, 
 
 @torch.no_grad()
 def run(model: PreTrainedModel, batch: Batch) -> Tensor:
-    """Pass a batch through the decoder, without the output head; return its real tokens, flat ``[B * T]``."""
+    """Pass a batch through the decoder, without the output head, for what hooks collect.
+
+    Returns:
+        Which tokens are real (not padding), flat ``[B * T]``.
+    """
     fed = {key: value.to(model.device) for key, value in batch.items() if key != "labels"}
     model.base_model(**fed, use_cache=False)
     return real(fed).flatten()
@@ -121,16 +129,17 @@ def run(model: PreTrainedModel, batch: Batch) -> Tensor:
 def scales(
     parent: PreTrainedModel, places: Sequence[Junction], batches: Iterable[Batch], basis_HH: Tensor | None
 ) -> Tensor:
-    """Return the ratios ``d_JH``, float64, of mean magnitudes over all real tokens of all ``batches``.
+    """Return how the mean magnitude of each channel changes over each gap of the parent: ``d_JH``, float64.
 
-    The original averages the ratio over its batches; here magnitudes are summed first, so that the split into
-    batches changes nothing. A channel that is always zero where the gap begins keeps the ratio 1.
+    LinearPatch averages this ratio over its batches. Here magnitudes are summed over all real tokens first,
+    so that the split into batches changes nothing. A channel that is always zero where the gap begins keeps
+    the ratio 1.
 
     Args:
         parent: the whole model.
         places: the junctions.
         batches: calibration rows.
-        basis_HH: H; None measures the channels themselves.
+        basis_HH: the Hadamard matrix H, in whose basis channels are measured; None measures them as they are.
     """
     ends = [(p.start, p.end) for p in places]
     sums_2JH = torch.zeros((), dtype=torch.float64)
@@ -153,7 +162,16 @@ def scales(
 def matrices(
     parent: PreTrainedModel, places: Sequence[Junction], batches: Iterable[Batch], mode: Mode
 ) -> list[Tensor]:
-    """Return P of each junction, ``[H, H]`` float64; without H, with one warning, where the size has none."""
+    """Return the map P of each junction, ``[H, H]`` float64.
+
+    Where the hidden size has no Hadamard matrix, a warning says that ``diag`` takes the place of ``rotate``.
+
+    Args:
+        parent: the whole model.
+        places: the junctions.
+        batches: calibration rows.
+        mode: ``rotate`` or ``diag``.
+    """
     size: int = text_config(parent.config).hidden_size
     basis_HH = hadamard(size) if mode == "rotate" else None
     if mode == "rotate" and basis_HH is None:

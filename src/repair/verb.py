@@ -2,8 +2,8 @@
 
 ``python -m src.cli patch --mask logs/run/mask.json --data rows.jsonl --out DIRECTORY``
 
-The calibration rows decide a few weights (:mod:`src.repair.linear_patch`), the export does the rest: written
-under a temporary name, proven in the same way, then renamed.
+The calibration rows decide a few weights (:mod:`src.repair.linear_patch`). The export does the rest, as
+without a repair: it writes under a temporary name, proves, then renames.
 """
 
 from __future__ import annotations

@@ -32,7 +32,7 @@ from src.repair.stream import run
 
 
 class Writer(Protocol):
-    """A module that :func:`src.repair.fold.fold` changes.
+    """A module that writes to the stream last in its layer, and that :func:`src.repair.fold.fold` changes.
 
     Attributes:
         name: path of the module inside the layer.
@@ -46,11 +46,11 @@ class Writer(Protocol):
     def constant(self) -> bool: ...
 
     def watch(self, keep: Callable[[Tensor], None]) -> RemovableHandle:
-        """Call ``keep`` with the features of each forward pass, until the handle is removed."""
+        """Call ``keep`` with the features ``[B, T, F]`` of each forward pass, until the handle is removed."""
         ...
 
     def add(self, delta_FH: Tensor) -> None:
-        """Change the weights so that the layer's output moves by ``f @ delta``."""
+        """Change the weights so that the layer's output moves by ``f @ delta`` for features f."""
         ...
 
 
@@ -80,21 +80,21 @@ class Linear:
 
 @dataclass(frozen=True)
 class Call:
-    """The arguments and the output of a module's last call."""
+    """What a module was last called with, and what it returned."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     out: Any
 
     def has_size(self, numel: int) -> bool:
-        """Return whether the output, or the first entry of a tuple, is a tensor of ``numel`` entries."""
+        """Return whether the output, or the first entry of a tuple, is a tensor of ``numel`` numbers."""
         tensor = self.out[0] if isinstance(self.out, tuple | list) and self.out else self.out
         return torch.is_tensor(tensor) and tensor.numel() == numel
 
 
 @torch.no_grad()
 def stream_writer(model: PreTrainedModel, index: int, batch: Batch) -> Writer:
-    """Return the last linear map of a layer that writes to the stream, or else its mixture of experts.
+    """Find the last linear map of a layer that writes to the stream, or else its mixture of experts.
 
     Args:
         model: the cut model.
