@@ -119,7 +119,9 @@ def render(
     rendering: Rendering,
     raw: str,
 ) -> tuple[str, list[Span] | None]:
-    """Return the text of a chat, and where in it the supervised answers of the assistant stand.
+    """Return the text of a chat, and the spans of characters in it that are supervised answers.
+
+    The spans are None if the template hides which characters these are.
 
     Args:
         turns: the messages, from :func:`read_turns`.
@@ -128,10 +130,6 @@ def render(
         where: file and row, for a message of error.
         rendering: the template with its date.
         raw: what the row says; it seeds the random choices that a template makes.
-
-    Returns:
-        The text, and the spans of its characters that the assistant wrote, from start to before end; None in
-        place of the spans if the template hides which they are.
 
     Raises:
         ConfigError: the template refuses the chat, or leaves out something that the chat says.
