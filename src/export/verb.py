@@ -50,12 +50,9 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 
 def export(mask: Mask, args: argparse.Namespace, repair: LinearPatch | None = None) -> list[Finding]:
-    """Export the cut model, plain, repaired or recovered; return the findings of the proof.
+    """Export the cut model, repaired or recovered or neither; return the findings of the proof.
 
-    Args:
-        mask: names the parent and the kept units.
-        args: the options of :func:`add_options`, with ``checkpoint`` and ``data``.
-        repair: changes the cut model first, if one is given.
+    ``args`` holds the options of :func:`add_options`, and ``checkpoint`` and ``data``.
 
     Raises:
         ConfigError: an option is at fault, the family cannot express the mask, or a check fails.
