@@ -1,1 +1,1 @@
-"""What a run will cost, worked out from its config: no weight is loaded, no step is trained."""
+"""Work out from its config what a run will cost: no weight is loaded, no step is trained."""

@@ -1,4 +1,8 @@
-"""The simplest way to run a stage that fits the device, and why not a simpler one."""
+"""Recommend the simplest way to run a stage that fits the device, and say why no simpler one does.
+
+A *way* is a form of the teacher, a strategy, and whether activations are recomputed or the optimiser is
+offloaded.
+"""
 
 from __future__ import annotations
 
@@ -14,12 +18,12 @@ RECOMPUTE = "--trainer.callbacks+=src.callbacks.CheckpointActivations"
 
 @dataclass(frozen=True)
 class Advice:
-    """The recommended way to run a stage.
+    """Holds the recommended way to run a stage.
 
     Attributes:
-        best: the first way that fits; None if none does.
-        options: what to add to the command.
-        reason: why this one, in one or two sentences.
+        best: cost of the first way that fits; None if none does.
+        options: options to add to the command.
+        reason: why this way, in one or two sentences; if none fits, what to change.
     """
 
     best: Estimate | None
@@ -28,16 +32,17 @@ class Advice:
 
 
 Way = tuple[Mode, str, bool | None, bool]
-"""Teacher, overlay, recomputed activations (None: as the overlay says), optimiser in host memory."""
+"""Form of the teacher; strategy overlay; whether activations are recomputed (None: as the overlay says);
+whether the optimiser's state lies in the host's memory."""
 
 
 def ways(stage: str, ranks: int, cache_fits: bool = True) -> list[Way]:
-    """Ways to run a stage, the most exact and the simplest first.
+    """Return the ways to run a stage, the most exact and the simplest first.
 
     Args:
         stage: ``search``, ``recover`` or ``cache``.
-        ranks: devices.
-        cache_fits: whether there is disk for a cache; without, the teacher must run live.
+        ranks: number of devices.
+        cache_fits: whether the disk has room for a cache; otherwise the teacher must run live.
     """
     one, many = "ddp" if ranks > 1 else "single", ranks > 1
     if stage == "search":
@@ -72,10 +77,10 @@ _WHY = {
 
 
 def advise(planner: Planner, disk: float | None = None) -> Advice:
-    """Try the ways in order.
+    """Try the ways to run a stage in order, and recommend the first that fits the device.
 
     Args:
-        planner: of the stage.
+        planner: planner of the stage.
         disk: bytes that a cache may take; None is no limit.
     """
     stage = planner.experiment.stage
@@ -104,7 +109,7 @@ def advise(planner: Planner, disk: float | None = None) -> Advice:
 
 
 def label(e: Estimate) -> str:
-    """Name a way in words."""
+    """Return the name of a way in words, such as ``int8 teacher, ddp``."""
     extra = ", activations recomputed" if e.checkpoint else ""
     extra += ", optimiser in host memory" if e.setting.offload else ""
     return f"{e.setting.mode} teacher, {e.setting.strategy}{extra}"

@@ -1,4 +1,4 @@
-"""What devices can do: peak speed and memory, with their sources, from ``configs/devices.json``."""
+"""Read what devices can do (peak speed and memory, with their sources) from ``configs/devices.json``."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ GIB = 1 << 30
 
 @dataclass(frozen=True)
 class Device:
-    """One device.
+    """Describes a kind of device.
 
     Attributes:
         name: its key in the file.
@@ -46,12 +46,12 @@ class Device:
         return self.name != "cpu"
 
     def seconds(self, flops: float, dtype: str) -> float:
-        """Time of so many operations on numbers of a type."""
+        """Return the seconds that so many floating-point operations take on numbers of type ``dtype``."""
         return flops / (self.tflops[dtype] * 1e12 * self.efficiency)
 
 
 def device(name: str) -> Device:
-    """Read a device's figures; those of ``cpu`` are this machine's, its speed measured.
+    """Return the device of this name; ``cpu`` is this machine, whose speed is measured.
 
     Raises:
         ConfigError: the file has no such device.

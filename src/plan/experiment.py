@@ -46,15 +46,15 @@ class _ParseOnly(PruneCLI):
 
 
 class Experiment:
-    """A parsed search, recovery or cache.
+    """Holds the parsed settings of a search, a recovery or a cache that is planned.
 
     Args:
         argv: arguments of ``fit``.
-        ratio: share of the layers that a mask that does not exist yet will remove.
-        length: tokens of a row, for data that do not say.
+        ratio: share of the layers to remove, in place of the config's amount or mask; None is as configured.
+        length: tokens of a row, if the data section does not say.
 
     Raises:
-        ConfigError: as ``fit`` would; or the mask is missing and no ratio is given.
+        ConfigError: ``fit`` would refuse the arguments, or they do not say how long a row is.
     """
 
     def __init__(self, argv: Sequence[str], ratio: float | None = None, length: int | None = None) -> None:
@@ -90,12 +90,12 @@ class Experiment:
 
     @property
     def accumulate(self) -> int:
-        """Batches that make one step of the optimiser."""
+        """Number of batches that make one step of the optimiser."""
         return int(self.trainer.accumulate_grad_batches)
 
     @property
     def ranks(self) -> int:
-        """Devices that the config names; ``auto`` counts as one."""
+        """Number of devices of the config, on all nodes; ``auto`` counts as one."""
         devices = self.trainer.devices
         listed = len(devices) if isinstance(devices, list) else devices
         count = int(listed) if str(listed).isdigit() else 1
@@ -110,10 +110,10 @@ class Experiment:
 
     @cached_property
     def name(self) -> str:
-        """Name of the parent.
+        """Hub id or path of the parent.
 
         Raises:
-            ConfigError: only the mask names it, and there is none.
+            ConfigError: only the mask would name it, and there is no mask yet.
         """
         name = self.model.get("model")
         if name is None and Path(self.model.mask).exists():
@@ -124,9 +124,9 @@ class Experiment:
 
     @cached_property
     def mask(self) -> Mask | None:
-        """The mask that the config names, else a stand-in of the planned size; None for a cache.
+        """The mask that the config names, else a stand-in that removes as many units; None for a cache.
 
-        Layers that a stand-in removes lie far from each other.
+        A stand-in removes layers that lie far from each other.
 
         Raises:
             ConfigError: the mask of a recovery does not exist, and no ratio tells its size.
@@ -153,7 +153,7 @@ class Experiment:
 
     @cached_property
     def budgets(self) -> tuple[Budget, ...]:
-        """What goes: as ``--ratio`` says, or the config."""
+        """How many units go, for each size that is learned: as ``--ratio`` says, or the config."""
         given = {key: self.model.get(key) for key in ("remove", "ratio", "budgets", "target")}
         if given["target"] is not None:
             given["target"] = Target(**vars(given["target"]))
@@ -166,22 +166,22 @@ class Experiment:
 
     @property
     def unit(self) -> Unit:
-        """What a search removes; layers, where no search is planned."""
+        """Kind of unit that a search removes; ``layer`` for a recovery or a cache."""
         return cast(Unit, self.model.get("unit") or "layer")
 
     def student_parameters(self) -> int | None:
-        """Return the number of weights after the cut; None where nothing is cut."""
+        """Return the number of weights after the cut; None for a cache, which cuts nothing."""
         if self.mask is None:
             return None
         config = cut_config(load_config(self.name, self.model.get("revision")), self.mask)
         return parameters_of(config)
 
     def tokens(self, ranks: int, given: int | None) -> tuple[int, int]:
-        """Return the most tokens of the run, and its steps.
+        """Return how many tokens the run processes at most, and its steps.
 
         Args:
-            ranks: devices.
-            given: tokens that ``--tokens`` gives in place of the config's; None gives none.
+            ranks: number of devices.
+            given: number of tokens from ``--tokens``, which replaces the config's; None if not given.
 
         Raises:
             ConfigError: nothing says when the run ends.
@@ -199,11 +199,11 @@ class Experiment:
         return int(steps) * step, int(steps)
 
     def module(self, checkpoint: bool = False, precision: str | None = None) -> LightningModule:
-        """Return a new module attached to a trainer, without weights.
+        """Return the module of the config, newly made, without weights, and attached to a trainer.
 
         Args:
             checkpoint: whether activations are recomputed.
-            precision: of the trainer; None is as configured.
+            precision: precision of the trainer; None is the config's.
         """
         with tempfile.TemporaryDirectory() as folder:
             model = self.config.model.clone()

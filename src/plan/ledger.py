@@ -1,9 +1,9 @@
 """Count the bytes and the floating-point operations of code that runs on tensors without data.
 
-Under ``FakeTensorMode`` the product's own step runs through every operation that the real one would run, and
-each tensor has a shape, a type and a lifetime, but no data. The ledger watches the storages come and go. So a
-plan follows the code (which tensors autograd keeps, when the graph of a draw dies, how long old gradients
-live), and no family of models needs formulas of its own. What a kernel uses inside itself it cannot see.
+Under ``FakeTensorMode`` the training step of a stage runs through every operation that a real one would run,
+and each tensor has a shape, a type and a lifetime, but no data. The ledger watches the storages come and go.
+So a plan follows the code: which tensors autograd keeps, when the graph of a draw dies, how long old
+gradients live. No family of models needs formulas of its own. Memory inside a kernel is not seen.
 """
 
 from __future__ import annotations
@@ -37,13 +37,19 @@ class _Record:
 
 
 class Ledger(TorchDispatchMode):
-    """Counts the bytes that are held, by part (now and at their peak), and the operations so far.
+    """Counts the bytes that are held, by the parts :data:`PARTS`, and the operations, while it is active.
 
     A new storage counts as ``loss chunk`` if it is as wide as the vocabulary, and as ``activations``
     otherwise, unless :meth:`own` names its part.
 
     Args:
         vocabulary: number of logits.
+
+    Attributes:
+        live: bytes now, by part.
+        peak: bytes by part when their sum was highest.
+        step_peak: as ``peak``, of the optimiser's step alone.
+        flops: floating-point operations so far.
     """
 
     def __init__(self, vocabulary: int) -> None:
@@ -76,7 +82,10 @@ class Ledger(TorchDispatchMode):
 
     @contextmanager
     def step(self) -> Iterator[None]:
-        """An optimiser's step, whose peak is noted apart; what it makes for itself is the optimiser's."""
+        """Note the peak of the block apart, as that of an optimiser's step.
+
+        What the block allocates counts as the optimiser's.
+        """
         before, self.peak = self.peak, Counter()
         yield
         self.step_peak, self.peak = self.peak, before
@@ -84,7 +93,7 @@ class Ledger(TorchDispatchMode):
             self.step_peak["optimiser"] += self.step_peak.pop(part, 0)
 
     def own(self, tensors: Iterable[Tensor | None], part: str) -> None:
-        """Move the storages of some tensors to a part, entering those that are new."""
+        """Count the storages of some tensors to a part from now on; those that are new are counted too."""
         for tensor in tensors:
             if tensor is None:
                 continue
@@ -116,12 +125,12 @@ def _attention(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) ->
 
 
 def _attention_back(_: Tensor, query: Tensor, key: Tensor, value: Tensor, *rest: Any, **__: Any) -> int:
-    """Five products in place of two: the scores are made again."""
+    """Count five products in place of two, as the scores are computed again."""
     return _attention(query, key, value) * 5 // 2
 
 
 def _grouped(a: Tensor, b: Tensor, *_: Any, **__: Any) -> int:
-    """Experts' products: a row of ``a [S, K]`` meets one of ``b [E, K, N]``; or ``[K, S]`` and ``[S, N]``."""
+    """Count the product of experts: ``a [S, K]``, ``b [E, K, N]``; or backwards ``[K, S]``, ``[S, N]``."""
     return 2 * a.shape[0] * a.shape[1] * b.shape[-1]
 
 
@@ -141,10 +150,13 @@ FLOPS: dict[object, Callable[..., int]] = {
 
 @contextmanager
 def fused_attention(ledger: Ledger) -> Iterator[None]:
-    """Hold scaled dot-product attention as the fused kernels of GPUs do: no scores, whatever the head widths.
+    """Have scaled dot-product attention hold what the fused kernels of GPUs hold, in the block: no scores.
 
     CPUs write the scores out where keys and values differ in width (multi-head latent attention). The
     function is replaced, because a torch function mode would be off while a backward pass recomputes layers.
+
+    Args:
+        ledger: counts the operations.
     """
     fused: Callable[..., Tensor] = _Fused.apply
 

@@ -1,7 +1,8 @@
-"""Memory of one rank under a strategy and a form of the teacher, from a trace of one whole device.
+"""Compute the memory of one rank under a strategy, from the trace of a step on one device without sharding.
 
-Sharded parts are divided by the ranks. What is gathered for the current layer and the next, and for the root
-(embeddings, final norm, head) throughout, is whole: FSDP2 and ZeRO-3 hold it in each rank.
+Sharded parts are divided by the ranks. FSDP2 and ZeRO-3 gather the weights of the current layer and the next
+for use, and those outside the layers (embeddings, final norm, head) throughout: these count whole in each
+rank.
 """
 
 from __future__ import annotations
@@ -28,17 +29,17 @@ _NAMES = {
 
 @dataclass(frozen=True)
 class Setting:
-    """How a stage is spread out.
+    """Says how a stage is spread over devices.
 
     Attributes:
         stage: ``search``, ``recover`` or ``cache``.
-        mode: form of the teacher: ``shared`` is the student with open gates; ``int8`` and ``nf4`` are the one
-            model of a search or a cache in that form, or a copy beside the student of a recovery.
-        strategy: name of an overlay in ``configs/strategy/``.
-        ranks: devices.
-        beside: whether the teacher is a model of its own.
-        quantize: form of the one model of a search or a cache.
-        half: whether DeepSpeed holds bfloat16 weights and float32 masters.
+        mode: form of the teacher. ``shared``: it is the student with open gates. ``copy``: the whole model.
+            ``int8``, ``nf4``: a quantised one. ``cached``: its signal is read from disk.
+        strategy: name of an overlay in ``configs/strategy/``, or ``single``.
+        ranks: number of devices.
+        beside: whether the teacher is a model of its own beside the student.
+        quantize: quantisation of the only model that a search or a cache holds.
+        half: whether DeepSpeed holds bfloat16 weights with float32 masters.
         offload: whether the optimiser's state lies in the host's memory.
     """
 
@@ -53,7 +54,7 @@ class Setting:
 
 
 def strategy_name(strategy: Any, ranks: int) -> str:
-    """Return the name of the strategy overlay that matches a trainer's ``strategy``.
+    """Return the name of the overlay that matches a trainer's ``strategy`` on so many ranks.
 
     Raises:
         ConfigError: it is none of them.
@@ -69,7 +70,13 @@ def strategy_name(strategy: Any, ranks: int) -> str:
 
 
 def memory(trace: Trace, at: Setting, device: Device) -> dict[str, int]:
-    """Peak bytes of one rank by part: in the passes or, if more, in the optimiser's step."""
+    """Return the peak bytes of one rank by part: in the passes or, if more, in the optimiser's step.
+
+    Args:
+        trace: what a step holds on one device without sharding.
+        at: how the stage is spread over devices.
+        device: its overheads are added.
+    """
     moments = [_moment(trace.peak, trace, at, gathered=True)]
     if trace.step:
         moments.append(_moment(trace.step, trace, at, gathered=False))

@@ -1,4 +1,4 @@
-"""Estimate what a config costs as it stands, and in any other way to run the same stage."""
+"""Estimate what a config costs as it stands, and with other teachers and strategies for the same stage."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ PLAIN: dict[str, Mode] = {"search": "shared", "recover": "copy", "cache": "copy"
 
 @dataclass(frozen=True)
 class Estimate:
-    """One way to run the stage.
+    """Holds what one way to run a stage costs.
 
     Attributes:
-        setting: teacher and strategy.
+        setting: form of the teacher, and strategy.
         checkpoint: whether activations are recomputed.
-        precision: of the trainer.
-        parts: peak bytes of a rank by part.
-        fits: whether they are no more than the device has.
-        flops: operations of the whole run on all ranks.
-        hours: time of the run.
+        precision: precision of the trainer.
+        parts: peak bytes of a rank, by part.
+        fits: whether the device has that much memory.
+        flops: floating-point operations of the whole run on all ranks.
+        hours: duration of the run.
     """
 
     setting: Setting
@@ -98,7 +98,7 @@ class Planner:
     def way(
         self, mode: Mode, strategy: str, checkpoint: bool | None = None, offload: bool = False
     ) -> Estimate:
-        """Return the cost of a form of the teacher under a strategy's overlay.
+        """Return the cost of the stage with another form of the teacher, under another strategy.
 
         Args:
             mode: form of the teacher, such as int8 or cached.
@@ -125,7 +125,10 @@ class Planner:
         )
 
     def estimate(self, setting: Setting, checkpoint: bool, precision: str | None) -> Estimate:
-        """Return the cost of a setting; None as precision is the config's."""
+        """Return the cost of a setting, with activations recomputed if ``checkpoint``.
+
+        ``precision`` is the trainer's; None is as configured.
+        """
         traced = self.trace(checkpoint, precision)
         used = str(precision or self.experiment.trainer.precision or "32-true")
         setting = replace(setting, half="bf16" in used or used.startswith("16"))
@@ -144,7 +147,12 @@ class Planner:
         )
 
     def trace(self, checkpoint: bool | None = None, precision: str | None = None) -> Trace:
-        """Return the trace of a step with or without recomputation, in a precision; it is made once."""
+        """Return the trace of a step, made at the first call.
+
+        Args:
+            checkpoint: whether activations are recomputed; None is as configured.
+            precision: precision of the trainer; None is as configured.
+        """
         key = (self.recomputes if checkpoint is None else checkpoint, precision)
         if key not in self._traces:
             module = self.experiment.module(*key)
@@ -161,7 +169,7 @@ class Planner:
 
     @cached_property
     def calibration(self) -> float:
-        """Forward passes of a search beside its steps; zero where it cannot be followed."""
+        """Forward passes of a batch that a search makes beside its steps; 0 if they are too many to count."""
         if self.experiment.stage != "search":
             return 0.0
         module = self.experiment.module()
@@ -170,7 +178,7 @@ class Planner:
 
     @cached_property
     def streams(self) -> int:
-        """Streams of a calibration batch that a search's probe holds, at most."""
+        """Most layers' outputs of a batch that a search remembers while it measures masks."""
         module = self.experiment.module()
         if not isinstance(module, MaskSearch) or module.policy.kind.wide:
             return 0
@@ -180,12 +188,12 @@ class Planner:
 
     @property
     def remembered(self) -> int:
-        """Bytes of these streams."""
+        """Bytes of these outputs."""
         return self.streams * self._stream if self.streams else 0
 
     @property
     def _stream(self) -> int:
-        """Bytes of the stream of one batch."""
+        """Bytes of one layer's output for a batch."""
         model, rows = self.experiment.model, self.experiment.rows
         dtype = getattr(torch, self._numbers(str(self.experiment.trainer.precision or "32-true")))
         config = load_config(self.experiment.name, model.get("revision"))
@@ -193,7 +201,7 @@ class Planner:
 
     @property
     def cache(self) -> CacheSize:
-        """Size of the cache of the run's tokens."""
+        """Size of a cache of the run's tokens."""
         model, rows = self.experiment.model, self.experiment.rows
         terms = (model.get("distillation"), *(each.term for each in model.get("terms") or ()))
         asked = [model.get("k"), *((term.get("init_args") or {}).get("k") for term in terms if term)]
@@ -202,7 +210,7 @@ class Planner:
         return cache_size(self.tokens, positions, k, model.get("precision") or "float16")
 
     def _numbers(self, precision: str) -> str:
-        """Type of the factors of the products."""
+        """Return the type of the numbers that are multiplied under a precision of the trainer."""
         if precision.startswith(("bf16", "16")):
             return "bfloat16" if precision.startswith("bf16") else "float16"
         model = self.experiment.model
@@ -210,7 +218,7 @@ class Planner:
 
 
 def overlay(strategy: str) -> tuple[str | None, bool]:
-    """Precision, and whether activations are recomputed, of an overlay in ``configs/strategy/``."""
+    """Return the precision of an overlay in ``configs/strategy/``, and whether it recomputes activations."""
     trainer = yaml.safe_load((OVERLAYS / f"{strategy}.yaml").read_text())["trainer"]
     callbacks = [c["class_path"].split(".")[-1] for c in trainer.get("callbacks+", [])]
     return trainer.get("precision"), "CheckpointActivations" in callbacks

@@ -1,4 +1,4 @@
-"""The batches of a planned run."""
+"""Make batches of the size that a planned run would read."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from src.data.batches import Batch
 
 @dataclass(frozen=True)
 class Rows:
-    """The batches of a rank: ``count`` rows of ``length`` tokens, padded to it or packed."""
+    """Says how large a rank's batches are: ``count`` rows of ``length`` tokens, padded to it or packed."""
 
     count: int
     length: int

@@ -1,6 +1,7 @@
-"""One step of each stage, in the order of its allocations; and a teacher without weights.
+"""Run one step of each stage for a plan, with allocations in their real order and a teacher without weights.
 
-Only the loops around the product's own functions are repeated here, because those need a running trainer.
+The functions of the stages are called as they are. Only Lightning's loop around them is repeated here,
+because it needs a running trainer.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from src.teachers import Learner, LiveTeacher, TeacherSource
 
 
 class PlannedTeacher:
-    """Stands in for a teacher: the same signal, from a model without weights or from nowhere.
+    """Stands in for a teacher: gives a signal of the same shape, from a model without weights or from none.
 
     Args:
         source: the teacher of the config; only a live one needs a model.
@@ -34,7 +35,7 @@ class PlannedTeacher:
     """
 
     weights: str | None = None
-    """None: there is nothing to take a fingerprint of."""
+    """Fingerprint of the weights: None, as there are none."""
 
     def __init__(self, source: TeacherSource, parent: tuple[str, str | None]) -> None:
         self.source, self.parent = source, parent
@@ -44,7 +45,7 @@ class PlannedTeacher:
         self.vocabulary, self.flops = 0, 0
 
     def adopt(self, parent: PreTrainedModel) -> None:
-        """Keep the parent if the real teacher would, or load what it would."""
+        """Keep the parent as the teacher, or load the model that the config's teacher would load."""
         self.vocabulary = OutputHead(parent).vocabulary
         if isinstance(self.source, LiveTeacher):
             loading = self.source.loading
@@ -55,14 +56,14 @@ class PlannedTeacher:
             self.head = OutputHead(model.eval().requires_grad_(False))
 
     def refuse(self, trainer: Trainer, data: object) -> None:
-        """Refuse nothing: the teacher of the config was asked."""
+        """Refuse nothing: a plan runs on no trainer and reads no data."""
 
     def setup(self, learner: Learner) -> None:
         """Move nothing: there are no weights."""
 
     @torch.no_grad()
     def signal(self, batch: Batch, index_N: Tensor) -> Signal:
-        """Return the signal's tensors, without data."""
+        """Return a signal at N positions whose tensors have no data."""
         if self.head is not None and self.ledger is not None:
             before = self.ledger.flops
             signal = live_signal(self.head, self.head.hidden(batch).flatten(0, 1)[index_N], self.k)
@@ -73,14 +74,17 @@ class PlannedTeacher:
         return TopK(torch.zeros(size, k, dtype=torch.long), log_probs, entropy, entropy.clone())
 
     def states(self, layers: Sequence[int]) -> AbstractContextManager[dict[int, Tensor]]:
-        """Return the stream's tensors; a source without a model refuses as it does in a run."""
+        """Collect the streams behind some layers, in the block, in tensors without data.
+
+        A source without a model, such as a cache, refuses as it does in a run.
+        """
         if self.head is None:
             return self.source.states(layers)
         return streams(self.head.model, layers)
 
 
 def _search(search: MaskSearch, batch: Batch, ledger: Ledger, gpu: bool) -> int:
-    """Run two draws, of which the second still holds what is left of the first; the others cost the same."""
+    """Run two draws: the second meets what the first still holds, and all further ones cost as it does."""
     rows = Supervised.of(batch)
     moving = [] if search.adapters is None else search.adapters.moving()
     moments = [torch.empty_like(p) for p in moving for _ in range(2)]  # of an optimiser like Adam
@@ -97,7 +101,7 @@ def _search(search: MaskSearch, batch: Batch, ledger: Ledger, gpu: bool) -> int:
 
 
 def _recover(recovery: Recovery, batch: Batch, ledger: Ledger, gpu: bool) -> int:
-    """Run a second step: the optimiser's state is there, and the last gradients live until the backward."""
+    """Run a second step, in which the optimiser's state and the gradients of the first are held already."""
     trained = [p for p in recovery.model.parameters() if p.requires_grad]
     optimizer = recovery.optimizer(trained)
     for group in optimizer.param_groups:

@@ -1,8 +1,9 @@
-"""A divergence that costs nothing: removing layers of a made-up model, with the traits of the real one.
+"""Compute a made-up divergence, which costs nothing, in place of that of a real model with removed layers.
 
-Removing layer i alone costs ``a_i``, heavy-tailed over the layers; two removed layers cost more together the
-nearer they are. With ``r = 1 - gates`` the divergence is ``a r + r J r / 2``, ``J_ij = c sqrt(a_i a_j)
-rho^|i-j|``. Plans count with it what a policy measures, and ``scripts/scale.py`` how long one learns.
+It has the traits of a real one. Removing layer i alone costs ``a_i``, heavy-tailed over the layers; two
+removed layers cost more together the nearer they are. With ``r = 1 - gates`` the divergence is
+``a r + r J r / 2``, where ``J_ij = c sqrt(a_i a_j) rho^|i-j|``. A plan runs a policy on it, to count how many
+measurements the policy makes.
 
 Shapes: L layers.
 """
@@ -28,7 +29,7 @@ class Toy:
 
     Args:
         layers: number of layers L.
-        seed: of the random costs a.
+        seed: seed of the random costs a.
         spread: standard deviation of the logarithms of the costs.
         strength: c in the formula.
         reach: rho in the formula.
@@ -62,18 +63,18 @@ class Toy:
 
 
 class TooMany(Exception):
-    """A policy makes more measurements than a plan counts."""
+    """Says that a policy makes more measurements than a plan counts."""
 
 
 class CountingProbe(Walker):
-    """A probe that answers a policy with a toy's values, and counts what real measurements would cost.
+    """Answers a policy as a probe does, with the toy's values, and counts what real measurements would cost.
 
     Args:
         layers: number of units U.
-        batches: calibration batches.
-        streams: most streams that the real probe holds at a time.
+        batches: number of calibration batches.
+        streams: most layers' outputs that the real probe remembers at a time.
         limit: most measurements that are counted; one more raises :class:`TooMany`.
-        wide: whether every mask runs all layers, as one of width does.
+        wide: whether every mask runs all layers, as a mask of channels or KV groups does.
 
     Attributes:
         forward: passes of one batch through the whole model so far; a backward pass counts as one more.
@@ -89,13 +90,13 @@ class CountingProbe(Walker):
         self.renew()
 
     def renew(self) -> None:
-        """Begin as another probe does: it has measured nothing, and remembers no stream."""
+        """Forget all measurements and streams, as if the probe were new; the count goes on."""
         self._known.clear()
         self._memory, self._signals = PrefixMemory(self.layers, self.streams), set[int]()
 
     @property
     def memory(self) -> PrefixMemory:
-        """What would hold the streams."""
+        """What would hold the remembered outputs of layers."""
         return self._memory
 
     def walk(
@@ -115,7 +116,7 @@ class CountingProbe(Walker):
         return float(self.toy.divergence(torch.tensor(gates)))
 
     def _count(self, gates: Front, prefixes: Prefixes) -> None:
-        """Go along the gates as a pass does, with a stream of nothing."""
+        """Count the layers that a real pass under these gates would run."""
         if self.wide:
             self.forward += 1.0
             return
@@ -129,21 +130,21 @@ class CountingProbe(Walker):
         return sums[0]
 
     def mean(self, sums: Tensor, counts: Tensor) -> Tensor:
-        """Return ``sums / counts``: a plan has one rank."""
+        """Return ``sums / counts``, as there is one rank."""
         return sums / counts
 
     def states(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield one batch of noise of the right shape, and count the passes of a real stream."""
+        """Yield one batch of noise as streams of all layers, and count the passes that real ones take."""
         self.forward += self.batches
         yield torch.randn(self.layers + 1, 1, 4, 8), torch.ones(1, 4, dtype=torch.bool)
 
     def salience(self) -> Tensor:
-        """Return noise of the right shape, and count the passes there and back."""
+        """Return noise ``[U]``, and count the forward and backward passes."""
         self.forward += 2 * self.batches
         return torch.rand(self.layers)
 
     def activations(self) -> Tensor:
-        """Return noise of the right shape, and count the passes."""
+        """Return noise ``[U]``, and count the forward passes."""
         self.forward += self.batches
         return torch.rand(self.layers)
 
@@ -152,11 +153,11 @@ class CountingProbe(Walker):
         return iter(())
 
     def share(self, layer: int, name: str, values: Tensor) -> Tensor:
-        """Return the sum of all values, as of one unit in each layer."""
+        """Return the sum of all values ``[1]``, as if each layer had one unit."""
         return values.sum()[None]
 
     def gradients(self, visit: Callable[[int, nn.Module], None]) -> None:
-        """Visit layers with noise as gradients, and count the passes of real ones."""
+        """Call ``visit`` on layers that have noise as gradients, and count the passes that real ones take."""
         self.forward += 3 * self.batches
         for layer in range(self.layers):
             module = nn.Linear(2, 2)

@@ -1,7 +1,7 @@
 """Run one step of a search, a recovery or a cache without data, and note what it holds and computes.
 
-The step is the product's own: the module's gated model, its loss and its teacher's signal, on a batch of full
-rows. Models are built on the meta device. Then each tensor becomes a fake one, without data, whose device is
+The step is the stage's own: its gated model, its loss and its teacher's signal, on a batch of full rows.
+Models are built on the meta device. Then each tensor becomes a fake one, without data, whose device is
 a CPU, so that the operations are those of a real run.
 """
 
@@ -34,17 +34,17 @@ from src.training.stage import Stage
 
 @dataclass(frozen=True)
 class Trace:
-    """What one micro-batch of a stage costs on one device, nothing being quantised or sharded.
+    """Holds what one micro-batch of a stage costs on one device, with nothing quantised or sharded.
 
     Attributes:
         peak: bytes by part (:data:`src.plan.ledger.PARTS`) when their sum is highest, in the passes.
         flops: floating-point operations of the step.
-        teacher_flops: those of the teacher's pass, a forward pass of the whole model.
+        teacher_flops: operations of the teacher's forward pass among these.
         parent: number of weights of the parent.
         trainable: number of weights that are trained.
         student: weights of the model that is searched, recovered or run.
         teacher: weights of the model beside it, or of the parent where none is.
-        step: as ``peak``, in the optimiser's step; empty where none is.
+        step: as ``peak``, in the optimiser's step; empty if the stage has none.
     """
 
     peak: dict[str, int]
@@ -59,15 +59,16 @@ class Trace:
 
 @waiting("a step is run without data")
 def trace(module: LightningModule, batch: Batch, gpu: bool) -> Trace:
-    """Build the models of a stage without weights and run its step once; the module is spent.
+    """Build the models of a stage without weights, run its step once, and return what it costs.
 
     Args:
-        module: a search, a recovery or a cache, as its config instantiates it; its trainer is attached.
+        module: a search, a recovery or a cache, as its config makes it, attached to a trainer. It cannot be
+            used again.
         batch: rows as the data module makes them.
-        gpu: whether kernels are those of GPUs.
+        gpu: whether to count attention as the kernels of GPUs compute it.
 
     Raises:
-        ConfigError: this family computes with data where a plan has none.
+        ConfigError: the stage cannot be planned, or the model's code needs the values of its tensors.
     """
     step = next((STEPS[c] for c in type(module).__mro__ if c in STEPS), None)
     if step is None or not isinstance(module, Stage):
@@ -118,7 +119,7 @@ def trace(module: LightningModule, batch: Batch, gpu: bool) -> Trace:
 
 
 def _build(stage: Stage) -> tuple[PlannedTeacher | None, PreTrainedModel]:
-    """Build the models on the meta device; returns what stands in for the teacher, and the parent."""
+    """Build the models on the meta device; return what stands in for the teacher, and the parent."""
     teacher = None
     if isinstance(stage, MaskSearch | Recovery) and stage.teacher is not None:
         teacher = stage.teacher = PlannedTeacher(stage.teacher, (stage.name, stage.revision))
@@ -146,7 +147,7 @@ def _build(stage: Stage) -> tuple[PlannedTeacher | None, PreTrainedModel]:
 def _without_data(
     fake: FakeTensorMode, _: nn.Module, args: Any, kwargs: dict[str, Any]
 ) -> tuple[Any, dict[str, Any]]:
-    """Replace the inputs of a decoder by tensors without data; as a hook before its forward pass."""
+    """Return the inputs of a decoder as tensors without data: a hook before its forward pass."""
     # A single row is never padded, so that it needs no mask.
     drop = "attention_mask" if kwargs["input_ids"].shape[0] == 1 else ""
     inputs = {k: fake.from_tensor(v) if isinstance(v, Tensor) else v for k, v in kwargs.items()}
@@ -154,7 +155,7 @@ def _without_data(
 
 
 def _arm(model: nn.Module, fake: FakeTensorMode) -> None:
-    """Put tensors without data where those of the meta device are; tied ones stay tied."""
+    """Replace a model's tensors on the meta device by fake ones of ``fake``; tied ones stay tied."""
     known: dict[int, Any] = {}
     for module in model.modules():
         for held in (module._parameters, module._buffers):

@@ -1,4 +1,4 @@
-"""Bytes of a model's weights: whole, by layer, and quantised."""
+"""Compute the bytes of a model's weights: whole, by layer, and quantised."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ NF4_BLOCK = 64
 
 @dataclass(frozen=True)
 class Weights:
-    """Weights of a model, in bytes.
+    """Holds the sizes of a model's weights, in bytes.
 
     Attributes:
-        whole: all of them, as loaded.
+        whole: all weights, as loaded.
         layer: the largest decoder layer.
-        root: what lies outside the decoder layers.
-        int8: all of them with 8-bit linear layers.
-        nf4: all of them with 4-bit linear layers.
-        widest: the largest linear layer; quantised ones are unpacked one at a time.
+        root: all weights outside the decoder layers.
+        int8: all weights, with 8-bit linear layers.
+        nf4: all weights, with 4-bit linear layers.
+        widest: the largest linear layer, which a pass unpacks to use it where layers are quantised.
     """
 
     whole: int
@@ -54,7 +54,7 @@ class Weights:
         )
 
     def held(self, quantize: Quantization | None) -> int:
-        """Return the bytes of all weights under a quantisation; None is none."""
+        """Return how many bytes all weights take under a quantisation; None is as loaded."""
         return {None: self.whole, "int8": self.int8, "nf4": self.nf4}[quantize]
 
 

@@ -1,4 +1,4 @@
-"""Tokens, operations, hours and bytes on disk of a planned run."""
+"""Compute the size of a planned cache, and count the passes that a planned search makes beside its steps."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _COMPRESSED_ID, _COMPRESSED_REST = 1.28, {"float32": 8.1, "float16": 4.9, "compa
 
 @dataclass(frozen=True)
 class CacheSize:
-    """Bytes of a cache: ``raw`` before compression, which is exact, and as ``expected`` on disk."""
+    """Holds the bytes of a cache: ``raw`` before compression, which is exact, and ``expected`` on disk."""
 
     raw: int
     expected: int
@@ -29,8 +29,8 @@ def cache_size(tokens: int, positions: int, k: int, precision: str = "float16") 
         tokens: tokens of the corpus, each with its id (4 bytes) and whether it is supervised (1).
         positions: supervised positions, each with k ids (4 bytes each) and log-probabilities, an entropy and
             the mass outside.
-        k: tokens kept.
-        precision: of the log-probabilities.
+        k: tokens kept at each position.
+        precision: how log-probabilities are stored: ``float32``, ``float16`` or ``compact``.
     """
     value, rest = _RAW[precision]
     raw = tokens * 5 + positions * (k * (4 + value) + 2 * rest)
@@ -39,16 +39,17 @@ def cache_size(tokens: int, positions: int, k: int, precision: str = "float16") 
 
 
 def calibration(search: MaskSearch, streams: int = 10**6) -> float | None:
-    """Count the passes of a batch that a search makes before its first step and after its last.
+    """Count the forward passes of a batch that a search makes before its first step and after its last.
 
-    The policy and the polishing are run on a made-up divergence; what they ask for is counted.
+    Its policy is initialised and its final mask polished on a made-up divergence (:mod:`src.plan.toy`), and
+    the measurements are counted.
 
     Args:
-        search: the search, whose policy is spent.
-        streams: most streams that its probe holds at a time.
+        search: the search; its policy cannot be used again.
+        streams: most layers' outputs that its probe remembers at a time.
 
     Returns:
-        None for a policy that measures too much to follow, such as all masks.
+        The number of passes; None for a policy that measures too much to count, such as all masks.
     """
     policy, batches = search.policy, search.calibration_batches
     probe = CountingProbe(policy.units, batches, streams, wide=policy.kind.wide)

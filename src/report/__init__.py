@@ -1,1 +1,1 @@
-"""The report verb: figures of a run as a table, JSON, Markdown and HTML."""
+"""The ``report`` verb: gathers the figures of a run into a table, JSON, Markdown and HTML."""

@@ -1,4 +1,4 @@
-"""The figures of a report, as SVG. Each takes the pieces it shows and draws nothing else.
+"""Draw the figures of a report, as SVG.
 
 Colours mean the same everywhere: slate the teacher, amber the cut model, teal the recovered one.
 """
@@ -53,7 +53,7 @@ _STYLE: dict[RcKeyType, Any] = {
 
 
 def colours(names: Sequence[str]) -> list[str]:
-    """Return the colour of each model; models that are neither teacher, cut nor recovered get their own."""
+    """Return the colour of each model by its name; further models get colours in turn."""
     known = {"teacher": SLATE, "cut": AMBER, "recovered": TEAL}
     others = iter(_OTHERS * len(names))
     return [known.get(name) or next(others) for name in names]
@@ -65,7 +65,7 @@ def _short(names: Sequence[str], room: int = 24) -> list[str]:
 
 
 def styled(draw: Callable[P, T]) -> Callable[P, T]:
-    """Draw in the style of this file, and leave matplotlib's own settings alone."""
+    """Decorate a function so that it draws in the style of this file, and changes no setting for others."""
 
     @wraps(draw)
     def styled(*args: P.args, **keys: P.kwargs) -> T:
@@ -89,10 +89,7 @@ def _axes(columns: int, height: float, **keys: Any) -> tuple[Figure, list[Axes]]
 
 
 def mask_strip(mask: Mask) -> Figure:
-    """Draw a mask: of layers one row; of halves a row of each kind, with lines between those that pair up.
-
-    Of units of width it is a map of the units of each layer.
-    """
+    """Draw which units a mask keeps: boxes for layers or halves, a map of each layer's units."""
     if mask.wide:
         return width_map(mask)
     return layer_strip(mask.num_layers, mask.removed) if mask.unit == "layer" else half_strip(mask)
@@ -149,7 +146,7 @@ def layer_strip(num_layers: int, removed: Sequence[int]) -> Figure:
 
 @styled
 def width_map(mask: Mask) -> Figure:
-    """Draw which units of each layer's width are kept: a column for each layer, a row for each unit."""
+    """Draw which channels or KV groups are kept: a column for each layer, a row for each unit in it."""
     figure, (axis,) = _axes(1, 3.0)
     kept = np.zeros(mask.units)
     kept[list(mask.keep)] = 1.0
@@ -167,12 +164,12 @@ QUALITIES = {
     "agreement": ("Same first choice as the teacher", "{:.1%}"),
     "kl": ("KL from the teacher, nats", "{:.3f}"),
 }
-"""Figures of a judgement that are drawn, with title and form."""
+"""Figures of ``evaluate`` that are drawn, each with its title and number format."""
 
 
 @styled
 def quality(names: Sequence[str], models: Sequence[dict[str, Any]], keys: Sequence[str]) -> Figure:
-    """Some of :data:`QUALITIES` of every model, side by side."""
+    """Draw the figures ``keys``, some of :data:`QUALITIES`, of every model, side by side."""
     figure, axes = _axes(len(keys), 2.7)
     for axis, key in zip(axes, keys, strict=True):
         title, form = QUALITIES[key]
@@ -188,7 +185,7 @@ def quality(names: Sequence[str], models: Sequence[dict[str, Any]], keys: Sequen
 
 @styled
 def courses(search: Sequence[Sequence[float]], recover: Sequence[Sequence[float]]) -> Figure:
-    """Draw how the divergence from the teacher fell in search and recovery; ``(step, nats)``."""
+    """Draw how the divergence from the teacher fell in search and recovery, from points ``(step, nats)``."""
     shown = [(t, c, h) for t, c, h in (("Search", AMBER, search), ("Recovery", TEAL, recover)) if h]
     figure, axes = _axes(len(shown), 2.8)
     for axis, (title, colour, history) in zip(axes, shown, strict=True):
@@ -207,7 +204,7 @@ def courses(search: Sequence[Sequence[float]], recover: Sequence[Sequence[float]
 
 @styled
 def gate_map(keep_SL: Sequence[Sequence[float]], of: str = "that a layer is kept") -> Figure:
-    """Draw the probability that each layer is kept, over the search; or another one ``of`` each layer."""
+    """Draw a probability ``of`` something, at each of S steps of a search, for each of L layers."""
     figure, (axis,) = _axes(1, 3.0)
     steps, layers = len(keep_SL), len(keep_SL[0])
     image = axis.imshow(
@@ -222,7 +219,10 @@ def gate_map(keep_SL: Sequence[Sequence[float]], of: str = "that a layer is kept
 
 @styled
 def budgets(curve: Sequence[dict[str, Any]], num_layers: int) -> Figure:
-    """Draw the divergence of each budget's mask from the teacher against the layers that it removes."""
+    """Draw the KL of the masks that one search learned for several sizes, against the layers they remove.
+
+    ``curve`` has ``removed`` (number of layers) and ``kl`` (nats) of each mask.
+    """
     figure, (axis,) = _axes(1, 2.8)
     removed, values = [each["removed"] for each in curve], [each["kl"] for each in curve]
     axis.plot(removed, values, color=AMBER, linewidth=2, marker="o")
@@ -239,7 +239,10 @@ def budgets(curve: Sequence[dict[str, Any]], num_layers: int) -> Figure:
 
 @styled
 def speed(names: Sequence[str], measured: Sequence[dict[str, Any]]) -> Figure:
-    """Draw the measured speed-up of every student, with quartiles, beside its ideal."""
+    """Draw the measured speed-up of every student, with quartiles, beside its ideal.
+
+    ``measured`` holds what ``benchmark`` measured of each, by phase (prefill, decode).
+    """
     figure, axes = _axes(2, 0.9 + 0.5 * len(names), sharex=True)
     furthest = max(m[p]["ideal"] for m in measured for p in ("prefill", "decode"))
     for axis, phase in zip(axes, ("prefill", "decode"), strict=True):
@@ -264,7 +267,7 @@ def speed(names: Sequence[str], measured: Sequence[dict[str, Any]]) -> Figure:
 
 @styled
 def cost(tokens: dict[str, float], seconds: dict[str, float]) -> Figure:
-    """Draw tokens and seconds, stage by stage."""
+    """Draw what each stage cost, from its number of tokens and of seconds."""
     panels = [("Tokens", tokens, tokens_text), ("Seconds", seconds, "{:,.0f} s".format)]
     panels = [panel for panel in panels if panel[1]]
     bars = max(len(values) for _, values, _ in panels)

@@ -1,4 +1,4 @@
-"""A report's words: the one table, the headline, and the Markdown and HTML around the figures."""
+"""Write a report's text: its table and headline, and the Markdown and HTML around the figures."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Record = dict[str, Any]
 
 @dataclass(frozen=True)
 class Picture:
-    """A figure as SVG, with its file name and caption."""
+    """Holds a figure as SVG, with its file name and caption."""
 
     name: str
     caption: str
@@ -26,7 +26,16 @@ class Picture:
 
 @dataclass(frozen=True)
 class Page:
-    """What both formats show, in this order."""
+    """Holds what the Markdown and the HTML page show.
+
+    Attributes:
+        title: one sentence on the run.
+        tables: tables, each a list of rows of cells, the heading first.
+        notes: what a reader of the figures should beware of.
+        pictures: the figures.
+        example: texts to show: a prompt, then each model's answer, as (name, text).
+        origin: facts on how the figures were made, such as commit and device, by name.
+    """
 
     title: str
     tables: list[list[list[str]]]
@@ -37,7 +46,7 @@ class Page:
 
 
 def printable(text: str, also: str = "\n\t") -> str:
-    """Return the text with each character that no page can hold replaced; those of ``also`` stay."""
+    """Return the text with unprintable characters replaced, except those in ``also``."""
     return "".join(c if c.isprintable() or c in also else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
@@ -50,7 +59,7 @@ def _match(m: Record) -> str:
 
 
 def _ends(m: Record, figure: str, scale: float, digits: int) -> str:
-    """The ends of a figure's 95 % interval, where it has one that is more than a point."""
+    """Return a figure's 95 % interval as text; nothing if it has none, or one without width."""
     low, high = m.get(f"{figure}_interval", (0.0, 0.0))
     return f" [{scale * low:.{digits}f}, {scale * high:.{digits}f}]" if low < high else ""
 
@@ -78,11 +87,11 @@ ROWS: tuple[tuple[str, str, Callable[[Record], str]], ...] = (
     ("prefill, tokens/s", "prefill", _speed("prefill")),
     ("decode, tokens/s", "decode", _speed("decode")),
 )
-"""Label, key that a model must have, and the text of the cell."""
+"""Rows of the table: a label, the key of the figure that it shows, and the function that writes a cell."""
 
 
 def table_of(report: Record) -> list[list[str]]:
-    """Return a heading, then a line for each figure; figures that no model has are left out."""
+    """Return the table of a report: a heading with the models, then a row for each figure that any has."""
     models = report["models"]
     lines = [["", *("cut, no recovery" if m["name"] == "cut" else m["name"] for m in models)]]
     for label, key, cell in ROWS:
@@ -96,7 +105,7 @@ def table_of(report: Record) -> list[list[str]]:
 
 
 def budgets_of(report: Record) -> list[list[str]]:
-    """Return a heading, then a line for each budget of the search: its mask and that mask's KL."""
+    """Return the table of a search for several sizes: a heading, then a row for each size's mask."""
     rows = [["budget", "layers removed", "KL, nats", "mask"]]
     for each in report["budgets"]:
         removed = f"{each['removed']} of {report['num_layers']}"
@@ -111,7 +120,7 @@ def _score(record: Record | None) -> str:
 
 
 def headline(report: Record) -> str:
-    """Tell the run in one sentence, about its last model."""
+    """Return one sentence on the last model of a report: what was removed, kept, gained and spent."""
     student = report["models"][-1]
     gone = f"{report['num_layers'] - report['depth']} of {report['num_layers']} layers"
     parts = [f"{report['removed_layers'] if report['unit'] in WIDE else gone} removed"]
@@ -130,7 +139,7 @@ def headline(report: Record) -> str:
 
 
 def notes(report: Record) -> list[str]:
-    """List what a reader of the speeds must beware of."""
+    """Return a warning for each measured speed-up that falls short of the ideal or of 1."""
     verdicts = [
         verdict(model["name"], phase, model["batch_size"], model[phase])
         for model in report["models"][1:]
@@ -144,7 +153,7 @@ def notes(report: Record) -> list[str]:
 
 
 def markdown(page: Page) -> str:
-    """Write the page as Markdown; its figures are files beside it."""
+    """Return the page as Markdown, which refers to the figures as files in ``figures/``."""
     lines = [f"# {page.title}", ""]
     for heading, *rows in page.tables:
         lines += [_markdown_row(heading), "|---" + "|---:" * (len(heading) - 1) + "|"]
@@ -168,7 +177,7 @@ def _one_line(text: str) -> str:
 
 
 def html(page: Page) -> str:
-    """Write the page as one HTML file, which loads nothing from elsewhere."""
+    """Return the page as HTML that holds its figures and loads nothing from elsewhere."""
     images = [base64.b64encode(picture.svg.encode()).decode() for picture in page.pictures]
     parts = [
         f"<h1>{escape(page.title)}</h1>",

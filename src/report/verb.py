@@ -1,18 +1,19 @@
-"""One run as a table, ``report.json``, Markdown and a self-contained HTML page: ``python -m src.cli report``.
+"""Report on a run: a table, JSON, Markdown and a self-contained HTML page (``python -m src.cli report``).
 
 A run is a directory that the stages have written into. What the report reads, and who writes it:
 
 =======================  ===========================================================================
 ``search/mask.json``     the search, as it ends (needed)
-``search/record.json``   its tokens, seconds, course and budgets (``StageRecord``); the rows read lie beside
+``search/record.json``   its tokens, seconds, losses, and masks by size (``StageRecord``)
 ``search/gates.json``    its keep probabilities, one row of L numbers a step (``SearchMonitor``)
-``recover/record.json``  tokens, seconds and course of the recovery (``StageRecord``)
+``recover/record.json``  tokens, seconds and losses of the recovery (``StageRecord``)
 ``evaluate.json``        ``evaluate --teacher T --model RUN/cut RUN/recovered ... --out`` (needed)
 ``benchmark.json``       ``benchmark --baseline T --model RUN/cut RUN/recovered ... --out``
 ``training.json``        in the teacher's own directory: tokens and seconds of its training
 =======================  ===========================================================================
 
-A model goes by the last part of its directory's path, or by as many as tell it from the others.
+Beside ``record.json`` lie hashes of the rows that the stage has read, so that a row that both stages read
+counts once. A model is named by the last part of its directory's path, or by as many as make the name unique.
 """
 
 from __future__ import annotations
@@ -52,7 +53,13 @@ Record = dict[str, Any]
 
 @dataclass(frozen=True)
 class Run:
-    """What the stages left in a run's directory; an absent piece is empty."""
+    """Holds the files that the stages left in a run's directory; what is absent is empty.
+
+    Attributes:
+        mask: the mask that the search learned.
+        evaluate, training, search, gates, recover, benchmark: content of the files in the module's table.
+        rows: of ``search`` and ``recover``, hash and number of tokens of each row that the stage has read.
+    """
 
     mask: Mask
     evaluate: Record
@@ -65,10 +72,10 @@ class Run:
 
     @classmethod
     def read(cls, directory: Path) -> Run:
-        """Read the pieces.
+        """Read the files of a run.
 
         Raises:
-            ConfigError: a piece that is needed is missing, or one is not JSON.
+            ConfigError: a file that is needed is missing, or one is not JSON.
         """
         evaluate = _read(directory / "evaluate.json")
         if not (evaluate.get("teacher") and evaluate.get("models")):
@@ -101,7 +108,7 @@ def _read(path: Path) -> Record:
 
 
 def _rows(directory: Path) -> dict[str, Tensor]:
-    """The rows that search and recovery have read, where their records name them."""
+    """Return hashes of the rows that search and recovery have read, if the stages noted them."""
     files = {stage: directory / stage / "record.rows.safetensors" for stage in ("search", "recover")}
     try:
         return {stage: load_file(file)["rows"] for stage, file in files.items() if file.exists()}
@@ -116,7 +123,11 @@ _JUDGED = (
 
 
 def gather(run: Run) -> Record:
-    """Return the report as data: ``models`` (teacher first), tokens, seconds by stage, what was removed."""
+    """Return the report as plain values.
+
+    They are the figures of all ``models`` (the teacher first), tokens and seconds by stage, and what was
+    removed.
+    """
     judged = [run.evaluate["teacher"], *run.evaluate["models"]]
     names = ["teacher", *distinct([m["path"] for m in judged[1:]])]
     models = [
@@ -159,14 +170,14 @@ def gather(run: Run) -> Record:
 
 
 def _add(models: list[Record], key: str, values: Mapping[str, Any]) -> None:
-    """Add a figure to the models of those names."""
+    """Add a figure, given by the model's name, to each model that has one."""
     for model in models:
         if (value := values.get(model["name"])) is not None:
             model[key] = value
 
 
 def distinct(paths: Sequence[str]) -> list[str]:
-    """Return a name for each model: the last parts of its path, as few as tell it from the other ones."""
+    """Return a name for each model: the last parts of its path, as few as make the name unique."""
     parts = [Path(printable(path, "")).parts or ("model",) for path in paths]
 
     def name(at: int) -> str:
@@ -180,10 +191,10 @@ def distinct(paths: Sequence[str]) -> list[str]:
 
 
 def _add_speeds(models: list[Record], benchmark: Record) -> None:
-    """Add what was measured of each model, at the first batch size, which is the headline's.
+    """Add to each model the speeds that were measured, at the first of several batch sizes.
 
     Raises:
-        ConfigError: the speeds are beside another baseline than the teacher.
+        ConfigError: the speeds are compared with another model than the teacher.
     """
     if not benchmark:
         return
@@ -230,7 +241,9 @@ def draw(run: Run, report: Record) -> list[Picture]:
 
 
 def assemble(run: Run, origin: Record) -> tuple[Record, Page]:
-    """Return the report as data, and the page that Markdown and HTML show.
+    """Return the report as plain values, and the page that Markdown and HTML show.
+
+    ``origin`` names the commit and the command; both results state it.
 
     Raises:
         ConfigError: ``benchmark.json`` and ``evaluate.json`` compare with different teachers.
@@ -253,7 +266,7 @@ def assemble(run: Run, origin: Record) -> tuple[Record, Page]:
 
 
 def main(argv: list[str]) -> None:
-    """Gather, print the table, write ``report.json``, ``report.md``, ``report.html`` and the figures."""
+    """Report on a run: print the table, write ``report.json``, ``report.md``, ``report.html`` and figures."""
     parser = Parser("report", "Gather a run's figures into a table, JSON, Markdown and HTML.")
     parser.add_argument("--run", required=True, type=Path, metavar="DIR", help="directory of the run")
     directory: Path = parser.parse_args(argv).run

@@ -1,1 +1,1 @@
-"""Shorten a model with one command: its settings, its stages, and the verb."""
+"""The ``shorten`` verb: shortens a model with one command, with settings that it chooses itself."""

@@ -1,4 +1,4 @@
-"""Settings for a model of any size, each with its reason: a measurement, the machine, or a rule of thumb."""
+"""Choose settings for a model of any size, each with a reason: a measurement, the machine, or a rule."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ PASSES = 8
 
 @dataclass(frozen=True)
 class Choice:
-    """One setting.
+    """Holds one setting that was chosen.
 
     Attributes:
         stage: ``search`` or ``recover``.
-        option: the option of ``fit``.
+        option: name of the option of ``fit``.
         value: its value.
-        reason: why this one.
+        reason: why this value.
     """
 
     stage: str
@@ -44,22 +44,22 @@ class Choice:
 
     @property
     def argv(self) -> tuple[str, ...]:
-        """The setting on a command line."""
+        """The setting as arguments of a command line."""
         return f"--{self.option}", str(self.value)
 
 
 def weights(model: str) -> int:
-    """Return the number of weights of a model, of which only the config is read."""
+    """Return the number of weights of a model; only its config is read."""
     return parameters(weightless(load_config(model)))
 
 
 def choose(model: str, text: Text, tokens: int | None) -> Iterator[Choice]:
-    """Choose what depends on model, text and machine alone.
+    """Yield the settings that follow from the model, the text and the machine.
 
     Args:
         model: Hub id or directory.
         text: figures of the training text.
-        tokens: tokens that a recovery processes, if the user says so.
+        tokens: tokens that the recovery processes, if the user says so; None is by the size of the text.
     """
     count, gpu = weights(model), torch.cuda.is_available()
     longest = min(LONGEST, longest_row(model) or LONGEST)
@@ -92,8 +92,15 @@ def choose(model: str, text: Text, tokens: int | None) -> Iterator[Choice]:
 def fitted(argv: Sequence[str], ratio: float) -> tuple[Advice | None, str]:
     """Ask the planner for the simplest way to run a stage on this machine.
 
+    Args:
+        argv: arguments of the stage's ``fit``.
+        ratio: share of the layers to remove.
+
     Returns:
-        its advice (None where this GPU is not known), and where the stage would run.
+        The planner's advice, None if it does not know this GPU; and the name of the device.
+
+    Raises:
+        ConfigError: no way to run the stage fits this machine.
     """
     name = _device()
     if name is None:
@@ -105,7 +112,7 @@ def fitted(argv: Sequence[str], ratio: float) -> tuple[Advice | None, str]:
 
 
 def _device() -> str | None:
-    """This machine's entry among the known devices."""
+    """Return the name of this machine in the file of devices; None if its GPU is not there."""
     if not torch.cuda.is_available():
         return "cpu"
     title = torch.cuda.get_device_name().lower()

@@ -1,7 +1,7 @@
-"""Stages of a run, each a command that runs again only when what it depends on has changed.
+"""Run the stages of a run, each a command that runs again only when what it depends on has changed.
 
-What was done is written to ``stages.json``: for each stage the digest of its command, of the facts it rests
-on, and of the stages before it. An interrupted stage goes on; one whose digest is another starts anew.
+What was done is written to ``stages.json``: for each stage a digest of its command, of the content of what it
+reads, and of the stages before it. An interrupted stage resumes; one whose digest has changed starts anew.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ DONE, BEGUN = "done", "begun"
 
 @dataclass(frozen=True)
 class Stage:
-    """One command of ``src.cli``.
+    """Describes a stage of the run: one command of ``src.cli``.
 
     Attributes:
-        name: of the stage.
-        argv: the command's arguments.
-        product: the file that it writes last.
+        name: name of the stage.
+        argv: arguments of the command.
+        product: the file that the command writes last.
         after: names of the stages whose products it reads.
-        facts: fingerprints of what else it reads.
-        folder: what an interrupted command leaves there it resumes from; None if it starts anew each time.
+        facts: fingerprints of the model and the texts that it reads.
+        folder: where an interrupted command leaves what it resumes from; None if it cannot resume.
     """
 
     name: str
@@ -50,7 +50,7 @@ class Stage:
 
 
 def digests(stages: Sequence[Stage]) -> dict[str, str]:
-    """The digest of each stage: equal digests, equal products."""
+    """Return the digest of each stage, by name; a stage with the same digest has the same product."""
     found: dict[str, str] = {}
     for stage in stages:
         about = [stage.argv, stage.facts, [found[name] for name in stage.after]]
@@ -61,10 +61,14 @@ def digests(stages: Sequence[Stage]) -> dict[str, str]:
 def work_through(stages: Sequence[Stage], log: Path) -> None:
     """Run the stages that are not done; each command's output goes to the screen.
 
+    Args:
+        stages: the stages, in order.
+        log: the file ``stages.json`` of the run, which says what is done.
+
     Raises:
-        ConfigError: a folder that a stage would write to is not from this command.
-        SystemExit: a stage failed; with its status.
-        Stopped: a signal asked for the end; the stage was told and has ended.
+        ConfigError: a folder that a stage would write to exists, and this command has not made it.
+        SystemExit: a stage has failed; its status is that of the stage.
+        Stopped: a signal has ended the run; the stage has received it and ended first.
     """
     done: dict[str, list[str]] = read_json(log) if log.exists() else {}
     for stage, digest in zip(stages, digests(stages).values(), strict=True):
@@ -87,7 +91,7 @@ def work_through(stages: Sequence[Stage], log: Path) -> None:
 
 
 def _status(stage: Stage) -> int:
-    """Run a stage; a signal to this process reaches it, and it ends first."""
+    """Run a stage and return its exit status; a signal to this process is passed on to the stage."""
     child = subprocess.Popen([sys.executable, "-m", "src.cli", *stage.argv])
     try:
         return child.wait()

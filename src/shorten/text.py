@@ -1,4 +1,4 @@
-"""What a corpus is like, and which of its rows are held out where no file of such rows is given."""
+"""Look at a corpus: how long its documents are, and which rows are held out if the user names none."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ from src.errors import ConfigError
 from src.files import write_text
 
 LOOKED_AT = 4_000
-"""Documents that are looked at."""
+"""Documents that are looked at, about."""
 LONGEST = 2_048
-"""Tokens of a row, at most."""
+"""Most tokens of a row."""
 SHARE = 0.05
-"""Share of the documents that is held out where no file of held-out rows is given."""
+"""Share of the documents that is held out if the user names no held-out rows."""
 JUDGED = 500
-"""Held-out rows that a model is judged on, at most."""
+"""Most held-out rows that a model is judged on."""
 
 
 @dataclass(frozen=True)
 class Text:
-    """Figures of a corpus.
+    """Holds figures of a corpus.
 
     Attributes:
-        documents: documents looked at.
-        tokens: their tokens, each document up to :data:`LONGEST`.
-        length: tokens that 95 % of them do not exceed.
-        whole: whether these are all documents.
+        documents: number of documents that were looked at.
+        tokens: number of their tokens, each document cut at :data:`LONGEST`.
+        length: number of tokens that 95 % of them do not exceed.
+        whole: whether these are all documents of the corpus.
     """
 
     documents: int
@@ -46,7 +46,7 @@ class Text:
 
 
 def look(model: str, train: str) -> Text:
-    """Read the first documents of a corpus with a model's tokenizer."""
+    """Measure the first documents of the corpus ``train``, in tokens of the model."""
     loader = Corpus(tokenizer=model, train=train, batch_size=32, max_length=LONGEST).predict_dataloader()
     lengths: list[int] = []
     whole = True
@@ -60,10 +60,15 @@ def look(model: str, train: str) -> Text:
 
 
 def hold_out(model: str, train: str, path: Path) -> None:
-    """Write the first rows that ``data.held_out`` keeps from training, :data:`JUDGED` at most, as JSONL.
+    """Write rows that ``data.held_out`` keeps away from training to a JSONL file, to judge models by them.
+
+    Args:
+        model: Hub id or directory of the model, whose chat template may render the rows.
+        train: the corpus.
+        path: the file; it receives the first :data:`JUDGED` such rows.
 
     Raises:
-        ConfigError: there is none among the first rows; names the option.
+        ConfigError: the corpus is too small to hold out any; names the option.
     """
     corpus, parts = Corpus(tokenizer=model, train=train, held_out=SHARE), sources(train, "data.train")
     corpora = Corpora(parts, WELL_KNOWN, corpus.separator, corpus.rendering, SHARE, apart=True)

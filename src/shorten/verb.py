@@ -1,8 +1,8 @@
 """Shorten a model of your own with one command: ``python -m src.cli shorten --model M --train FILE``.
 
-It looks at model, text and machine, prints the settings that it chooses with their reasons, and runs the five
-stages: search, recovery, export, judgement, report. The same command again goes on where it was interrupted;
-a stage whose inputs have not changed is not run again.
+It looks at model, text and machine, prints the settings that it chooses with their reasons, and runs the
+stages: search, recovery, exports of the cut and the recovered model, evaluation, benchmark, report. The same
+command again goes on where it was interrupted; a stage whose inputs have not changed does not run again.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ from src.shorten.text import JUDGED, SHARE, hold_out, look
 
 POLICIES = Path(__file__).parents[2] / "configs" / "policy"
 HELD_OUT = "held_out.jsonl"
-"""File of the run's directory with the rows to judge by, where the user names none."""
+"""File in the run's directory with the rows to judge by, if the user names none."""
 
 
 def main(argv: list[str]) -> None:
-    """Choose, tell, run."""
+    """Choose settings, print them, and run the stages."""
     args = _parse(argv)
     logging.disable_progress_bar()
     run = Path(args.run or f"logs/shorten/{Path(args.model).name}")
@@ -51,15 +51,17 @@ def main(argv: list[str]) -> None:
 def settled(
     args: argparse.Namespace, run: Path, facts: list[str | None]
 ) -> tuple[list[Choice], dict[str, list[str]], list[str]]:
-    """Return the settings of this run: those that it began with, or chosen now, with rows held out anew.
+    """Return the settings of a run, those that it began with if model, text and wishes are still the same.
+
+    Otherwise settings are chosen anew, and rows are held out anew.
 
     Args:
         args: what the user asks for.
-        run: the run's directory, which keeps the settings.
-        facts: fingerprints of model and text; settings are chosen for what these hold.
+        run: the run's directory, which keeps the settings in ``settings.json``.
+        facts: fingerprints of the model and the texts.
 
     Returns:
-        The choices, the options of each stage, and what the planner says.
+        The settings; the options of ``fit`` for each stage; and what the planner says of each stage.
     """
     about: dict[str, Any] = {k: str(v) for k, v in vars(args).items() if k not in ("run", "dry_run")}
     about["facts"], kept = facts, run / "settings.json"
@@ -89,7 +91,7 @@ def settled(
 
 
 def _what(args: argparse.Namespace) -> list[str]:
-    """Options of the search that say what is removed, and how it is chosen."""
+    """Return the options of the search that say what is removed, and how much."""
     given = {"ratio": args.ratio, "unit": args.unit}
     for key in ("remove", "target"):
         if getattr(args, key) is not None:
@@ -100,7 +102,14 @@ def _what(args: argparse.Namespace) -> list[str]:
 def stages(
     args: argparse.Namespace, run: Path, options: dict[str, list[str]], facts: list[str | None]
 ) -> list[Stage]:
-    """Return the stages in order."""
+    """Return the stages of a run in order.
+
+    Args:
+        args: what the user asks for.
+        run: the run's directory.
+        options: options of ``fit`` for search and recovery.
+        facts: fingerprints of the model and the texts.
+    """
     mask, cut, out = run / "search/mask.json", run / "cut", Path(args.out or run / "recovered")
     search = ["--model.init_args.model", args.model, *options["search"]]
     recover = ["--model.init_args.mask", str(mask), *options["recover"]]
@@ -139,7 +148,7 @@ def _search(args: argparse.Namespace) -> list[str]:
 def _fit(
     args: argparse.Namespace, run: Path, stage: str, configs: list[str], own: list[str]
 ) -> tuple[str, ...]:
-    """Return a ``fit`` into the run's directory, which goes on from its last checkpoint if there is one."""
+    """Return a ``fit`` into the run's directory, which resumes from its last checkpoint if there is one."""
     held = ("validation", args.held_out) if args.held_out else ("held_out", SHARE)
     logger = {"save_dir": run, "name": stage, "version": ""}
     data = {"train": args.train, "tokenizer": args.model, **dict([held])}
