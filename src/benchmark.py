@@ -32,10 +32,15 @@ PHASES = ("prefill", "decode")
 
 
 def race(models: list[PreTrainedModel], ids_BT: Tensor, new_tokens: int) -> Tensor:
-    """Time the models in lockstep: seconds ``[models, 2]`` to read a prompt and to decode ``new_tokens``.
+    """Return the seconds ``[models, 2]`` that each model takes to read prompts, and to decode new tokens.
 
-    They take turns at every token (in the order ABBA), so that whatever else the machine does, however
+    The models take turns at every token (in the order ABBA), so that whatever else the machine does, however
     briefly, slows all of them alike.
+
+    Args:
+        models: the models.
+        ids_BT: prompts that all of them read.
+        new_tokens: number of tokens that each decodes.
     """
     seconds = torch.zeros(len(models), len(PHASES), dtype=torch.float64)
     fed: list[Tensor] = [ids_BT] * len(models)
@@ -59,7 +64,14 @@ def _now(device: torch.device) -> float:
 def compare(
     models: list[PreTrainedModel], batch_size: int, prompt_tokens: int, new_tokens: int, repeats: int
 ) -> list[dict[str, Any]]:
-    """Time models against the first of them, the baseline.
+    """Time models against the first of them, the baseline, on random prompts.
+
+    Args:
+        models: the models, the baseline first.
+        batch_size: number of prompts.
+        prompt_tokens: tokens of a prompt.
+        new_tokens: tokens that are decoded after each.
+        repeats: how often all models are timed.
 
     Returns:
         For each model a dict with ``prefill`` and ``decode``: ``tokens_per_s`` with its ``iqr``, the
@@ -100,7 +112,13 @@ def _figures(speeds: Tensor, ratios: Tensor) -> dict[str, Any]:
 def verdict(name: str, phase: str, batch_size: int, figures: dict[str, Any]) -> str | None:
     """Return a warning if a speed-up falls short, else None.
 
-    It falls short below 90 % of the ideal one, or where its lower quartile is at most 1.
+    It falls short below 90 % of the ideal one, or if its lower quartile is at most 1.
+
+    Args:
+        name: name of the model, for the message.
+        phase: ``prefill`` or ``decode``.
+        batch_size: number of prompts, for the message.
+        figures: what :func:`compare` returned for this model and phase.
     """
     speedup, ideal, (least, most) = figures["speedup"], figures["ideal"], figures["speedup_iqr"]
     what = f"{name}, {phase} at batch size {batch_size}: {speedup:.2f}x (quartiles {least:.2f} to {most:.2f})"
@@ -115,7 +133,7 @@ def verdict(name: str, phase: str, batch_size: int, figures: dict[str, Any]) -> 
 
 
 def main(argv: list[str]) -> None:
-    """Measure, print the table and what to beware of, write the JSON."""
+    """Measure the models, print the table and warnings, write the JSON."""
     args, began = _parse(argv), time.monotonic()
     names = [args.baseline, *args.model]
     models = [load(name, args) for name in names]

@@ -38,7 +38,7 @@ TOOLS = {
     "shorten": ("src.shorten.verb", "all of it with one command: shorten --model M --train FILE"),
     "preview": ("src.data.preview", "print a few rows of a corpus with what is supervised"),
 }
-"""Where each tool is, imported only when it is asked for; and what it does."""
+"""Module of each tool, imported only when the tool is asked for, and what the tool does."""
 VERBS = {
     "fit": "run a search or a recovery: fit --config configs/search/gumbel_topk.yaml",
     "validate": "held-out divergence of a search or a recovery",
@@ -55,7 +55,7 @@ def _help() -> str:
 
 
 def run(argv: list[str]) -> Any:
-    """Dispatch one command line.
+    """Run one command line: a tool of the table, or one of Lightning's verbs.
 
     Raises:
         ConfigError: the user asked for something that cannot be done.
@@ -87,7 +87,7 @@ def run(argv: list[str]) -> Any:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run; end with one message and status 2 for a user's fault, 143 or 130 if a signal asks for the end."""
+    """Run the command line; after a user's fault the status is 2, after a signal 128 and its number."""
     with stopping.heeded():  # before anything large is imported
         try:
             _run_to_the_end(sys.argv[1:] if argv is None else argv)

@@ -1,4 +1,4 @@
-"""Shared by the commands beside Lightning's verbs: short errors, a model on a device, provenance."""
+"""Share what the commands beside Lightning's verbs need: short errors, loading a model, provenance."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ from src.training.progress import waiting
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser that answers a fault with one message, not with a page of usage."""
+    """Parses options; it answers a fault with one message, not with a page of usage."""
 
     def __init__(self, verb: str, description: str) -> None:
         super().__init__(prog=f"python -m src.cli {verb}", description=description, allow_abbrev=False)
 
     def error(self, message: str) -> NoReturn:
-        """Raise with the nearest option that exists."""
+        """Raise a :class:`ConfigError`; for an unknown option it names the nearest one that exists."""
         unknown = re.search(r"unrecognized arguments: (--\S+)", message)
         hint = did_you_mean(unknown.group(1), self._option_string_actions) if unknown else ""
         raise ConfigError(f"{message}.{hint} See {self.prog} --help.")
@@ -50,10 +50,12 @@ class Parser(argparse.ArgumentParser):
 
 
 def new_file(text: str) -> str:
-    """Return the name of a file to write, as ``type`` of argparse: a fault is told before any work is done.
+    """Return a path if a file can be written there.
+
+    It serves as the ``type`` of an option, so that a fault is found before any work is done.
 
     Raises:
-        ArgumentTypeError: there can be no such file.
+        ArgumentTypeError: no file can be written there; says why.
     """
     if (fault := misfit(text)) is not None:
         raise argparse.ArgumentTypeError(f"'{text}' given; {fault}")
@@ -82,10 +84,10 @@ def load(name: str, args: argparse.Namespace) -> PreTrainedModel:
 
 
 def on_device(model: PreTrainedModel, device: str) -> PreTrainedModel:
-    """Bring a model to the device of that name.
+    """Move a model to the device of that name, and return it.
 
     Raises:
-        ConfigError: there is no such device, or it has not the memory.
+        ConfigError: there is no such device, or its memory is too small.
     """
     try:
         nn.Module.to(model, device)
@@ -97,10 +99,17 @@ def on_device(model: PreTrainedModel, device: str) -> PreTrainedModel:
 def each_model(
     args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase
 ) -> Iterator[tuple[dict[str, Any], PreTrainedModel]]:
-    """Load ``--teacher``, if there is one, then each ``--model``; with its path, parameters and layers.
+    """Yield the teacher, if one is named, then each model, loaded one at a time.
+
+    Args:
+        args: the options ``teacher``, ``model`` and those of :meth:`Parser.add_model_options`.
+        tokenizer: tokenizer of the data, whose ids every model must mean.
+
+    Yields:
+        ``path``, ``parameters`` and ``layers`` of the model, and the model.
 
     Raises:
-        ConfigError: one cannot be loaded, or means other tokens by its ids.
+        ConfigError: a model cannot be loaded, or means other tokens by its ids.
     """
     named = [("--teacher", args.teacher)] * bool(args.teacher) + [("--model", name) for name in args.model]
     for key, name in named:
@@ -110,14 +119,20 @@ def each_model(
 
 
 def show(table: Table) -> None:
-    """Print a table; without a terminal, wide enough that nothing is folded away."""
+    """Print a table; where there is no terminal, wide enough that no cell is cut short."""
     plain = partial(Console, markup=False, emoji=False)  # names and paths are shown as they are
     console = plain()
     (console if console.is_terminal else plain(width=130)).print(table)
 
 
 def provenance(verb: str, argv: Sequence[str], model: PreTrainedModel) -> dict[str, Any]:
-    """Say where a figure comes from: command, commit, machine and library."""
+    """Return where a figure comes from: command, commit, machine and library.
+
+    Args:
+        verb: verb of the command.
+        argv: its arguments.
+        model: a model that was measured; it knows device and type.
+    """
     device = model.device
     return {
         "command": shlex.join(["python", "-m", "src.cli", verb, *argv]),

@@ -1,4 +1,4 @@
-"""The one exception a user is meant to read."""
+"""Define the one exception that a user is meant to read, and what helps to word it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 
 class ConfigError(ValueError):
-    """A fault in what the user asked for: what was wrong, what was found, what to change.
+    """Reports a fault in what the user asked for: what was wrong, what was found, what to change.
 
     The command line prints it as one short message and exits with status 2.
     """

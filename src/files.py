@@ -1,4 +1,4 @@
-"""Files and directories that appear whole or not at all, and JSON that is read as what it is.
+"""Write files and directories that appear whole or not at all; write and read JSON strictly.
 
 Everything is written under a temporary name beside its target, flushed to the disk, and only then given the
 name: a fault, a full disk or a kill leaves what was there before. A temporary name carries the number of its
@@ -86,7 +86,7 @@ def _refuse(name: str) -> NoReturn:
 
 
 def misfit(path: str | Path) -> str | None:
-    """Return why no file of that name can be written, as far as can be told beforehand; None if it can."""
+    """Return why no file can be written at ``path``, as far as can be told beforehand; None if one can."""
     if not Path(path).name or os.path.isdir(path):
         return "it is a directory; give the name of a file"
     above = next(parent for parent in Path(path).absolute().parents if os.path.lexists(parent))
@@ -96,18 +96,21 @@ def misfit(path: str | Path) -> str | None:
 
 
 def unwritten(path: str | Path, error: OSError) -> str:
-    """Say which path could not be written, why, and that nothing is lost."""
+    """Return a message that says which path could not be written, why, and that nothing is lost."""
     stays = " What was there stays." if os.path.lexists(path) else ""
     return f"cannot write '{path}': {error.strerror or error}.{stays}"
 
 
 @contextmanager
 def whole(path: str | Path, replace: bool = True) -> Iterator[Path]:
-    """Give a temporary name beside ``path``; what the block makes there takes its place if all ends well.
+    """Let the block write to a temporary path, and move what it wrote to ``path`` if the block succeeds.
 
     Args:
         path: the target, a file or a directory.
-        replace: whether what is there is replaced; else it may at most be an empty directory.
+        replace: whether to replace what is there; otherwise it may at most be an empty directory.
+
+    Yields:
+        The temporary path, beside the target.
 
     Raises:
         OSError: it cannot be written, or something is there. Nothing is left of what was begun.
@@ -124,7 +127,7 @@ def whole(path: str | Path, replace: bool = True) -> Iterator[Path]:
 
 
 def beside(path: Path, suffix: str) -> Path:
-    """Return this process's temporary name beside ``path``."""
+    """Return this process's temporary path beside ``path``, for ``partial`` or ``old`` content."""
     return path.with_name(f".{path.name}.{os.getpid()}.{suffix}")
 
 
@@ -135,7 +138,7 @@ def settle(partial: Path, path: Path, replace: bool = True) -> None:
     cannot take its place; after a kill between the two steps :func:`sweep` moves it back.
 
     Raises:
-        OSError: as of :func:`whole`.
+        OSError: it cannot be written, or something is there that may not be replaced.
     """
     for file in [*partial.rglob("*"), partial]:
         _flush(file)
@@ -154,8 +157,9 @@ def sweep(folder: Path, name: str = "*") -> None:
     """Remove what killed writers left in a folder, and put back what one of them had moved aside.
 
     Args:
-        folder: where.
-        name: whose temporary names; by default everything's, where no other machine can be writing.
+        folder: the folder.
+        name: pattern of the targets whose leftovers are removed. The default, all, is for a folder that no
+            other machine writes to.
     """
     for left in folder.glob(f".{name}.*.*"):
         target, writer, suffix = left.name[1:].rsplit(".", 2)

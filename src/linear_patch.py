@@ -1,3 +1,3 @@
-"""The class path ``src.linear_patch.LinearPatch`` of YAML files; :mod:`src.repair.linear_patch` has it."""
+"""Give :mod:`src.repair.linear_patch` the class path ``src.linear_patch.LinearPatch``, for YAML files."""
 
 from src.repair.linear_patch import LinearPatch as LinearPatch

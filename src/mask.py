@@ -18,7 +18,7 @@ from src.files import read_json, write_json
 Unit = Literal["layer", "half", "kv_group", "channel"]
 HALVES = ("attention", "feed_forward")
 WIDE = {"kv_group": "KV groups", "channel": "channels"}
-"""Units of which a mask removes as many from each layer, and their name in words."""
+"""Units of a layer's width, with their names in words: a mask removes the same number from every layer."""
 
 
 def _whole(value: Any) -> bool:
@@ -26,7 +26,7 @@ def _whole(value: Any) -> bool:
 
 
 def _text(value: Any) -> bool:
-    """Whether a value is text that can name a file."""
+    """Return whether a value is text that can name a file."""
     try:
         return isinstance(value, str) and b"\0" not in os.fsencode(value)
     except UnicodeEncodeError:  # half of a surrogate pair
@@ -63,15 +63,15 @@ FIELDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
 
 @dataclass(frozen=True)
 class Mask:
-    """The kept units of a parent model, and the origin of the choice.
+    """Says which units of a parent model are kept, and how they were chosen.
 
     Attributes:
         model: Hub id or directory of the parent.
         revision: its Hub revision, or None.
-        num_layers: layers of the parent.
-        keep: kept units, 0-based, rising: layers, or halves, where 2 l is the attention of layer l and
-            2 l + 1 its feed-forward; or units of width, where l W + w is unit w of layer l. The file
-            lists the layers of both kinds of half, and the units of each layer.
+        num_layers: number of layers of the parent.
+        keep: numbers of the kept units, from 0, rising. Number l is layer l; of halves, 2 l is the attention
+            of layer l and 2 l + 1 its feed-forward; of KV groups and channels, l W + w is unit w of layer l.
+            The file lists halves by kind, and KV groups and channels by layer (:attr:`kept`).
         method: name of the policy that chose them.
         seed: seed of the search, or None.
         git_sha: commit of the code.
@@ -79,7 +79,7 @@ class Mask:
         metrics: figures of the search, such as the held-out KL.
         unit: what is kept: ``layer``, ``half``, ``kv_group`` or ``channel``.
         fingerprint: of the parent's weights (:func:`src.models.fingerprint.weights_fingerprint`), or None.
-        width: units in each layer of the parent, W, of a mask of width; else None.
+        width: number W of KV groups or channels in a layer of the parent; None for layers and halves.
     """
 
     model: str
@@ -126,12 +126,12 @@ class Mask:
 
     @property
     def wide(self) -> bool:
-        """Whether units are parts of the width, and every layer stays."""
+        """Whether units are KV groups or channels, so that every layer stays and becomes narrower."""
         return self.unit in WIDE
 
     @property
     def by_layer(self) -> list[list[int]]:
-        """Of a mask of width, the kept units of each layer, each counted from 0."""
+        """The kept KV groups or channels of each layer, counted from 0 in each layer."""
         kept: list[list[int]] = [[] for _ in range(self.num_layers)]
         for unit in self.keep:
             kept[unit // (self.width or 1)].append(unit % (self.width or 1))
@@ -163,7 +163,7 @@ class Mask:
 
     @property
     def kept(self) -> tuple[int, ...] | list[list[int]] | dict[str, tuple[int, ...]]:
-        """The kept units as the file lists them: those of each kind of half, or the units of each layer."""
+        """The kept units as the file lists them: layers; or layers by kind of half; or units by layer."""
         if self.wide:
             return self.by_layer
         return {kind: getattr(self, kind) for kind in HALVES} if self.unit == "half" else self.keep
@@ -219,7 +219,7 @@ class Mask:
 
     @classmethod
     def by_hand(cls, model: str, num_layers: int, keep: Iterable[int]) -> Mask:
-        """Return a mask that no search chose."""
+        """Return a mask of layers that no search chose."""
         return cls(model, num_layers, tuple(keep), "by hand")
 
     def check(self, num_layers: int, model: str) -> None:
@@ -270,7 +270,7 @@ class Mask:
 
 
 def _units(keep: Any, unit: str, width: int | None, path: str | Path) -> list[int]:
-    """The kept units as numbers, from the form that the file lists them in."""
+    """Return the kept units as numbers, from the form that the file lists them in."""
     form = dict if unit == "half" else list
     nested = isinstance(keep, list) and keep != [] and isinstance(keep[0], list)
     if not isinstance(keep, form) or nested is not (unit in WIDE):
@@ -287,7 +287,7 @@ def _units(keep: Any, unit: str, width: int | None, path: str | Path) -> list[in
 
 
 def git_sha() -> str | None:
-    """Commit of the code that runs, with ``+`` when the tree has changes; None outside a repository."""
+    """Return the commit of the running code, with ``+`` if files have changed; None outside a repository."""
     try:
         run = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=12", "--dirty=+"]
         return subprocess.run(run, capture_output=True, text=True, check=True).stdout.strip()

@@ -16,7 +16,7 @@ from src.ranges import NonNegative, Positive, checked, share
 
 
 class SharedAdam(torch.optim.Optimizer):
-    """Adam whose second moment is the mean over all entries of a group.
+    """Is Adam, except that all entries of a parameter group share one second moment, the mean of theirs.
 
     The ratios between updates are the ratios between first moments, and scaling every gradient by a constant
     changes nothing.
@@ -42,7 +42,7 @@ class SharedAdam(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Make one update; return the closure's loss."""
+        """Make one update; return the loss of the closure, which computes it anew, if there is one."""
         loss = None
         if closure is not None:
             with torch.enable_grad():

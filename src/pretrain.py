@@ -1,4 +1,4 @@
-"""Train a small decoder from nothing, such as the teacher of the demo (``make teacher``)."""
+"""Train a small decoder from random weights, such as the teacher of the demo (``make teacher``)."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ class Pretrain(LightningModule):
         self._since = time.monotonic()
 
     def on_fit_end(self) -> None:
-        """Write the model, its tokenizer and ``training.json``, whose cost reports quote."""
+        """Write the model, its tokenizer and ``training.json``, what its training cost, for reports."""
         if self.save_to and self.trainer.is_global_zero:
             seconds = round(time.monotonic() - self._since)
             record = {"tokens": self.tokens, "seconds": seconds, "steps": self.trainer.global_step}

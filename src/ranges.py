@@ -1,4 +1,4 @@
-"""Which numbers a setting accepts, said once: in the annotation of the constructor that takes it.
+"""State which numbers a setting accepts, once: in the annotation of the constructor that takes it.
 
 ``draws: Count = 4`` is an int to Python and to the parser; :func:`checked` refuses what lies outside. The
 command line does so for all settings at once, before anything is loaded (:mod:`src.training.settings`), and a
@@ -22,13 +22,13 @@ Init = TypeVar("Init", bound=Callable[..., None])
 
 @dataclass(frozen=True)
 class Range:
-    """Numbers from ``low`` to ``high``, both included.
+    """Describes the numbers from ``low`` to ``high``, both included.
 
     Attributes:
         kind: ``int`` for whole numbers, or ``float``.
-        low: the least.
-        high: the most.
-        open: an end that is not included itself: ``low``, ``high``, ``both`` or none.
+        low: the least number.
+        high: the largest number.
+        open: which ends are excluded: ``low``, ``high``, ``both``, or none (an empty text).
         also: numbers outside that have a meaning of their own, such as -1 for no limit.
     """
 
@@ -75,10 +75,10 @@ class Range:
 SEED = 2**32 - 1
 """The largest seed that all generators take."""
 MOST = 2**31 - 1
-"""The most that is counted of anything but tokens."""
+"""Largest count of anything but tokens."""
 
 HUGE = 1e30
-"""The largest size of a number: beyond it float32 soon ends."""
+"""Largest size of a number that is no count: not far beyond it, float32 overflows."""
 
 positive = Range(int, 0, MOST, open="low")
 natural = Range(int, 0, MOST)
@@ -97,7 +97,7 @@ Finite = Annotated[float, Range(float, -HUGE, HUGE)]
 
 
 def checked(init: Init) -> Init:
-    """Let a constructor refuse numbers outside the ranges of its annotations, all of them at once."""
+    """Decorate a constructor so that it refuses all numbers outside the ranges of its annotations."""
     names = list(signature(init).parameters)
 
     @wraps(init)
@@ -124,7 +124,7 @@ def _ranges(init: Callable[..., None]) -> dict[str, Range]:
 
 @cache
 def ranges_of(component: type) -> dict[str, Range]:
-    """Return the range of each parameter of a class, those it passes on to its bases too."""
+    """Return the range of each parameter of a class by name, those of its bases' constructors too."""
     own = [vars(base)["__init__"] for base in component.__mro__ if "__init__" in vars(base)]
     guarded = [init.__wrapped__ for init in reversed(own) if hasattr(init, "__wrapped__")]
     return {name: accepted for init in guarded for name, accepted in _ranges(init).items()}
@@ -132,7 +132,7 @@ def ranges_of(component: type) -> dict[str, Range]:
 
 @cache
 def needs_value(component: type) -> frozenset[str]:
-    """Parameters of a class of this product that may not be None."""
+    """Return the parameters of a class, as far as it is defined in ``src``, that may not be None."""
     own = [base for base in component.__mro__ if base.__module__.startswith("src.")]
     hints = dict[str, Any]()
     for base in reversed(own):
@@ -144,7 +144,13 @@ def needs_value(component: type) -> frozenset[str]:
 
 
 def faults(given: Mapping[str, Any], ranges: Mapping[str, Range], prefix: str = "") -> list[str]:
-    """Write a sentence for each number outside its range; what is no number is not judged."""
+    """Return a sentence for each number outside its range.
+
+    Args:
+        given: values by key; those that are no numbers are not judged.
+        ranges: accepted range by key.
+        prefix: text before each key, such as ``model.``.
+    """
     judged = {key: given[key] for key in ranges if isinstance(given.get(key), int | float)}
     return [
         f"{prefix}{key}: {value} given; accepted: {ranges[key]}"
@@ -154,10 +160,10 @@ def faults(given: Mapping[str, Any], ranges: Mapping[str, Range], prefix: str = 
 
 
 def refuse(wrong: list[str]) -> None:
-    """Raise if there are faults, all in one message.
+    """Raise all faults in one message; without faults do nothing.
 
     Raises:
-        ConfigError: there is one.
+        ConfigError: there is a fault.
     """
     if wrong:
         raise ConfigError(". ".join(wrong) + ".")

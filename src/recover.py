@@ -1,4 +1,4 @@
-"""Recovery distils the cut model from its parent.
+"""Recover what a cut has lost: distil the cut model from its parent.
 
 The student is a plain, smaller Hugging Face model without gates. It learns from a teacher's signal, live or
 cached. Its loss is a weighted sum of terms, of which the first is an entropy-weighted divergence. The teacher
@@ -139,7 +139,13 @@ class Recovery(Stage):
     # ------------------------------------------------------------------ learning
 
     def step(self, rows: Supervised, whole: WholeBatch | None = None, pairs: Sequence[Pair] = ()) -> Step:
-        """Run teacher and student on this rank's rows; return what the terms of the loss may read."""
+        """Run teacher and student on this rank's rows, and return what the terms of the loss may read.
+
+        Args:
+            rows: a batch and its supervised positions.
+            whole: the batch of all ranks that it is a part of; None if it is on its own.
+            pairs: layers of student and parent whose streams are collected, for terms that compare them.
+        """
         batch, index_N = rows.batch, rows.index_N
         with self.teacher.states([theirs for _, theirs in pairs]) as parent:
             signal = self.teacher.signal(batch, index_N)
@@ -149,7 +155,12 @@ class Recovery(Stage):
         return Step(self.head, hidden_NH, rows.labels_N, signal, self.mask, whole, *behind)
 
     def losses(self, rows: Supervised, whole: WholeBatch | None = None) -> dict[str, Tensor]:
-        """Return the sum of the terms as ``loss``, and their figures, on this rank's part of a batch."""
+        """Return the weighted sum of the terms as ``loss``, and the terms' figures by name.
+
+        Args:
+            rows: a batch and its supervised positions.
+            whole: the batch of all ranks that it is a part of; None if it is on its own.
+        """
         return self.objective(self.step(rows, whole, self.objective.pairs(self.mask)))
 
     def training_step(self, batch: Batch, _: int) -> Tensor:
@@ -188,7 +199,7 @@ class Recovery(Stage):
 
     @property
     def teacher_weights(self) -> str | None:
-        """Fingerprint of the teacher: of a model of its own, or the parent."""
+        """Fingerprint of the teacher's weights: of a model of its own, else of the parent."""
         return self.teacher.weights or self.weights
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""A mask search learns which units to remove, against the frozen original.
+"""Learn which units to remove from a model, against the frozen original.
 
 Each step draws masks from the policy, runs the student under each, measures its divergence from the teacher
 and hands the losses back to the policy. Weights do not move, unless adapters train beside them. The gradient
@@ -42,10 +42,10 @@ from src.units.kinds import KINDS
 
 
 class MaskSearch(Sized):
-    """Learns a mask for one model, or one for each of several budgets.
+    """Learns a mask for one model, or one for each of several sizes (budgets).
 
-    Draws take turns among the budgets. Then the loss is the mean of the logarithms of their divergences,
-    because that of the largest removal would drown the others.
+    With several budgets, draws take turns among them, and the loss is the mean of the logarithms of their
+    divergences, because the divergence of the largest removal would drown the others.
 
     Args:
         model: Hub id or directory of the model to shorten.
@@ -144,7 +144,7 @@ class MaskSearch(Sized):
     # ------------------------------------------------------------------ measuring
 
     def hidden(self, batch: Batch, gates_U: Tensor | None, observer: Observer | None = None) -> Tensor:
-        """Run the student: final hidden states ``[B, T, H]`` under gates (None is open), adapters on."""
+        """Run the student under gates (None: all open), adapters on; return its last states ``[B, T, H]``."""
         before = self.gates.evaluated
         with self.gates.use(gates_U, observer):
             hidden_BTH = self.head.hidden(batch)
@@ -152,16 +152,16 @@ class MaskSearch(Sized):
         return hidden_BTH
 
     def teacher_hidden(self, batch: Batch, observer: Observer | None = None) -> Tensor:
-        """Run the teacher: final hidden states ``[B, T, H]``, gates open and weights the parent's."""
+        """Run the student as its own teacher, gates open, adapters off; return last states ``[B, T, H]``."""
         with self.parents_weights():
             return self.hidden(batch, None, observer)
 
     def parents_weights(self) -> AbstractContextManager[None]:
-        """Switch the adapters off, if there are any: what runs is what an export gives."""
+        """Switch off the adapters, if there are any, in the block: it runs with the weights of an export."""
         return nullcontext() if self.adapters is None else self.adapters.off()
 
     def spent(self, batch: Batch, layers: float) -> None:
-        """Count a pass of a batch through some layers."""
+        """Add the pass of a batch through so many layers to ``forward_tokens``, as a share of all layers."""
         self.forward_tokens += real_tokens(batch) * self.trainer.world_size * layers / self.num_layers
 
     @torch.no_grad()
@@ -184,9 +184,9 @@ class MaskSearch(Sized):
 
         Args:
             rows: a batch and its supervised positions.
-            signal: the teacher's, at these positions.
-            gates_U: gates, or None for all open.
-            by: the loss, if not the search's own.
+            signal: the teacher's signal at these positions.
+            gates_U: gates of all units; None is all open.
+            by: the divergence; None is the search's own.
             whole: the batch of all ranks that this one is a part of; None if it is on its own.
         """
         hidden_NH = self.hidden(rows.batch, gates_U).flatten(0, 1)[rows.index_N]
@@ -195,18 +195,18 @@ class MaskSearch(Sized):
     # ------------------------------------------------------------------ learning
 
     def aimed(self, budget: Budget, held: Iterable[int] = ()) -> AbstractContextManager[None]:
-        """Let the policy draw and harden masks of a budget, which keep the units ``held`` besides."""
+        """Let the policy draw and harden masks of a budget in the block; they keep the units ``held`` too."""
         pinned = KINDS[self.unit].of(self.limits.pinned(self.num_layers, budget.remove))
         return self.policy.aimed(budget.remove, {*pinned, *held})
 
     def draw(self, rows: Supervised, signal: Signal, number: int, whole: WholeBatch | None = None) -> Draw:
-        """Draw a mask and measure it; its graph is freed before this returns.
+        """Draw a mask, and return its gates, its loss and the gates' gradient; its graph is freed.
 
         Args:
             rows: a batch and its supervised positions.
-            signal: the teacher's, at these positions.
-            number: which draw of the step this is.
-            whole: the batch of all ranks.
+            signal: the teacher's signal at these positions.
+            number: number of this draw within the step; it decides the noise.
+            whole: the batch of all ranks that this one is a part of; None if it is on its own.
         """
         step = self.trainer.global_step
         with self.aimed(self.budgets[(step + number) % len(self.budgets)]):
@@ -263,11 +263,11 @@ class MaskSearch(Sized):
 
     @property
     def teacher_weights(self) -> str | None:
-        """Fingerprint of the teacher: of a model of its own, or this one."""
+        """Fingerprint of the teacher's weights: of a model of its own, else of the model to shorten."""
         return (self.teacher and self.teacher.weights) or self.weights
 
     def mask(self, keep: Iterable[int], metrics: dict[str, float]) -> Mask:
-        """Return the mask of a set of kept units, with the record of this search."""
+        """Return a mask that keeps the units ``keep``, with the origin and the figures of this search."""
         return Mask(
             model=self.name,
             revision=self.revision or self.commit,

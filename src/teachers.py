@@ -37,7 +37,7 @@ from src.training.strategies import UNSHARDABLE, kind
 
 
 class Learner(Protocol):
-    """The module that learns from a teacher, as the teacher sees it."""
+    """What a teacher asks of the stage that learns from it."""
 
     @property
     def name(self) -> str:
@@ -53,7 +53,7 @@ class Learner(Protocol):
 
     @property
     def distillation(self) -> Distillation:
-        """The divergence; its ``k`` is the number of tokens that it reads of a signal."""
+        """The divergence from the signal; its ``k`` says how many tokens the signal must hold."""
 
     @property
     def head(self) -> OutputHead:
@@ -61,7 +61,7 @@ class Learner(Protocol):
 
     @property
     def data(self) -> Data:
-        """The data module."""
+        """The data module, which has a tokenizer."""
 
     @property
     def device(self) -> torch.device:
@@ -73,7 +73,7 @@ class Learner(Protocol):
 
 
 class TeacherSource(Protocol):
-    """A teacher, as the training module sees it."""
+    """What a stage asks of its teacher."""
 
     @property
     def weights(self) -> str | None:
@@ -86,7 +86,7 @@ class TeacherSource(Protocol):
         """Take the loaded parent of the student; a source that needs no model ignores it."""
 
     def setup(self, learner: Learner) -> None:
-        """Prepare for the device and the vocabulary of a learner."""
+        """Get ready to give signals to a learner, whose student is on its device by now."""
 
     def signal(self, batch: Batch, index_N: Tensor) -> Signal:
         """Return the signal at flat positions ``index_N`` (into ``B * T``) of a batch."""
@@ -94,7 +94,8 @@ class TeacherSource(Protocol):
     def states(self, layers: Sequence[int]) -> AbstractContextManager[dict[int, Tensor]]:
         """Collect the parent's stream ``[B, T, H]`` behind ``layers`` while :meth:`signal` runs in the block.
 
-        A recovery calls it before anything is loaded too, so that a source without states is refused in time.
+        It yields a dict by layer, filled by that run. A recovery also calls it before anything is loaded, so
+        that a source without states is refused in time.
 
         Raises:
             ConfigError: ``layers`` is not empty, and this source has none of the parent's.
@@ -184,12 +185,12 @@ class LiveTeacher:
 
     @torch.no_grad()
     def signal(self, batch: Batch, index_N: Tensor) -> Signal:
-        """Run the model on the batch."""
+        """Run the model on a batch; return its signal at the flat positions ``index_N`` (into ``B * T``)."""
         hidden_NH = self.head.hidden(batch).flatten(0, 1)[index_N]
         return live_signal(self.head, hidden_NH, self.k, vocabulary=self.vocabulary)
 
     def states(self, layers: Sequence[int]) -> AbstractContextManager[dict[int, Tensor]]:
-        """Collect the model's own stream; the model must be the parent, quantised or not.
+        """Collect the stream behind ``layers`` of the model, which must be the parent, quantised or not.
 
         Raises:
             ConfigError: it is another model.
@@ -203,7 +204,7 @@ class LiveTeacher:
 
 
 class CachedTeacher:
-    """The signal that lies beside the tokens in a batch of ``src.cache.CachedCorpus``: no model runs.
+    """Takes the signal that lies beside the tokens in a batch of ``src.cache.CachedCorpus``; no model runs.
 
     Args:
         any_teacher: accept the signal of a model other than the parent, such as a larger one with the same
@@ -224,7 +225,7 @@ class CachedTeacher:
         """Let the parent go: a cache needs none, and its memory is freed."""
 
     def setup(self, learner: Learner) -> None:
-        """Check the cache against the student's vocabulary and parent, and the loss's k.
+        """Check that the cache fits the student's vocabulary and parent, and stores what the loss needs.
 
         Raises:
             ConfigError: the data are not a cache, the cache is of another teacher, or it does not fit the
@@ -253,7 +254,7 @@ class CachedTeacher:
         return data
 
     def signal(self, batch: Batch, index_N: Tensor) -> Signal:
-        """Return the cached signal, in the order of the supervised positions."""
+        """Return the cached signal at the N supervised positions, in the order of ``index_N``."""
         signal = TopK(*(batch[f"teacher_{key}"] for key in ("ids", "log_probs", "entropy", "log_rest")))
         assert len(signal.ids) == len(index_N), "one signal of the cache for each supervised position"
         signal = signal.within(self.vocabulary)
