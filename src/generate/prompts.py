@@ -65,7 +65,7 @@ class Prompts:
 
     def _text(self, text: str) -> Prompt:
         ids = self.tokenizer(text).input_ids[: self.start]
-        given = self.tokenizer.decode(ids, skip_special_tokens=True)
+        given = str(self.tokenizer.decode(ids, skip_special_tokens=True))
         return Prompt(ids, lambda written: {"text": given + written})
 
     def _question(self, row: Row, columns: Columns) -> Prompt:

@@ -12,7 +12,7 @@ import json
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -95,7 +95,8 @@ def written(
         max_new_tokens=most, eos_token_id=sorted(stop), pad_token_id=tokenizer.pad_token_id or 0,
         **(chance if args.temperature else {"do_sample": False}),
     )  # fmt: skip
-    out_BT = model.generate(
+    continued = cast(Any, model).generate  # the class that has it is not a base of all models
+    out_BT = continued(
         ids_BT.to(model.device), attention_mask=mask_BT.to(model.device), generation_config=config
     )
     found = list[Written]()
