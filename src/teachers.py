@@ -109,10 +109,11 @@ class LiveTeacher:
 
     Args:
         model: Hub id or directory; None is the model being shortened.
-        quantize: load the model in ``int8`` or ``nf4``, as a copy of its own.
-        dtype: type of the weights that are not quantised.
-        revision: Hub revision.
-        attention: attention implementation; None lets transformers choose.
+        quantize: load the model in ``int8`` or ``nf4``; like ``dtype`` and ``attention``, makes a copy of
+            its own.
+        dtype: type of the weights that are not quantised; None is the parent's, of another model float32.
+        revision: Hub revision of another model.
+        attention: attention implementation; None is the parent's, of another model transformers' choice.
         shard: under FSDP2, spread the weights over the ranks as the student's are; false keeps a whole copy
             on each, which is faster; None shards what is not quantised.
     """
@@ -121,14 +122,15 @@ class LiveTeacher:
         self,
         model: str | None = None,
         quantize: Quantization | None = None,
-        dtype: Dtype = "float32",
+        dtype: Dtype | None = None,
         revision: str | None = None,
         attention: str | None = None,
         shard: bool | None = None,
     ) -> None:
         self.name, self.shard = model, shard
         self.k: int | None = None
-        self.loading = Loading(revision, dtype, quantize, attention)
+        self.loading = Loading(revision, dtype or "float32", quantize, attention)
+        self.adopts = all(own is None for own in (model, quantize, dtype, attention))
         self._model: tuple[PreTrainedModel, ...] = ()
 
     @cached_property
@@ -155,8 +157,8 @@ class LiveTeacher:
             )
 
     def adopt(self, parent: PreTrainedModel) -> None:
-        """Take the parent, unless another model or a quantised copy is configured."""
-        if self.name is None and self.loading.quantize is None:
+        """Take the parent, unless another model or a copy in another form is configured."""
+        if self.adopts:
             self._model = (parent,)
 
     def setup(self, learner: Learner) -> None:

@@ -49,10 +49,9 @@ class PlannedTeacher:
         self.vocabulary = OutputHead(parent).vocabulary
         if isinstance(self.source, LiveTeacher):
             loading = self.source.loading
-            own = self.source.name is not None or loading.quantize is not None
             name, revision = self.source.name or self.parent[0], loading.revision or self.parent[1]
             plain = replace(loading, revision=revision, quantize=None)
-            model = plain.load(name) if own else parent
+            model = parent if self.source.adopts else plain.load(name)
             self.head = OutputHead(model.eval().requires_grad_(False))
 
     def refuse(self, trainer: Trainer, data: object) -> None:

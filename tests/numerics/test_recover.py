@@ -13,6 +13,7 @@ from src.mask import Mask
 from src.models.layers import decoder_layers
 from src.models.loading import load_model
 from src.recover import Recovery
+from src.teachers import LiveTeacher
 from src.training.scopes import cut_adjacent, load_student
 
 
@@ -37,6 +38,23 @@ def test_only_the_blocks_next_to_the_cut_train(teacher_dir: str, tmp_path: Path)
     _, layers = decoder_layers(made.model)
     trained = {id(p) for p in made.model.parameters() if p.requires_grad}
     assert trained == {id(p) for i in (1, 2) for p in layers[i].parameters()}
+
+
+def test_the_parent_teaches_unless_another_form_of_it_is_asked_for(teacher_dir: str, mask_file: str) -> None:
+    """Settings of the teacher's weights hold without naming a model: they make a copy of the parent."""
+    parent = load_model(teacher_dir)
+    teachers = [LiveTeacher(), LiveTeacher(dtype="bfloat16"), LiveTeacher(attention="eager")]
+    for teacher in teachers:
+        made = Recovery(mask_file, teacher=teacher)
+        made.configure_model()
+        teacher.adopt(parent)
+        teacher.setup(made)
+    one, half, eager = (teacher.head.model for teacher in teachers)
+    assert one is parent
+    assert (half.dtype, half.config._attn_implementation) == (torch.bfloat16, "sdpa")
+    assert (eager.dtype, eager.config._attn_implementation) == (torch.float32, "eager")
+    theirs = dict(half.named_parameters())
+    assert all(torch.equal(theirs[name], weight.bfloat16()) for name, weight in parent.named_parameters())
 
 
 @pytest.mark.parametrize("scope", ["full", "cut_adjacent", "lora"])
