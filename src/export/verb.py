@@ -50,9 +50,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 
 def export(mask: Mask, args: argparse.Namespace, repair: LinearPatch | None = None) -> list[Finding]:
-    """Export the cut model, repaired or recovered or neither; return the findings of the proof.
-
-    ``args`` holds the options of :func:`add_options`, and ``checkpoint`` and ``data``.
+    """Export the cut model, by the options ``args``, after a repair if given; return the proof's findings.
 
     Raises:
         ConfigError: an option is at fault, the family cannot express the mask, or a check fails.

@@ -1,1 +1,1 @@
-"""What every training stage shares: ranks, schedules, checkpoints, strategies, watchdog, the stages' base."""
+"""What every training stage shares: base, trainer, checkpoints, resume, strategies, schedules, stopping."""

@@ -1,8 +1,9 @@
 """Adapters are small trained additions to the frozen weights; a search can train them beside its mask.
 
 A mask that is learned on weights that can move is one that recovers well, not one that is good as it stands
-(TinyFusion, arXiv 2412.01199). peft adds the parameters to the linear maps of the layers. Switched off, they
-leave the parent's own weights, to the last bit: one copy of these still serves teacher and student.
+(TinyFusion, arXiv 2412.01199). peft adds the parameters to the linear maps of the layers. When they are
+switched off, the parent's own weights are at work, to the last bit: one copy of these still serves teacher
+and student.
 
 What was learned lies beside the mask in ``adapters.safetensors``, under the names of the cut model, and a
 recovery may start from it (``patch: adapters``).
@@ -41,7 +42,7 @@ FILE = "adapters.safetensors"
 
 
 class Adapters(nn.Module, ABC):
-    """Holds parameters beside the frozen weights of a network, which it does not own.
+    """The base of all kinds of adapters: adds trained parameters to a network, which it does not own.
 
     Args:
         lr: learning rate of the adapters, in an optimiser group of their own.
@@ -57,19 +58,22 @@ class Adapters(nn.Module, ABC):
 
     @abstractmethod
     def config(self) -> PeftConfig:
-        """Return the settings of peft: what it adds to which linear maps."""
+        """Return the settings of peft, which say what it adds to which linear maps."""
 
     def refuse(self, quantize: str | None) -> None:
         """Refuse weights that take no such adapters, before anything is loaded.
 
+        Args:
+            quantize: type to which the weights are quantised; None if they are not.
+
         Raises:
-            ConfigError: peft is not installed.
+            ConfigError: peft is not installed, or these adapters need other weights.
         """
         if find_spec("peft") is None:
             raise ConfigError("model.adapters: they need peft: pip install -e '.[lora]'. Or set it to null.")
 
     def attach(self, network: PreTrainedModel) -> None:
-        """Add the parameters to a network; they change nothing until they are trained.
+        """Add the parameters to a network; its output changes only once they are trained.
 
         Raises:
             ConfigError: peft cannot adapt this family.
@@ -92,7 +96,7 @@ class Adapters(nn.Module, ABC):
         return ((name, p) for name, p in network.named_parameters() if p.requires_grad)
 
     def moving(self) -> list[nn.Parameter]:
-        """Return the parameters in the order of the network."""
+        """Return the adapters' parameters in the order of the network."""
         return [p for _, p in self.named_weights()]
 
     def group(self) -> dict[str, Any]:
@@ -112,16 +116,23 @@ class Adapters(nn.Module, ABC):
     # ------------------------------------------------------------------ learning
 
     def take(self, gradients: Sequence[Tensor | None]) -> None:
-        """Add the gradients of one draw, in the order of :meth:`moving`; None is zero."""
+        """Collect the gradients of one draw of the mask.
+
+        Args:
+            gradients: one for each of :meth:`moving`; None is zero.
+        """
         self._sums = self._sums or [torch.zeros_like(p) for p in self.moving()]
         for sum_, gradient in zip(self._sums, gradients, strict=True):
             if gradient is not None:
                 sum_ += gradient
 
     def surrogate(self, draws: int) -> Tensor:
-        """Return a zero whose gradient is the mean of those taken, over draws and ranks; then drop them.
+        """Return a zero whose gradient is the mean of the collected gradients, and forget these.
 
-        Every rank gets the same bits, as the mask's own parameters do.
+        The mean is over draws and ranks. Every rank gets the same bits, as the mask's own parameters do.
+
+        Args:
+            draws: how many draws were collected.
         """
         mean = total(torch.cat([sum_.flatten() for sum_ in self._sums])) / (draws * world())
         self._sums = []
@@ -131,7 +142,12 @@ class Adapters(nn.Module, ABC):
     # ------------------------------------------------------------------ records
 
     def save(self, path: Path, mask: Mask) -> None:
-        """Write the adapters of the kept layers under the names of the cut model; whole or not at all."""
+        """Write the adapters of the kept layers under the names of the cut model; whole or not at all.
+
+        Args:
+            path: the file.
+            mask: says which layers are kept.
+        """
         (network,) = self._network
         state = {name: p.detach().cpu().contiguous() for name, p in self.named_weights()}
         about = {
@@ -186,14 +202,19 @@ class Scales(Adapters):
 
 
 def beside(mask_path: str | Path) -> Path:
-    """Return the path of a search's adapters: beside its mask, for each of several budgets under its name."""
+    """Return the path of a search's adapters, in the directory of its mask.
+
+    Args:
+        mask_path: ``mask.json``; or ``mask-0.25.json``, one of several budgets, whose adapters end in
+            ``-0.25`` too.
+    """
     path, file = Path(mask_path), Path(FILE)
     budget = path.stem.removeprefix("mask") if path.stem.startswith("mask-") else ""
     return path.with_name(f"{file.stem}{budget}{file.suffix}")
 
 
 def check_saved(path: Path, mask: Mask) -> dict[str, Any]:
-    """Return the settings of saved adapters, which must belong to ``mask``.
+    """Return peft's settings of saved adapters, after a check that they belong to ``mask``.
 
     Raises:
         ConfigError: there are no adapters, or they were trained with another mask.
@@ -217,7 +238,12 @@ def check_saved(path: Path, mask: Mask) -> dict[str, Any]:
 
 
 def merged(student: PreTrainedModel, mask: Mask, path: Path) -> PreTrainedModel:
-    """Return the cut model with a search's adapters merged into its weights: a plain model again.
+    """Merge a search's adapters into the weights of the cut model; return it, a plain model again.
+
+    Args:
+        student: the cut model.
+        mask: the mask of the search.
+        path: file of the adapters.
 
     Raises:
         ConfigError: there are no adapters, or they are of another mask or model.

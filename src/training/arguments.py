@@ -1,4 +1,4 @@
-"""Adapt Lightning's command line: short errors, one tokenizer, early refusals."""
+"""Adapt Lightning's command line: short errors, faults found early, one tokenizer for model and data."""
 
 from __future__ import annotations
 
@@ -33,14 +33,17 @@ _DISK = {
     errno.EACCES, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG,
     errno.ENOENT, errno.ENOSPC, errno.ENOTDIR, errno.EPERM, errno.EROFS,
 }  # fmt: skip
-"""Faults of a disk or a name: full, read-only, vanished, no directory at all, too long."""
+"""Error numbers of faults of a disk or a name: full, read-only, vanished, no directory, too long."""
 
 
 class ShortErrors(LightningArgumentParser):
     """A parser that answers a fault with one message, not with a page of usage."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Add a suggestion; a nested parser raises, so that the outer one can add the key's path."""
+        """Raise a fault as one message, with the nearest key if one is unknown.
+
+        A nested parser raises what jsonargparse does, so that the outer one can add the key's path.
+        """
         names = [name for action in self._actions for name in (action.dest, action.dest.split(".")[-1])]
         hint = _suggestion(message, names)
         if not self.exit_on_error:
@@ -50,14 +53,17 @@ class ShortErrors(LightningArgumentParser):
     def parse_args(  # type: ignore[override]  # argparse has overloads, and jsonargparse none
         self, args: Sequence[str] | None = None, *more: Any, **keys: Any
     ) -> Namespace:
-        """Parse as jsonargparse does, which writes a null as Python's None on the way to a nested parser."""
+        """Parse as jsonargparse does, with nulls repaired for nested parsers.
+
+        On the way to these, jsonargparse writes a null as Python's None.
+        """
         if not self.exit_on_error and isinstance(args, list):
             args = [arg.removesuffix("None") + "null" if str(arg).endswith("=None") else arg for arg in args]
         return super().parse_args(args, *more, **keys)
 
 
 class SaveConfig(SaveConfigCallback):
-    """Writes ``config.yaml`` when a fit begins: a resume that is refused leaves that of the run as it was."""
+    """Writes ``config.yaml`` when a fit begins: a resume that is refused leaves the run's own in place."""
 
     def setup(self, trainer: lightning.Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "fit":
@@ -68,15 +74,19 @@ class SaveConfig(SaveConfigCallback):
 
 
 class PruneCLI(LightningCLI):
-    """LightningCLI with the model's name shared with the data."""
+    """LightningCLI, with settings checked before anything is built, and one tokenizer for model and data."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add what has no place in trainer, model or data."""
+        """Add the options that belong neither to trainer nor to model nor to data."""
         keys = "keys, with commas between, whose change on resume is meant: --accept model.init_args.draws"
         parser.add_argument("--accept", type=str, default="", help=keys)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Parse, and judge all settings before the first of them is used."""
+        """Parse, then check all settings before the first of them is used.
+
+        Raises:
+            ConfigError: a setting is at fault; names its key.
+        """
         super().parse_arguments(parser, args)
         config = self.config[self.config.subcommand]
         check_settings(config)
@@ -86,7 +96,11 @@ class PruneCLI(LightningCLI):
             config.trainer.callbacks = [callback for callback in listed if not _shows_progress(callback)]
 
     def before_instantiate_classes(self) -> None:
-        """Let the data use the model's tokenizer unless it names its own."""
+        """Let the data use the model's tokenizer unless they name their own.
+
+        Raises:
+            ConfigError: there are no data, or an engine of the strategy is not installed.
+        """
         config = self.config[self.subcommand] if self.subcommand else self.config
         if config.get("data") is None:
             raise ConfigError("data: not given. Add a data section, such as class_path: src.data.Corpus.")
@@ -96,10 +110,11 @@ class PruneCLI(LightningCLI):
             data.tokenizer = model.get("model") or (Mask.load(model.mask).model if "mask" in model else None)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Build the trainer; Lightning's own words where it knows no such strategy, or lacks a GPU for it.
+        """Build the trainer; pass on Lightning's own words if it lacks the strategy, or a GPU for it.
 
-        The callbacks that every run has come last and later: beside ``enable_checkpointing: false`` Lightning
-        takes none that is a ``Checkpoint``, as the one that heeds signals must be.
+        The callbacks that every run has are added afterwards. If they were passed to Lightning, it would
+        refuse ``enable_checkpointing: false``, because the one that stops on signals derives from
+        ``Checkpoint``.
         """
         always = self.trainer_defaults.pop("callbacks", [])
         try:
@@ -113,7 +128,11 @@ class PruneCLI(LightningCLI):
             raise ConfigError(f"trainer: {first_line(e)}") from e
 
     def instantiate_classes(self) -> None:
-        """Build trainer, model and data; refuse what they cannot do together before processes start."""
+        """Build trainer, model and data, and refuse what they cannot do together before processes start.
+
+        Raises:
+            ConfigError: a part cannot be built, or parts do not fit each other.
+        """
         try:
             super().instantiate_classes()
         except ConfigError:
@@ -127,7 +146,7 @@ class PruneCLI(LightningCLI):
         watchdog.replace_launcher_watch()
 
     def _run_subcommand(self, subcommand: str) -> None:
-        """Run, alone in its log directory; all ranks of a run share the lock of the first.
+        """Run, with the log directory locked against other runs; the first rank holds the lock for all.
 
         A run that is refused before its first step leaves no directory, and uses up no version's number.
         """
@@ -145,7 +164,7 @@ class PruneCLI(LightningCLI):
             raise
 
     def _note_settings(self) -> None:
-        """Give model and data what checkpoints note of a run, and what may differ from a checkpoint's."""
+        """Give the model the settings that checkpoints record; give it and the data the accepted keys."""
         config = self.config[self.subcommand] if self.subcommand else self.config
         plain = yaml.safe_load(self._parser(self.subcommand).dump(config, skip_none=False))
         model, data = cast(Resumable, self.model), cast(Accepting, self.datamodule)
@@ -153,11 +172,14 @@ class PruneCLI(LightningCLI):
         model.accepted = data.accepted = [key for key in config.accept.split(",") if key]
 
     def _parse_ckpt_path(self) -> None:
-        """Leave YAML and command line in charge on resume; Lightning would let the checkpoint win."""
+        """Do nothing on resume: YAML and command line decide. Lightning would let the checkpoint win."""
 
 
 def _unbuilt(error: BaseException) -> ConfigError:
-    """Why a part of the experiment cannot be built: jsonargparse wraps what its constructor raises."""
+    """Return the error that says why a part of the experiment cannot be built.
+
+    jsonargparse wraps what a constructor raises.
+    """
     chain = [error]
     while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None and cause not in chain:
         chain.append(cause)
@@ -176,7 +198,10 @@ def _shows_progress(callback: Any) -> bool:
 
 
 def user_fault(error: BaseException | None) -> ConfigError | None:
-    """Return the user's fault behind an error: jsonargparse wraps what a constructor raises."""
+    """Return the fault of the user that is behind an error, as a :class:`ConfigError`; None if there is none.
+
+    jsonargparse wraps what a constructor raises, so causes are searched too.
+    """
     while error is not None and not isinstance(error, ConfigError):
         if isinstance(error, OSError) and error.errno in _DISK:
             name = f"'{error.filename}'" if error.filename else "the directory of the run"
@@ -191,7 +216,7 @@ def user_fault(error: BaseException | None) -> ConfigError | None:
 
 
 def _suggestion(message: str, names: list[str]) -> str:
-    """Suggest the nearest key, where jsonargparse's message says that one is unknown."""
+    """Return a hint at the nearest key if jsonargparse's message says that one is unknown; else nothing."""
     unknown = re.search(r"(?:Option|Key|key|arguments?:?) '?(?:--)?([\w.]+)'?", message)
     wrong = "not accepted" in message or "nrecognized" in message or "not expected" in message
     if not (unknown and wrong) or "Did you mean" in message:

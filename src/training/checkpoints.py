@@ -29,9 +29,9 @@ from src.errors import ConfigError
 from src.training import watchdog
 
 _WEIGHTS = ("state_dict", "model")
-"""Under which name FSDP2 and FSDP save the module's weights."""
+"""Names under which FSDP2 and FSDP save the module's weights."""
 _ONLY_WEIGHTS = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
-"""Holds for every ``torch.load``, also those of Lightning, PyTorch and DeepSpeed."""
+"""Environment variable for every ``torch.load``, also those of Lightning, PyTorch and DeepSpeed."""
 _DESCRIPTIONS = {
     "torch.distributed.checkpoint.metadata": {
         "BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta",
@@ -44,13 +44,13 @@ _DESCRIPTIONS = {
     "pathlib._local": {"Path", "PosixPath", "PurePosixPath"},
     "collections": {"OrderedDict"},
 }  # fmt: skip
-"""What the description of a directory of parts is made of."""
+"""Classes, by module, that may occur in the description of a directory of parts."""
 
 
 def record(path: str) -> dict[str, Any]:
     """Return the content of a checkpoint without reading its weights into memory.
 
-    A directory may keep weights in files of their own, which are left out. Other tensors are memory-mapped.
+    The weights that a directory keeps in files of their own are left out. Other tensors are memory-mapped.
 
     Raises:
         ConfigError: there is no such checkpoint, it is not whole, or it holds more than tensors and numbers.
@@ -69,7 +69,7 @@ def record(path: str) -> dict[str, Any]:
 
 
 def weights(path: str) -> dict[str, Tensor]:
-    """Return the weights of the LightningModule, whole.
+    """Return the state dict of the LightningModule in a checkpoint, parts put together.
 
     Raises:
         ConfigError: as of :func:`record`, or DeepSpeed wrote it, and is not installed.
@@ -104,11 +104,11 @@ def _deepspeed(path: str) -> dict[str, Tensor]:
 
 @contextmanager
 def reading(path: _PATH) -> Iterator[None]:
-    """Read a checkpoint in the block: nothing in it is run, and what cannot be read is one message.
+    """Guard the reading of a checkpoint in the block: no code of the file runs, any failure is one message.
 
     Raises:
-        ConfigError: it is missing, not whole, or holds more than tensors and numbers; names the newest whole
-            checkpoint beside it.
+        ConfigError: the checkpoint is missing, not whole, or holds more than tensors and numbers; the message
+            names the newest whole checkpoint beside it.
     """
     before = os.environ.get(_ONLY_WEIGHTS)
     os.environ[_ONLY_WEIGHTS] = "1"
@@ -168,7 +168,10 @@ def _advice(path: Path) -> str:
 
 
 def newest(path: Path) -> Path | None:
-    """Return the newest whole checkpoint beside ``path``, also one that a killed run was replacing."""
+    """Return the newest whole checkpoint beside ``path``; None if there is none.
+
+    One that a killed run was about to replace counts too.
+    """
     folders = [path.parent, path, path / "checkpoints"]
     files = [file for folder in folders for file in [*folder.glob("*.ckpt"), *folder.glob(".*.ckpt.*.old")]]
     for file in sorted(set(files) - {path}, key=lambda file: file.stat().st_mtime, reverse=True):
@@ -201,7 +204,7 @@ class _Describer(pickle.Unpickler):
 
 
 class _Reader(FileSystemReader):
-    """PyTorch's reader of parts, which by itself would run what their description names."""
+    """PyTorch's reader of a directory of parts, made safe: its own runs whatever their description names."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         with open(Path(self.path) / ".metadata", "rb") as file:
@@ -211,7 +214,7 @@ class _Reader(FileSystemReader):
         return metadata
 
     def check(self) -> None:
-        """Refuse a directory whose description is not one, or whose parts are missing or too short.
+        """Refuse a directory that is no checkpoint, or of which parts are missing or too short.
 
         Raises:
             OSError: a part is missing or too short.
@@ -227,12 +230,12 @@ class _Reader(FileSystemReader):
 
 
 class SafeCheckpointIO(TorchCheckpointIO):
-    """Checkpoints of one file, written straight to where they are asked and read as the module says."""
+    """Writes and reads checkpoints of one file: straight to their place, and without running code in them."""
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: _PATH, storage_options: Any | None = None
     ) -> None:
-        """Write to the very file; Lightning's own goes through memory and ``TMPDIR``."""
+        """Write a checkpoint straight to its file; Lightning's own goes through memory and ``TMPDIR``."""
         if "://" in str(path):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
@@ -245,7 +248,7 @@ class SafeCheckpointIO(TorchCheckpointIO):
         map_location: Callable[..., Any] | None = lambda storage, _: storage,
         weights_only: bool | None = None,
     ) -> dict[str, Any]:
-        """Read tensors and numbers only, whatever is asked.
+        """Read a checkpoint without running code in it, whatever ``weights_only`` says.
 
         Raises:
             ConfigError: as of :func:`reading`.

@@ -1,4 +1,4 @@
-"""What is asked of a data module, each part by who asks it, and where a trainer keeps it."""
+"""Say what stages and schedules ask of a data module, and find a trainer's."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ class Data(Protocol):
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """Of the rows."""
+        """Tokenizer of the rows."""
 
     def val_dataloader(self) -> Iterable[Batch]:
-        """Batches of held-out rows; empty where none are."""
+        """Return batches of held-out rows; empty if there are none."""
 
 
 @runtime_checkable
 class Metered(Protocol):
-    """What a schedule needs of a data module to follow its tokens; with any other it follows the steps."""
+    """What a schedule asks of a data module to follow its tokens; with any other it follows the steps."""
 
     max_tokens: int | None
     """Tokens after which the run ends."""
@@ -35,5 +35,5 @@ class Metered(Protocol):
 
 
 def data_of(trainer: Trainer) -> object:
-    """Return the data module of a trainer, None if it has none; Lightning sets the attribute undeclared."""
+    """Return the data module of a trainer, or None; Lightning does not declare the attribute it is in."""
     return getattr(trainer, "datamodule", None)

@@ -18,23 +18,23 @@ class FiniteOnly(Callback):
     """
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
-        """Look at the loss of every batch.
+        """Stop the run if the loss of a batch is not finite.
 
         Raises:
-            ConfigError: it is not finite; names the step and the last good checkpoint.
+            ConfigError: it is not; names the step and the last good checkpoint.
         """
         if not loss.isfinite():
             raise self._fault(trainer, f"the loss is {float(loss)}")
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        """Look at the weights of the last step, which no later loss will judge."""
+        """Stop the run if its last step left weights that are not finite, as no later loss will show."""
         if trainer.global_step == trainer.max_steps or trainer.should_stop:
             self._check_weights(trainer, pl_module)
 
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Look at the weights before they take the place of good ones."""
+        """Stop the run before weights that are not finite take the place of good ones."""
         self._check_weights(trainer, pl_module)
 
     def _check_weights(self, trainer: Trainer, module: LightningModule) -> None:

@@ -1,4 +1,8 @@
-"""Keep noise and gates in float32 under a trainer of true half precision, and load weights in its type."""
+"""Keep noise and gates in float32 if a trainer runs in half precision, and say in which type weights load.
+
+*True half* precision is that of ``precision: bf16-true`` or ``16-true``, under which Lightning makes every
+new tensor half.
+"""
 
 from __future__ import annotations
 
@@ -14,13 +18,13 @@ _TYPES: dict[str, Dtype] = {"bf16-true": "bfloat16", "16-true": "float16"}
 
 
 def true_half(module: LightningModule) -> Dtype | None:
-    """Return the weights' type under a trainer of true half precision; None under any other."""
+    """Return the type of the weights if the trainer's precision is true half; None under any other."""
     return None if module._trainer is None else _TYPES.get(module.trainer.precision)
 
 
 @contextmanager
 def float32_by_default() -> Iterator[None]:
-    """Noise and gates in float32, where a trainer of true half precision would make all new tensors half."""
+    """Make new tensors, such as noise and gates, float32 in the block, whatever the trainer's precision."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float32)
     try:

@@ -2,8 +2,8 @@
 
 A checkpoint records the identity of its run: the settings, and fingerprints of the parent's and the teacher's
 weights. A resume compares them key by key. A change of what defines the run is refused, unless the user names
-its key in ``--accept``. A change of a setting in :data:`FREE` is reported. Paths, logging and devices do not
-matter.
+its key in ``--accept``. A change of a setting in :data:`FREE` is allowed, with a warning. Paths, logging and
+devices do not matter.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ CONTENT = [
     f"{_TEACHER}.init_args.model",
     f"{_TEACHER}.init_args.revision",
 ]
-"""Keys whose models are compared by content, not by name."""
+"""Keys that name a model or a mask, which are compared by content, not by name."""
 FREE = [
     *(f"model.init_args.{key}" for key in ("optimizer", "warmup", "final_lr", "decay", "dtype", "quantize",
                                     "attention", "teacher", "checkpoint_activations")),
@@ -41,7 +41,13 @@ _SCHEDULES = ("src.callbacks.TemperatureAnnealing", "src.callbacks.PruningCurric
 
 @dataclass(frozen=True)
 class Change:
-    """A key with its recorded value and its present one, which differ."""
+    """A setting, or a fingerprint, that is not what the checkpoint recorded.
+
+    Attributes:
+        key: the setting's path in the config, with dots.
+        was: its value in the checkpoint.
+        now: its value in this run.
+    """
 
     key: str
     was: Any
@@ -56,7 +62,7 @@ class Change:
 
 
 class Accepting(Protocol):
-    """What a resume asks of a data module."""
+    """What a resume asks of a data module: the changes that the user accepts."""
 
     accepted: Sequence[str]
     """Keys that the user allows to change on resume."""
@@ -76,9 +82,14 @@ class Resumable(Accepting, Protocol):
 
 
 def changes(was: Any, now: Any, key: str = "") -> list[Change]:
-    """Return the leaves that differ between two trees of dicts.
+    """Return the entries that differ between two nested dicts, with their keys.
 
-    A key that only one tree has does not count, because the other tree may be older than that key.
+    A key that only one of them has does not count, because the other may be older than that key.
+
+    Args:
+        was: the older dict.
+        now: the newer one.
+        key: path of both, which begins the keys of the changes.
     """
     if isinstance(was, dict) and isinstance(now, dict):
         common = [name for name in now if name in was]
@@ -153,7 +164,7 @@ def check_parent(mask: Mask, name: str, weights: str | None, key: str) -> None:
 
 
 def note(module: Resumable) -> dict[str, Any]:
-    """Return the identity of a run as plain values, for its checkpoints."""
+    """Return the identity of a run as plain values, which its checkpoints record."""
     return {
         "parent": module.name,
         "weights": module.weights,
@@ -166,7 +177,7 @@ def check(noted: dict[str, Any] | None, module: Resumable, resumes: bool) -> Non
     """Compare a run with the identity in its checkpoint.
 
     Args:
-        noted: the value of :func:`note`; None in checkpoints of earlier versions.
+        noted: the identity, as :func:`note` returned it; None in checkpoints of earlier versions.
         module: the module of the run.
         resumes: whether training goes on, so that settings matter too.
 

@@ -14,13 +14,13 @@ from src.files import unwritten
 
 @contextmanager
 def lock(directory: str | Path, key: str) -> Iterator[None]:
-    """Hold a directory for the block; the lock dies with its process, however that ends.
+    """Keep other runs from writing to a directory in the block; the lock ends with its process.
 
-    The process alone holds it. Workers that it forks do not, so none can keep it alive after a kill.
+    That holds after a kill too: workers that the process forks do not hold the lock.
 
     Args:
         directory: where the run writes; it is made if it does not exist.
-        key: what to change to write elsewhere.
+        key: the setting by which the user writes elsewhere.
 
     Raises:
         ConfigError: another process holds it, or it cannot be written to.

@@ -1,4 +1,4 @@
-"""Shorten jsonargparse's nested report of a fault to the key, the value given and the values accepted.
+"""Shorten jsonargparse's nested report of a fault to one line: the key, the value, what is accepted.
 
 The report lists every type of every union on the way to a key. Its point is at the end of the longest path.
 """
@@ -23,7 +23,7 @@ _TYPES = {
 
 
 def in_short(message: str) -> str:
-    """Return a fault of the parser in one line; a message that is no nested report stays as it is."""
+    """Return a parser's report of a fault as one line; a message that is no nested report stays as it is."""
     if "Parser key" not in message:
         return message
     lines = _lines(message)

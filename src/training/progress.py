@@ -1,4 +1,4 @@
-"""Say how far a long step is: a bar on a terminal, a line now and then anywhere else."""
+"""Show how far a long step is: by a bar on a terminal, by a line now and then anywhere else."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def track(items: Iterable[T], about: str, total: int | None = None) -> Iterator[
 
     Args:
         items: what is worked through.
-        about: names the step.
-        total: number of items; None takes it from items that know it.
+        about: name of the step.
+        total: number of items; None asks ``items`` for its length.
     """
     if total is None and isinstance(items, Sized):
         total = len(items)
@@ -39,10 +39,10 @@ def track(items: Iterable[T], about: str, total: int | None = None) -> Iterator[
 
 
 class Lines:
-    """Prints a line on how far a step is, where some time has passed since the last.
+    """Prints how far a step is, in a line every 30 seconds, on the first rank.
 
     Args:
-        about: names the step.
+        about: name of the step.
     """
 
     def __init__(self, about: str) -> None:
@@ -50,7 +50,13 @@ class Lines:
         self.due = self.began + FIRST
 
     def tell(self, done: int, total: float | None, more: str = "") -> None:
-        """Print how many parts are done, and how long the others will take, if it is time for a line."""
+        """Print a line if one is due.
+
+        Args:
+            done: how many parts of the step are done.
+            total: how many there are, by which the time left is told; None if that is not known.
+            more: what the line ends with.
+        """
         now = time.monotonic()
         if now < self.due or not _first_rank():
             return

@@ -1,4 +1,4 @@
-"""Keep advice and notices of libraries off the user's screen; what they warn of in earnest stays."""
+"""Keep libraries' advice and notices off the screen; warnings about the run stay."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import warnings
 from transformers.utils import logging as transformers_logging
 
 ADVICE = ("💡", "GPU available:", "TPU available:", "HPU available:", "Seed set to", "`Trainer.fit` stopped:")
-"""How messages of Lightning begin that say nothing about the run."""
+"""Beginnings of messages of Lightning that say nothing about the run."""
 NOTICES = (
     r".*does not have many workers.*",  # on the small machines that the demo is made for, they only cost
     r".*treespec, LeafSpec.*",  # between Lightning and torch
@@ -17,11 +17,11 @@ NOTICES = (
     r"LightningCLI's args parameter.*",  # the arguments are handed over, so that tests can call it
     r".*Checkpoint directory .* exists and is not empty.*",  # as when a run is resumed
 )
-"""Warnings of libraries to their developers, or about what is meant."""
+"""Warnings that libraries address to their developers, or that warn of what is done on purpose."""
 
 
 def advice(record: logging.LogRecord) -> bool:
-    """Whether a message is to be shown."""
+    """Return whether a log record should be shown: it is not one of those in :data:`ADVICE`."""
     return not record.getMessage().lstrip().startswith(ADVICE)
 
 

@@ -1,8 +1,8 @@
-"""Take sums and means over a batch that several ranks share.
+"""Take sums and means over a batch that is divided among several ranks.
 
-A rank that averages over its own tokens weighs them more, the fewer they are. So every rank here knows how
-many positions the whole batch has: the mean of the ranks' losses is the loss of one process that holds all
-rows, and so are their gradients.
+If every rank averaged over its own tokens, a token on a rank with few would weigh more. So every rank here
+knows how many positions the whole batch has: the mean of the ranks' losses is the loss of one process that
+holds all rows, and so are their gradients.
 
 Shapes: N entries of this rank.
 """
@@ -33,7 +33,11 @@ def total(x: Tensor) -> Tensor:
 
 
 def from_all(mine: T) -> list[T]:
-    """Return what each rank has, in the order of the ranks; anything that can be pickled."""
+    """Return the values of all ranks, in the order of the ranks.
+
+    Args:
+        mine: the value of this rank; anything that can be pickled.
+    """
     if world() == 1:
         return [mine]
     gathered = [mine] * world()
@@ -42,7 +46,12 @@ def from_all(mine: T) -> list[T]:
 
 
 def least(number: int, device: torch.device | str) -> int:
-    """Return the least of the ranks' numbers."""
+    """Return the least of the ranks' numbers.
+
+    Args:
+        number: of this rank.
+        device: on which the ranks communicate.
+    """
     if world() == 1:
         return number
     numbers = torch.tensor(number, device=device)
@@ -51,12 +60,17 @@ def least(number: int, device: torch.device | str) -> int:
 
 
 def most(number: int, device: torch.device | str) -> int:
-    """Return the greatest of the ranks' numbers."""
+    """Return the greatest of the ranks' numbers.
+
+    Args:
+        number: of this rank.
+        device: on which the ranks communicate.
+    """
     return -least(-number, device)
 
 
 class WholeBatch:
-    """The batch of all ranks, of which each holds a part.
+    """Counts and means over the batch of all ranks, of which each holds a part.
 
     Args:
         positions: supervised positions of this rank.
@@ -77,13 +91,21 @@ class WholeBatch:
         self.share = self.positions / world()
 
     def mean(self, x_N: Tensor) -> Tensor:
-        """Return the mean over the entries of all ranks."""
+        """Return the mean over the entries of all ranks.
+
+        Args:
+            x_N: one entry for each supervised position of this rank.
+        """
         if world() == 1:
             return x_N.mean()
         return total(x_N.sum()) / self.positions
 
     def gather(self, x_N: Tensor) -> Tensor:
-        """Return the entries of all ranks."""
+        """Return the entries of all ranks, flat, in the order of the ranks.
+
+        Args:
+            x_N: entries of this rank; ranks may have different numbers of them.
+        """
         if world() == 1:
             return x_N
         sizes = [int(n) for n in total(_one_hot(len(x_N), x_N.device)).tolist()]
@@ -112,13 +134,23 @@ class MicroBatches:
         self.first = self.sum = 0.0
 
     def weigh(self, loss: Tensor, share: float) -> Tensor:
-        """Return the weighted loss of the next micro-batch, which has ``share`` positions on each rank."""
+        """Return the loss of the next micro-batch, weighted.
+
+        Args:
+            loss: mean over the positions of the micro-batch.
+            share: its number of positions on each rank, on average.
+        """
         self.first = self.first or share
         self.sum += share
         return loss * (share / self.first)
 
     def settle(self, parameters: Iterable[Tensor], count: int) -> None:
-        """Scale the gradients of a step, whose losses were divided by ``count``."""
+        """Scale the gradients before the optimiser steps, and forget the micro-batches of this step.
+
+        Args:
+            parameters: those that train.
+            count: the number by which Lightning divided each loss.
+        """
         for parameter in parameters:
             if parameter.grad is not None:
                 parameter.grad.mul_(count * self.first / self.sum)

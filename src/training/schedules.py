@@ -1,4 +1,4 @@
-"""Schedules of a run: pure functions of its progress in [0, 1].
+"""Schedules of a run, each a function of nothing but its progress in [0, 1].
 
 Progress follows from the trainer's step and the tokens seen, so a resumed run needs no counter of its own.
 """
@@ -37,7 +37,14 @@ def warmup_decay(progress: float, warmup: float, final: float, shape: Decay) -> 
 
 
 def interpolate(progress: float, start: float, end: float, shape: Literal["linear", "exponential"]) -> float:
-    """Return the value between ``start`` and ``end`` at a progress, which is clipped to [0, 1]."""
+    """Return the value on the way from ``start`` to ``end`` at a progress.
+
+    Args:
+        progress: share of the way, clipped to [0, 1].
+        start: value at 0.
+        end: value at 1.
+        shape: ``linear``, or ``exponential`` (a straight line of the logarithm).
+    """
     progress = min(1.0, max(0.0, progress))
     if shape == "linear":
         return start + (end - start) * progress
@@ -62,9 +69,12 @@ def total_steps(trainer: Trainer) -> float:
 
 
 def share_done(trainer: Trainer, steps: float, total: float) -> float:
-    """Return the share of the run that is done, in [0, 1].
+    """Return the share of the run that is done, in [0, 1]: by steps or by tokens, whichever is further.
 
-    It is the larger of two shares: ``steps`` of ``total``, and the tokens seen of ``data.max_tokens``.
+    Args:
+        trainer: of the run; its data may count tokens up to ``data.max_tokens``.
+        steps: steps so far.
+        total: steps of the run.
     """
     data, tokens = data_of(trainer), 0.0
     if isinstance(data, Metered) and data.max_tokens:
@@ -73,7 +83,15 @@ def share_done(trainer: Trainer, steps: float, total: float) -> float:
 
 
 def with_warmup(optimizer: Optimizer, trainer: Trainer, warmup: float, final: float, shape: Decay) -> Any:
-    """Return what ``configure_optimizers`` may: an optimiser whose rate follows :func:`warmup_decay`."""
+    """Return an optimiser with a schedule of its rate, in the form that ``configure_optimizers`` returns.
+
+    Args:
+        optimizer: of the run.
+        trainer: of the run.
+        warmup: share of the run during which the rate rises.
+        final: factor on the rate at the end.
+        shape: form of the decay; see :func:`warmup_decay`.
+    """
     total = total_steps(trainer)
 
     def factor(step: int) -> float:

@@ -1,4 +1,8 @@
-"""Scopes: which weights of a cut model train; and the plain model in a checkpoint of that training."""
+"""Choose which weights of a cut model a recovery trains, and load the recovered model from its checkpoint.
+
+A *scope* is ``full`` (all weights), ``cut_adjacent`` (the layers next to removed ones) or ``lora``
+(adapters).
+"""
 
 from __future__ import annotations
 
@@ -18,10 +22,10 @@ Scope = Literal["full", "cut_adjacent", "lora"]
 
 
 def check_units(recovery: dict[str, Any], mask: Mask) -> None:
-    """Refuse a checkpoint of another mask. Shapes do not show that: cuts of one depth share them.
+    """Refuse a checkpoint of another mask; shapes do not show that, since cuts of one depth share them.
 
     Args:
-        recovery: the record of the recovery in a checkpoint: its kept units, and their kind.
+        recovery: what the checkpoint records of its recovery, with its kept units and their kind.
         mask: the mask that is given.
 
     Raises:
@@ -41,10 +45,11 @@ def check_units(recovery: dict[str, Any], mask: Mask) -> None:
 
 
 def check_scope(scope: Scope, mask: Mask) -> None:
-    """Refuse a scope that trains nothing.
+    """Refuse a scope that trains nothing under this mask.
 
     Raises:
-        ConfigError: the blocks beside gaps are asked, and the mask is of width.
+        ConfigError: the layers next to removed ones are asked for, and the mask removes none, but KV groups
+            or channels.
     """
     if scope == "cut_adjacent" and mask.wide:
         raise ConfigError(
@@ -70,7 +75,13 @@ def cut_adjacent(mask: Mask) -> set[int]:
 
 
 def scoped(student: PreTrainedModel, mask: Mask, scope: Scope, rank: int) -> PreTrainedModel:
-    """Return the cut model with the weights of a scope trained, the others frozen.
+    """Freeze all weights of the cut model but those of a scope; return the model.
+
+    Args:
+        student: the cut model; it is changed in place.
+        mask: the mask of the cut.
+        scope: which weights train.
+        rank: rank of the adapters, for ``lora``, which wraps the model.
 
     Raises:
         ConfigError: ``lora`` is asked and peft is not installed.
@@ -86,7 +97,7 @@ def scoped(student: PreTrainedModel, mask: Mask, scope: Scope, rank: int) -> Pre
 
 
 def recompute(student: PreTrainedModel) -> None:
-    """Recompute the layers of a model in the backward pass.
+    """Let a model recompute its layers in the backward pass, to save memory.
 
     Raises:
         ConfigError: transformers does not offer it for this family.
@@ -101,14 +112,15 @@ def recompute(student: PreTrainedModel) -> None:
 
 
 def narrower(stored: torch.dtype, trained: torch.dtype) -> bool:
-    """Return whether weights that were ``trained`` in one type are rounded when ``stored`` in another."""
+    """Return whether a type to store weights in would round those that were trained in another."""
     return trained.is_floating_point and torch.promote_types(stored, trained) != stored
 
 
 def load_student(parent: PreTrainedModel, mask: Mask, checkpoint: str) -> PreTrainedModel:
-    """Return the recovered model as a plain one: the cut parent with a checkpoint's weights, adapters merged.
+    """Return the recovered model as a plain one: the cut parent with a checkpoint's weights.
 
-    Nothing is rounded: if the parent's type cannot hold the trained weights, the model is in float32.
+    Adapters are merged. Nothing is rounded: if the parent's type cannot hold the trained weights, the model
+    is in float32.
 
     Args:
         parent: the model that the mask belongs to.

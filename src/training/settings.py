@@ -1,8 +1,8 @@
-"""Check the values of a parsed experiment, all of them, before anything is built or called.
+"""Check all values of a parsed experiment before anything is built or called.
 
 The ranges of this product's constructors are their annotations (:mod:`src.ranges`). Those of the trainer are
-listed here. An optimiser checks its own, when it is built for a parameter made for that. No number may be NaN
-or infinite.
+listed here. An optimiser checks its own, when it is built here for a parameter made for that. No number may
+be NaN or infinite.
 """
 
 from __future__ import annotations
@@ -55,15 +55,15 @@ TRAINER = {
 }
 """Ranges of a trainer's numbers; the trainer itself judges a switch or a word in their place."""
 WRITER = {"flush_secs": positive, "max_queue": positive, "purge_step": natural}
-"""Ranges of numbers of TensorBoard's writer, which a logger passes on without types."""
+"""Ranges of the numbers that a logger passes on, without types, to TensorBoard's writer."""
 TEXT = ("filename_suffix",)
-"""Texts of the same writer."""
+"""Keys of the same writer whose values are texts."""
 NAMES = ("monitor",)
-"""Texts of Lightning's callbacks that may be null, and not empty."""
+"""Keys of Lightning's callbacks whose values are texts that may be null, but not empty."""
 
 
 def check_settings(config: Namespace) -> None:
-    """Refuse numbers outside their ranges, and callables that build no part of an experiment.
+    """Refuse numbers outside their ranges, and a function where a class is to be built.
 
     Args:
         config: one verb's parsed arguments.
@@ -89,7 +89,7 @@ def _numbers(prefix: str, values: Mapping[str, Any], ranges: Mapping[str, Range]
 
 
 def _beyond(value: Any) -> bool:
-    """Whether a value is NaN, infinite or so large that it is as good as that."""
+    """Return whether a value is NaN, infinite or so large that it is as good as that."""
     return isinstance(value, float) and not abs(value) <= HUGE
 
 
@@ -138,14 +138,14 @@ def _component(path: str, value: Namespace) -> Iterator[str]:
 
 
 def _absent(path: str, component: type, arguments: Namespace) -> Iterator[str]:
-    """Keys of this product that are null and need a value: the parser lets any key be null."""
+    """Yield the faults of keys that are null and need a value; the parser lets any key be null."""
     nulls = [key for key, value in vars(arguments).items() if value is None]
     for key in (key for key in nulls if key in needs_value(component)):
         yield f"{path}.{key}: null given; accepted: a value, or leave the key out"
 
 
 def _optimiser(path: str, component: type[Optimizer], arguments: dict[str, Any]) -> Iterator[str]:
-    """Yield the fault that an optimiser finds in its arguments, if it does."""
+    """Yield the fault that an optimiser finds in its arguments, if it finds one."""
     try:
         component([torch.nn.Parameter(torch.zeros(1))], **arguments)
     except Exception as e:  # each has its own

@@ -1,4 +1,4 @@
-"""Read YAML files of settings, and report their faults in one line before Lightning's parser reads them."""
+"""Check YAML files of settings before Lightning's parser reads them; each fault is one line."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ import yaml
 from src.errors import ConfigError
 
 _BYTES, _NODES = 4 << 20, 100_000
-"""A file of settings is smaller than this, and has fewer values, those that an alias repeats included."""
+"""Most bytes of a file of settings, and most values, those that an alias repeats included."""
 
 
 def check_settings_files(argv: Sequence[str]) -> None:
-    """Check every file of settings that a command line names, for whatever key.
+    """Check every YAML file that a command line names, after ``--config`` or any other key.
 
     Raises:
         ConfigError: see :func:`read_settings`; or an overlay comes before the experiment that it changes.
@@ -53,7 +53,7 @@ def read_settings(path: str, key: str = "--config") -> dict[str, Any]:
         key: the option that names it.
 
     Raises:
-        FileNotFoundError: there is none.
+        FileNotFoundError: there is no such file.
         ConfigError: it cannot be read, is no YAML of plain values in UTF-8, or holds no mapping; says where.
     """
     try:
@@ -85,7 +85,7 @@ def read_settings(path: str, key: str = "--config") -> dict[str, Any]:
 
 
 def _count(value: Any, key: str, path: str, above: tuple[int, ...], count: list[int]) -> None:
-    """Count the values as a parser would meet them, which follows every alias."""
+    """Count the values as a parser meets them, which follows every alias, and refuse too many."""
     count[0] += 1
     if count[0] > _NODES:
         raise ConfigError(f"{key}: the aliases of '{path}' repeat more than {_NODES:,} values.")

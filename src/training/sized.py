@@ -1,4 +1,4 @@
-"""The base of a stage that removes a part of its model, and is told how much."""
+"""The base of a stage that removes units of its model: the settings that say which, and how many."""
 
 from __future__ import annotations
 
@@ -21,16 +21,17 @@ from src.units.targets import Target
 
 
 class Sized(Stage):
-    """A stage that is told in one of several ways how many units go; the others are None.
+    """A stage that is told in one of several ways how many units to remove; the others are None.
 
     Args:
         model: Hub id or directory of the model to shorten.
-        unit: what goes; see :class:`src.search.MaskSearch`.
-        remove: layers to remove, or units of each layer's width.
+        unit: kind of what is removed; see :class:`src.search.MaskSearch`.
+        remove: layers to remove; of halves as many attentions and as many feed-forwards, of KV groups or
+            channels so many from each layer.
         ratio: share of them to remove, in (0, 1), rounded to the nearest count.
         budgets: several such shares: one search ends with a mask for each.
-        nested: whether of these masks a larger removal contains the smaller ones. The largest is chosen
-            first, and each smaller one keeps all that it keeps.
+        nested: with ``budgets``, whether a smaller removal removes only units that the larger ones remove
+            too. The largest is chosen first, and each smaller one keeps all that it keeps.
         target: what the cut model must reach with the fewest layers removed: ``{speedup: 1.3}``,
             ``{parameters: 1.2e9}`` or ``{memory_gib: 6}``.
         kwargs: how the one copy of the weights is loaded; see :class:`src.training.stage.Stage`.

@@ -1,4 +1,4 @@
-"""The base of search, recovery and cache: it loads one model of the Hub and checks it in time."""
+"""The base of search, recovery and cache: it loads one model, and checks early that it can be used."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from src.training.strategies import kind
 
 
 class Stage(LightningModule, ABC):
-    """Runs one model of the Hub; a subclass loads it in ``configure_model`` and sets ``head``.
+    """A LightningModule that runs one model; a subclass loads it in ``configure_model`` and sets ``head``.
 
     Args:
         model: Hub id or directory of the model.
@@ -67,7 +67,7 @@ class Stage(LightningModule, ABC):
 
     @property
     def revision(self) -> str | None:
-        """Hub revision that is asked for."""
+        """The Hub revision that the config asks for."""
         return self.loading.revision
 
     @waiting("the model is loaded")
@@ -79,7 +79,7 @@ class Stage(LightningModule, ABC):
 
     @abstractmethod
     def refuse(self, trainer: Trainer, data: object) -> None:
-        """Refuse what cannot work with this trainer and these data, before anything is loaded.
+        """Refuse a trainer or data with which this stage cannot work, before anything is loaded.
 
         Raises:
             ConfigError: names the key and the alternative.
@@ -89,7 +89,7 @@ class Stage(LightningModule, ABC):
         return [FiniteOnly()]
 
     def setup(self, stage: str) -> None:
-        """Refuse what cannot work here too, for a Trainer without the command line, which refuses earlier."""
+        """Call :meth:`refuse`, as the command line does earlier, for a Trainer that is used without it."""
         self.refuse(self.trainer, data_of(self.trainer))
 
     @property
@@ -103,7 +103,11 @@ class Stage(LightningModule, ABC):
         return self._trainer is not None and kind(self.trainer.strategy) in ("fsdp", "deepspeed")
 
     def check(self) -> None:
-        """Compare the output head with the model's own, and the data's tokens with its vocabulary."""
+        """Check that the model's output head and vocabulary are as the loss and the data take them to be.
+
+        Raises:
+            ConfigError: the head computes something unknown, or the data's tokenizer is another one's.
+        """
         self.head.check()
         check_vocabulary(self.data.tokenizer, self.head.model, self.name, self.revision)
 
@@ -116,15 +120,15 @@ class Stage(LightningModule, ABC):
         return self.weights
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Record the identity of the run."""
+        """Record in the checkpoint the identity of the run, and which documents all ranks have read."""
         checkpoint["identity"] = identity.note(self)
         checkpoint["read"] = self.read.unite(from_all(self.read.sample)).sample
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse the checkpoint of another run.
+        """Take over which documents were read, unless the checkpoint is of another run.
 
         Raises:
-            ConfigError: names what differs, by key.
+            ConfigError: it is of another run; names what differs, by key.
         """
         resumes = self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING
         identity.check(checkpoint.get("identity"), self, resumes)
@@ -132,10 +136,10 @@ class Stage(LightningModule, ABC):
             self.read.unite([checkpoint["read"]])
 
     def on_validation_start(self) -> None:
-        """Set up as for a fit if only validation runs."""
+        """Prepare the model as a fit does, if only validation runs."""
         if self.trainer.state.fn != TrainerFn.FITTING:
             self.on_fit_start()
 
     def on_test_start(self) -> None:
-        """Set up as for a fit, because only the test runs."""
+        """Prepare the model as a fit does, because only the test runs."""
         self.on_fit_start()

@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT end a run with a message, and leave nothing half-written.
+"""End a run on SIGTERM or SIGINT with a message, and leave nothing half-written.
 
 A signal ends a command at once and removes its temporary files. While a run trains or writes a cache it takes
 effect after the present batch, when everything is saved (:class:`src.callbacks.StopOnSignal`). The exit
@@ -22,7 +22,7 @@ from typing import NoReturn
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 STATUSES = tuple(128 + number for number in SIGNALS)
 AGAIN = 1.0
-"""Seconds within which a signal is the same one: a terminal and a launcher may both deliver it."""
+"""Seconds within which a second signal counts as the first: a terminal and a launcher may both deliver it."""
 
 
 class Stopped(SystemExit):
@@ -30,7 +30,7 @@ class Stopped(SystemExit):
 
     Args:
         number: number of the signal.
-        where: how far the run came and how to go on; None if nothing can be resumed.
+        where: at which step or batch the run ended and how to resume it; None if nothing can be resumed.
     """
 
     def __init__(self, number: int, where: str | None = None) -> None:
@@ -60,13 +60,13 @@ def received() -> int | None:
 
 
 def receive(number: int) -> None:
-    """Take over the signal of another rank, unless this process has one."""
+    """Treat the signal that another rank received as received by this process too."""
     if _Signal.number is None:
         _Signal.number, _Signal.since = number, time.monotonic()
 
 
 def patient(wait: bool) -> None:
-    """Let signals wait for the end of the batch; or, with false, wait no longer.
+    """Let signals take effect at the end of the batch (``wait``), or at once again.
 
     Raises:
         Stopped: ``wait`` is false, and a signal is waiting.
@@ -77,14 +77,14 @@ def patient(wait: bool) -> None:
 
 
 def unheeded() -> None:
-    """Let SIGINT kill this process where nothing heeds it, as SIGTERM does, without a traceback."""
+    """Let SIGINT end this process without a traceback, as SIGTERM does, outside of :func:`heeded`."""
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 @contextmanager
 def heeded() -> Iterator[None]:
-    """Heed :data:`SIGNALS` in the block; only the main thread can."""
+    """Turn SIGTERM and SIGINT into :class:`Stopped` in the block; does nothing outside the main thread."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -119,7 +119,7 @@ def heeded() -> Iterator[None]:
 
 
 def end(stopped: Stopped) -> NoReturn:
-    """Print where the run stopped, on the first rank; end this process and its ranks by the same signal."""
+    """End this process and its further ranks by a signal, after the first rank has said where it stopped."""
     for rank in ranks:
         if rank.poll() is None:
             rank.send_signal(stopped.number)

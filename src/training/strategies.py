@@ -66,13 +66,18 @@ def check_installed(strategy: Any) -> None:
 
 
 SHARDED = ("fsdp", "fsdp2", "deepspeed")
-"""Kinds of strategy that divide weights among the ranks."""
+"""Kinds of strategy that shard the weights over the ranks."""
 UNSHARDABLE = "the bytes of 8- and 4-bit weights cannot be sharded"
-"""The reason in refusals of quantised weights under such a strategy."""
+"""Why quantised weights are refused under such a strategy."""
 
 
 def check_quantised(trainer: Trainer, quantize: str | None, name: str = "FSDP") -> None:
-    """Refuse a quantised model that a strategy would shard.
+    """Refuse a quantised model under a strategy that would shard it.
+
+    Args:
+        trainer: has the strategy.
+        quantize: type to which the weights are quantised; None if they are not.
+        name: the strategy's, for the message.
 
     Raises:
         ConfigError: names the alternatives.
@@ -85,7 +90,7 @@ def check_quantised(trainer: Trainer, quantize: str | None, name: str = "FSDP") 
 
 
 def check_device(trainer: Trainer) -> None:
-    """Refuse an engine that needs GPUs where none is.
+    """Refuse FSDP1 and DeepSpeed on a machine without GPUs.
 
     Raises:
         ConfigError: names the alternatives.
@@ -100,7 +105,11 @@ def check_device(trainer: Trainer) -> None:
 
 
 def check_checkpoint(trainer: Trainer, path: Any) -> None:
-    """Refuse a checkpoint that this strategy cannot read: some read files, others directories of parts.
+    """Refuse a checkpoint that the trainer's strategy cannot read: a file, or a directory of parts.
+
+    Args:
+        trainer: has the strategy.
+        path: the value of ``ckpt_path``.
 
     Raises:
         ConfigError: it does not exist, is damaged, or was written by a strategy of another form.
@@ -131,26 +140,28 @@ def check_checkpoint(trainer: Trainer, path: Any) -> None:
 
 
 class FSDP2(ModelParallelStrategy):
-    """Runs FSDP2: every rank holds a part of every layer. Modules shard themselves in ``configure_model``.
+    """Runs FSDP2, under which every rank holds a part of every layer.
+
+    Modules shard themselves, in ``configure_model`` (:mod:`src.models.sharding`).
 
     Args:
-        save_distributed_checkpoint: if true, each rank writes its part into a directory; else one rank
-            writes a file.
+        save_distributed_checkpoint: if true, each rank writes its part into a directory; else one rank writes
+            a file.
     """
 
     def __init__(self, save_distributed_checkpoint: bool = True) -> None:
         super().__init__(tensor_parallel_size=1, save_distributed_checkpoint=save_distributed_checkpoint)
 
     def setup_environment(self) -> None:
-        """Make one mesh of all ranks; Lightning's default size is the number of nodes."""
+        """Set up, with one mesh of all ranks; Lightning's default size is the number of nodes."""
         self._data_parallel_size = self.num_nodes * self.num_processes
         super().setup_environment()
 
     @property
     def _checkpoints(self) -> type[Strategy]:
-        """Return the class whose checkpoints are read and written.
+        """The strategy whose form of checkpoints is read and written.
 
-        They are plain files where no trained parameter is sharded, as in a search.
+        They are plain files if no trained parameter is sharded, as in a search.
         """
         sharded = any(isinstance(p, DTensor) for p in cast(nn.Module, self.lightning_module).parameters())
         return ModelParallelStrategy if sharded else ParallelStrategy
@@ -196,12 +207,12 @@ class FSDP(FSDPStrategy):
 
     @property
     def mixed_precision_config(self) -> MixedPrecision | None:
-        """Lightning's choice, but buffers (rotary frequencies) and sums over ranks stay in float32."""
+        """Lightning's choice of types, but float32 for buffers (rotary frequencies) and sums over ranks."""
         config = super().mixed_precision_config
         return config and replace(config, buffer_dtype=torch.float32, reduce_dtype=torch.float32)
 
     def setup(self, trainer: Trainer) -> None:
-        """Set up, and clip gradients by their norm over all ranks, which the root wrapper computes."""
+        """Set up as Lightning does, but clip gradients by their norm over all ranks, found by the root."""
         super().setup(trainer)
         root = cast("FullyShardedDataParallel", self.model)
 
@@ -237,7 +248,7 @@ class ZeRO(DeepSpeedStrategy):
     def check_installed() -> None:
         """Refuse to run without DeepSpeed.
 
-        This is not a part of the constructor, because the parser would hide its message.
+        The constructor does not check it, because the parser would hide its message.
 
         Raises:
             ConfigError: DeepSpeed is not installed.
@@ -259,7 +270,7 @@ class ZeRO(DeepSpeedStrategy):
             return super().load_checkpoint(checkpoint_path, weights_only=True)
 
     def setup(self, trainer: Trainer) -> None:
-        """Set up, and keep rotary frequencies and a cache's log-probabilities in their own precision."""
+        """Set up as Lightning does, but leave buffers and batches, such as cached signals, in their types."""
         self.precision_plugin.convert_input = lambda data: data  # type: ignore[method-assign]  # of this object
         buffers = {name: x.clone() for name, x in cast(nn.Module, self.model).named_buffers()}
         super().setup(trainer)

@@ -1,4 +1,4 @@
-"""Lightning's trainer with atomic checkpoints; a run resumed at its last step still writes its result."""
+"""Lightning's trainer, with atomic checkpoints, and with a result also for a run resumed at its last step."""
 
 from __future__ import annotations
 
@@ -36,7 +36,12 @@ class Trainer(lightning.Trainer):
     def save_checkpoint(
         self, filepath: _PATH, weights_only: bool | None = None, storage_options: Any | None = None
     ) -> None:
-        """Write a checkpoint, a file or a directory of parts, which replaces the last one only when complete.
+        """Write a checkpoint, which replaces the last one only when it is complete.
+
+        Args:
+            filepath: a file, or a directory to which each rank writes its part.
+            weights_only: leave out the states of optimiser and callbacks.
+            storage_options: of Lightning, for remote paths.
 
         Raises:
             ConfigError: it cannot be written.
@@ -50,8 +55,8 @@ class Trainer(lightning.Trainer):
     def _run_stage(self) -> Any:
         """Run the stage, and end a fit that was resumed at its last step as any other fit ends.
 
-        Lightning skips the end of such a fit. A run that is killed between its last step and its result, such
-        as the hardened mask, would never have that result.
+        Lightning skips the end of such a fit. Without this, a run that is killed between its last step and
+        its result, such as the hardened mask, would never have that result.
         """
         result = super()._run_stage()
         if self.state.fn == TrainerFn.FITTING and self.fit_loop.restarting:  # no step was left to do
@@ -90,7 +95,7 @@ def _whole(path: Path, strategy: Strategy) -> Iterator[Path]:
 def _disk_fault(error: BaseException | None) -> OSError | None:
     """Return the file system's error behind an exception, or None.
 
-    PyTorch's writers wrap it in one of their own, or raise another while they handle it.
+    PyTorch's writers wrap it in an error of their own, or raise another while they handle it.
     """
     while error is not None and not isinstance(error, OSError):
         failures = list(error.failures.values()) if isinstance(error, CheckpointException) else []

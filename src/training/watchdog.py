@@ -1,4 +1,4 @@
-"""Report faults that no config causes: memory that ran out, a process that was lost."""
+"""Report faults that no config causes: memory that ran out, or a rank that was lost."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ LOST = (
     "--ckpt_path <run>/checkpoints/last.ckpt."
 )
 GRACE = 20.0
-"""Seconds that a process has to end by itself when it was told to."""
+"""Seconds that a process has to end by itself after a signal."""
 _OUT = ("can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 _GONE = ("closed by peer", "reset by peer", "Broken pipe", "remote process exited", "remote server shutdown")
 
 
 def explain(error: BaseException | None) -> str | None:
-    """Return one message for memory that ran out, or for a connection that another rank left; else None."""
+    """Return a message for an error that means that memory ran out or another rank is gone; else None."""
     while error is not None:
         reason = re.sub(r"^\[[^]]*\] ", "", str(error).partition("\n")[0]).partition(". ")[0][:160]
         if isinstance(error, MemoryError | torch.OutOfMemoryError) or _says(error, _OUT):
@@ -52,7 +52,13 @@ def _says(error: BaseException, phrases: Iterable[str]) -> bool:
 
 
 def watch_parent(period: float = 2.0) -> None:
-    """End this process soon after the one that launched it, which could not tell it to."""
+    """Watch, from a rank, the process that launched it, and end soon after that process has ended.
+
+    A launcher that is killed cannot tell its ranks to end.
+
+    Args:
+        period: seconds between two looks.
+    """
     parent = os.getppid()
 
     def gone() -> str | None:
@@ -63,9 +69,13 @@ def watch_parent(period: float = 2.0) -> None:
 
 
 def watch_children(children: list[Popen[bytes]], period: float = 1.0) -> None:
-    """End this process and its ``children`` soon after one of them has failed.
+    """Watch the further ranks; end them and this process soon after one of them has failed.
 
     A rank that waits for a lost one in a collective would wait for half an hour.
+
+    Args:
+        children: processes of these ranks.
+        period: seconds between two looks.
     """
     stopping.ranks[:] = children
 
@@ -81,7 +91,7 @@ def watch_children(children: list[Popen[bytes]], period: float = 1.0) -> None:
 
 
 def replace_launcher_watch() -> None:
-    """Let Lightning's launcher of processes use :func:`watch_children`: its own kills without a word."""
+    """Make Lightning's launcher use :func:`watch_children`; its own watch kills ranks without a message."""
     setattr(subprocess_script, "_launch_process_observer", watch_children)  # noqa: B010 (mypy)
 
 
