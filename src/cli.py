@@ -1,6 +1,7 @@
 """Entry point of every stage: ``python -m src.cli <verb> ...``.
 
-Lightning's verbs (fit, validate, test, predict) carry the stages; the table adds what it has no verb for.
+Lightning's verbs (fit, validate, test, predict) run the stages that train or write a cache; the table
+``TOOLS`` adds all else.
 """
 
 from __future__ import annotations

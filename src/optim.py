@@ -42,7 +42,7 @@ class SharedAdam(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Make one update; return the loss of the closure, which computes it anew, if there is one."""
+        """Make one update; a ``closure``, if given, computes gradients first, and its loss is returned."""
         loss = None
         if closure is not None:
             with torch.enable_grad():

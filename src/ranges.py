@@ -78,7 +78,7 @@ MOST = 2**31 - 1
 """Largest count of anything but tokens."""
 
 HUGE = 1e30
-"""Largest size of a number that is no count: not far beyond it, float32 overflows."""
+"""Largest size of a number that is no count; products of larger ones would soon overflow float32."""
 
 positive = Range(int, 0, MOST, open="low")
 natural = Range(int, 0, MOST)

@@ -75,7 +75,7 @@ class CachedCorpus(LightningDataModule):
             tempered: whether the loss needs the mass outside these tokens at another temperature than 1.
 
         Raises:
-            ConfigError: names the field.
+            ConfigError: it stores too little; names the key to change.
         """
         for cache in self.caches:
             about = cache.about
@@ -119,7 +119,7 @@ class CachedCorpus(LightningDataModule):
         """Refuse a resume with the signal of another teacher, or with another validation cache.
 
         Raises:
-            ConfigError: names the keys.
+            ConfigError: one of these differs; names the keys.
         """
         if self.trainer is None or self.trainer.state.fn == TrainerFn.FITTING:
             differences = changes(state_dict, self.state_dict(), "data.init_args")

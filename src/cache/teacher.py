@@ -29,7 +29,7 @@ class CacheTeacher(Stage):
     Args:
         model: Hub id or directory of the teacher.
         out: directory of the cache; the same command again resumes it.
-        k: tokens kept.
+        k: tokens kept at each position.
         precision: how log-probabilities are stored: ``float32``, ``float16``, or ``compact`` (one byte).
         chunk_tokens: positions that pass through the output head at a time; fewer take less memory.
         shard_positions: supervised positions after which a file is closed; a kill costs at most these.

@@ -64,7 +64,7 @@ class CacheWriter(BasePredictionWriter):
 
     Args:
         out: directory of the cache.
-        precision: of the log-probabilities: ``float32``, ``float16`` or ``compact`` (one byte).
+        precision: how log-probabilities are stored: ``float32``, ``float16`` or ``compact`` (one byte).
         shard_positions: supervised positions after which a shard is closed.
         count_seconds: seconds spent on counting the corpus before the run, to forecast time and size.
     """

@@ -14,6 +14,6 @@ class CheckpointActivations(Callback):
     """
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Set the stage's switch before its model is loaded."""
+        """Set ``checkpoint_activations`` of the stage before its model is loaded."""
         if isinstance(pl_module, Stage):
             pl_module.checkpoint_activations = True

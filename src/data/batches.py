@@ -42,7 +42,7 @@ def supervised(labels_BT: Tensor, position_ids_BT: Tensor | None = None) -> Tens
 
 @dataclass(frozen=True)
 class Supervised:
-    """A batch with its N supervised positions, which are found once for all passes of a step.
+    """Holds a batch with its N supervised positions, which are found once for all passes of a step.
 
     Attributes:
         batch: the rows.

@@ -1,4 +1,4 @@
-"""Choose the columns of a row to read, and refuse to pass over one that conditions the answer.
+"""Choose the columns of a row to read, and refuse to pass over one on which the answer depends.
 
 A row may hold more than its prompt: Alpaca's ``input``, a system prompt, the tools of a chat. Such a column
 is read, or the row is refused by the column's name. A warning names, once, every other column that is not

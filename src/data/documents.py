@@ -1,8 +1,9 @@
 """Turn rows of a corpus into documents: a text, and which of its characters are supervised.
 
-Three kinds of row: plain text; prompt and answer, with what else conditions the answer before it, each part
-followed by the separator; and chat, rendered by the tokenizer's own template (:mod:`src.data.chat`). Prompt
-and answer that are lists of messages are a chat of which the answer is supervised.
+There are three kinds of row: plain text; prompt and answer, joined by the separator, with other columns on
+which the answer depends (system prompt, input) before the answer; and chat, rendered by the tokenizer's own
+template (:mod:`src.data.chat`). Prompt and answer that are lists of messages are a chat of which the answer
+is supervised.
 """
 
 from __future__ import annotations

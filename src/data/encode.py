@@ -51,8 +51,8 @@ class Encoder:
         supervise: ``all`` tokens, or those of the ``answer`` (of the assistant in a chat).
         too_long: what becomes of a longer document: ``truncate``, ``split`` into rows, or
             ``error``.
-        bos: begin text with the tokenizer's BOS; None does as the tokenizer itself does.
-        eos: end text with the tokenizer's EOS.
+        bos: whether a text begins with the tokenizer's BOS; None does as the tokenizer itself does.
+        eos: whether a text ends with the tokenizer's EOS.
 
     Raises:
         ConfigError: the tokenizer lacks a token or an ability that is asked for.

@@ -30,8 +30,7 @@ WHERE = "__where__"
 """Key under which a row says where it comes from."""
 
 MAX_DOCUMENT = 8 << 20
-"""Bytes of the longest line and characters of the longest document: beyond it a newline is
-missing."""
+"""Most bytes of a line and characters of a document; what is longer is taken for a file without newlines."""
 
 SUFFIXED: dict[str, Format] = {
     ".jsonl": "jsonl",

@@ -29,12 +29,12 @@ from src.errors import ConfigError
 REPEATED = "repeated"
 """Key that marks a batch which its rank gives a second time, because it has run out before other ranks."""
 Agree = Callable[[bool, int], tuple[bool, int]]
-"""Tells each rank about all: from whether it has another batch, and the number of tokens of its present one,
-follow whether any rank has another, and the sum of tokens."""
+"""Function that a rank calls for each batch, with whether it has another one and the tokens of this one. It
+returns whether any rank has another one, and the tokens of all ranks."""
 
 
 def alone(more: bool, tokens: int) -> tuple[bool, int]:
-    """Return the answer of a single rank, as an :data:`Agree`: what it is given."""
+    """Return what is given, which is the answer of :data:`Agree` where there is one rank."""
     return more, tokens
 
 

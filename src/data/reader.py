@@ -16,7 +16,7 @@ from src.data.sources import Source, open_source
 from src.errors import ConfigError
 
 State = dict[str, Any]
-"""Plain numbers, texts, lists and dicts: what a checkpoint may hold."""
+"""A position in the data, as plain numbers, texts, lists and dicts, which a checkpoint may hold."""
 
 
 @dataclass(frozen=True)

@@ -152,7 +152,7 @@ class Lanes(IterableDataset[Item | ConfigError]):
         self.recipe, self.position, self.rank, self.world = recipe, position, rank, world
 
     def __iter__(self) -> Iterator[Item | ConfigError]:
-        """Yield items without end; a user's fault comes as an item, its message unbroken."""
+        """Yield items without end; a user's fault is an item, as a worker would garble its message."""
         worker = get_worker_info()
         offset, step = (worker.id, worker.num_workers) if worker else (0, 1)
         position, lanes = self.position, list[Iterator[Item]]()

@@ -15,7 +15,7 @@ from src.mask import Mask
 
 @dataclass(frozen=True)
 class Weighted:
-    """A term with its weight in the sum.
+    """Pairs a term with its weight in the sum.
 
     Attributes:
         term: one summand.

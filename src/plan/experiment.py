@@ -35,10 +35,10 @@ class _ParseOnly(PruneCLI):
     """Parses a command line, builds its module on demand, and runs nothing."""
 
     def before_instantiate_classes(self) -> None:
-        """Leave tokenizers and masks unread."""
+        """Do nothing, so that tokenizers and masks stay unread."""
 
     def instantiate_classes(self) -> None:
-        """Keep the parser, to instantiate the module alone."""
+        """Instantiate nothing yet; keep the parser, by which the module alone can be made later."""
         self.fit = self._parser("fit")
 
     def _run_subcommand(self, subcommand: str) -> None:

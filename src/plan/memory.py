@@ -70,7 +70,7 @@ def strategy_name(strategy: Any, ranks: int) -> str:
 
 
 def memory(trace: Trace, at: Setting, device: Device) -> dict[str, int]:
-    """Return the peak bytes of one rank by part: in the passes or, if more, in the optimiser's step.
+    """Return the peak bytes of one rank by part: forwards and backwards or, if more, in the optimiser's step.
 
     Args:
         trace: what a step holds on one device without sharding.
@@ -116,6 +116,6 @@ def _moment(peak: dict[str, int], trace: Trace, at: Setting, gathered: bool) -> 
 
 
 def _sharded(whole: int, weights: Weights, ranks: int, gathered: bool) -> int:
-    """Return a rank's part; while ``gathered``, with two layers and the root whole."""
+    """Return a rank's bytes; while ``gathered``, two layers and the weights outside the layers are whole."""
     more = min(weights.whole, weights.root + 2 * weights.layer) if gathered and whole else 0
     return whole // ranks + more - more // ranks

@@ -21,7 +21,7 @@ from src.policies.walk import Walker
 
 NOTHING = torch.empty(0)
 NEIGHBOURS = 1024
-"""Units that have a near one; the width of a model has far more, and a plan needs no more than these."""
+"""Most units whose joint costs J are computed: a model has far more channels, and a plan needs no more."""
 
 
 class Toy:

@@ -1,8 +1,8 @@
 """Estimate what a run will cost before it is started: ``python -m src.cli plan --config ...``.
 
-Everything that ``fit`` accepts is accepted, and nothing is loaded: the module's own step runs on tensors
-without data (:mod:`src.plan`). Batches count as full and every token as supervised, so figures are upper
-ones. Hours are operations over the peak of the device times an assumed efficiency.
+Everything that ``fit`` accepts is accepted, and nothing is loaded: the stage's own step runs on tensors
+without data (:mod:`src.plan.trace`). Batches count as full and every token as supervised, so a real run needs
+rather less. Hours are operations divided by the peak speed of the device and an assumed efficiency.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from src.ranges import inside_unit, positive
 
 
 def main(argv: list[str]) -> None:
-    """Plan, print the tables and the recommendation, write the JSON."""
+    """Plan the run, print the tables and the recommendation, write the JSON."""
     args, rest = _parse(argv)
     planner = Planner(
         Experiment(rest, args.ratio, args.length), device(args.device), args.devices, args.tokens
