@@ -13,7 +13,7 @@ from src.errors import ConfigError
 
 
 class Wrapped(Protocol):
-    """A model that peft has wrapped with adapters: the one method of it that is used here."""
+    """A model that peft has wrapped; this declares the one method of it that is used here."""
 
     def merge_and_unload(self) -> PreTrainedModel: ...
 

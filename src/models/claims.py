@@ -77,7 +77,7 @@ def stored(name: str) -> dict[str, Tensor]:
 
 
 def stored_dtype(name: str) -> torch.dtype | None:
-    """Return the type of most numbers in a directory's weights; None where none is of an ordinary type."""
+    """Return the type of most numbers in a directory's weights; None if none is a 16- or 32-bit float."""
     sizes: Counter[torch.dtype] = Counter()
     for tensor in stored(name).values():
         if isinstance(tensor, Tensor) and tensor.dtype in STORED:

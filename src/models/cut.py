@@ -44,10 +44,10 @@ def cut_config(config: PretrainedConfig, mask: Mask) -> PretrainedConfig:
 
 
 def cut(model: PreTrainedModel, mask: Mask) -> PreTrainedModel:
-    """Return a new model with copies of the units of ``model`` that a mask keeps, and of all around them.
+    """Return the cut model: a new model of the units that a mask keeps, with copies of their weights.
 
-    Device, weight types, attention implementation, generation settings and mode are those of ``model``,
-    which stays as it is.
+    What lies outside the layers is copied too. Device, weight types, attention implementation, generation
+    settings, and train or eval mode are those of ``model``, which stays as it is.
 
     Raises:
         ConfigError: the mask is of a model of another shape, its weights are quantised, or the family cannot

@@ -36,7 +36,7 @@ class Gates:
     Attributes:
         layers: the decoder layers.
         each: number of units in a layer.
-        evaluated: layers run so far: the cost of a search.
+        evaluated: how many times a layer has run, which measures the cost of a search.
         plain: whether the layers return the stream alone, as a tensor; known once the open model has run.
     """
 

@@ -1,7 +1,7 @@
-"""The output head of a causal language model, apart from its decoder.
+"""The output head of a causal language model, separate from its decoder.
 
-Losses map hidden states to the vocabulary a chunk at a time, so they need the head alone. Families
-differ in what follows its linear map; all known cases are ``cap * tanh(scale * (W h + b) / cap)``, and
+Losses map hidden states to the vocabulary a chunk at a time, so they need the head alone. Families differ in
+what follows its linear map; all known cases are ``cap * tanh(scale * (W h + b) / cap)``, and
 :meth:`OutputHead.check` compares with the model's own logits, so an unknown case is refused.
 
 Shapes: B batch, T tokens, H hidden, V vocabulary.

@@ -159,7 +159,13 @@ def load_model(
 
 
 def shared_positions(names: Sequence[str], length: int) -> int:
-    """Return the longest sequence that all of some models can read; warn if ``length`` tokens are too long.
+    """Return the longest sequence that all of some models can read.
+
+    It warns if that is shorter than ``length``.
+
+    Args:
+        names: Hub ids or directories.
+        length: tokens of a sequence that the user asks for.
 
     Raises:
         ConfigError: see :func:`load_config`.

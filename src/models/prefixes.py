@@ -20,9 +20,9 @@ Front = tuple[float, ...]
 
 
 class Prefixes:
-    """Holds streams of one batch at some depths: those of the open model, and those along the last mask.
+    """Holds the stream of one batch in front of some units: of the open model, and of the last mask.
 
-    They hold for one batch and one state of the weights.
+    These are right for that batch and one state of the weights.
 
     Args:
         every: streams are kept in front of each unit whose number this divides; None keeps no stream.

@@ -123,7 +123,7 @@ class ConcaveGate(MaskPolicy):
 
 
 def lengths(count: int, segments: int) -> list[int]:
-    """Divide ``count`` layers among the segments, longer ones first."""
+    """Return the lengths of the segments among which ``count`` layers are divided, longer ones first."""
     return [count // segments + (j < count % segments) for j in range(segments)]
 
 

@@ -19,7 +19,7 @@ class Draw:
     """A mask that was drawn, with its loss and its gradient.
 
     Attributes:
-        gates_U: the gates as the policy sampled them, with their graph.
+        gates_U: the gates as the policy sampled them, with their autograd graph.
         loss: the divergence under these gates, detached.
         grad_U: gradient of the loss with respect to the gates; None if the policy needs none.
     """

@@ -27,9 +27,9 @@ TEMPERATURE, LOW, HIGH = 2 / 3, -0.1, 1.1
 class HardConcrete(MaskPolicy):
     """Learns the log-alpha of each gate (``logits``) and two Lagrange multipliers, by descent and ascent.
 
-    The loss gains ``m_1 d + m_2 d^2`` with d the expected number of units kept too many; under
-    :class:`src.callbacks.PruningCurriculum` the number to remove rises, as in Sheared-LLaMA. One optimiser
-    steps both kinds of parameters. Their gradients differ in scale, so use one that adapts to each
+    The loss gains ``m_1 d + m_2 d^2``; d is the expected number of open gates less the number of units to
+    keep. Under :class:`src.callbacks.PruningCurriculum` the number to remove rises, as in Sheared-LLaMA. One
+    optimiser steps both kinds of parameters. Their gradients differ in scale, so use one that adapts to each
     coordinate, such as Adam.
 
     Args:

@@ -95,11 +95,11 @@ class CalibrationProbe(Walker):
     """Measures masks on the first ``calibration_batches`` validation batches.
 
     The teacher's signal on a batch is computed once, when it is first needed. Results are means over all
-    ranks, so all ranks decide alike, and a mask that was measured before is not measured again.
+    ranks, so all ranks decide the same. A mask that was measured before is not measured again.
 
     Args:
         search: the search whose model is measured; its trainer must be attached.
-        prefix_gib: memory for streams that masks share (GiB).
+        prefix_gib: memory for residual streams that masks share (GiB).
     """
 
     def __init__(self, search: Measured, prefix_gib: float = PREFIX_GIB) -> None:

@@ -41,7 +41,7 @@ from src.training.progress import track
 
 
 class Regression:
-    """Weighted ridge regression of residuals on features, from sums in float64.
+    """Weighted ridge regression of residuals on features; it sums over tokens in float64.
 
     Args:
         constant: whether a last feature that is always 1 is added, for a bias.
@@ -117,7 +117,7 @@ def fold(
         student: the cut model, changed in place.
         index: the layer.
         batches: calibration rows, at least one batch.
-        target: gives the output that the layer should have.
+        target: called with a batch and the layer's output ``[B, T, H]``; returns what that should be.
         ridge: strength of the pull towards the present weights.
 
     Raises:

@@ -119,7 +119,7 @@ class LinearPatch:
         mask: Mask,
         tokenizer: PreTrainedTokenizerBase,
     ) -> list[Repair]:
-        """Change the cut model in place; return each fold with its error before and after.
+        """Repair the cut model in place; return the outcome of each fold, one for each gap.
 
         Args:
             student: the cut model, with the parent's weights.

@@ -91,7 +91,7 @@ class Adapters(nn.Module, ABC):
         self.weights = nn.ParameterDict({n.replace(".", "/"): p for n, p in self.named_weights()})
 
     def named_weights(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Return the parameters under the names that the network gives them."""
+        """Return the adapters' parameters, each with the name that the network gives it."""
         (network,) = self._network
         return ((name, p) for name, p in network.named_parameters() if p.requires_grad)
 

@@ -99,7 +99,7 @@ class Stage(LightningModule, ABC):
 
     @property
     def engine(self) -> bool:
-        """Whether an engine (FSDP, DeepSpeed) shards the weights after ``configure_model``."""
+        """Whether FSDP1 or DeepSpeed shards the weights after ``configure_model``, by itself."""
         return self._trainer is not None and kind(self.trainer.strategy) in ("fsdp", "deepspeed")
 
     def check(self) -> None:

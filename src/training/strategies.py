@@ -52,7 +52,7 @@ def kind(strategy: Strategy) -> str:
 
 
 def check_installed(strategy: Any) -> None:
-    """Refuse a strategy whose engine is not installed, before the strategy is built.
+    """Refuse a strategy whose engine (DeepSpeed) is not installed, before the strategy is built.
 
     Args:
         strategy: the value of ``trainer.strategy`` in a config.

@@ -33,7 +33,7 @@ class Budget:
 
     @property
     def suffix(self) -> str:
-        """What the names of files and figures of one of several budgets end with, such as ``-0.25``."""
+        """Ending of the names of this budget's files and figures, such as ``-0.25``; or empty."""
         return "" if self.share is None else f"-{self.share:g}"
 
 

@@ -91,7 +91,7 @@ class HalfGates(Gates):
         return see
 
     def _layer(self, index: int, forward: Forward) -> Forward:
-        """Return the forward of a layer that runs its halves one at a time if earlier streams are remembered.
+        """Return a forward for a layer, which runs one half at a time if earlier streams are remembered.
 
         While one half runs alone, the other adds nothing. Without remembered streams it is the layer's own
         forward.

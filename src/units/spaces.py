@@ -202,13 +202,13 @@ class Space:
 
 
 class AnyOf(Space):
-    """The sets of any ``keep`` of the units."""
+    """The space of all sets of ``keep`` units."""
 
     def allowed(self, unit: Tensor, before: Tensor) -> Tensor:
         return unit >= before
 
     def argmax(self, scores: Tensor) -> Tensor:
-        """Return the ``keep`` highest scores as ones, by sorting; of equal scores the last stay."""
+        """Return 1 at the ``keep`` highest scores, else 0, by sorting; of equal scores the last stay."""
         forced = scores.detach().clone()
         forced[..., sorted(self.pinned)] = float("inf")
         order = forced.sort(dim=-1, stable=True).indices
@@ -252,7 +252,7 @@ class AnyOf(Space):
 
 
 class Alternating(Space):
-    """Halves of layers that pair up into whole layers again.
+    """The space of the sets of halves that pair up into whole layers again.
 
     Unit 2 l is the attention of layer l, unit 2 l + 1 its feed-forward. In a legal set an attention comes
     first and a feed-forward last, and the two kinds take turns: new layer k has the attention of layer
@@ -281,7 +281,7 @@ class Alternating(Space):
                 yield tuple(swapped)
 
     def starts(self, scores: Tensor) -> Iterator[Kept]:
-        """Yield the best set of whole layers, at which few exchanges away good sets of halves are found."""
+        """Yield the best set of whole layers, from which few exchanges lead to good sets of halves."""
         layers = AnyOf(self.units // 2, self.keep // 2, {unit // 2 for unit in self.pinned})
         if len(layers.pinned) > layers.keep:
             return
