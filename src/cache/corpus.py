@@ -27,6 +27,9 @@ class CachedCorpus(LightningDataModule):
         corpus: fingerprint that the corpus of ``train`` must have, to pin an experiment to its data.
         batch_size: documents of a batch.
         seed: seed of the order.
+
+    Raises:
+        ConfigError: a cache cannot be read or was written with another tokenizer, or ``corpus`` differs.
     """
 
     accepted: Sequence[str] = ()
@@ -67,15 +70,17 @@ class CachedCorpus(LightningDataModule):
         return [self.train_cache, *([self.val_cache] if self.val_cache else [])]
 
     def fits(self, vocabulary: int, k: int | None, tempered: bool = False) -> None:
-        """Check that the cache stores what a loss needs.
+        """Check that the caches store what a loss needs.
 
         Args:
-            vocabulary: number of the student's logits.
+            vocabulary: V, the student's logits at a position.
             k: tokens that the loss compares at each position; None is the whole vocabulary.
-            tempered: whether the loss needs the mass outside these tokens at another temperature than 1.
+            tempered: whether the loss needs, at a temperature other than 1, the teacher's probability of all
+                tokens outside the k together.
 
         Raises:
-            ConfigError: it stores too little; names the key to change.
+            ConfigError: a cache keeps fewer tokens, or is too coarse for ``tempered``; names the key to
+                change.
         """
         for cache in self.caches:
             about = cache.about
@@ -97,7 +102,7 @@ class CachedCorpus(LightningDataModule):
         return self._loader(self.train_cache, shuffle=True)
 
     def val_dataloader(self) -> CachedLoader | list[Any]:
-        """Return the batches of the validation cache, in order; none without such a cache."""
+        """Return the batches of the validation cache, in order; an empty list without one."""
         return self._loader(self.val_cache, shuffle=False) if self.val_cache else []
 
     def test_dataloader(self) -> CachedLoader | list[Any]:

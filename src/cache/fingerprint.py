@@ -17,7 +17,7 @@ BASE = int.from_bytes(hashlib.sha256(b"document").digest(), "big") % PRIME
 
 
 def documents(tokens: NDArray[np.int32], supervised: NDArray[np.bool_], lengths: NDArray[np.int64]) -> str:
-    """Return the fingerprint of documents: of their tokens, of which are supervised, and of their order.
+    """Return a fingerprint of documents, hexadecimal, that tells apart other tokens, labels or order.
 
     Args:
         tokens: ``[S]`` tokens of all documents, laid end to end.
@@ -28,10 +28,10 @@ def documents(tokens: NDArray[np.int32], supervised: NDArray[np.bool_], lengths:
 
 
 def chained(parts: Iterable[tuple[str, int]]) -> str:
-    """Return the fingerprint of the whole that parts make, one after the other.
+    """Return the fingerprint of a corpus from those of its consecutive parts, without their documents.
 
     Args:
-        parts: fingerprint and number of documents of each part.
+        parts: fingerprint and number of documents of each part, in order.
     """
     value = 0
     for part, count in parts:

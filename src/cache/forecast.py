@@ -35,13 +35,14 @@ class Runner(Protocol):
 def forecast(trainer: Trainer, teacher: Runner, manifest: Manifest, count_seconds: float) -> str:
     """Return a message that says how large a cache will be, and how long writing it will take.
 
-    A few batches are run to measure bytes and speed, and the corpus is counted as far as time allows.
+    A few batches are run to measure bytes and speed. Then batches are read, but not run, to count the corpus.
 
     Args:
         trainer: the trainer, about to predict.
         teacher: the teacher, on its device.
         manifest: what is written already.
-        count_seconds: seconds for counting. Several ranks do not count, because their loaders run in step.
+        count_seconds: seconds after which the counting ends; the message then says "at least". With several
+            ranks nothing is counted, because each of their loaders waits for the others at every batch.
     """
     batches: Iterator[Batch] = iter(trainer.predict_dataloaders or ())
     rows, seconds = _trial(trainer, teacher, islice(batches, TRIAL))

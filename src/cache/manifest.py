@@ -105,7 +105,7 @@ class Manifest:
 
     @cached_property
     def corpus(self) -> str:
-        """Fingerprint of all tokens, of which are supervised, and of their order, wherever shards end."""
+        """Fingerprint of all tokens, their labels and their order; it is the same wherever shards end."""
         return chained((s.corpus, s.rows) for s in self.shards)
 
     @property
@@ -186,7 +186,7 @@ def sizes(files: list[str]) -> list[int | None]:
     """Return the sizes in bytes of files or URLs of one file system; None for those that are missing.
 
     Raises:
-        ConfigError: their directory cannot be read.
+        ConfigError: the size of a file cannot be read, though it may exist.
     """
     if not files:
         return []

@@ -9,7 +9,7 @@ Log-probabilities, which are at most 0, are stored in one of three precisions: `
 1 to 2e-9. Entropy and rest take two bytes (four in ``float32``).
 
 Encodings were chosen by measurement (docs/teacher_cache.md): byte-stream split and zstd on values interleaved
-as ``[positions * k]`` beat plain, delta, dictionary and one column for each rank.
+as ``[positions * k]`` beat plain, delta, dictionary and one column for each place in the top k.
 
 Shapes: D documents, S tokens of all of them, N positions of all of them, K tokens kept.
 """
@@ -62,12 +62,12 @@ class Rows:
 
     @classmethod
     def concatenate(cls, parts: list[Rows]) -> Rows:
-        """Return several, laid end to end, as one."""
+        """Return the documents of all parts, laid end to end in their order."""
         return cls(*(np.concatenate([getattr(p, f.name) for p in parts]) for f in fields(cls)))
 
     @property
     def corpus(self) -> str:
-        """Fingerprint of the tokens, of which are supervised, and of the order of the documents."""
+        """Fingerprint of the documents' tokens, their labels and their order."""
         return fingerprint.documents(self.tokens, self.supervised, self.lengths)
 
 

@@ -35,6 +35,9 @@ class CacheTeacher(Stage):
         shard_positions: supervised positions after which a file is closed; a kill costs at most these.
         count_seconds: seconds spent on counting the corpus before the run, to forecast time and size.
         kwargs: how the teacher is loaded; see :class:`src.training.stage.Stage`.
+
+    Raises:
+        ConfigError: ``precision`` is unknown, or ``out`` is a URL.
     """
 
     @checked
@@ -95,7 +98,13 @@ class CacheTeacher(Stage):
             self.check()
 
     def resume(self, batches: int) -> None:
-        """Compute no signal for the first ``batches``, which lie in the cache. Every rank must call it."""
+        """Have :meth:`predict_step` compute no signal for the first batches, which lie in the cache.
+
+        A collective call if the model is sharded: every rank must make it.
+
+        Args:
+            batches: number of these batches on this rank.
+        """
         sharded = kind(self.trainer.strategy) in ("fsdp", "fsdp2")
         self.skip, self.idle = batches, least(batches, self.device) if sharded else batches
 

@@ -47,11 +47,11 @@ class Teacher(Runner, Protocol):
     k: int
 
     def resume(self, batches: int) -> None:
-        """Compute no signal for the first ``batches``. Every rank must call it."""
+        """Have the run compute no signal for the first ``batches``. Every rank must call it."""
 
 
 class Rendered(Protocol):
-    """What the writer asks of the data module, to note it in the manifest."""
+    """What the writer asks of the data module: what documents were rendered and tokenised with."""
 
     tokenizer: PreTrainedTokenizerBase
     rendering: Rendering
@@ -83,7 +83,10 @@ class CacheWriter(BasePredictionWriter):
         """The directory's lock and the writing thread."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Render chats with the date that the cache began with, unless the user sets a date."""
+        """On a resume, let chat templates take for today the day that the cache noted when it was begun.
+
+        A day that the user sets wins.
+        """
         super().setup(trainer, pl_module, stage)
         corpus = cast(Rendered, data_of(trainer))
         parts = (Manifest.load(self.out, part) for part in range(trainer.world_size))
@@ -135,6 +138,9 @@ class CacheWriter(BasePredictionWriter):
         """Add the rows of a batch to the present shard, and write the shard when it is full.
 
         If an earlier run wrote that shard, its tokens are compared instead.
+
+        Raises:
+            ConfigError: these tokens differ, or the disk is full.
         """
         self._batches += 1
         if REPEATED not in batch:
@@ -146,7 +152,11 @@ class CacheWriter(BasePredictionWriter):
             self._close()
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write the last shard, and mark this part of the cache as complete."""
+        """Write the last shard, and mark this part of the cache as complete.
+
+        Raises:
+            ConfigError: the corpus ended before the shards that an earlier run wrote, or the disk is full.
+        """
         if self._known:
             raise ConfigError(f"cache: corpus: it ends before {self._known[0].file} of '{self.out}' now.")
         if self._rows:
