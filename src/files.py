@@ -127,7 +127,12 @@ def whole(path: str | Path, replace: bool = True) -> Iterator[Path]:
 
 
 def beside(path: Path, suffix: str) -> Path:
-    """Return this process's temporary path beside ``path``, for ``partial`` or ``old`` content."""
+    """Return this process's temporary path beside ``path``.
+
+    Args:
+        path: the target.
+        suffix: ``partial`` for what is being written, ``old`` for what has been moved aside.
+    """
     return path.with_name(f".{path.name}.{os.getpid()}.{suffix}")
 
 

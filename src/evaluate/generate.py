@@ -24,20 +24,20 @@ _SHRINK = 0.8
 
 
 def stop_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """Return the tokens that end a text: the tokenizer's, and all that the checkpoint declares."""
+    """Return the ids of tokens that end a text: the tokenizer's, and those in the generation config."""
     declared = getattr(model.generation_config, "eos_token_id", None)
     declared = declared if isinstance(declared, list) else [declared]
     return frozenset(i for i in (*declared, tokenizer.eos_token_id) if i is not None)
 
 
 def new_tokens(prompts: Sequence[Sequence[int]], positions: int, asked: int | None, default: int) -> int:
-    """Return how many tokens a continuation may have at most, so that the longest one fits the positions.
+    """Return how many new tokens to allow, such that the longest prompt and its continuation have positions.
 
     Args:
         prompts: token lists.
         positions: tokens that prompt and continuation may have together.
-        asked: the number that the user asks for, or None.
-        default: the number otherwise, cut to what the longest prompt leaves.
+        asked: number of new tokens that the user asks for; None if the user does not say.
+        default: number to allow in that case, or fewer if the longest prompt leaves fewer positions.
 
     Raises:
         ConfigError: the longest prompt leaves fewer positions than asked for, or none.
@@ -61,14 +61,14 @@ def greedy(
     batch_size: int = 128,
     pad: int = 0,
 ) -> list[list[int]]:
-    """Continue every prompt greedily; return the new tokens, without the stop token.
+    """Continue every prompt greedily; return the new tokens of each, without the stop token.
 
     Prompts of similar length share a batch, padded on the left; rows that are done leave the batch.
 
     Args:
         model: a causal language model in eval mode.
         prompts: token lists, none empty.
-        max_new_tokens: most tokens a continuation may have.
+        max_new_tokens: largest number of tokens of a continuation.
         stop: tokens that end a continuation.
         batch_size: prompts decoded together.
         pad: any token; it is masked.

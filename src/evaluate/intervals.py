@@ -38,11 +38,11 @@ def shares(count: int, stream: int, resamples: int = RESAMPLES) -> Array:
 
 
 def interval(sums_SI: Array, sizes_I: Array, resamples: int = RESAMPLES) -> Interval:
-    """Return the mean of a figure over seeds and items, ``sums / sizes``, with its 95 % interval.
+    """Return the mean of a figure with its 95 % interval: the sums, averaged over seeds, over the sizes.
 
     Args:
-        sums_SI: sum of the figure over each item (0 or 1, if an item is right or wrong), by seed.
-        sizes_I: what each item counts for: 1 in a share of items, its tokens in a mean over tokens.
+        sums_SI: for each seed the figure of each item: 1 if it is right and 0 if not, or a sum over tokens.
+        sizes_I: what each item counts for: 1, or its number of tokens.
         resamples: number of resamples.
     """
     seeds, items = sums_SI.shape

@@ -75,7 +75,11 @@ def scores(output: dict[str, Any]) -> Scores:
 
 
 def compare(student: Scores, teacher: Scores) -> None:
-    """Add the ``ratio`` to the teacher's score and, if known, ``flips`` to the student's metrics in place."""
+    """Add to each metric of the student, in place, how it compares with the teacher's.
+
+    ``ratio`` is the student's score over the teacher's; it is left out if the teacher's is 0. ``flips``
+    (:func:`src.evaluate.flips.flips`) is added if each answer is either right or wrong.
+    """
     for task, metrics in student.items():
         for name, own in metrics.items():
             other = teacher[task][name]

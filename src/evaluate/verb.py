@@ -62,7 +62,7 @@ def exact_match(
         tokenizer: its tokenizer.
         rows: prompts, and reference answers that end in ``#### n``.
         columns: names of the columns of prompt and reference.
-        max_new_tokens: most tokens of an answer; None is the longest reference and 32 more.
+        max_new_tokens: largest number of tokens of an answer; None is that of the longest reference plus 32.
         batch_size: prompts decoded together.
         positions: tokens that prompt and answer may have together.
 

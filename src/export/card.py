@@ -53,7 +53,7 @@ def model_card(
 
     Args:
         mask: the kept units and their origin.
-        weights: numbers in the parent and in this model.
+        weights: number of weights of the parent, and of this model.
         findings: outcome of each check of the proof.
         parent_card: front matter of the parent's card, whose licence and languages carry over.
         recovery: tokens and scope of the recovery; None if the weights are the parent's.
@@ -62,7 +62,7 @@ def model_card(
         lost_heads: multi-token-prediction layers of the parent that are not part of this model.
         repair: the repair before any recovery, in words; None without one, or if the recovery has it.
         made_for: the model that the mask was made for, if not this parent.
-        before: cuts that the parent comes from, in words.
+        before: earlier cuts, by which the parent itself was made, in words.
     """
     head = _head(mask, parent_card, recovery, license_name)
     facts = {

@@ -57,7 +57,7 @@ def parent_files(name: str, revision: str | None) -> Path:
 
 
 def parent_tokenizer(name: str, revision: str | None, files: Path) -> PreTrainedTokenizerBase | None:
-    """Return the parent's tokenizer; None if it has no files of one, or if that gives no tokens.
+    """Return the parent's tokenizer; None if it has no tokenizer files, or they encode a text to nothing.
 
     Args:
         name: Hub id or directory of the parent.
@@ -109,7 +109,7 @@ def _settings(file: Path) -> dict[str, Any]:
 
 
 def stored_heads(parent: Path, length: int) -> int:
-    """Count the multi-token-prediction layers in the parent's weights, which its config may not mention.
+    """Count the multi-token-prediction layers among the parent's weights; its config need not mention them.
 
     Args:
         parent: directory of the parent.

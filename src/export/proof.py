@@ -124,12 +124,12 @@ def stored_as_parent(
 
 
 def removed_weights(width: Width, parent: PreTrainedModel, path: str, mask: Mask) -> int:
-    """Count the numbers of a parent that a mask of KV groups or channels removes.
+    """Count the single numbers that a mask of KV groups or channels removes from a parent's weights.
 
     Args:
         width: where the parent's tensors hold these units.
         parent: the parent.
-        path: name of its list of layers.
+        path: name of its list of layers, such as ``model.layers``.
         mask: the mask.
     """
     state, gone = parent.state_dict(), mask.units // mask.num_layers - len(mask.by_layer[0])

@@ -183,7 +183,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
 
 
 def add_options(parser: Parser) -> None:
-    """Add the options that every command shares which ends in an export."""
+    """Add the options that all commands that end in an export have in common."""
     add = parser.add_argument
     add("--mask", required=True, metavar="FILE", help="mask.json of a search")
     add("--out", required=True, metavar="DIR", help="directory to create")

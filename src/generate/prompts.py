@@ -35,12 +35,12 @@ class Prompt:
 
 
 class Prompts:
-    """Makes prompts of rows.
+    """Turns rows of a corpus into prompts, when it is called with the rows.
 
     Args:
         tokenizer: the model's.
         columns: which columns of a row are read.
-        start: number of tokens of a plain text that are given; the model writes the rest.
+        start: number of tokens of a plain text that its prompt keeps; the model writes the rest.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, columns: Columns, start: int) -> None:

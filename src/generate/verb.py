@@ -83,7 +83,17 @@ def written(
     prompts: list[Prompt],
     args: argparse.Namespace,
 ) -> list[Written]:
-    """Continue some prompts together, padded on the left."""
+    """Continue some prompts as one batch, padded on the left.
+
+    Args:
+        model: the model that writes.
+        tokenizer: its tokenizer.
+        prompts: the prompts.
+        args: options of the command: how many tokens are written, and how they are drawn.
+
+    Returns:
+        For each prompt a dict (:data:`Written`) of its row, number of new tokens, and whether it is finished.
+    """
     stop, longest = stop_tokens(model, tokenizer), max(len(prompt.ids) for prompt in prompts)
     positions = longest_row(args.model) or sys.maxsize
     most = new_tokens([prompt.ids for prompt in prompts], positions, None, args.max_new_tokens)
