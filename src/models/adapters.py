@@ -23,7 +23,7 @@ def adapted(student: PreTrainedModel, rank: int) -> PreTrainedModel:
 
     Args:
         student: a plain model.
-        rank: rank of each adapter; its scale is 2.
+        rank: rank r of each adapter; its update is scaled by alpha / r = 2.
 
     Returns:
         The student, wrapped by peft.
@@ -46,15 +46,19 @@ def adapted(student: PreTrainedModel, rank: int) -> PreTrainedModel:
 
 
 def unwrapped(model: nn.Module) -> PreTrainedModel:
-    """Return the plain model inside one that peft has wrapped, with the adapters merged into its weights."""
+    """Merge the adapters into the weights of a model from :func:`adapted`; return the plain model in it."""
     return cast(Wrapped, model).merge_and_unload()
 
 
 def out_of_reach(model: PreTrainedModel) -> str:
-    """Say which matrices within the layers of an adapted model have no adapter; empty if all have one.
+    """Return which weight matrices of an adapted model's layers have no adapter, in words for a message.
 
     They are mostly routed experts: one tensor holds the weights of all experts, and is no linear layer. peft
     adapts these tensors in some families (Mixtral), and not in others (GPT-OSS).
+
+    Returns:
+        The names inside a layer, and the share of the layers' weights that these matrices hold; empty if all
+        have an adapter.
     """
     sizes = {"reached": 0, "left": 0}
     names = set()

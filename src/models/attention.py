@@ -21,6 +21,11 @@ def attention_flops(query: Sequence[int], key: Sequence[int], value: Sequence[in
     """Return the floating-point operations of attention on a query, a key and a value of these shapes.
 
     They are those of its two matrix products; nothing is saved for a causal mask.
+
+    Args:
+        query: such as ``[B, heads, T, width of a head]``.
+        key: the same for the tokens that are attended to; its heads are not counted.
+        value: as ``key``, with a width of its own.
     """
     *batch, queries, width = query
     return 2 * math.prod(batch) * queries * key[-2] * (width + value[-1])

@@ -59,7 +59,7 @@ def weight_files(name: str) -> list[Path]:
 
 
 def stored(name: str) -> dict[str, Tensor]:
-    """Return the tensors in a directory by name, without their data.
+    """Return the tensors of a directory's weight files by name, on the meta device; none for a Hub id.
 
     Raises:
         ConfigError: a file is truncated, empty or of another format.
@@ -77,7 +77,7 @@ def stored(name: str) -> dict[str, Tensor]:
 
 
 def stored_dtype(name: str) -> torch.dtype | None:
-    """Return the type of most numbers in a directory's weights; None if none is a 16- or 32-bit float."""
+    """Return the type (float32, bfloat16, float16) of most of a directory's weights; None if none has one."""
     sizes: Counter[torch.dtype] = Counter()
     for tensor in stored(name).values():
         if isinstance(tensor, Tensor) and tensor.dtype in STORED:
@@ -86,16 +86,17 @@ def stored_dtype(name: str) -> torch.dtype | None:
 
 
 def check_counts(section: dict[str, Any], name: str) -> None:
-    """Refuse a config in which a number of layers is none, or far too high to be meant.
+    """Refuse a config whose number of layers is negative, above ``MOST_LAYERS``, a float, a string or a bool.
 
-    It looks into nested configs too, and comes before a list of that length is made.
+    Nested configs are searched too. It must be called before a model is built, which would make a list of
+    that length.
 
     Args:
-        section: a config as stored, or a part of it.
+        section: a config as a dict, or a part of it.
         name: Hub id or directory, for the message.
 
     Raises:
-        ConfigError: names the key.
+        ConfigError: a number is refused; the message names its key and value.
     """
     for key, value in section.items():
         if isinstance(value, dict):
@@ -168,9 +169,12 @@ def is_tied(model: PreTrainedModel) -> bool:
 
 
 def untie(model: PreTrainedModel) -> bool:
-    """Correct the config of a loaded model that calls an output head of its own tied; return if it did.
+    """Set ``tie_word_embeddings`` to false if the loaded model has an output head with weights of its own.
 
     transformers ties by this flag alone whenever it builds a model, so a copy would lose the head.
+
+    Returns:
+        Whether the flag was true, and wrong.
     """
     if not getattr(model.config, "tie_word_embeddings", False) or is_tied(model):
         return False
@@ -182,7 +186,11 @@ def untie(model: PreTrainedModel) -> bool:
 
 
 def cause(error: Exception) -> str:
-    """Return the first line of a library's error, shortened; with the error's type if that tells more."""
+    """Return the first line, at most 300 characters, of the message of an error that a library raised.
+
+    The name of its type precedes it, except for OSError, ValueError and RuntimeError, whose messages say
+    enough if there is one.
+    """
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     text = (lines or [""])[0][:300]
     kind = type(error).__name__
@@ -190,14 +198,15 @@ def cause(error: Exception) -> str:
 
 
 def blamed(section: dict[str, Any], message: str) -> str:
-    """Say which settings have a value that an error repeats: ``its config.json has hidden_act: 'swoosh'. ``.
+    """Find the settings of a config whose value (a string) an error message mentions.
 
     Args:
-        section: a config as stored, or a part of it.
+        section: a config as a dict.
         message: text of the error.
 
     Returns:
-        Words to put in front of the error; empty if it repeats no value.
+        Words to put in front of it, such as ``its config.json has hidden_act: 'swoosh'. ``; empty if it
+        mentions no value.
     """
     guilty = [
         f"{key}: {value!r}"

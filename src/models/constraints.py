@@ -37,7 +37,15 @@ class Constraints:
     reason: str = ""
 
     def pinned(self, length: int, remove: int) -> frozenset[int]:
-        """Return layers to keep so that any choice of ``remove`` others of ``length`` layers is legal."""
+        """Return layers to pin so that every mask that removes ``remove`` of the others is legal.
+
+        Masks that remove pinned layers may be legal too (whole blocks, another layer of a group); a search
+        does without these.
+
+        Args:
+            length: number of layers of the model.
+            remove: how many of them go.
+        """
         pinned = self.always_keep
         if self.tail_only:
             pinned |= frozenset(range(length - remove))

@@ -60,8 +60,9 @@ def parameters_of(config: PretrainedConfig) -> int:
 def decode_flops(config: PretrainedConfig) -> float:
     """Count the floating-point operations of decoding one token, from a config alone.
 
-    It is the mean over a benchmark of one row, which decodes behind 128 to 159 tokens. What attention costs
-    is linear in these, so two tokens in the middle have the mean cost of all.
+    It is the mean over what a benchmark decodes by default: ``NEW`` tokens behind a prompt of ``PROMPT``, in
+    one row. The cost of a token is linear in the number of tokens before it, so the mean over the middle two
+    is that over all.
 
     Raises:
         ConfigError: what this family computes depends on values, and a model without weights has none.

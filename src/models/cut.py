@@ -3,7 +3,7 @@
 The cut model is built by its own class from a cut config, so ``layer_idx`` and everything a layer derives
 from it are right by construction. It receives the parent's weights under their new names. Then each layer is
 compared with its original: modules, shapes and plain attributes. Whatever differs is computed from the
-position in a way that the config cannot say, and the mask is refused by that name.
+position in a way that the config cannot say; the mask is refused, and the error names the difference.
 
 A search learns what a family cannot express before it draws a mask (:mod:`src.models.constraints`).
 """

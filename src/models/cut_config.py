@@ -125,16 +125,22 @@ def weightless(config: PretrainedConfig, family: type[PreTrainedModel] | None = 
 
 
 def layer_list(model: PreTrainedModel, path: str) -> nn.ModuleList:
-    """Return the layers of a model, by the path of the list in another of the same class."""
+    """Return the layers of a model, which lie at the dotted ``path``.
+
+    Args:
+        model: any decoder.
+        path: as :func:`src.models.layers.decoder_layers` finds it in a model of the same class.
+    """
     found = model.get_submodule(path)
     assert isinstance(found, nn.ModuleList)
     return found
 
 
 def attention_implementation(config: PretrainedConfig) -> dict[str, str | None]:
-    """Return the attention implementation (``sdpa``, ...) of the whole under ``""``, of its parts by name.
+    """Return which attention implementation (``sdpa``, ...) a config sets, as transformers' setter takes it.
 
-    transformers takes this form.
+    Returns:
+        That of the config itself under ``""``, and that of each nested config under its key.
     """
     parts = {key: getattr(config, key, None) for key in config.sub_configs}
     named = {key: part._attn_implementation for key, part in parts.items() if part is not None}

@@ -48,7 +48,11 @@ def weights_fingerprint(name: str, revision: str | None = None) -> str | None:
 
 
 def differ(one: str | None, other: str | None) -> bool | None:
-    """Return whether two fingerprints are of different weights; None if they cannot be compared."""
+    """Return whether two fingerprints are of different weights.
+
+    Returns:
+        None if they cannot be compared: one is None, or was made by another version of the scheme.
+    """
     if one is None or other is None or not (one.startswith(SCHEME) and other.startswith(SCHEME)):
         return None
     return one != other

@@ -36,7 +36,7 @@ class Gates:
     Attributes:
         layers: the decoder layers.
         each: number of units in a layer.
-        evaluated: how many times a layer has run, which measures the cost of a search.
+        evaluated: number of runs of single layers so far, which measures the cost of a search.
         plain: whether the layers return the stream alone, as a tensor; known once the open model has run.
     """
 
@@ -73,7 +73,13 @@ class Gates:
         raise NotImplementedError
 
     def watched(self, see: Callable[[int, Tensor], None]) -> AbstractContextManager[None]:
-        """Call ``see(layer, input)``, in the block, for each linear map that units of width feed."""
+        """Call ``see(layer, input)``, in the block, whenever a linear map runs that units of width feed.
+
+        Only gates on units of width (KV groups, channels) have such maps.
+
+        Args:
+            see: takes the number of the layer and the map's input ``[B, T, features]``.
+        """
         raise NotImplementedError
 
     @contextmanager
@@ -82,7 +88,8 @@ class Gates:
 
         Args:
             gates_U: values in [0, 1], one for each unit; None leaves all open.
-            observer: sees the stream before and after each layer.
+            observer: called as ``observer(layer, h_in_BTH, h_out_BTH)`` after each layer, with its number and
+                the stream before and after it. A gate on the whole layer is not applied yet.
         """
         assert gates_U is None or gates_U.shape == (len(self),), "one gate for each unit"
         before = self._gates, self._values, self._observer, self._prefixes
@@ -235,6 +242,6 @@ def resumes(gates: Gates, run: Callable[[], Tensor]) -> bool:
 
 
 def freeze(model: PreTrainedModel) -> PreTrainedModel:
-    """Put a model into eval mode without gradients; return it."""
+    """Put a model into eval mode and set ``requires_grad`` of all weights to false; return the model."""
     model.eval().requires_grad_(False)
     return model

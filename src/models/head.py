@@ -50,7 +50,11 @@ class OutputHead:
         self.cap: float | None = getattr(config, "final_logit_softcapping", None)
 
     def hidden(self, batch: Mapping[str, Any]) -> Tensor:
-        """Return the hidden states ``[B, T, H]`` after the final norm."""
+        """Return the decoder's hidden states ``[B, T, H]`` after the final norm.
+
+        Args:
+            batch: ``input_ids`` and whatever else the decoder takes; keys of :data:`TARGETS` are left out.
+        """
         inputs = {key: value for key, value in batch.items() if not key.startswith(TARGETS)}
         return within(
             self.model, lambda: cast(Tensor, self.decoder(**inputs, use_cache=False).last_hidden_state)
@@ -82,9 +86,9 @@ class OutputHead:
 
     @property
     def sums(self) -> bool:
-        """Whether :meth:`logits` can add the gradients of ``parameters`` to its buffers ``into``.
+        """Whether :meth:`logits` takes buffers ``into``, to which the backward pass adds the gradients.
 
-        It can if the head is an ``nn.Linear`` of which all weights train.
+        It does if the linear map is exactly an ``nn.Linear`` and all its weights train.
         """
         return type(self.linear) is nn.Linear and len(self.parameters) == len(self._weights)
 
@@ -99,7 +103,8 @@ class OutputHead:
         """Compare the logits of this class with the model's own on a few tokens, without dropout.
 
         Raises:
-            ConfigError: they differ, so the head computes something that this class does not know.
+            ConfigError: they differ, so the head computes something that this class does not know; or they
+                are not finite.
         """
         batch, training = self.few, [part for part in self.model.modules() if part.training]
         self.model.eval()

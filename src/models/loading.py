@@ -159,13 +159,14 @@ def load_model(
 
 
 def shared_positions(names: Sequence[str], length: int) -> int:
-    """Return the longest sequence that all of some models can read.
+    """Return the number of tokens in the longest row that each of some models can read.
 
-    It warns if that is shorter than ``length``.
+    It is that of the shortest table of positions; ``sys.maxsize`` if no model has one. A warning says so if
+    it is below ``length``.
 
     Args:
-        names: Hub ids or directories.
-        length: tokens of a sequence that the user asks for.
+        names: Hub ids or directories of the models.
+        length: number of tokens in a row that the user asks for.
 
     Raises:
         ConfigError: see :func:`load_config`.

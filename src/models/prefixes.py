@@ -20,9 +20,9 @@ Front = tuple[float, ...]
 
 
 class Prefixes:
-    """Holds the stream of one batch in front of some units: of the open model, and of the last mask.
+    """Holds streams of one batch in front of units, as the open model and the last mask's model compute them.
 
-    These are right for that batch and one state of the weights.
+    They hold for that batch as long as the weights stay the same.
 
     Args:
         every: streams are kept in front of each unit whose number this divides; None keeps no stream.
@@ -66,7 +66,10 @@ class Prefixes:
         return self._streams.setdefault(self._gates[:unit], h_BTH)
 
     def apart(self) -> Iterator[Prefixes]:
-        """Yield, for each stream that is held now, a :class:`Prefixes` that holds it alone."""
+        """Yield, for each stream that is held now, a new :class:`Prefixes` that holds this stream alone.
+
+        So a pass can be made to start at each of them in turn, which :func:`src.models.gated.resumes` tries.
+        """
         for front, h_BTH in list(self._streams.items()):
             alone = Prefixes(self.every)
             alone._streams[front] = h_BTH
@@ -81,7 +84,7 @@ class PrefixMemory:
 
     Args:
         units: number of units, U.
-        limit: most streams that are held at a time; fewer than two hold none.
+        limit: largest number of streams to hold at a time; below two, none is held.
 
     Attributes:
         every: streams are kept in front of each unit whose number this divides; None keeps none.

@@ -125,7 +125,7 @@ def _same(value: Any, expected: Any, shares: tuple[int, int]) -> bool:
 
 
 def alike(layers: nn.ModuleList) -> list[set[int]]:
-    """Return the layers in groups; those of a group differ in their weights alone."""
+    """Return the numbers of the layers in groups; the layers of a group differ in their weights alone."""
     kinds: dict[str, set[int]] = {}
     for index, layer in enumerate(layers):
         kinds.setdefault(repr(traits(layer)), set()).add(index)
