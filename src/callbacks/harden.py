@@ -58,8 +58,9 @@ class HardenMask(Callback):
 
     Args:
         path: where to write the mask; None is ``mask.json`` in the run's log directory.
-        prefix_gib: memory (GiB) in which layers' outputs are remembered while masks are measured. A mask then
-            starts at its first removed unit, not at the first layer, with the same result; 0 remembers none.
+        prefix_gib: memory (GiB) in which layers' outputs are remembered while masks are measured. The pass
+            that measures a mask then starts at its first removed unit, not at the first layer, with the same
+            result; 0 remembers none.
     """
 
     @checked

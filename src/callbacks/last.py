@@ -1,4 +1,4 @@
-"""Save the last step of a run as ``last.ckpt``, however the run ends."""
+"""Save the last step of a run as ``last.ckpt``, whether its steps, its data or a signal end it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 
 class LastCheckpoint(ModelCheckpoint):
-    """Is Lightning's ``ModelCheckpoint``, except that ``last.ckpt`` holds the last step however the run ends.
+    """Is Lightning's ``ModelCheckpoint``, but ``last.ckpt`` holds the last step, unless the run fails.
 
     Lightning's own saves every ``every_n_train_steps``. A run that ends between two of these steps, as when
     its data end (``data.max_tokens``), leaves an older step in ``last.ckpt``, which an export would take

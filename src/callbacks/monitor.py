@@ -20,14 +20,17 @@ if TYPE_CHECKING:
 
 
 class SearchMonitor(Callback):
-    """Logs the mask's entropy, and to TensorBoard a heat map of keep probabilities and the kept units.
+    """Logs the entropy of the mask, and draws the keep probabilities of the units in TensorBoard.
 
-    At the end it writes the keep probabilities of all steps to ``gates.json`` in the run's log directory, for
-    the report. Channels and KV groups are too many to draw: for each layer it shows and writes the mean over
-    the units of the layer that would be kept.
+    ``mask/entropy`` is the entropy (nats) of keeping each unit or not, summed over the units. TensorBoard
+    gets a heat map of all steps so far, and as text the units that the policy would keep now. At the end the
+    keep probabilities of all steps are written to ``gates.json`` in the run's log directory, for the report.
+
+    Of channels and KV groups, too many to draw, the heat map and the file hold one number for each layer: the
+    mean keep probability of those of its units that the policy would keep now.
 
     Args:
-        every: steps between two heat maps.
+        every: optimiser steps between two heat maps.
     """
 
     @checked
@@ -71,7 +74,7 @@ class SearchMonitor(Callback):
 
 
 class Throughput(Callback):
-    """Logs tokens per second and the peak memory of the process (of the device, on a GPU)."""
+    """Logs ``perf/tokens_per_s`` and ``perf/peak_memory_mib``: of the process, or on a GPU of its tensors."""
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
         self._time, self._tokens = time.monotonic(), cast(int, module.tokens)

@@ -23,8 +23,8 @@ def check_path(callback: Callback, path: str | None) -> None:
     """Refuse, before anything is learned, the path of an output file that could not be written.
 
     Args:
-        callback: whose setting the path is; the message names it.
-        path: where it will write; None is a place of its own choice.
+        callback: the callback that has the path as an option; the message names its class.
+        path: where it will write; None is not checked, as the callback then chooses a place itself.
 
     Raises:
         ConfigError: the path is a directory, or its directory cannot be written to.
