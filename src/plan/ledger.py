@@ -82,7 +82,7 @@ class Ledger(TorchDispatchMode):
 
     @contextmanager
     def step(self) -> Iterator[None]:
-        """Note the peak of the block apart, as that of an optimiser's step.
+        """Record the peak of the block, an optimiser's step, in ``step_peak`` and not in ``peak``.
 
         What the block allocates counts as the optimiser's.
         """
@@ -93,7 +93,12 @@ class Ledger(TorchDispatchMode):
             self.step_peak["optimiser"] += self.step_peak.pop(part, 0)
 
     def own(self, tensors: Iterable[Tensor | None], part: str) -> None:
-        """Count the storages of some tensors to a part from now on; those that are new are counted too."""
+        """Count the storages of some tensors to a part from now on, also those not counted before.
+
+        Args:
+            tensors: the tensors; None is passed over.
+            part: one of :data:`PARTS`.
+        """
         for tensor in tensors:
             if tensor is None:
                 continue
@@ -150,7 +155,7 @@ FLOPS: dict[object, Callable[..., int]] = {
 
 @contextmanager
 def fused_attention(ledger: Ledger) -> Iterator[None]:
-    """Have scaled dot-product attention hold what the fused kernels of GPUs hold, in the block: no scores.
+    """Let attention hold in the block only what the fused kernels of GPUs hold, and so no matrix of scores.
 
     CPUs write the scores out where keys and values differ in width (multi-head latent attention). The
     function is replaced, because a torch function mode would be off while a backward pass recomputes layers.

@@ -70,12 +70,14 @@ def strategy_name(strategy: Any, ranks: int) -> str:
 
 
 def memory(trace: Trace, at: Setting, device: Device) -> dict[str, int]:
-    """Return the peak bytes of one rank by part: forwards and backwards or, if more, in the optimiser's step.
+    """Return the bytes of one rank by part, at the moment when it holds most.
+
+    That is in the forward and backward passes, or in the optimiser's step if that needs more.
 
     Args:
         trace: what a step holds on one device without sharding.
         at: how the stage is spread over devices.
-        device: its overheads are added.
+        device: kind of device, whose overhead and fragmentation are added as a part of their own.
     """
     moments = [_moment(trace.peak, trace, at, gathered=True)]
     if trace.step:

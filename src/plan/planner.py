@@ -169,7 +169,10 @@ class Planner:
 
     @cached_property
     def calibration(self) -> float:
-        """Forward passes of a batch that a search makes beside its steps; 0 if they are too many to count."""
+        """Number of forward passes of a batch that a search makes beside its steps; 0 if it is not counted.
+
+        It is not counted for a policy that measures too much, such as all masks.
+        """
         if self.experiment.stage != "search":
             return 0.0
         module = self.experiment.module()
@@ -178,7 +181,10 @@ class Planner:
 
     @cached_property
     def streams(self) -> int:
-        """Most layers' outputs of a batch that a search remembers while it measures masks."""
+        """Largest number of units' outputs, each for one batch, that a search holds to measure masks.
+
+        It is 0 for other stages, and for units of width.
+        """
         module = self.experiment.module()
         if not isinstance(module, MaskSearch) or module.policy.kind.wide:
             return 0
@@ -188,7 +194,7 @@ class Planner:
 
     @property
     def remembered(self) -> int:
-        """Bytes of these outputs."""
+        """Bytes of the outputs that :attr:`streams` counts."""
         return self.streams * self._stream if self.streams else 0
 
     @property

@@ -21,7 +21,7 @@ from src.policies.walk import Walker
 
 NOTHING = torch.empty(0)
 NEIGHBOURS = 1024
-"""Most units whose joint costs J are computed: a model has far more channels, and a plan needs no more."""
+"""Largest number of units whose joint costs J are computed; a plan of many channels needs no more."""
 
 
 class Toy:
@@ -33,7 +33,7 @@ class Toy:
         spread: standard deviation of the logarithms of the costs.
         strength: c in the formula.
         reach: rho in the formula.
-        noise: standard deviation of the logarithm of a batch's factors on the costs.
+        noise: standard deviation of the logarithms of the factors by which a batch changes the costs.
     """
 
     def __init__(
@@ -67,17 +67,19 @@ class TooMany(Exception):
 
 
 class CountingProbe(Walker):
-    """Answers a policy as a probe does, with the toy's values, and counts what real measurements would cost.
+    """Gives a policy the divergences of a :class:`Toy`, not of a model, and counts what those would cost.
 
     Args:
         layers: number of units U.
         batches: number of calibration batches.
-        streams: most layers' outputs that the real probe remembers at a time.
-        limit: most measurements that are counted; one more raises :class:`TooMany`.
+        streams: largest number of units' outputs, each for one batch, that the real probe holds at a time.
+        limit: largest number of masks measured since :meth:`renew`; beyond it :meth:`walk` raises
+            :class:`TooMany`.
         wide: whether every mask runs all layers, as a mask of channels or KV groups does.
 
     Attributes:
-        forward: passes of one batch through the whole model so far; a backward pass counts as one more.
+        forward: cost so far, in forward passes of one batch through the whole model. A backward pass counts
+            as one more, or as two if it reaches the weights.
     """
 
     def __init__(
@@ -96,19 +98,23 @@ class CountingProbe(Walker):
 
     @property
     def memory(self) -> PrefixMemory:
-        """What would hold the remembered outputs of layers."""
+        """Memory of the streams in front of units, as a real probe's, with empty tensors in their place."""
         return self._memory
 
     def walk(
         self, masks: Sequence[Tensor], about: str, by: Measure = "divergence", quick: bool = False
     ) -> list[float]:
-        """Return the toy's divergences, and count what real ones would cost."""
+        """Return the toy's divergence under each mask, whatever the measure; count what real ones would cost.
+
+        Raises:
+            TooMany: with these, more masks are measured than the limit.
+        """
         if len(self._known) // self.batches + len(masks) > self.limit:
             raise TooMany
         return super().walk(masks, about, by, quick)
 
     def run(self, batch: int, gates: Front, by: Measure, prefixes: Prefixes) -> float:
-        """Return the toy's divergence, and count the layers of a real pass."""
+        """Return the toy's divergence under ``gates``, and count the layers that a real pass would run."""
         if batch not in self._signals:
             self._signals.add(batch)
             self._count((1.0,) * self.layers, prefixes)

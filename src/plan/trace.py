@@ -37,14 +37,15 @@ class Trace:
     """Holds what one micro-batch of a stage costs on one device, with nothing quantised or sharded.
 
     Attributes:
-        peak: bytes by part (:data:`src.plan.ledger.PARTS`) when their sum is highest, in the passes.
+        peak: bytes by part (:data:`src.plan.ledger.PARTS`) when their sum is highest, before the optimiser's
+            step.
         flops: floating-point operations of the step.
         teacher_flops: operations of the teacher's forward pass among these.
         parent: number of weights of the parent.
         trainable: number of weights that are trained.
-        student: weights of the model that is searched, recovered or run.
-        teacher: weights of the model beside it, or of the parent where none is.
-        step: as ``peak``, in the optimiser's step; empty if the stage has none.
+        student: sizes of the model that is searched, recovered or run.
+        teacher: sizes of the teacher's own model; if it has none, those of the parent.
+        step: bytes by part when their sum is highest in the optimiser's step; empty if the stage has none.
     """
 
     peak: dict[str, int]

@@ -25,7 +25,7 @@ class Weights:
         root: all weights outside the decoder layers.
         int8: all weights, with 8-bit linear layers.
         nf4: all weights, with 4-bit linear layers.
-        widest: the largest linear layer, which a pass unpacks to use it where layers are quantised.
+        widest: the largest linear layer, unpacked: quantised layers are unpacked one at a time for use.
     """
 
     whole: int

@@ -16,7 +16,12 @@ _COMPRESSED_ID, _COMPRESSED_REST = 1.28, {"float32": 8.1, "float16": 4.9, "compa
 
 @dataclass(frozen=True)
 class CacheSize:
-    """Holds the bytes of a cache: ``raw`` before compression, which is exact, and ``expected`` on disk."""
+    """Holds the bytes of a cache.
+
+    Attributes:
+        raw: bytes before compression; exact.
+        expected: bytes on disk, as estimated from the compression of measured caches.
+    """
 
     raw: int
     expected: int
@@ -46,7 +51,7 @@ def calibration(search: MaskSearch, streams: int = 10**6) -> float | None:
 
     Args:
         search: the search; its policy cannot be used again.
-        streams: most layers' outputs that its probe remembers at a time.
+        streams: largest number of units' outputs, each for one batch, that its probe holds at a time.
 
     Returns:
         The number of passes; None for a policy that measures too much to count, such as all masks.
