@@ -1,8 +1,8 @@
 """Repair the residual stream behind each gap of a cut model, in weights that it has, without training.
 
 A gap is where layers were removed between two kept ones. :mod:`src.repair.stream` says what LinearPatch
-(arXiv 2505.24680) computes there. :mod:`src.repair.fold` says why that cannot be folded exactly into a stock
-model, and how it is approximately. Here both meet the calibration rows:
+(arXiv 2505.24680) computes there. :mod:`src.repair.fold` says why a stock model cannot hold that exactly, and
+how its weights come near it. This module runs both on the calibration rows:
 
     repairs = LinearPatch("rows.jsonl")(student, parent, mask, tokenizer)
 
@@ -49,10 +49,10 @@ class LinearPatch:
         data: calibration rows: JSONL, Parquet, text or a Hub id.
         goal: the stream that the layer before a gap should leave: the ``parent``'s own behind the gap, or
             LinearPatch's ``h P``, with the Hadamard rotation (``rotate``) or without (``diag``).
-        rows: most calibration rows that are read.
+        rows: largest number of calibration rows that are read.
         columns: columns of these rows; None looks for well-known names.
         split: split of a Hub or saved dataset; None is the only one that it has.
-        max_length: most tokens of a row.
+        max_length: tokens after which a row is cut off.
         batch_size: rows at once.
         ridge: pull towards the present weights, relative to the power of each feature.
         distill_steps: batches on which P alone is distilled before it is folded; not with ``parent``.
@@ -154,7 +154,7 @@ class LinearPatch:
 
         Args:
             tokenizer: of the model.
-            limit: most tokens of a row, if the model sets one; longer rows are shortened.
+            limit: tokens that the model can read in a row, after which a row is cut off; None is no limit.
 
         Raises:
             ConfigError: there are no rows.

@@ -7,7 +7,7 @@ eigenvalues are d, and it is one matrix product for each token and gap.
 
 A run of removed layers at the very start or end gets none. Before the start there is no kept layer whose
 output could be repaired, only the embeddings; after the end there is none to receive it, only the final norm.
-The method asks for both: its scales compare the inputs of two layers.
+The method needs a kept layer on both sides: its scales compare the inputs of two layers.
 
 Shapes: B batch, T tokens, H hidden, N tokens that are not padding, J junctions.
 """

@@ -89,7 +89,7 @@ def _axes(columns: int, height: float, **keys: Any) -> tuple[Figure, list[Axes]]
 
 
 def mask_strip(mask: Mask) -> Figure:
-    """Draw which units a mask keeps: boxes for layers or halves, a map of each layer's units."""
+    """Draw which units a mask keeps: a box for each layer or half, or a map of channels or KV groups."""
     if mask.wide:
         return width_map(mask)
     return layer_strip(mask.num_layers, mask.removed) if mask.unit == "layer" else half_strip(mask)
@@ -169,7 +169,7 @@ QUALITIES = {
 
 @styled
 def quality(names: Sequence[str], models: Sequence[dict[str, Any]], keys: Sequence[str]) -> Figure:
-    """Draw the figures ``keys``, some of :data:`QUALITIES`, of every model, side by side."""
+    """Draw the figures ``keys`` (of :data:`QUALITIES`), one panel each, with a bar for every model."""
     figure, axes = _axes(len(keys), 2.7)
     for axis, key in zip(axes, keys, strict=True):
         title, form = QUALITIES[key]
@@ -204,7 +204,10 @@ def courses(search: Sequence[Sequence[float]], recover: Sequence[Sequence[float]
 
 @styled
 def gate_map(keep_SL: Sequence[Sequence[float]], of: str = "that a layer is kept") -> Figure:
-    """Draw a probability ``of`` something, at each of S steps of a search, for each of L layers."""
+    """Draw the probabilities ``keep_SL`` at each of S steps of a search, for each of L layers.
+
+    ``of`` says in the title what they are the probability of.
+    """
     figure, (axis,) = _axes(1, 3.0)
     steps, layers = len(keep_SL), len(keep_SL[0])
     image = axis.imshow(
@@ -241,7 +244,7 @@ def budgets(curve: Sequence[dict[str, Any]], num_layers: int) -> Figure:
 def speed(names: Sequence[str], measured: Sequence[dict[str, Any]]) -> Figure:
     """Draw the measured speed-up of every student, with quartiles, beside its ideal.
 
-    ``measured`` holds what ``benchmark`` measured of each, by phase (prefill, decode).
+    ``measured`` has for each name what ``benchmark`` measured, by phase (``prefill``, ``decode``).
     """
     figure, axes = _axes(2, 0.9 + 0.5 * len(names), sharex=True)
     furthest = max(m[p]["ideal"] for m in measured for p in ("prefill", "decode"))
@@ -267,7 +270,7 @@ def speed(names: Sequence[str], measured: Sequence[dict[str, Any]]) -> Figure:
 
 @styled
 def cost(tokens: dict[str, float], seconds: dict[str, float]) -> Figure:
-    """Draw what each stage cost, from its number of tokens and of seconds."""
+    """Draw what each stage cost: its number of ``tokens`` and of ``seconds``, both by the stage's name."""
     panels = [("Tokens", tokens, tokens_text), ("Seconds", seconds, "{:,.0f} s".format)]
     panels = [panel for panel in panels if panel[1]]
     bars = max(len(values) for _, values, _ in panels)
