@@ -3,9 +3,10 @@
 The models run in one process and take turns at every token: each reads a prompt (prefill), then decodes
 with its cache. The speed-up is the median over repeats of the ratio within a repeat, with its quartiles.
 
-The ideal is the ratio of the floating-point operations in the very calls that are timed (layers, attention
-and output head; a cut of L to K layers: (L layer + head) / (K layer + head)). What a model does beside them
-(embedding, masks, norms, Python) does not shrink with its layers, so a measured speed-up stays below it.
+The ideal is the ratio of the floating-point operations in the very calls that are timed: those of the layers
+and of the output head. For a cut of L to K layers it is (L a + b) / (K a + b), with a those of a layer and b
+those of the head. What a model does beside these (embedding, masks, norms, Python) does not shrink with its
+layers, so a measured speed-up stays below the ideal.
 """
 
 from __future__ import annotations
@@ -74,8 +75,9 @@ def compare(
         repeats: how often all models are timed.
 
     Returns:
-        For each model a dict with ``prefill`` and ``decode``: ``tokens_per_s`` with its ``iqr``, the
-        ``speedup`` with its ``speedup_iqr`` and the ratio of every repeat, and the ``ideal`` speed-up.
+        For each model, in order, a dict with ``prefill`` and ``decode``. Each has the medians over repeats
+        ``tokens_per_s`` and ``speedup``, their quartiles ``[low, high]`` as ``iqr`` and ``speedup_iqr``, the
+        ``speedups`` of all repeats, and the ``ideal`` speed-up.
     """
     generator = torch.Generator().manual_seed(0)
     vocabulary = min(text_config(model.config).vocab_size for model in models)
@@ -110,7 +112,7 @@ def _figures(speeds: Tensor, ratios: Tensor) -> dict[str, Any]:
 
 
 def verdict(name: str, phase: str, batch_size: int, figures: dict[str, Any]) -> str | None:
-    """Return a warning if a speed-up falls short, else None.
+    """Return a warning, one sentence, if a speed-up falls short, else None.
 
     It falls short below 90 % of the ideal one, or if its lower quartile is at most 1.
 

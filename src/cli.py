@@ -58,6 +58,9 @@ def _help() -> str:
 def run(argv: list[str]) -> Any:
     """Run one command line: a tool of the table, or one of Lightning's verbs.
 
+    Returns:
+        After a verb of Lightning the :class:`PruneCLI` that ran it, else None.
+
     Raises:
         ConfigError: the user asked for something that cannot be done.
     """
@@ -88,7 +91,7 @@ def run(argv: list[str]) -> Any:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the command line; after a user's fault the status is 2, after a signal 128 and its number."""
+    """Run the command line; exit with status 2 at a user's fault, with 128 plus its number at a signal."""
     with stopping.heeded():  # before anything large is imported
         try:
             _run_to_the_end(sys.argv[1:] if argv is None else argv)

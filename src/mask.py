@@ -199,7 +199,10 @@ class Mask:
 
     @property
     def reads(self) -> tuple[int, ...]:
-        """For each layer of the cut model, the parent's layer that reads its output; L is the final norm."""
+        """For each layer of the cut model, the parent's layer whose attention reads its output there.
+
+        That is the attention of the cut model's next layer. For the last one L stands for the final norm.
+        """
         return (*self.attention[1:], self.num_layers)
 
     @property
@@ -223,7 +226,7 @@ class Mask:
         return cls(model, num_layers, tuple(keep), "by hand")
 
     def check(self, num_layers: int, model: str) -> None:
-        """Refuse a mask whose layer count is not that of ``model``."""
+        """Raise a :class:`ConfigError` unless ``num_layers``, those of ``model``, is the mask's number."""
         if self.num_layers != num_layers:
             raise ConfigError(
                 f"mask: it was made for a model of {self.num_layers} layers ('{self.model}'), but "

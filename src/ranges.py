@@ -22,13 +22,13 @@ Init = TypeVar("Init", bound=Callable[..., None])
 
 @dataclass(frozen=True)
 class Range:
-    """Describes the numbers from ``low`` to ``high``, both included.
+    """Describes which numbers are accepted: those from ``low`` to ``high``, and those of ``also``.
 
     Attributes:
         kind: ``int`` for whole numbers, or ``float``.
         low: the least number.
         high: the largest number.
-        open: which ends are excluded: ``low``, ``high``, ``both``, or none (an empty text).
+        open: which ends are themselves excluded: ``low``, ``high``, ``both``, or none (an empty text).
         also: numbers outside that have a meaning of their own, such as -1 for no limit.
     """
 

@@ -47,7 +47,8 @@ class Recovery(Stage):
         mask: the ``mask.json`` of a search.
         model: Hub id or directory of the parent; None is the one that the mask names.
         teacher: source of the teacher's signal; None runs the parent live.
-        distillation: divergence from that signal, the first term of the loss. Validation has its k and rule.
+        distillation: divergence from that signal, the first term of the loss. Validation logs it as
+            ``val/kl``, with the same ``k`` and ``rule``, at temperature 1, every token weighing the same.
         terms: further terms of the loss, each with a weight; see :class:`src.losses.Objective`.
         scope: what trains: all weights (``full``), the layers next to removed ones (``cut_adjacent``), or
             ``lora`` adapters on all linear maps (needs the extra ``lora``), which the export merges. Linear

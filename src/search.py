@@ -157,11 +157,14 @@ class MaskSearch(Sized):
             return self.hidden(batch, None, observer)
 
     def parents_weights(self) -> AbstractContextManager[None]:
-        """Switch off the adapters, if there are any, in the block: it runs with the weights of an export."""
+        """Switch off the adapters, if there are any, in the block: the parent's own weights are at work."""
         return nullcontext() if self.adapters is None else self.adapters.off()
 
     def spent(self, batch: Batch, layers: float) -> None:
-        """Add the pass of a batch through so many layers to ``forward_tokens``, as a share of all layers."""
+        """Add the cost of a pass of a batch through so many layers to ``forward_tokens``.
+
+        It is the batch's tokens, times the ranks, times the share that these layers are of all.
+        """
         self.forward_tokens += real_tokens(batch) * self.trainer.world_size * layers / self.num_layers
 
     @torch.no_grad()

@@ -80,7 +80,11 @@ class TeacherSource(Protocol):
         """Fingerprint of a model of its own; None if it is the parent, or a cache."""
 
     def refuse(self, trainer: Trainer, data: object) -> None:
-        """Refuse a trainer or data that this source cannot work with, before anything is loaded."""
+        """Refuse a trainer or data that this source cannot work with, before anything is loaded.
+
+        Raises:
+            ConfigError: it cannot work with them; names the key to change.
+        """
 
     def adopt(self, parent: PreTrainedModel) -> None:
         """Take the loaded parent of the student; a source that needs no model ignores it."""
@@ -109,8 +113,8 @@ class LiveTeacher:
 
     Args:
         model: Hub id or directory; None is the model being shortened.
-        quantize: load the model in ``int8`` or ``nf4``; like ``dtype`` and ``attention``, makes a copy of
-            its own.
+        quantize: hold the weights in ``int8`` or ``nf4``. If this, ``dtype`` or ``attention`` is given, the
+            teacher loads a copy of its own, also of the model being shortened.
         dtype: type of the weights that are not quantised; None is the parent's, of another model float32.
         revision: Hub revision of another model.
         attention: attention implementation; None is the parent's, of another model transformers' choice.
@@ -139,10 +143,10 @@ class LiveTeacher:
         return weights_fingerprint(self.name, self.loading.revision) if self.name else None
 
     def refuse(self, trainer: Trainer, data: object) -> None:
-        """Refuse ``shard`` where the strategy shards no teacher or the weights are quantised.
+        """Refuse ``shard`` where it cannot be followed.
 
         Raises:
-            ConfigError: names the alternatives.
+            ConfigError: the strategy is not FSDP2, or the weights are quantised; names the alternatives.
         """
         strategy = kind(trainer.strategy)
         if self.shard and strategy != "fsdp2":
@@ -220,7 +224,11 @@ class CachedTeacher:
         self.any_teacher = any_teacher
 
     def refuse(self, trainer: Trainer, data: object) -> None:
-        """Refuse data that are no cache."""
+        """Refuse data that are no cache.
+
+        Raises:
+            ConfigError: the data are no cache.
+        """
         self.corpus(data)
 
     def adopt(self, parent: PreTrainedModel) -> None:

@@ -72,7 +72,7 @@ def weights(path: str) -> dict[str, Tensor]:
     """Return the state dict of the LightningModule in a checkpoint, parts put together.
 
     Raises:
-        ConfigError: as of :func:`record`, or DeepSpeed wrote it, and is not installed.
+        ConfigError: :func:`record` would raise one, or DeepSpeed wrote the checkpoint and is not installed.
     """
     with reading(path):
         if not Path(path).is_dir():
@@ -218,7 +218,8 @@ class _Reader(FileSystemReader):
 
         Raises:
             OSError: a part is missing or too short.
-            pickle.UnpicklingError: the description names something to run.
+            pickle.UnpicklingError: ``.metadata``, which describes the parts, names another class or function
+                than those that describe parts.
         """
         folder = Path(self.path)
         if not (folder / "meta.pt").exists():  # of DeepSpeed, which has no description
@@ -251,7 +252,7 @@ class SafeCheckpointIO(TorchCheckpointIO):
         """Read a checkpoint without running code in it, whatever ``weights_only`` says.
 
         Raises:
-            ConfigError: as of :func:`reading`.
+            ConfigError: the file is missing, damaged, or holds more than tensors and numbers.
         """
         with reading(path):
             return super().load_checkpoint(path, map_location, weights_only=True)

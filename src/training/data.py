@@ -1,4 +1,4 @@
-"""Say what stages and schedules ask of a data module, and find a trainer's."""
+"""Say what stages and schedules ask of a data module, and find the data module of a trainer."""
 
 from __future__ import annotations
 

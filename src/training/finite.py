@@ -21,20 +21,28 @@ class FiniteOnly(Callback):
         """Stop the run if the loss of a batch is not finite.
 
         Raises:
-            ConfigError: it is not; names the step and the last good checkpoint.
+            ConfigError: the loss is not finite; names the step and the last good checkpoint.
         """
         if not loss.isfinite():
             raise self._fault(trainer, f"the loss is {float(loss)}")
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        """Stop the run if its last step left weights that are not finite, as no later loss will show."""
+        """Stop the run if its last step left weights that are not finite, as no later loss will show.
+
+        Raises:
+            ConfigError: a weight is not finite; names the step, the weight and the last good checkpoint.
+        """
         if trainer.global_step == trainer.max_steps or trainer.should_stop:
             self._check_weights(trainer, pl_module)
 
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Stop the run before weights that are not finite take the place of good ones."""
+        """Stop the run before weights that are not finite take the place of good ones.
+
+        Raises:
+            ConfigError: as :meth:`on_train_batch_end`.
+        """
         self._check_weights(trainer, pl_module)
 
     def _check_weights(self, trainer: Trainer, module: LightningModule) -> None:

@@ -57,7 +57,7 @@ class Change:
         return f"{self.key} was {self.was} and is now {self.now}"
 
     def among(self, keys: Sequence[str]) -> bool:
-        """Return whether one of ``keys`` is this key or contains it."""
+        """Return whether one of ``keys`` is this key, or that of a section of the config that holds it."""
         return any(f"{self.key}.".startswith(f"{key}.") for key in keys)
 
 

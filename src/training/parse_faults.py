@@ -1,6 +1,7 @@
 """Shorten jsonargparse's nested report of a fault to one line: the key, the value, what is accepted.
 
-The report lists every type of every union on the way to a key. Its point is at the end of the longest path.
+The report gives a reason for every type of every union on the way to the key at fault. Only those under the
+longest path of keys say what is wrong, and only they are kept.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Show how far a long step is: by a bar on a terminal, by a line now and then anywhere else."""
+"""Show how far a long task is: by a bar on a terminal, by a line now and then anywhere else."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def track(items: Iterable[T], about: str, total: int | None = None) -> Iterator[
 
     Args:
         items: what is worked through.
-        about: name of the step.
+        about: name of the task, which the bar or the lines begin with.
         total: number of items; None asks ``items`` for its length.
     """
     if total is None and isinstance(items, Sized):
@@ -39,10 +39,12 @@ def track(items: Iterable[T], about: str, total: int | None = None) -> Iterator[
 
 
 class Lines:
-    """Prints how far a step is, in a line every 30 seconds, on the first rank.
+    """Prints on the first rank's error stream how far a long task is: after 10 seconds, then every 30.
+
+    A line is printed only from within :meth:`tell`.
 
     Args:
-        about: name of the step.
+        about: what the line begins with, such as ``batches``; time counts from here.
     """
 
     def __init__(self, about: str) -> None:
@@ -53,7 +55,7 @@ class Lines:
         """Print a line if one is due.
 
         Args:
-            done: how many parts of the step are done.
+            done: how many parts of the task are done.
             total: how many there are, by which the time left is told; None if that is not known.
             more: what the line ends with.
         """
@@ -69,7 +71,7 @@ class Lines:
 
 @contextmanager
 def waiting(about: str) -> Iterator[None]:
-    """Print a line now and then, on the error stream, while a long step without parts runs in the block."""
+    """Print on the first rank's error stream, every 30 seconds, how long the block has run so far."""
     over, began = threading.Event(), time.monotonic()
 
     def tell() -> None:

@@ -1,8 +1,8 @@
 """Check all values of a parsed experiment before anything is built or called.
 
-The ranges of this product's constructors are their annotations (:mod:`src.ranges`). Those of the trainer are
-listed here. An optimiser checks its own, when it is built here for a parameter made for that. No number may
-be NaN or infinite.
+The ranges of this product's constructors are their annotations (:mod:`src.ranges`). Those of Lightning's
+trainer are listed here. An optimiser checks its own settings when it is built, so it is built here once,
+for a parameter that serves nothing else. No number may be NaN or infinite.
 """
 
 from __future__ import annotations

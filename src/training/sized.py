@@ -21,14 +21,16 @@ from src.units.targets import Target
 
 
 class Sized(Stage):
-    """A stage that is told in one of several ways how many units to remove; the others are None.
+    """A stage that removes units: one of ``remove``, ``ratio``, ``budgets`` and ``target`` says how many.
+
+    The other three are None.
 
     Args:
         model: Hub id or directory of the model to shorten.
         unit: kind of what is removed; see :class:`src.search.MaskSearch`.
-        remove: layers to remove; of halves as many attentions and as many feed-forwards, of KV groups or
-            channels so many from each layer.
-        ratio: share of them to remove, in (0, 1), rounded to the nearest count.
+        remove: number of layers to remove; of attentions and as many feed-forwards, if halves are removed;
+            of KV groups or channels in each layer, if these are.
+        ratio: the same number as a share, in (0, 1), rounded to the nearest count.
         budgets: several such shares: one search ends with a mask for each.
         nested: with ``budgets``, whether a smaller removal removes only units that the larger ones remove
             too. The largest is chosen first, and each smaller one keeps all that it keeps.

@@ -31,7 +31,8 @@ class Stage(LightningModule, ABC):
     Args:
         model: Hub id or directory of the model.
         revision: its Hub revision.
-        dtype: type of the weights; training keeps float32 and sets ``trainer.precision`` for mixed precision.
+        dtype: type of the loaded weights. To train in mixed precision, keep float32 and set
+            ``trainer.precision``.
         quantize: hold the weights in ``int8`` or ``nf4``.
         attention: attention implementation; None lets transformers choose.
         checkpoint_activations: recompute layers in the backward pass, to save memory.
@@ -72,7 +73,7 @@ class Stage(LightningModule, ABC):
 
     @waiting("the model is loaded")
     def load(self, dtype: Dtype | None = None) -> PreTrainedModel:
-        """Load the model, in ``dtype`` if one is given; set the fingerprint of its weights."""
+        """Load and return the model, in ``dtype`` if given; note its weights' fingerprint in ``weights``."""
         model = replace(self.loading, dtype=dtype or self.loading.dtype).load(self.name)
         self.weights = weights_fingerprint(self.name, self.revision)
         return model
@@ -82,7 +83,7 @@ class Stage(LightningModule, ABC):
         """Refuse a trainer or data with which this stage cannot work, before anything is loaded.
 
         Raises:
-            ConfigError: names the key and the alternative.
+            ConfigError: the stage cannot work with them; names the key and the alternative.
         """
 
     def configure_callbacks(self) -> list[Callback]:
@@ -103,10 +104,10 @@ class Stage(LightningModule, ABC):
         return self._trainer is not None and kind(self.trainer.strategy) in ("fsdp", "deepspeed")
 
     def check(self) -> None:
-        """Check that the model's output head and vocabulary are as the loss and the data take them to be.
+        """Check that the loss can compute the model's logits, and that data and model share a vocabulary.
 
         Raises:
-            ConfigError: the head computes something unknown, or the data's tokenizer is another one's.
+            ConfigError: the head computes something unknown, or the data's tokenizer is not the model's.
         """
         self.head.check()
         check_vocabulary(self.data.tokenizer, self.head.model, self.name, self.revision)
@@ -125,10 +126,10 @@ class Stage(LightningModule, ABC):
         checkpoint["read"] = self.read.unite(from_all(self.read.sample)).sample
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take over which documents were read, unless the checkpoint is of another run.
+        """Check that the checkpoint is of this run, and take over which documents were read.
 
         Raises:
-            ConfigError: it is of another run; names what differs, by key.
+            ConfigError: the checkpoint is of another run; names what differs, by key.
         """
         resumes = self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING
         identity.check(checkpoint.get("identity"), self, resumes)

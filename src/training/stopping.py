@@ -119,7 +119,10 @@ def heeded() -> Iterator[None]:
 
 
 def end(stopped: Stopped) -> NoReturn:
-    """End this process and its further ranks by a signal, after the first rank has said where it stopped."""
+    """End this process after a signal: pass it on to the ranks that it started, print where it stopped, exit.
+
+    Only the first rank prints. The exit status is that of ``stopped``, 128 plus the signal's number.
+    """
     for rank in ranks:
         if rank.poll() is None:
             rank.send_signal(stopped.number)

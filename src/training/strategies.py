@@ -80,7 +80,7 @@ def check_quantised(trainer: Trainer, quantize: str | None, name: str = "FSDP") 
         name: the strategy's, for the message.
 
     Raises:
-        ConfigError: names the alternatives.
+        ConfigError: the weights are quantised, and the strategy shards them; names the alternatives.
     """
     if quantize and kind(trainer.strategy) in SHARDED:
         raise ConfigError(
@@ -93,7 +93,7 @@ def check_device(trainer: Trainer) -> None:
     """Refuse FSDP1 and DeepSpeed on a machine without GPUs.
 
     Raises:
-        ConfigError: names the alternatives.
+        ConfigError: the strategy is one of these, and there is no GPU; names the alternatives.
     """
     if kind(trainer.strategy) in ("fsdp", "deepspeed") and not isinstance(
         trainer.accelerator, CUDAAccelerator
@@ -112,7 +112,7 @@ def check_checkpoint(trainer: Trainer, path: Any) -> None:
         path: the value of ``ckpt_path``.
 
     Raises:
-        ConfigError: it does not exist, is damaged, or was written by a strategy of another form.
+        ConfigError: it does not exist, is damaged, or is a file where a directory is needed, or the reverse.
     """
     if path is None or path == "last" or "://" in str(path):
         return
@@ -153,7 +153,7 @@ class FSDP2(ModelParallelStrategy):
         super().__init__(tensor_parallel_size=1, save_distributed_checkpoint=save_distributed_checkpoint)
 
     def setup_environment(self) -> None:
-        """Set up, with one mesh of all ranks; Lightning's default size is the number of nodes."""
+        """Set up the ranks, and shard over all of them; by default Lightning shards over the nodes alone."""
         self._data_parallel_size = self.num_nodes * self.num_processes
         super().setup_environment()
 
@@ -212,7 +212,7 @@ class FSDP(FSDPStrategy):
         return config and replace(config, buffer_dtype=torch.float32, reduce_dtype=torch.float32)
 
     def setup(self, trainer: Trainer) -> None:
-        """Set up as Lightning does, but clip gradients by their norm over all ranks, found by the root."""
+        """Set up as Lightning does, but let the root FSDP module clip gradients, by their norm over ranks."""
         super().setup(trainer)
         root = cast("FullyShardedDataParallel", self.model)
 

@@ -1,4 +1,7 @@
-"""Lightning's trainer, with atomic checkpoints, and with a result also for a run resumed at its last step."""
+"""Lightning's trainer, with checkpoints that appear whole or not at all.
+
+A fit that is resumed at its last step, where nothing is left to train, still writes its result.
+"""
 
 from __future__ import annotations
 
