@@ -38,8 +38,8 @@ class MaskPolicy(nn.Module, ABC):
     Args:
         always_keep: layers that may not be removed, such as ``[0, -1]``; negative counts from the end.
         seed: seed of the policy's own draws.
-        candidates: how many of the last distinct masks that the policy hardened to compete on held-out rows;
-            1 is the plain answer of the method.
+        candidates: number of masks, the last distinct ones that :meth:`harden` gave in training, of which the
+            best on held-out rows becomes the final one; 1 is the plain answer of the method.
         polish: whether exchanges of a removed and a kept unit are tried on held-out rows for as long as they
             help.
     """
@@ -192,8 +192,8 @@ class MaskPolicy(nn.Module, ABC):
     def by_group(self, free: Tensor) -> Tensor:
         """Arrange values of the free units (those that may be removed) in a row for each group of units.
 
-        Groups are chosen independently: each layer is one for KV groups and channels; else there is one
-        group.
+        The units of a group are chosen independently of those of others. The KV groups or channels of a
+        layer form a group; all layers, or all halves, form one.
 
         Args:
             free: one value for each free unit.

@@ -25,18 +25,20 @@ EPS = 1e-7
 
 
 class BypassBP(MaskPolicy):
-    """Learns the probability that each unit is kept, from the losses of masks drawn by it.
+    """Learns the probability that each unit is kept, from the losses of masks drawn with these probabilities.
 
     ``logits`` holds the probabilities themselves. A loss counts by its difference from a moving baseline. A
     loss that is not finite is dropped together with its mask.
 
     Args:
-        init: start: ``kl`` (the rise of the KL when a unit alone is bypassed, standardised, through a
-            sigmoid, shifted to the budget; arXiv 2406.10576 does so with a metric for channels), the same
-            with ``salience`` (the gates' gradients), or ``uniform``.
+        init: start of the probabilities. ``kl`` takes the KL of each unit bypassed alone; its logarithm is
+            standardised, goes through a sigmoid, and is shifted to the budget (arXiv 2406.10576 does so with
+            a metric for channels). ``salience`` does so with the gates' gradients; ``uniform`` measures
+            nothing.
         window: the baseline moves by ``1 / window`` towards the mean loss of each step.
-        exact_score: divide the score by ``s (1 - s)`` and correct for the baseline's share of the draws: an
-            unbiased gradient. arXiv 2406.10576 divides by the square root and by draws - 1.
+        exact_score: make the gradient unbiased: divide ``mask - s`` by ``s (1 - s)``, and the sum over draws
+            by their number less the weight of these draws in the baseline. arXiv 2406.10576 divides by
+            ``sqrt(s (1 - s))``, and by the number of draws less one.
         kwargs: ``always_keep``, ``seed``, ``candidates``, ``polish`` of the base class.
     """
 
@@ -121,9 +123,9 @@ class BypassBP(MaskPolicy):
 
 
 def shifted(value_L: Tensor, total: float) -> Tensor:
-    """Shift values so that, clipped to [0, 1], each row adds up to ``total``.
+    """Return ``clip(value - v, 0, 1)``, with v for each row such that the row adds up to ``total``.
 
-    It finds v in ``clip(value - v, 0, 1)`` by bisection in float64.
+    Bisection in float64 finds v.
 
     Args:
         value_L: ``[..., L]``.

@@ -32,8 +32,9 @@ from src.units.spaces import Kept
 class ConcaveGate(MaskPolicy):
     """Learns the places of contiguous segments of layers to remove, one number for each.
 
-    Contiguous means: among the layers that may be removed. The gates are deterministic, so one draw a step is
-    enough. A callback should anneal the temperature from about 2 layers to 0.05.
+    A segment skips layers that may not be removed: it is contiguous among the others. The gates are
+    deterministic, so one draw a step is enough. A callback should anneal the temperature from about 2 layers
+    to 0.05.
 
     Args:
         segments: number of segments; the layers to remove are divided among them as equally as possible.
@@ -128,7 +129,15 @@ def lengths(count: int, segments: int) -> list[int]:
 
 
 def heights(size: int, starts_S: Tensor, lengths_S: Tensor) -> Tensor:
-    """Return how far each layer ``[size]`` lies inside its nearest segment; negative outside."""
+    """Return the height of each layer ``[size]``: how far it lies inside its segment; negative outside.
+
+    Of several segments it is the greatest height.
+
+    Args:
+        size: number of layers that may be removed.
+        starts_S: first layer of each segment; need not be whole.
+        lengths_S: number of layers of each segment.
+    """
     middle_S = starts_S + (lengths_S - 1) / 2
     distance_SL = (torch.arange(size) - middle_S[:, None]).abs()
     return (lengths_S[:, None] / 2 - distance_SL).amax(0)

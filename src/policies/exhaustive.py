@@ -19,7 +19,7 @@ class Exhaustive(OneShot):
     """Measures the divergence of every mask that removes the set number of units, and takes the best.
 
     Args:
-        limit: most masks that it measures; more are refused.
+        limit: largest number of legal masks; with more, :meth:`setup` raises a :class:`ConfigError`.
         kwargs: ``always_keep``, ``seed``, ``candidates``, ``polish`` of the base class.
     """
 

@@ -63,7 +63,7 @@ class HardConcrete(MaskPolicy):
         return gates
 
     def open_probabilities(self) -> Tensor:
-        """Return the probability that each free unit's gate is not zero (arXiv 1712.01312)."""
+        """Return the probability ``[F]`` that the gate of each free unit is above zero (arXiv 1712.01312)."""
         return torch.sigmoid(self.logits[self.free] - TEMPERATURE * math.log(-LOW / HIGH))
 
     def surrogate(self, gates_DL: Tensor, losses_D: Tensor, grads_DL: Tensor | None) -> Tensor:

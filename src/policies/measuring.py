@@ -35,7 +35,7 @@ class Probe(Protocol):
 
         Args:
             masks: gates ``[U]`` of each.
-            about: name of the step, which the progress shows.
+            about: name under which the progress is shown, such as ``all masks``.
             by: what is measured.
             quick: whether a part of the rows is enough.
 
@@ -55,13 +55,16 @@ class Probe(Protocol):
         """
 
     def mean(self, sums: Tensor, counts: Tensor) -> Tensor:
-        """Return ``sums / counts``, of one shape, after each is added up over the ranks."""
+        """Return ``sums / counts`` after each is added up over the ranks; ``counts`` may be a scalar."""
 
     def salience(self) -> Tensor:
         """Return ``|gate dCE/dgate|`` ``[U]`` of the cross-entropy at open gates, the mean over batches."""
 
     def activations(self) -> Tensor:
-        """Return the mean absolute input ``[U]`` of the output projections, by KV group or channel."""
+        """Return the absolute input of the output projections by KV group or channel, ``[U]``.
+
+        It is summed over the inputs of a unit, and is the mean over the tokens.
+        """
 
     def weights(self) -> Iterator[tuple[int, str, nn.Parameter]]:
         """Yield each weight of the layers with the number of its layer and its name inside it."""

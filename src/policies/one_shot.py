@@ -30,7 +30,7 @@ class OneShot(MaskPolicy):
     Args:
         always_keep: layers that may not be removed, such as ``[0, -1]``; negative counts from the end.
         seed: unused by the scores.
-        candidates: 1; a method that never moves has one mask.
+        candidates: leave it at 1: the scores never change, so there is one mask.
         polish: whether single swaps of a removed and a kept layer are tried on held-out rows.
     """
 

@@ -100,6 +100,9 @@ class CalibrationProbe(Walker):
     Args:
         search: the search whose model is measured; its trainer must be attached.
         prefix_gib: memory for residual streams that masks share (GiB).
+
+    Raises:
+        ConfigError: there are no validation rows.
     """
 
     def __init__(self, search: Measured, prefix_gib: float = PREFIX_GIB) -> None:
@@ -156,7 +159,7 @@ class CalibrationProbe(Walker):
         return float(self.mean(torch.tensor(sums).sum(), count))
 
     def mean(self, sums: Tensor, counts: Tensor) -> Tensor:
-        """Return ``sums / counts``, of one shape, after each is added up over the ranks."""
+        """Return ``sums / counts`` after each is added up over the ranks; ``counts`` may be a scalar."""
         reduce, device = self.search.trainer.strategy.reduce, self.search.device
         totals = [cast(Tensor, reduce(x.to(device), reduce_op="sum")).to(x.device) for x in (sums, counts)]
         return totals[0] / totals[1]
@@ -188,7 +191,7 @@ class CalibrationProbe(Walker):
 
     @torch.no_grad()
     def activations(self) -> Tensor:
-        """Return the mean absolute input ``[U]`` of the output projections, summed over a unit's columns."""
+        """Return the absolute input ``[U]`` of the output projections: a unit's sum, the mean over tokens."""
         gates = self.search.gates
         sums, count = torch.zeros(len(gates.layers), len(gates) // len(gates.layers)), torch.zeros(1)
         for rows in self.rows:

@@ -1,6 +1,6 @@
 """LLM-Streamline's choice of layers (arXiv 2403.19135): remove the run that turns the stream least.
 
-LLM-Streamline trains a small network in their place; here nothing takes it.
+LLM-Streamline then trains a small network in the place of the run; this policy only chooses.
 """
 
 from __future__ import annotations

@@ -61,7 +61,8 @@ class TinyFusion(MaskPolicy):
         kwargs: ``always_keep``, ``seed``, ``candidates``, ``polish`` of the base class.
 
     Raises:
-        ConfigError: a block has more than 10,000 ways.
+        ConfigError: by :meth:`setup`, a block has more than ``LIMIT`` ways; by :meth:`sample`, a
+            :class:`src.callbacks.PruningCurriculum` asks for fewer removed layers than in the end.
     """
 
     @checked

@@ -51,10 +51,10 @@ class Walker(Probe):
         raise NotImplementedError
 
     def average(self, sums: Sequence[float]) -> float:
-        """Return the mean over all positions of the first batches, and over the ranks.
+        """Return the mean of a measure over the supervised positions of the first batches, on all ranks.
 
         Args:
-            sums: of a measure, one for each of these batches.
+            sums: what :meth:`run` returned for batches 0 to ``len(sums) - 1``.
         """
         raise NotImplementedError
 
