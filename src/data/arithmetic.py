@@ -92,9 +92,10 @@ def final_answer(text: str) -> str | None:
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """Return a lossless word-level fast tokenizer over the task's closed vocabulary, digits apart.
+    """Return a lossless word-level fast tokenizer over the task's closed vocabulary.
 
-    A token carries the space before it, as in byte-level BPE, so that decoding restores the text.
+    Each digit is a token of its own. A token carries the space before it, as in byte-level BPE, so that
+    decoding restores the text.
     """
     rng = random.Random(0)
     pieces = {d for digit in "0123456789" for d in (digit, " " + digit)} | {" ", "\n"}
@@ -112,6 +113,11 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 def write_splits(out: Path, sizes: dict[str, int], seed: int = 0) -> None:
     """Write ``<split>.jsonl`` for each split into ``out``; each file appears whole or not at all.
+
+    Args:
+        out: directory of the files.
+        sizes: number of problems of each split.
+        seed: seed of the draw; each split adds its place in ``SPLITS``.
 
     Raises:
         AssertionError: two splits share a question, which the construction rules out.

@@ -73,7 +73,7 @@ class Batching(Protocol):
 
     @property
     def block_tokens(self) -> int:
-        """Fewest tokens of a block that fill batches well; 0 if the number of its documents decides that."""
+        """Tokens that a block has at least, so that its batches are well filled; 0 if any number will do."""
 
     def plan(self, rows: list[TokenRow], rng: random.Random | None) -> list[list[list[TokenRow]]]:
         """Divide the documents ``rows`` into batches: a list of batches of rows of documents.
@@ -113,7 +113,7 @@ class Padded:
 
 @dataclass(frozen=True)
 class Packed:
-    """Fills rows of exactly ``max_length`` tokens with whole documents."""
+    """Puts whole documents into rows of exactly ``max_length`` tokens; padding fills what is left."""
 
     batch_size: int
     max_length: int
@@ -174,7 +174,10 @@ def real_tokens(batch: Batch) -> int:
 
 
 def row_ids(batch: Batch) -> list[int]:
-    """Return a hash of each row's tokens, whatever the padding, batch, order or corpus of the row."""
+    """Return for each row a hash of its tokens alone, the same in every batch, order and corpus.
+
+    The padding of a padded row does not count; that of a packed row does.
+    """
     names = []
     for b, ids in enumerate(batch["input_ids"].cpu()):
         kept = ids[batch["attention_mask"][b].cpu().bool()] if "attention_mask" in batch else ids

@@ -17,7 +17,10 @@ from src.errors import ConfigError
 
 @dataclass(frozen=True)
 class Columns:
-    """Names the columns of a row that are read; where all are None, well-known names are looked for.
+    """Names the columns of a row that are read.
+
+    If none of text, prompt, answer and messages is named, well-known names are looked for. Unless the row is
+    plain text, so are well-known names for those of input, system and tools that are not named.
 
     Args:
         text: column of plain text.
@@ -28,7 +31,12 @@ class Columns:
         system: column of a system prompt; it stands before the prompt, in a chat as its first turn.
         tools: column of the tools that a chat may call, a list or its JSON.
         ignore: columns that condition the answer and are left out nevertheless.
-        roles: what roles of a chat mean that are not known by name, such as ``{tutor: assistant}``.
+        roles: for each role of a chat whose name is not well known, the role that it means, such as
+            ``{tutor: assistant}``.
+
+    Raises:
+        ConfigError: more than one of text, prompt with answer, and messages is named; or one of prompt and
+            answer is missing.
     """
 
     text: str | None = None
@@ -54,7 +62,7 @@ class Columns:
         return [c for c in (self.text, self.prompt, self.answer, self.messages) if c is not None]
 
     def of(self, row: Row) -> Columns:
-        """Return the columns to read from ``row``: these, or the first well-known ones that it has.
+        """Return the columns to read from ``row``: these, completed by the first well-known ones that it has.
 
         Raises:
             ConfigError: the row lacks them, or fills one that conditions the answer and is not read.

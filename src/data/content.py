@@ -32,7 +32,8 @@ def described(sources: list[Source]) -> list[dict[str, Any]]:
 def alike(was: list[dict[str, Any]], now: list[dict[str, Any]]) -> bool:
     """Return whether two mixtures, from :func:`described`, are the same.
 
-    Sources are compared by content; by the name of the file or dataset, if a content is not known.
+    All settings of a source must be equal, and its content: not its path, which may have moved. If a content
+    is not known, the name of the file or dataset must be equal instead. The order of sources counts.
     """
     if len(was) != len(now):
         return False

@@ -104,7 +104,12 @@ class Corpus(Tokenized):
         self._apart = False  # whether the model was seen to keep packed documents apart
 
     def loader(self, split: Literal["train", "validation"], shuffle: bool, **options: Any) -> Loader:
-        """Return the loader of a split; ``options`` are those of :class:`src.data.loader.Loader`."""
+        """Return the loader of a split; ``options`` are those of :class:`src.data.loader.Loader`.
+
+        Raises:
+            ConfigError: the split has no source; or the model takes fewer tokens than ``max_length``, and
+                ``too_long`` is ``error``.
+        """
         apart = split == "validation" and self.held_out > 0
         sources = self.train if split == "train" or apart else self.validation
         if split == "validation":  # each document once: a weight would repeat those of small parts

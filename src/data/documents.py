@@ -28,7 +28,8 @@ class Document:
 
     Args:
         text: what the model reads.
-        spans: the supervised characters; None if the chat template hides which they are.
+        spans: first character, and that after the last, of each supervised piece of the text; None if the
+            chat template hides which they are.
         where: file and row, for messages.
         raw: what the row says, before any template, date or separator; the document is recognised by it.
         chat: whether a template rendered the text; it sets special tokens itself.

@@ -1,9 +1,8 @@
 """Turn documents into token rows: ids, and labels where a token is supervised.
 
-A token is supervised when it lies inside a supervised span. One that also covers characters before
-the span counts if those are blanks (the space that many tokenizers glue to a word), and so do the
-token that ends the row and the special token with which the assistant ends its turn: the model has
-to say them itself.
+A token is supervised when it lies inside a supervised span; it may also cover blanks before the span, as
+many tokenizers glue a space to a word. Two more are supervised, because the model has to say them itself: the
+EOS after a text, and the special token with which the assistant ends its turn.
 """
 
 from __future__ import annotations

@@ -68,7 +68,8 @@ def read_files(
     A row says under the key ``WHERE`` where it comes from.
 
     Args:
-        files: number and path or URL of each; with the number the share is dealt evenly over short files.
+        files: a number, such as its place in a list, and the path or URL of each file. The number shifts
+            which of the file's rows are in the share; else one share would get the first row of every file.
         share: number of the share, from 0.
         shares: into how many disjoint shares the rows are dealt.
         format: format of the files; None tells it from their suffixes.
@@ -105,7 +106,7 @@ def read_files(
 
 
 def reason(error: Exception) -> str:
-    """Return the first line of an error's message, or its kind."""
+    """Return the first line of an error's message that is not blank; its ``repr`` if there is none."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), repr(error))
 
 

@@ -34,12 +34,21 @@ returns whether any rank has another one, and the tokens of all ranks."""
 
 
 def alone(more: bool, tokens: int) -> tuple[bool, int]:
-    """Return what is given, which is the answer of :data:`Agree` where there is one rank."""
+    """Agree with oneself: the :data:`Agree` of a run of one rank, which returns what it is given.
+
+    Args:
+        more: whether this rank has another batch.
+        tokens: tokens of its present batch.
+    """
     return more, tokens
 
 
 def across_ranks() -> Agree:
-    """Return an :data:`Agree` of all ranks, which takes one small reduction on the CPU for each batch."""
+    """Return the function by which several ranks agree, batch by batch, whether an epoch goes on.
+
+    All ranks must call this, and then what it returns (:data:`Agree`) once for each batch; that sums two
+    numbers over the ranks, on the CPU.
+    """
     group = dist.group.WORLD if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
 
     def agree(more: bool, tokens: int) -> tuple[bool, int]:
@@ -75,9 +84,13 @@ class Loader:
         workers: worker processes; 0 reads in this process. Fewer are used if they do not divide the rank's
             lanes (:mod:`src.data.stream`).
         max_tokens: tokens, over all ranks and epochs, after which there are no more batches.
-        agree: how ranks agree that an epoch goes on.
+        agree: function by which ranks agree whether the epoch goes on: :func:`alone`, or the one that
+            :func:`across_ranks` returns.
         position: where to start: an earlier :attr:`position`; None is the beginning.
         mark: whether a batch that is given again has the key ``repeated``.
+
+    Raises:
+        ConfigError: on iteration, if no document is found, or a file or row is at fault.
     """
 
     def __init__(

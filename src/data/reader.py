@@ -28,8 +28,8 @@ class Corpora:
         columns: which columns of the rows are read.
         separator: text between prompt and answer.
         rendering: how chats become text.
-        held_out: share of the documents that is set apart, in [0, 1), by a hash of what
-            their rows say before any template.
+        held_out: share of the documents that is set apart, in [0, 1). Whether one is follows from a hash of
+            what its row says before any template.
         apart: whether to read the documents set apart, or the others.
     """
 
@@ -119,7 +119,11 @@ class _Part:
         self.rows = self.data.iter(batch_size=1)  # iter(data) would divide the rows again among workers
 
     def next(self) -> Row | None:
-        """Return the next row; None at the end, where a weighted source starts again if it has any."""
+        """Return the next row; None at the end of the source.
+
+        A source with a weight then starts again: the next call returns its first row. One that gave no row
+        since its start does not.
+        """
         try:
             batch = next(self.rows, None)
         except ConfigError:

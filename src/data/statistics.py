@@ -49,8 +49,9 @@ class Statistics:
         """Return the counts over one batch.
 
         Args:
-            rows: rows of documents of which the batch was made.
-            batch: the batch; None counts only what was left out.
+            rows: for each row of the batch, the documents (or pieces) that it holds; empty if ``batch`` is
+                None.
+            batch: the collated batch; None at the end of the data, to count the last documents left out.
             dropped: file and row of each document left out since the batch before.
             unread: columns of the documents that are not read.
         """

@@ -60,7 +60,9 @@ Item = tuple[Batch | None, State, Statistics]
 
 
 class Lane:
-    """Yields the batches of one share of the corpus, in one epoch.
+    """Yields the batches of one share of the corpus, in one epoch, each as an :data:`Item`.
+
+    After the last batch it yields items without a batch, for ever.
 
     Args:
         recipe: what the batches are made of.
@@ -117,7 +119,7 @@ class _Block:
         self.ended = False
 
     def advance(self, chunks: int) -> None:
-        """Read and encode so many chunks of documents, unless the block is complete before."""
+        """Read and encode ``chunks`` times up to ``_CHUNK`` documents, or until the block is complete."""
         for _ in range(chunks):
             if self.ended or (self.read >= self.size and self.length >= self.tokens):
                 return
@@ -139,7 +141,9 @@ class _Block:
 
 
 class Lanes(IterableDataset[Item | ConfigError]):
-    """Yields a batch from each lane of a rank in turn; each worker process serves some of the lanes.
+    """Yields an :data:`Item` of each lane of a rank in turn, without end; a worker process serves some lanes.
+
+    A fault of a file or row is yielded, not raised.
 
     Args:
         recipe: what the batches are made of.

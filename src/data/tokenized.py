@@ -28,7 +28,7 @@ class Tokenized(LightningDataModule):
         packing: ``padded`` rows of one document each, or rows of whole ``documents`` that do not
             see each other.
         batch_size: rows of a batch, at most.
-        max_length: tokens of a row.
+        max_length: tokens of a padded row at most, of a packed row exactly.
         too_long: what becomes of a longer document: ``truncate`` it, ``split`` it, or stop with an
             ``error``.
         bos: whether a text begins with the tokenizer's BOS; by default as the tokenizer itself does. A chat
