@@ -1,6 +1,6 @@
 """Cross-entropy on the labels, as a term of a recovery's loss.
 
-It costs a pass through the output head of its own, and all tokens weigh the same. ``Distillation(alpha=...)``
+All tokens weigh the same, and the output head runs once more for this term. ``Distillation(alpha=...)``
 computes a cross-entropy in the same pass as its divergence, and weighs the tokens of both by entropy.
 """
 

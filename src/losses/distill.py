@@ -88,8 +88,8 @@ class Distillation(Term):
                 returned scalar is then the mean over all its positions. None: these are all.
 
         Returns:
-            Scalars: ``loss``; and in nats, unweighted and without gradient, the mean divergence ``kd`` and,
-            if ``alpha < 1``, the mean cross-entropy ``ce``.
+            Scalars: ``loss``; and in nats, unweighted and without gradient, the mean divergence times T^2 as
+            ``kd`` and, if ``alpha < 1``, the mean cross-entropy ``ce``.
         """
         weights_N = self._weights(head, hidden_NH, signal, whole)
 
@@ -108,7 +108,11 @@ class Distillation(Term):
         return {"loss": loss / count, **dict(zip(("kd", "ce"), means, strict=False))}
 
     def loss(self, step: Step) -> dict[str, Tensor]:
-        """Return ``loss``, ``kd`` and, if ``alpha < 1``, ``ce``, as :meth:`__call__` does."""
+        """Return the scalars ``loss``, ``kd`` and, if ``alpha < 1``, ``ce``: means over supervised positions.
+
+        ``kd`` is the divergence times T^2, in nats; ``ce`` the cross-entropy. Both are unweighted and have no
+        gradient.
+        """
         return self(step.head, step.hidden_NH, step.labels_N, step.signal, step.whole)
 
     def _weights(
@@ -149,8 +153,8 @@ def chunked(
         hidden_NH: hidden states, which receive a gradient if they require one.
         parameters: weights that ``chunk`` uses; those that require a gradient receive one.
         size: tokens of a chunk.
-        sums: whether ``chunk`` itself adds the gradients of the parameters to buffers, which it is given, one
-            for each; otherwise autograd computes them, and no buffers are given.
+        sums: whether the backward pass of ``chunk`` itself adds the parameters' gradients to ``buffers``: one
+            in float32 for each parameter that requires a gradient. Otherwise ``buffers`` is empty.
 
     Returns:
         The loss (scalar) and the parts ``[P, N]``.

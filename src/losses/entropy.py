@@ -50,7 +50,8 @@ def token_weights(
 ) -> Tensor:
     """Return the weights ``[N]`` of N tokens, without gradient.
 
-    Their mean is 1 over the batch; or over the corpus, if ``mean_entropy`` is given.
+    Their mean is 1 over the batch. With ``mean_entropy`` the mean of ``linear`` and ``ratio`` is 1 over the
+    corpus instead.
 
     Args:
         name: kind of weight, from the table of this module.
@@ -58,8 +59,8 @@ def token_weights(
         vocabulary: V; no entropy exceeds its logarithm.
         strength: lambda of ``linear``.
         student_N: entropies of the student, nats; ``eakd`` needs them.
-        mean_entropy: mean entropy of the teacher over the corpus, nats. With it, ``linear`` and ``ratio`` are
-            normalised by the same number in every batch.
+        mean_entropy: mean entropy of the teacher over the corpus, nats. It normalises ``linear`` and
+            ``ratio`` by the same number in every batch; the other kinds ignore it.
         whole: the batch of all ranks that these tokens are a part of; None if they are the whole batch.
     """
     u = teacher_N.detach().float() / math.log(vocabulary)

@@ -41,8 +41,8 @@ class Objective:
 
     Attributes:
         terms: all terms, each with its weight.
-        distillation: validation reports its divergence, and its ``k`` says how many tokens the teacher's
-            signal holds. It is the distillation among the terms, or the default one if there is none.
+        distillation: the distillation among the terms, or the default one if there is none. Validation
+            reports its divergence, and its ``k`` says how many tokens the teacher's signal holds.
 
     Raises:
         ConfigError: two terms are of the same class, so their figures would have the same names.
@@ -61,7 +61,7 @@ class Objective:
         self.distillation = next(divergences, Distillation())
 
     def pairs(self, mask: Mask) -> tuple[Pair, ...]:
-        """Return all pairs of layers, of student and parent, whose streams some term compares; each once."""
+        """Return, each once, the pairs (student's layer, parent's layer) whose streams some term compares."""
         return tuple(dict.fromkeys(pair for each in self.terms for pair in each.term.pairs(mask)))
 
     def __call__(self, step: Step) -> dict[str, Tensor]:

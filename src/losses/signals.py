@@ -146,15 +146,17 @@ def _topk(x: Tensor, k: int, e: Tensor) -> TopK:
 def live_signal(
     head: OutputHead, hidden_NH: Tensor, k: int | None, chunk: int = 256, vocabulary: int | None = None
 ) -> Signal:
-    """Return the signal of a teacher that runs now; with a k, logits ``[N, V]`` are never held at once.
+    """Return a teacher's signal at N positions, computed from its hidden states in chunks.
+
+    With a k, no tensor ``[N, V]`` is ever held.
 
     Args:
         head: output head of the teacher.
         hidden_NH: its final hidden states at N positions.
         k: likeliest tokens to keep; None keeps the whole distribution.
         chunk: positions that pass through the head at a time.
-        vocabulary: number of the student's tokens, if the signal shall be over these; None keeps the
-            teacher's. Models of one family may pad a common vocabulary to other widths.
+        vocabulary: number of the student's logits, to which the teacher's are cut, or padded with
+            minus infinity; None keeps them. One family's models may pad a common vocabulary to other widths.
     """
 
     def logits_of(h_nH: Tensor) -> Tensor:
