@@ -103,13 +103,13 @@ def each_model(
 
     Args:
         args: the options ``teacher``, ``model`` and those of :meth:`Parser.add_model_options`.
-        tokenizer: tokenizer of the data, whose ids every model must mean.
+        tokenizer: tokenizer of the data; its ids must mean the same tokens to every model.
 
     Yields:
         ``path``, ``parameters`` and ``layers`` of the model, and the model.
 
     Raises:
-        ConfigError: a model cannot be loaded, or means other tokens by its ids.
+        ConfigError: a model cannot be loaded, or the tokenizer's ids mean other tokens to it.
     """
     named = [("--teacher", args.teacher)] * bool(args.teacher) + [("--model", name) for name in args.model]
     for key, name in named:
@@ -131,7 +131,7 @@ def provenance(verb: str, argv: Sequence[str], model: PreTrainedModel) -> dict[s
     Args:
         verb: verb of the command.
         argv: its arguments.
-        model: a model that was measured; it knows device and type.
+        model: a model that was measured; its device and type are noted.
     """
     device = model.device
     return {

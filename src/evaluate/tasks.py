@@ -90,9 +90,10 @@ def compare(student: Scores, teacher: Scores) -> None:
 
 
 def describe(output: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Return facts on each task of the harness's output.
+    """Return facts on each task in the output of :func:`src.evaluate.harness.ask`, by the task's name.
 
-    They are its shots, number of documents, version, data set, and the metrics of which less is better.
+    They are ``shots``, ``documents`` (their number), ``version``, ``data`` (the data set), and
+    ``less_is_better`` (a list of metrics).
     """
     keys, facts = ("dataset_path", "dataset_name", "dataset_kwargs"), dict[str, dict[str, Any]]()
     for task in output["results"]:

@@ -173,7 +173,7 @@ def _training(recovery: dict[str, Any] | None, repair: str | None) -> dict[str, 
 
 
 def scores_table(evaluation: dict[str, Any], directory: Path) -> str:
-    """Return a table of this model's figures beside its parent's.
+    """Return a Markdown table of this model's figures beside its parent's.
 
     Args:
         evaluation: the JSON that ``evaluate --out`` writes.

@@ -24,7 +24,7 @@ class Device:
         name: its key in the file.
         title: its full name.
         memory: bytes that a process can use.
-        tflops: peak 1e12 operations per second of dense matrix products, by type of the factors.
+        tflops: peak speed of dense matrix products by type of their factors, in 1e12 operations per second.
         efficiency: share of the peak that a training step reaches; an assumption.
         overhead: bytes taken before the first tensor (context, libraries' workspaces); an assumption.
         fragmentation: share of the tensors' bytes that the allocator holds beyond them; an assumption.

@@ -174,7 +174,7 @@ class LinearPatch:
         places: Sequence[Junction],
         calibration: Sequence[Batch],
     ) -> list[StreamRepair]:
-        """Return LinearPatch's own maps P, one for each gap, before they are folded; distilled if so set.
+        """Return LinearPatch's own maps P, one for each gap: not yet folded, distilled if ``distill_steps``.
 
         :func:`src.repair.stream.repaired` runs a model with them.
 

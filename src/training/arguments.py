@@ -40,9 +40,12 @@ class ShortErrors(LightningArgumentParser):
     """A parser that answers a fault with one message, not with a page of usage."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Raise a fault as one message, with the nearest key if one is unknown.
+        """Raise a fault as one message; for an unknown key it names the nearest one that exists.
 
         A nested parser raises what jsonargparse does, so that the outer one can add the key's path.
+
+        Raises:
+            ConfigError: always, except in a nested parser.
         """
         names = [name for action in self._actions for name in (action.dest, action.dest.split(".")[-1])]
         hint = _suggestion(message, names)
@@ -53,9 +56,9 @@ class ShortErrors(LightningArgumentParser):
     def parse_args(  # type: ignore[override]  # argparse has overloads, and jsonargparse none
         self, args: Sequence[str] | None = None, *more: Any, **keys: Any
     ) -> Namespace:
-        """Parse as jsonargparse does, with nulls repaired for nested parsers.
+        """Parse as jsonargparse does, but read ``key=None`` as null in a nested parser.
 
-        On the way to these, jsonargparse writes a null as Python's None.
+        jsonargparse hands a null on to nested parsers in that form, which they would read as text.
         """
         if not self.exit_on_error and isinstance(args, list):
             args = [arg.removesuffix("None") + "null" if str(arg).endswith("=None") else arg for arg in args]
@@ -63,7 +66,7 @@ class ShortErrors(LightningArgumentParser):
 
 
 class SaveConfig(SaveConfigCallback):
-    """Writes ``config.yaml`` when a fit begins: a resume that is refused leaves the run's own in place."""
+    """Writes ``config.yaml`` only once a fit begins, so that a refused resume leaves the run's own file."""
 
     def setup(self, trainer: lightning.Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "fit":
@@ -110,11 +113,13 @@ class PruneCLI(LightningCLI):
             data.tokenizer = model.get("model") or (Mask.load(model.mask).model if "mask" in model else None)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Build the trainer; pass on Lightning's own words if it lacks the strategy, or a GPU for it.
+        """Build the trainer, and add the callbacks that every run has.
 
-        The callbacks that every run has are added afterwards. If they were passed to Lightning, it would
-        refuse ``enable_checkpointing: false``, because the one that stops on signals derives from
-        ``Checkpoint``.
+        They are added afterwards. If they were passed to Lightning, it would refuse
+        ``enable_checkpointing: false``, because the one that stops on signals derives from ``Checkpoint``.
+
+        Raises:
+            ConfigError: Lightning cannot build it, for want of a GPU for instance; gives Lightning's words.
         """
         always = self.trainer_defaults.pop("callbacks", [])
         try:
