@@ -126,7 +126,15 @@ class _Trial:
         return torch.equal(self.run(*silent)[0], self.h)
 
     def halves(self) -> Halves:
-        """Find the two latest modules without which the layer does nothing; sort all others by half."""
+        """Find the writers: the last two modules that, silenced together, make the layer the identity.
+
+        One ends before the other begins, and neither does so alone. The writers bound the two halves, to
+        which all other modules are assigned by when they run.
+
+        Raises:
+            Misfit: there are no such writers, or the layer runs its halves side by side, or has weights
+                outside of both; the message is the predicate of a sentence on the layer.
+        """
         order = sorted(self.spans, key=lambda path: self.spans[path][1], reverse=True)
         for at, second in enumerate(order):
             if self.identity(second):

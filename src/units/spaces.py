@@ -75,11 +75,15 @@ class Space:
         return type(self)(self.units, self.keep, self.pinned | {*units})
 
     def neighbours(self, kept: Kept) -> Iterator[Kept]:
-        """Yield each legal set that one exchange of kept and removed units turns ``kept`` into."""
+        """Yield each legal set that differs from ``kept`` by one exchange of kept for removed units."""
         raise NotImplementedError
 
     def shorter(self, kept: Kept) -> Iterator[Kept]:
-        """Yield the subsets of ``kept`` that are legal in the next smaller space of this kind."""
+        """Yield the legal sets that remain of ``kept`` after one removal, with all pinned units.
+
+        One removal takes as little as leaves a legal set: a unit, two consecutive kept halves, or a unit in
+        each group.
+        """
         raise NotImplementedError
 
     def starts(self, scores: Tensor) -> Iterator[Kept]:
@@ -215,10 +219,11 @@ class AnyOf(Space):
         return torch.ones_like(scores).scatter(-1, order[..., : self.units - self.keep], 0.0)
 
     def marginals(self, theta: Tensor) -> Tensor:
-        """Return the probability ``[..., U]`` that each unit is kept; exact up to ``TABULATED`` units.
+        """Return the probability ``[..., U]`` that each unit is kept under logits ``theta [..., U]``.
 
-        Of more, it is that of independent coins that keep as many on average: right within about one in the
-        number of units (Hajek, Ann. Math. Stat. 1964), and not differentiable.
+        It is exact and differentiable up to ``TABULATED`` units. For more it is ``sigmoid(theta - c)``, with
+        c such that all sum to ``keep``, and 1 for pinned units: off by about 1 / U (Hajek, Ann. Math. Stat.
+        1964), without gradient.
         """
         if self.units <= TABULATED:
             return super().marginals(theta)

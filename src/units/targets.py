@@ -36,8 +36,8 @@ class Target:
     Attributes:
         speedup: how many times fewer floating-point operations a decoded token takes, above 1; what
             ``benchmark`` calls ideal.
-        parameters: most weights that the cut model may have.
-        memory_gib: most GiB that they may take, in the type that the parent's have.
+        parameters: largest number of weights that the cut model may have.
+        memory_gib: largest size of these weights in GiB, in the type that the parent's have.
     """
 
     speedup: float | None = None
@@ -47,7 +47,7 @@ class Target:
     def resolve(
         self, config: PretrainedConfig, limits: Constraints, stored: torch.dtype, width: Width | None = None
     ) -> tuple[int, str]:
-        """Return the least number of layers to remove, and words on what that reaches.
+        """Return the smallest number of layers to remove that reaches the target, and a line that says so.
 
         Args:
             config: of the parent.

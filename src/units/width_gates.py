@@ -156,11 +156,14 @@ class _Trial:
         self.writer, self.blocks = width.writers[index], width.blocks[index]
 
     def of(self, unit: int) -> None:
-        """Try one unit.
+        """Check that noise on what a unit computes changes the layer's output if it is open, and only then.
+
+        Args:
+            unit: number of the unit in its layer.
 
         Raises:
-            Misfit: its rows are not where they should be, or reach the stream past the writer; the message
-                says what the layer does.
+            Misfit: with the unit open nothing changes, so its rows lie elsewhere; or with it closed something
+                does, so it reaches the stream past its columns of the writer.
         """
         if torch.equal(self.run(unit), self.run(unit, noisy=True)):
             raise Misfit("does not hold its rows in the order of the units")
@@ -171,7 +174,13 @@ class _Trial:
             )
 
     def run(self, unit: int, closed: bool = False, noisy: bool = False) -> Tensor:
-        """Run the layer with a unit closed, or with noise on what it computes; return the stream behind."""
+        """Run the layer; return the stream ``[B, T, H]`` behind it.
+
+        Args:
+            unit: number of a unit in the layer.
+            closed: the unit adds nothing.
+            noisy: noise is added to what the unit's rows compute.
+        """
         with ExitStack() as stack:
             writer = self.layer.get_submodule(self.writer)
 
