@@ -3,8 +3,8 @@
 from src.callbacks.anneal import PruningCurriculum, TemperatureAnnealing
 from src.callbacks.harden import HardenMask
 from src.callbacks.last import LastCheckpoint
-from src.callbacks.lines import ProgressLines
 from src.callbacks.monitor import SearchMonitor, Throughput
+from src.callbacks.progress import ProgressBar, ProgressLines
 from src.callbacks.recompute import CheckpointActivations
 from src.callbacks.record import StageRecord
 from src.callbacks.stop import StopOnSignal
@@ -13,6 +13,7 @@ __all__ = [
     "CheckpointActivations",
     "HardenMask",
     "LastCheckpoint",
+    "ProgressBar",
     "ProgressLines",
     "PruningCurriculum",
     "SearchMonitor",

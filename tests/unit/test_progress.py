@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from lightning import LightningModule
+from lightning import LightningModule, Trainer
+from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.utilities import rank_zero_only
 
-from src.callbacks import ProgressLines
+from src.callbacks import ProgressBar, ProgressLines
 from src.training import progress
 from src.training.progress import Lines, track, waiting
 
@@ -101,3 +104,21 @@ def test_a_run_whose_bar_nobody_sees_has_lines(
         clock[0] += 20.0
         shown.on_train_batch_end(trainer, module)
         assert capsys.readouterr().err == ("steps: 5 of 20, 60 s left, train/kl 0.25\n" if bar else "")
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_the_bar_counts_steps_on_a_terminal_and_is_silent_elsewhere(
+    terminal: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A run of steps has no last epoch to count to."""
+    screen, bar = io.StringIO(), ProgressBar()
+    bar._console_kwargs = {"file": screen, "force_terminal": True}
+    monkeypatch.setattr("src.callbacks.progress.on_terminal", lambda: terminal)
+    trainer = Trainer(
+        max_steps=2, callbacks=[bar], accelerator="cpu", logger=False, enable_checkpointing=False,
+        enable_model_summary=False, limit_val_batches=0, default_root_dir=tmp_path,
+    )  # fmt: skip
+    trainer.fit(BoringModel())
+    shown = screen.getvalue()
+    assert ("steps" in shown) == ("2/64" in shown or "2/2" in shown) == terminal
+    assert "Epoch" not in shown

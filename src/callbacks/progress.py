@@ -1,4 +1,4 @@
-"""Print progress as lines, in place of Lightning's progress bar, where the error stream is no terminal."""
+"""Show how far a run is: as a bar on a terminal, as a line now and then anywhere else."""
 
 from __future__ import annotations
 
@@ -6,9 +6,32 @@ import sys
 from typing import Any
 
 from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import RichProgressBar
 
 from src.training.progress import Lines
 from src.training.schedules import total_steps
+
+
+def on_terminal() -> bool:
+    """Return whether a person sees what is printed as it is printed."""
+    return sys.stdout.isatty() and sys.stderr.isatty()
+
+
+class ProgressBar(RichProgressBar):
+    """Shows Lightning's bar on a terminal, and nothing anywhere else.
+
+    It counts steps. Lightning would name the bar after the epoch, and a streamed corpus has no last one.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+
+    @property
+    def is_enabled(self) -> bool:
+        return super().is_enabled and on_terminal()
+
+    def _get_train_description(self, current_epoch: int) -> str:
+        return f"{'steps':{len(self.validation_description)}}"
 
 
 class ProgressLines(Callback):
@@ -18,7 +41,7 @@ class ProgressLines(Callback):
     """
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self.wanted = trainer.progress_bar_callback is not None and not sys.stderr.isatty()
+        self.wanted = trainer.progress_bar_callback is not None and not on_terminal()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.lines, self.before = Lines("steps"), trainer.global_step
