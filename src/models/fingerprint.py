@@ -26,7 +26,7 @@ _FORMS = (
 
 
 def weights_fingerprint(name: str, revision: str | None = None) -> str | None:
-    """Return the fingerprint of a model's stored weights; None if their format is unknown here.
+    """Return the fingerprint of a model's stored weights; None if no file of a known format can be read.
 
     It covers the name, type and shape of every tensor and 4 x 256 bytes of its values, evenly spaced, so it
     is quick at any size. A copy, and the same weights in other shards, have the same fingerprint, however the

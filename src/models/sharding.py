@@ -40,14 +40,14 @@ def shard(network: PreTrainedModel, mesh: DeviceMesh, whole: Iterable[nn.Paramet
 
 
 def within(network: nn.Module, step: Callable[[], T]) -> T:
-    """Run a step that calls parts of ``network`` so that FSDP2 takes it for a forward pass of the whole.
+    """Call a function that runs parts of ``network`` so that FSDP2 takes it for a forward pass of the whole.
 
     Args:
-        network: sharded by :func:`shard` or not; if not, the step simply runs.
-        step: what to run.
+        network: sharded by :func:`shard` or not; if not, the function is simply called.
+        step: the function; it takes no arguments.
 
     Returns:
-        What the step returns.
+        What the function returns.
     """
     run: Callable[[Callable[[], T]], T] | None = getattr(network, "within", None)
     return run(step) if run else step()
