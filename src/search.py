@@ -144,7 +144,10 @@ class MaskSearch(Sized):
     # ------------------------------------------------------------------ measuring
 
     def hidden(self, batch: Batch, gates_U: Tensor | None, observer: Observer | None = None) -> Tensor:
-        """Run the student under gates (None: all open), adapters on; return its last states ``[B, T, H]``."""
+        """Run the student under gates (None: all open), adapters on; return its last states ``[B, T, H]``.
+
+        ``observer`` is called with each layer's number, input and output.
+        """
         before = self.gates.evaluated
         with self.gates.use(gates_U, observer):
             hidden_BTH = self.head.hidden(batch)

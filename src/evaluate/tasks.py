@@ -26,7 +26,7 @@ document is right or wrong; beside a teacher also ``ratio`` and ``flips``."""
 
 
 def main(args: argparse.Namespace, argv: list[str]) -> None:
-    """Judge the models on ``args.tasks``, print the table, write the JSON."""
+    """Judge the models on ``args.tasks``, print the table, and write the JSON, which notes ``argv``."""
     began = time.monotonic()
     names = [name.strip() for name in args.tasks.split(",") if name.strip()]
     tasks = load_tasks(names, args.include_path, args.data_dir)

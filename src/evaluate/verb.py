@@ -152,7 +152,10 @@ def _reference(row: dict[str, Any], columns: Columns) -> str | None:
 
 
 def summary(results: list[dict[str, Any]], title: str) -> Table:
-    """Return a table with a row for each model, and the ratio of each figure to the teacher's."""
+    """Return a table with a row for each of ``results``, the figures of a model; the teacher's come first.
+
+    Behind exact match and perplexity stands their ratio to those of the first model.
+    """
     table = Table(title=title)
     table.add_column("model", overflow="fold")
     for heading in ["layers", "parameters", "exact match", "lost / gained", "KL", "agreement", "perplexity"]:

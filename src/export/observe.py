@@ -120,9 +120,9 @@ def plain(model: PreTrainedModel) -> Iterator[None]:
     """Make what a model computes in the block depend on the values of its weights alone.
 
     A kernel is chosen by more than the values: by ``requires_grad``, even without autograd, by strides and by
-    alignment (mapped weights start anywhere in memory). Training mode and hooks change what runs. So weights
-    are laid out afresh, which stays; gradients, training mode and hooks are switched off, and restored after
-    the block.
+    alignment (mapped weights start anywhere in memory). Training mode and hooks change what runs. So they are
+    switched off with ``requires_grad``, and restored after the block. Weights move to fresh memory, and stay
+    there.
     """
     model._apply(_laid_out)
     with ExitStack() as stack:

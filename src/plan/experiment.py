@@ -153,7 +153,7 @@ class Experiment:
 
     @cached_property
     def budgets(self) -> tuple[Budget, ...]:
-        """How many units go, for each size that is learned: as ``--ratio`` says, or the config."""
+        """How much each mask that the run learns removes: as ``--ratio`` says, else as the config says."""
         given = {key: self.model.get(key) for key in ("remove", "ratio", "budgets", "target")}
         if given["target"] is not None:
             given["target"] = Target(**vars(given["target"]))

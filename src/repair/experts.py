@@ -90,7 +90,7 @@ def last_weights(
         module: a mixture of experts, or another module that writes to the stream.
         args: positional arguments of a call of the module.
         kwargs: named arguments of that call.
-        others: ids of parameters that must not change.
+        others: ``id()`` of each parameter that another layer uses too, and that must not change.
         tolerance: largest relative difference of outputs that count as equal.
 
     Returns:

@@ -53,7 +53,7 @@ _STYLE: dict[RcKeyType, Any] = {
 
 
 def colours(names: Sequence[str]) -> list[str]:
-    """Return the colour of each model by its name; further models get colours in turn."""
+    """Return a colour for each name: those of this file for their models, and others in turn for the rest."""
     known = {"teacher": SLATE, "cut": AMBER, "recovered": TEAL}
     others = iter(_OTHERS * len(names))
     return [known.get(name) or next(others) for name in names]

@@ -78,7 +78,7 @@ class Resumable(Accepting, Protocol):
 
     @property
     def teacher_weights(self) -> str | None:
-        """Fingerprint of the teacher."""
+        """Fingerprint of the teacher's weights."""
 
 
 def changes(was: Any, now: Any, key: str = "") -> list[Change]:
