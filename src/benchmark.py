@@ -135,7 +135,11 @@ def verdict(name: str, phase: str, batch_size: int, figures: dict[str, Any]) -> 
 
 
 def main(argv: list[str]) -> None:
-    """Measure the models, print the table and warnings, write the JSON."""
+    """Measure the models, print the table and warnings, write the JSON.
+
+    Raises:
+        ConfigError: a model cannot be loaded, or has fewer positions than prompt and new tokens need.
+    """
     args, began = _parse(argv), time.monotonic()
     names = [args.baseline, *args.model]
     models = [load(name, args) for name in names]

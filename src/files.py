@@ -142,6 +142,11 @@ def settle(partial: Path, path: Path, replace: bool = True) -> None:
     A directory cannot be replaced in one step. The old one is moved aside first, and back if the new one
     cannot take its place; after a kill between the two steps :func:`sweep` moves it back.
 
+    Args:
+        partial: a file or a directory.
+        path: the target.
+        replace: whether to replace what is there; otherwise it may at most be an empty directory.
+
     Raises:
         OSError: it cannot be written, or something is there that may not be replaced.
     """

@@ -108,7 +108,11 @@ OF_TASKS = ("include_path", "data_dir", "num_fewshot")
 
 
 def main(argv: list[str]) -> None:
-    """Judge the models, print the table, write the JSON."""
+    """Judge the models, print the table, write the JSON.
+
+    Raises:
+        ConfigError: a model or the rows cannot be read, they do not fit each other, or no row can be judged.
+    """
     args, began = _parse(argv), time.monotonic()
     if args.tasks is not None:
         tasks.main(args, argv)

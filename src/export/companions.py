@@ -80,7 +80,12 @@ def parent_tokenizer(name: str, revision: str | None, files: Path) -> PreTrained
 
 
 def copy_companions(source: Path, target: Path) -> None:
-    """Copy the files of the patterns :data:`COMPANIONS` from the parent, except those that may run code."""
+    """Copy the files of the patterns :data:`COMPANIONS`, except those that may run code.
+
+    Args:
+        source: directory of the parent.
+        target: directory of the export.
+    """
     for file in _matching(source, COMPANIONS):
         destination = target / file.relative_to(source)
         destination.parent.mkdir(exist_ok=True)

@@ -67,7 +67,7 @@ def proof_tokens(config: PretrainedConfig, tokens: int | None = None) -> Tensor:
 
 @torch.no_grad()
 def observe(model: PreTrainedModel, ids_BT: Tensor) -> Observation:
-    """Run a model in the four ways of this module, and return what it computes, on the CPU.
+    """Run a model on ``ids_BT`` in the four ways of this module; return what it computes, moved to the CPU.
 
     Nothing but the weights decides it, neither hooks nor how the model was loaded (:func:`plain`).
 

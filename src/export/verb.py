@@ -166,7 +166,7 @@ def main(argv: list[str]) -> None:
 
 
 def show(mask: Mask, args: argparse.Namespace, findings: list[Finding]) -> None:
-    """Print the findings of a proof as a table."""
+    """Print the findings of a proof as a table, under the mask and the name ``args.out`` of the export."""
     table = Table("check", "finding", title=escape(f"{args.out}: {mask}"))
     for finding in findings:
         table.add_row(finding.check, finding.detail)

@@ -109,7 +109,7 @@ def advise(planner: Planner, disk: float | None = None) -> Advice:
 
 
 def label(e: Estimate) -> str:
-    """Return the name of a way in words, such as ``int8 teacher, ddp``."""
+    """Return in words the way whose cost was estimated, such as ``int8 teacher, ddp``."""
     extra = ", activations recomputed" if e.checkpoint else ""
     extra += ", optimiser in host memory" if e.setting.offload else ""
     return f"{e.setting.mode} teacher, {e.setting.strategy}{extra}"

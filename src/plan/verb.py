@@ -41,7 +41,13 @@ def main(argv: list[str]) -> None:
 
 
 def summary(planner: Planner, configured: Estimate, advice: Advice) -> dict[str, Any]:
-    """Return the plan as plain values: counts, bytes, operations and hours."""
+    """Return the plan as plain values: counts, bytes, operations and hours.
+
+    Args:
+        planner: planner of the run.
+        configured: cost of the config as it stands.
+        advice: the way that is recommended.
+    """
     traced, device, experiment = planner.trace(), planner.device, planner.experiment
     size = planner.cache
     return {

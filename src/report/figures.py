@@ -132,7 +132,7 @@ def half_strip(mask: Mask) -> Figure:
 
 @styled
 def layer_strip(num_layers: int, removed: Sequence[int]) -> Figure:
-    """Draw which layers are kept and which are gone, from the embedding (left) to the head (right)."""
+    """Draw a box for each layer, dashed if it is removed, from the embedding (left) to the head (right)."""
     figure, (axis,) = _axes(1, 1.15)
     _row(axis, num_layers, removed)
     axis.set(xlim=(0, num_layers), ylim=(-0.08, 1.08))

@@ -213,7 +213,7 @@ def _add_speeds(models: list[Record], benchmark: Record) -> None:
 
 
 def draw(run: Run, report: Record) -> list[Picture]:
-    """Draw all figures for which there are data."""
+    """Draw all figures for which there are data, in the run or in its report by :func:`gather`."""
     models = report["models"]
     names = [model["name"] for model in models]
     drawn = [("layers", f"What the search removed: {run.mask.missing}.", figures.mask_strip(run.mask))]

@@ -214,7 +214,7 @@ def beside(mask_path: str | Path) -> Path:
 
 
 def check_saved(path: Path, mask: Mask) -> dict[str, Any]:
-    """Return peft's settings of saved adapters, after a check that they belong to ``mask``.
+    """Return peft's settings of the adapters in the file ``path``, after a check that they are of ``mask``.
 
     Raises:
         ConfigError: there are no adapters, or they were trained with another mask.

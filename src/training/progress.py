@@ -71,7 +71,7 @@ class Lines:
 
 @contextmanager
 def waiting(about: str) -> Iterator[None]:
-    """Print on the first rank's error stream, every 30 seconds, how long the block has run so far."""
+    """Print ``about`` and the block's seconds so far every 30 seconds, on the first rank's error stream."""
     over, began = threading.Event(), time.monotonic()
 
     def tell() -> None:
