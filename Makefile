@@ -11,7 +11,7 @@ export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo shorten test test-full headline mask-quality budgets fair-fight width ablations search-step teacher-cache \
+.PHONY: help setup demo shorten test test-full headline mask-quality budgets fair-fight width grow ablations search-step teacher-cache \
 	data-pipeline linear-patch export-matrix other-engine plan-accuracy scale gpu-checks results lint types teacher \
 	tensorboard clean
 
@@ -105,6 +105,9 @@ fair-fight: $(VENV)/.installed  ## every method under one recovery -> results/fa
 
 width: $(VENV)/.installed  ## KV groups and channels, learned and by three criteria -> results/width.json, docs/width.md (resumable)
 	$(PY) -m scripts.arena configs/arena/width.yaml --jobs 2
+
+grow: $(VENV)/.installed  ## layers put back into one recovered model, beside recoveries of each size -> results/grow.json (resumable)
+	$(PY) -m scripts.arena configs/arena/grow.yaml --jobs 2
 
 ablations: $(VENV)/.installed  ## every choice of search and recovery -> results/ablations.json, docs/ablations.md (resumable)
 	$(PY) -m scripts.arena configs/arena/ablations.yaml --jobs 2

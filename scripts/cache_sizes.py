@@ -26,8 +26,7 @@ def sizes(rows: Rows) -> dict[str, Any]:
                 column = metadata.row_group(group).column(index)
                 name = column.path_in_schema.split(".")[0]
                 columns[name] = columns.get(name, 0) + column.total_compressed_size / len(rows.entropy)
-        rounded = _classes(decode(data, rows.ids.shape[1]))
-        added = (exact.exp() * (exact - rounded)).sum(-1)
+        added = (exact.exp() * (exact - _classes(decode(data, rows.ids.shape[1])))).sum(-1)
         found[precision] = {
             "bytes_per_position": len(data) / len(rows.entropy),
             "columns": {name: round(size, 2) for name, size in columns.items()},

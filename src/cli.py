@@ -33,6 +33,10 @@ TOOLS = {
         "src.generate.verb",
         "let a model write rows to train on: generate --model M --prompts FILE --out own.jsonl",
     ),
+    "grow": (
+        "src.grow.verb",
+        "larger models from a recovered one, without training: the parent's layers put back",
+    ),
     "evaluate": ("src.evaluate.verb", "held-out KL, agreement, exact match; beside the teacher"),
     "benchmark": ("src.benchmark", "measured prefill and decode speed against another model and the ideal"),
     "report": ("src.report.verb", "gather a run's figures into a table, JSON, Markdown and HTML"),

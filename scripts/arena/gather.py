@@ -59,8 +59,7 @@ def collect(work: Work, run: Run, teacher: JSON) -> tuple[JSON, JSON] | None:
     told |= {key: found[key] for key in ("removed", "learned")}
     told["search"] = {key: found[key] for key in ("tokens", "metrics", *COST)}
     told |= {stage: judgement(result, teacher) for stage, result in judged.items()}
-    if run.recover is not None:
-        recovered = judged["recovered"]
+    if recovered := judged.get("recovered"):
         told["recovery"] = {key: recovered[key] for key in ("tokens", "steps", "fit_seconds", *COST)}
         files = [result["rows"] for result in (found, recovered) if "rows" in result]
         if len(files) == 2:  # what a search and its recovery share counts once
@@ -118,5 +117,4 @@ def sums(judged: dict[int, JSON], stage: str, metric: str, seeds: Iterable[int])
     if metric == "exact_match":
         rights = np.array([[mark == "1" for mark in result["correct"]] for result in results], dtype=float)
         return rights, np.ones(rights.shape[1])
-    values = np.array([result["sums"][metric] for result in results])
-    return values, np.array(results[0]["sums"]["tokens"])
+    return np.array([each["sums"][metric] for each in results]), np.array(results[0]["sums"]["tokens"])

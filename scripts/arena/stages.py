@@ -54,10 +54,9 @@ def search(at: str, configs: list[str], settings: JSON) -> JSON:
     """Find a mask."""
     module = command(at, "fit", configs, settings).model
     found = Mask.load(f"{at}/fit/mask.json")
-    learned = set(range(found.units)) - set(module.policy.harden())
     return {
         "removed": named(found, found.removed),
-        "learned": named(found, sorted(learned)),
+        "learned": named(found, sorted({*range(found.units)} - {*module.policy.harden()})),
         "method": found.method,
         "tokens": found.tokens_seen,
         "rows": f"{at}/{ROWS}",
@@ -80,16 +79,24 @@ def cut(at: str, model: str, removed: Gone, rows: str, repair: JSON | None = Non
 
 
 def recover(at: str, model: str, removed: Gone, rows: str, configs: list[str], settings: JSON) -> JSON:
-    """Recover a mask and judge the result."""
+    """Recover a mask, grow it to the number of layers that the settings call ``grow``, judge the result."""
     mask(model, removed).save(f"{at}/mask.json")
+    layers = settings.pop("grow", None)
     module = command(at, "fit", configs, {**settings, "model.init_args.mask": f"{at}/mask.json"}).model
+    student = module.model.eval()
+    if layers:
+        student.save_pretrained(f"{at}/small")
+        where = {"model": f"{at}/small", "mask": f"{at}/mask.json", "sizes": layers, "out": f"{at}/grown"}
+        text = {"data": Path(rows).with_name("validation.jsonl"), "rows": 128, "supervise": "all"}
+        run(["grow", "--force", *(f"--{key}={value}" for key, value in (where | text).items())])
+        student = load_model(f"{at}/grown/{layers}-layers")
     record = json.loads(Path(at, "fit", "record.json").read_text())
     return {
         "tokens": module.tokens,
         "steps": record["steps"],
         "fit_seconds": record["seconds"],
         "rows": f"{at}/{ROWS}",
-        **judge(module.model.eval(), model, rows),
+        **judge(student, model, rows),
     }
 
 
@@ -136,10 +143,8 @@ def judge(student: PreTrainedModel, model: str, rows: str) -> JSON:
         ``correct``, a string of 0 and 1; and ``sums``, the columns of :func:`src.evaluate.text.row_sums`.
     """
     tokenizer, read = load_tokenizer(model), read_rows(rows)
-    columns = Columns(prompt="question", answer="answer")
-    encoded = judged(tokenizer, read, columns, "all").rows
-    text = batches(encoded, 64, tokenizer.pad_token_id or 0)
-    sums_RC = row_sums(student, load_model(model), text)
+    encoded = judged(tokenizer, read, Columns(prompt="question", answer="answer"), "all").rows
+    sums_RC = row_sums(student, load_model(model), batches(encoded, 64, tokenizer.pad_token_id or 0))
     answers = exact_match(student, tokenizer, read)
     return {
         "correct": "".join("01"[ok] for ok in answers["correct"]),

@@ -48,6 +48,7 @@ def model_card(
     repair: str | None = None,
     made_for: str | None = None,
     before: Sequence[str] = (),
+    grown: str | None = None,
 ) -> str:
     """Return the text of the card.
 
@@ -63,8 +64,9 @@ def model_card(
         repair: the repair before any recovery, in words; None without one, or if the recovery has it.
         made_for: the model that the mask was made for, if not this parent.
         before: earlier cuts, by which the parent itself was made, in words.
+        grown: the smaller model that this one was grown from, and how, in words; None if it was not.
     """
-    head = _head(mask, parent_card, recovery, license_name)
+    head = _head(mask, parent_card, bool(recovery or grown), license_name)
     facts = {
         "Parent": f"`{public_name(mask.model)}`"
         + (f" at revision `{mask.revision}`" if mask.revision else ""),
@@ -74,7 +76,7 @@ def model_card(
         "Chosen by": f"{mask.method}" + (f", seed {mask.seed}" if mask.seed is not None else ""),
         "Mask made for": f"`{public_name(made_for)}`" if made_for and made_for != mask.model else "",
         "Search": f"{mask.tokens_seen:,} tokens" + "".join(f", {k} {v:.4g}" for k, v in mask.metrics.items()),
-        **_training(recovery, repair),
+        **({"Grown": grown} if grown else _training(recovery, repair)),
         "Data": data or "not stated",
         "Left out": f"{lost_heads} multi-token-prediction layers (speculative decoding)"
         if lost_heads
@@ -135,7 +137,7 @@ A fresh process loaded this directory with stock `AutoModelForCausalLM` and foun
 
 
 def _head(
-    mask: Mask, parent_card: dict[str, Any], recovery: dict[str, Any] | None, license_name: str | None
+    mask: Mask, parent_card: dict[str, Any], distilled: bool, license_name: str | None
 ) -> dict[str, Any]:
     """Return the card's front matter."""
     tags = ["width-pruning"] if mask.wide else ["depth-pruning", "layer-pruning"]
@@ -145,7 +147,7 @@ def _head(
         **({} if Path(mask.model).exists() else {"base_model": mask.model}),
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
-        "tags": [*tags, *(["distillation"] if recovery else [])],
+        "tags": [*tags, *(["distillation"] if distilled else [])],
     }
 
 

@@ -43,7 +43,7 @@ def main(argv: list[str]) -> None:
     repair.refuse(mask)
     findings = export(mask, args, repair)
     Console().print(escape(str(repair)))
-    show(mask, args, findings)
+    show(mask, args.out, findings)
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:

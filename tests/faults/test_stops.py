@@ -118,10 +118,10 @@ def tools(files: Files) -> dict[str, tuple[list[str], str]]:
     judged = ["--model", files.teacher, "--data", files.corpus]
     search = files.command("search", "planned")[1:]
     return {
-        "export": (["--mask", files.mask, "--out", out], "src.export.verb.prove"),
+        "export": (["--mask", files.mask, "--out", out], "src.export.write.prove"),
         "patch": (
             ["--mask", files.mask, "--data", files.corpus, "--rows", "4", "--out", out],
-            "src.export.verb.prove",
+            "src.export.write.prove",
         ),
         "evaluate": ([*judged, "--teacher", files.teacher, "--out", out], "src.evaluate.verb.held_out"),
         "benchmark": (

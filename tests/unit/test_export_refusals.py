@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from src import cli
 from src.errors import ConfigError
 from src.export import verb as export
+from src.export import write
 from src.export.observe import Finding
 
 
@@ -62,15 +63,15 @@ def test_a_failed_check_leaves_no_directory_and_the_old_one_whole(
     run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     failing = [Finding("logits = original", False, "differ by 3.0e-01 of 2.0")]
-    right = export.prove
-    monkeypatch.setattr(export, "prove", lambda *_, **__: failing)
+    right = write.prove
+    monkeypatch.setattr(write, "prove", lambda *_, **__: failing)
     with pytest.raises(ConfigError, match=r"proof failed.*logits = original: differ by 3.0e-01"):
         run()
     assert not (tmp_path / "out").exists()
     assert not left_beside(tmp_path / "out")
-    monkeypatch.setattr(export, "prove", right)
+    monkeypatch.setattr(write, "prove", right)
     before = (run() / "config.json").stat().st_ino
-    monkeypatch.setattr(export, "prove", lambda *_, **__: failing)
+    monkeypatch.setattr(write, "prove", lambda *_, **__: failing)
     with pytest.raises(ConfigError, match="proof failed"):
         run("--force")
     assert (tmp_path / "out" / "config.json").stat().st_ino == before
@@ -98,7 +99,7 @@ def test_a_kill_leaves_no_directory_and_the_next_export_tidies_up(
 ) -> None:
     child = os.fork()
     if child == 0:
-        monkeypatch.setattr(export, "prove", lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL))
+        monkeypatch.setattr(write, "prove", lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL))
         run()
         os._exit(0)
     running = tmp_path / f".out.{os.getppid()}.partial"
@@ -114,14 +115,14 @@ def test_a_kill_leaves_no_directory_and_the_next_export_tidies_up(
 def test_what_appears_during_an_export_is_not_overwritten(
     more: tuple[str, ...], run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    prove = export.prove
+    prove = write.prove
 
     def slow(*args: Any, **kwargs: Any) -> list[Finding]:
         (tmp_path / "out").mkdir()
         (tmp_path / "out" / "thesis.tex").write_text("years of work")
         return prove(*args, **kwargs)
 
-    monkeypatch.setattr(export, "prove", slow)
+    monkeypatch.setattr(write, "prove", slow)
     with pytest.raises(ConfigError, match=r"--out: .* (exists|holds no model)"):
         run(*more)
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["thesis.tex"]

@@ -18,7 +18,7 @@ STOREYS = [
     ("units", "models", "data", "losses", "training", "cache", "optim"),
     ("policies",),
     ("search", "recover", "pretrain", "teachers", "callbacks", "repair", "linear_patch"),
-    ("command", "export", "evaluate", "plan", "report", "benchmark", "generate"),
+    ("command", "export", "grow", "evaluate", "plan", "report", "benchmark", "generate"),
     ("shorten",),
     ("cli",),
 ]

@@ -1,0 +1,1 @@
+"""The grow verb: larger models from one recovery, without training."""
