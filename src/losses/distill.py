@@ -47,6 +47,7 @@ class Distillation(Term):
         chunk_tokens: positions that pass through the output head at a time; fewer take less memory.
         mean_entropy: mean entropy of the teacher over the corpus, nats, which a cache prints when it is
             complete. With it a token weighs the same in every batch; None makes each batch's mean weight 1.
+        reverse_below: entropy of the teacher in nats; a token below it has the reverse divergence. 0: none.
     """
 
     @checked
@@ -60,6 +61,7 @@ class Distillation(Term):
         alpha: Share = 1.0,
         chunk_tokens: Count = 256,
         mean_entropy: Positive | None = None,
+        reverse_below: NonNegative = 0.0,
     ) -> None:
         if rule not in get_args(Rule):
             accepted = get_args(Rule)
@@ -67,7 +69,7 @@ class Distillation(Term):
         check_weight(weight)
         self.k, self.rule, self.weight, self.weight_lambda = k, rule, weight, weight_lambda
         self.temperature, self.alpha, self.chunk_tokens = temperature, alpha, chunk_tokens
-        self.mean_entropy = mean_entropy
+        self.mean_entropy, self.reverse_below = mean_entropy, reverse_below
 
     def __call__(
         self,
@@ -95,7 +97,8 @@ class Distillation(Term):
 
         def chunk(h_nH: Tensor, at: slice, into: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
             logits = head.logits(h_nH, into)
-            kd = kl(logits, signal.select(at), self.rule, self.temperature) * self.temperature**2
+            kd = kl(logits, signal.select(at), self.rule, self.temperature, self.reverse_below)
+            kd = kd * self.temperature**2
             if self.alpha == 1:
                 return _sum(weights_N[at], kd), kd.detach()[None]
             ce = F.cross_entropy(logits.float(), labels_N[at], reduction="none")

@@ -1,4 +1,4 @@
-"""Forward KL divergence from a teacher's signal to a student's logits, one number for each token.
+"""KL divergence between a teacher's signal and a student's logits, one number for each token.
 
 A top-k signal stores the teacher's probabilities p of K tokens, and its mass r outside them. The student has
 the probabilities q of the same tokens, and the mass s outside. A rule defines the divergence:
@@ -12,6 +12,11 @@ zero        sum p' log(p'/q)            lowest at s = 0, so the student becomes 
 At K = V all three are the full KL. ``bucket`` and ``renormalise`` are zero where student and teacher agree.
 For ``bucket`` this holds at temperature 1 only, because r at other temperatures is an extrapolation
 (:mod:`src.losses.signals`).
+
+These are forward: the student must cover all that the teacher finds possible. The reverse divergence is the
+same rule with the two exchanged (p for q, r for s); it holds the student to what the teacher finds likely.
+Forward where the teacher is uncertain and reverse where it is sure is the split by entropy of arXiv
+2603.07079; the threshold in nats is ours.
 
 A rule is a formula on ``[n, K]``, differentiated by autograd. :class:`_LogProbs` carries its gradient to the
 logits with one buffer ``[n, V]`` in each direction: with gradients g for log q and g_s for log s, and G the
@@ -33,7 +38,13 @@ from src.losses.signals import FLOOR, Dense, Signal
 Rule = Literal["bucket", "renormalise", "zero"]
 
 
-def kl(logits_nV: Tensor, signal: Signal, rule: Rule = "bucket", temperature: float = 1.0) -> Tensor:
+def kl(
+    logits_nV: Tensor,
+    signal: Signal,
+    rule: Rule = "bucket",
+    temperature: float = 1.0,
+    reverse_below: float = 0.0,
+) -> Tensor:
     """Return the divergence ``[n]`` of each token in nats, differentiable in the logits.
 
     Args:
@@ -41,6 +52,7 @@ def kl(logits_nV: Tensor, signal: Signal, rule: Rule = "bucket", temperature: fl
         signal: the teacher's signal for the same n tokens.
         rule: treatment of the mass outside a top-k. A dense signal has no such mass, and no rule.
         temperature: divides the logits of both sides. The usual factor of its square is left to the caller.
+        reverse_below: entropy of the teacher (nats) below which a token's divergence is the reverse one.
     """
     logits_nV = logits_nV.float() if temperature == 1 else logits_nV.float() / temperature
     if isinstance(signal, Dense):
@@ -48,11 +60,19 @@ def kl(logits_nV: Tensor, signal: Signal, rule: Rule = "bucket", temperature: fl
         if temperature != 1:
             log_p = (log_p / temperature).log_softmax(-1).clamp_min_(FLOOR)
         dense: Callable[..., Tensor] = _DenseKL.apply
-        return dense(logits_nV, log_p)
+        forward = dense(logits_nV, log_p)
+        if reverse_below == 0:
+            return forward
+        log_q = logits_nV.log_softmax(-1).clamp_min(FLOOR)
+        reverse = (log_q.exp() * (log_q - log_p)).sum(-1)
+        return torch.where(signal.entropy < reverse_below, reverse, forward)
     log_p, log_r = signal.tempered(temperature, logits_nV.shape[-1])
     log_probs: Callable[..., tuple[Tensor, Tensor]] = _LogProbs.apply
     log_q, log_s = log_probs(logits_nV, signal.ids)
-    return RULES[rule](log_p, log_r, log_q, log_s)
+    forward = RULES[rule](log_p, log_r, log_q, log_s)
+    if reverse_below == 0:
+        return forward
+    return torch.where(signal.entropy < reverse_below, RULES[rule](log_q, log_s, log_p, log_r), forward)
 
 
 def _bucket(log_p: Tensor, log_r: Tensor, log_q: Tensor, log_s: Tensor) -> Tensor:

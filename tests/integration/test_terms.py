@@ -59,6 +59,17 @@ def test_in_every_scope_it_trains_is_logged_and_exports(
     assert torch.equal(load_model(str(tmp_path / "out"))(ids).logits, back(ids).logits)
 
 
+def test_a_recovery_with_reverse_divergence_is_logged_and_exports(
+    tmp_path: Path, teacher_dir: str, corpus_file: str, mask_file: str
+) -> None:
+    done = fit(tmp_path, teacher_dir, corpus_file, mask_file, "--config", "configs/recover/reverse_kl.yaml")
+    assert (done.model.distillation.reverse_below, done.model.distillation.weight) == (0.5, "linear")
+    checkpoint = str(tmp_path / "recover" / "run" / "checkpoints" / "last.ckpt")
+    export(["--mask", mask_file, "--checkpoint", checkpoint, "--out", str(tmp_path / "out")])
+    ids, trained = torch.arange(3, 23)[None], done.model.model.eval()
+    torch.testing.assert_close(load_model(str(tmp_path / "out"))(ids).logits, trained(ids).logits)
+
+
 def test_the_loss_falls_on_the_streams_too(
     tmp_path: Path, teacher_dir: str, corpus_file: str, mask_file: str
 ) -> None:
