@@ -163,7 +163,7 @@ class Mask:
 
     @property
     def kept(self) -> tuple[int, ...] | list[list[int]] | dict[str, tuple[int, ...]]:
-        """The kept units as the file lists them: layers; or layers by kind of half; or units by layer."""
+        """The kept units in the file's form: layers; of halves a dict by kind; of width lists by layer."""
         if self.wide:
             return self.by_layer
         return {kind: getattr(self, kind) for kind in HALVES} if self.unit == "half" else self.keep
