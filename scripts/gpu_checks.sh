@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What only a GPU can show, in parts of less than 8 minutes each: results/gpu.json and docs/gpu.md.
+# What only a GPU can show, in parts of less than 8 minutes each: results/gpu.json.
 #
 #   bash scripts/gpu_checks.sh                     every part
 #   bash scripts/gpu_checks.sh laws stages/8b      these, and all whose names begin so

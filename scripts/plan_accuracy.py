@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 
 from scripts.lab.benches import Clock, forget_peak, memory, qwen
 from scripts.lab.jobs import isolated
@@ -39,21 +40,8 @@ from src.plan.planner import Planner
 
 BAR = 0.10
 DOCUMENTS = 64
-SHAPES: dict[str, dict[str, Any]] = {
-    "tiny": {"vocabulary": 8192, "hidden": 16, "layers": 4, "heads": 2},
-    "42M": {"vocabulary": 8192, "hidden": 512, "layers": 12, "heads": 8},
-    "129M": {
-        "vocabulary": 16384, "hidden": 768, "layers": 16, "heads": 8, "intermediate_size": 2048,
-        "tie_word_embeddings": False,
-    },
-}  # fmt: skip
-"""Arguments of :func:`scripts.lab.benches.qwen`; a case's model is a shape, or a shape and ``-llama``."""
-CONFIGS = {
-    "search": ["configs/search/gumbel_topk.yaml"],
-    "recover": ["configs/recover/entropy_kd.yaml"],
-    "cached": ["configs/recover/entropy_kd.yaml", "configs/cache/recover.yaml"],
-    "cache": ["configs/cache/topk.yaml"],
-}
+PLAN = yaml.safe_load(Path("configs/plan_accuracy.yaml").read_text())
+SHAPES, CONFIGS = PLAN["shapes"], PLAN["configs"]
 
 
 @dataclass(frozen=True)
@@ -69,24 +57,7 @@ class Case:
     default_malloc: bool = False
 
 
-RECOMPUTE = ("model.init_args.checkpoint_activations=true",)
-ADJACENT = ("model.init_args.scope=cut_adjacent",)
-PACKED = ("data.init_args.packing=documents",)
-CASES = [
-    Case("search", "search", "42M", 8, 128),
-    Case("search", "search", "42M", 8, 128, default_malloc=True),
-    Case("search, activations recomputed", "search", "42M", 8, 128, RECOMPUTE),
-    Case("search, eager attention", "search", "42M", 2, 512, ("model.init_args.attention=eager",)),
-    Case("search, packed rows, Llama", "search", "42M-llama", 4, 256, PACKED),
-    Case("search, wider and deeper", "search", "129M", 4, 128),
-    Case("cache", "cache", "129M", 8, 128),
-    Case("recovery, cached teacher", "cached", "129M", 2, 128),
-    Case("recovery, live teacher", "recover", "42M", 4, 128),
-    Case("recovery, live teacher", "recover", "42M", 4, 128, default_malloc=True),
-    Case("recovery, activations recomputed", "recover", "42M", 4, 128, RECOMPUTE),
-    Case("recovery, LoRA", "recover", "42M", 4, 128, ("model.init_args.scope=lora",)),
-    Case("recovery, layers beside the cuts", "recover", "42M", 4, 128, ADJACENT),
-]  # fmt: skip
+CASES = [Case(**case) for case in PLAN["cases"]]
 
 
 def prepare(work: Path) -> None:

@@ -1,4 +1,4 @@
-"""Run the parts asked for, each in a process of its own, and write the page: ``bash scripts/gpu_checks.sh``.
+"""Run the parts asked for, each in a process of its own, into a results file: ``bash scripts/gpu_checks.sh``.
 
 Without a CUDA device it says what it would do and stops with status 0, having written nothing. A part that
 fails or takes too long leaves its message in the results; the others run all the same.
@@ -20,13 +20,12 @@ from typing import Any
 import torch
 
 from scripts.gpu import laws, speed, stages
-from scripts.gpu.page import write as write_page
 from scripts.lab.jobs import Failure, isolated
 from scripts.lab.results import origin, read
 from src.errors import ConfigError, did_you_mean
 from src.files import write_json
 
-RESULTS, PAGE = Path("results/gpu.json"), Path("docs/gpu.md")
+RESULTS = Path("results/gpu.json")
 LIMIT = 470
 """Seconds a part may take before it is stopped and says so."""
 PARTS: dict[str, tuple[str, Callable[[argparse.Namespace], dict[str, Any]]]] = {
@@ -62,7 +61,6 @@ def main() -> int:
               f"{', '.join(parts)}; figures go into {args.out}.")  # fmt: skip
         return 0
     failed = [name for name in parts if not run(name, args)]
-    write_page(read(args.out), PAGE if args.out == RESULTS else args.out.with_suffix(".md"))
     if failed:
         print(f"failed: {', '.join(failed)}", file=sys.stderr)
     return int(bool(failed))

@@ -1,16 +1,6 @@
 """Report on a run: a table, JSON, Markdown and a self-contained HTML page (``python -m src.cli report``).
 
-A run is a directory that the stages have written into. What the report reads, and who writes it:
-
-=======================  ===========================================================================
-``search/mask.json``     the search, as it ends (needed)
-``search/record.json``   its tokens, seconds, losses, and masks by size (``StageRecord``)
-``search/gates.json``    its keep probabilities, one row of L numbers a step (``SearchMonitor``)
-``recover/record.json``  tokens, seconds and losses of the recovery (``StageRecord``)
-``evaluate.json``        ``evaluate --teacher T --model RUN/cut RUN/recovered ... --out`` (needed)
-``benchmark.json``       ``benchmark --baseline T --model RUN/cut RUN/recovered ... --out``
-``training.json``        in the teacher's own directory: tokens and seconds of its training
-=======================  ===========================================================================
+A run is a directory that the stages have written into; :mod:`src.report.run` lists the files.
 
 Beside ``record.json`` lie hashes of the rows that the stage has read, so that a row that both stages read
 counts once. A model is named by the last part of its directory's path, or by as many as make the name unique.
@@ -19,22 +9,18 @@ counts once. A model is named by the last part of its directory's path, or by as
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from os.path import abspath
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import Tensor
 
 from src.benchmark import PHASES
 from src.command import Parser, show
 from src.data.distinct import Distinct
 from src.errors import ConfigError
-from src.files import read_json, write_json, write_text
-from src.mask import Mask, git_sha
+from src.files import write_json, write_text
+from src.mask import git_sha
 from src.report import figures
 from src.report.pages import (
     Page,
@@ -47,74 +33,7 @@ from src.report.pages import (
     printable,
     table_of,
 )
-
-Record = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Run:
-    """Holds the files that the stages left in a run's directory; what is absent is empty.
-
-    Attributes:
-        mask: the mask that the search learned.
-        evaluate, training, search, gates, recover, benchmark: content of the files in the module's table.
-        rows: of ``search`` and ``recover``, hash and number of tokens of each row that the stage has read.
-    """
-
-    mask: Mask
-    evaluate: Record
-    training: Record
-    search: Record
-    gates: Record
-    recover: Record
-    benchmark: Record
-    rows: dict[str, Tensor]
-
-    @classmethod
-    def read(cls, directory: Path) -> Run:
-        """Read the files of a run.
-
-        Raises:
-            ConfigError: a file that is needed is missing, or one is not JSON.
-        """
-        evaluate = _read(directory / "evaluate.json")
-        if not (evaluate.get("teacher") and evaluate.get("models")):
-            raise ConfigError(
-                f"--run: '{directory}' holds no evaluate.json with a teacher. Write it with: python -m "
-                f"src.cli evaluate --teacher DIR --model DIR --data FILE --out {directory}/evaluate.json"
-            )
-        return cls(
-            mask=Mask.load(directory / "search" / "mask.json"),
-            evaluate=evaluate,
-            training=_read(Path(evaluate["teacher"]["path"]) / "training.json"),
-            search=_read(directory / "search" / "record.json"),
-            gates=_read(directory / "search" / "gates.json"),
-            recover=_read(directory / "recover" / "record.json"),
-            benchmark=_read(directory / "benchmark.json"),
-            rows=_rows(directory),
-        )
-
-
-def _read(path: Path) -> Record:
-    try:
-        content = read_json(path)
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError) as e:
-        raise ConfigError(f"--run: cannot read '{path}': {e}") from e
-    if not isinstance(content, dict):
-        raise ConfigError(f"--run: '{path}' holds a {type(content).__name__}; expected an object.")
-    return content
-
-
-def _rows(directory: Path) -> dict[str, Tensor]:
-    """Return hashes of the rows that search and recovery have read, if the stages noted them."""
-    files = {stage: directory / stage / "record.rows.safetensors" for stage in ("search", "recover")}
-    try:
-        return {stage: load_file(file)["rows"] for stage, file in files.items() if file.exists()}
-    except (OSError, KeyError, SafetensorError) as e:
-        raise ConfigError(f"--run: cannot read the rows of a stage: {e}") from e
-
+from src.report.run import Record, Run
 
 _JUDGED = (
     *("path", "layers", "parameters", "exact_match", "exact_match_interval", "retention", "flips"),
@@ -135,6 +54,8 @@ def gather(run: Run) -> Record:
         for name, m in zip(names, judged, strict=True)
     ]
     _add_speeds(models, run.benchmark)
+    scores = {abspath(m["path"]): m["tasks"] for m in _listed(run.tasks)}
+    _add(models, "tasks", {m["name"]: scores.get(abspath(m["path"])) for m in models})
     stages = ("search", "recover", "evaluate", "benchmark")
     recovered = next((name for name in reversed(names) if name not in ("teacher", "cut")), "recovered")
     seconds = {name: vars(run)[name]["seconds"] for name in stages if "seconds" in vars(run)[name]}
@@ -167,6 +88,11 @@ def gather(run: Run) -> Record:
         "ideal_speedup": last["decode"]["ideal"] if "decode" in last else None,
         "commands": {s: vars(run)[s]["command"] for s in stages if "command" in vars(run)[s]},
     }
+
+
+def _listed(judged: Record) -> list[Record]:
+    """Return the models that a judgement has looked at, the teacher first."""
+    return [model for model in (judged.get("teacher"), *judged.get("models", [])) if model]
 
 
 def _add(models: list[Record], key: str, values: Mapping[str, Any]) -> None:
@@ -266,7 +192,11 @@ def assemble(run: Run, origin: Record) -> tuple[Record, Page]:
 
 
 def main(argv: list[str]) -> None:
-    """Report on a run: print the table, write ``report.json``, ``report.md``, ``report.html`` and figures."""
+    """Report on a run: print the table, write ``report.json``, ``report.md``, ``report.html`` and figures.
+
+    Raises:
+        ConfigError: a file of the run is missing, or is not as the stages write it.
+    """
     parser = Parser("report", "Gather a run's figures into a table, JSON, Markdown and HTML.")
     parser.add_argument("--run", required=True, type=Path, metavar="DIR", help="directory of the run")
     directory: Path = parser.parse_args(argv).run

@@ -96,6 +96,18 @@ def test_scores_of_tasks_are_rows(tmp_path: Path) -> None:
     assert "| piqa, acc | 0.7 | 0.7  (90.0% kept) |" in (tmp_path / "report.md").read_text()
 
 
+def test_scores_of_a_judgement_of_their_own_go_to_the_path_that_was_judged(tmp_path: Path) -> None:
+    """``tasks.json`` beside ``evaluate.json``: a row where a model was asked, a dash where not."""
+    write_run(tmp_path, judged("T", kl=0.0), [judged("a/cut", kl=0.1), judged("a/recovered", kl=0.2)])
+    asked = [
+        {"path": path, "tasks": {"piqa": {"acc": {"score": score}}}}
+        for path, score in (("T", 0.7), ("a/recovered", 0.6))
+    ]
+    write_json(tmp_path / "tasks.json", {"teacher": asked[0], "models": asked[1:]})
+    assert ["tasks" in model for model in report(tmp_path)["models"]] == [True, False, True]
+    assert "| piqa, acc | 0.7 | - | 0.6 |" in (tmp_path / "report.md").read_text()
+
+
 BROKEN = {
     "a list": "[]",
     "a number": "3",

@@ -156,7 +156,7 @@ def test_every_other_verb_ends_at_once_and_leaves_nothing(
 def test_a_report_that_is_told_to_end_keeps_the_files_it_had(
     files: Files, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("src.report.verb.Run.read", lambda _: os.kill(os.getpid(), signal.SIGTERM))
+    monkeypatch.setattr("src.report.run.Run.read", lambda _: os.kill(os.getpid(), signal.SIGTERM))
     (files.out / "report.json").write_text("{}")
     assert ended(["report", "--run", str(files.out)]) == 143
     assert (files.out / "report.json").read_text() == "{}"

