@@ -7,6 +7,7 @@ import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -56,7 +57,7 @@ def device(name: str) -> Device:
     Raises:
         ConfigError: the file has no such device.
     """
-    table = json.loads(FILE.read_text())
+    table = _table()
     known = table["devices"]
     if name not in known:
         raise ConfigError(
@@ -75,6 +76,24 @@ def device(name: str) -> Device:
         fragmentation=entry["fragmentation"],
         source=entry["source"],
     )
+
+
+def this_machine() -> str | None:
+    """Name the entry of the GPU that this process would use, ``cpu`` without one, or None if it is unknown.
+
+    Among entries of one chip, such as ``a100`` and ``a100-40``, it is that of the nearest memory.
+    """
+    if not torch.cuda.is_available():
+        return "cpu"
+    title, memory = torch.cuda.get_device_name().lower(), torch.cuda.mem_get_info()[1] / GIB
+    known = _table()["devices"]
+    fitting = [name for name in known if name.split("-")[0] in title]
+    return min(fitting, key=lambda name: abs(known[name]["memory_gib"] - memory), default=None)
+
+
+def _table() -> dict[str, Any]:
+    table: dict[str, Any] = json.loads(FILE.read_text())
+    return table
 
 
 def _machine_memory() -> int:

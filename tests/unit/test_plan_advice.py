@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from src.cli import run
 from src.errors import ConfigError
 from src.plan.advice import advise, ways
-from src.plan.devices import GIB, device
+from src.plan.devices import GIB, device, this_machine
 from src.plan.memory import strategy_name
 from src.plan.planner import Planner
 from tests.planning import (
@@ -131,3 +132,21 @@ def test_this_machines_cpu_is_measured() -> None:
     assert cpu.memory > GIB
     assert 1e-4 < cpu.tflops["float32"] < 1e3
     assert not cpu.gpu
+
+
+@pytest.mark.parametrize(
+    ("title", "gib", "name"),
+    [
+        ("NVIDIA A100-SXM4-80GB", 79.2, "a100"), ("NVIDIA A100-SXM4-40GB", 39.4, "a100-40"),
+        ("NVIDIA H200", 139.8, "h200"), ("Tesla T4", 14.6, None),
+    ],
+)  # fmt: skip
+def test_a_gpu_is_known_by_its_title_and_memory(
+    title: str, gib: float, name: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: title)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (0, int(gib * GIB)))
+    assert this_machine() == name
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert this_machine() == "cpu"
