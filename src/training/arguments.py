@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, NoReturn, cast
 
 import lightning
-import yaml
 from jsonargparse import Namespace
 from lightning import LightningModule
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -77,7 +76,20 @@ class SaveConfig(SaveConfigCallback):
 
 
 class PruneCLI(LightningCLI):
-    """LightningCLI, with settings checked before anything is built, and one tokenizer for model and data."""
+    """LightningCLI, with settings checked before anything is built, and one tokenizer for model and data.
+
+    Args:
+        args: the command line; its first word is the verb.
+        keys: as those of LightningCLI.
+    """
+
+    def __init__(self, args: Sequence[str], **keys: Any) -> None:
+        self._verb = args[0]
+        super().__init__(args=list(args), **keys)
+
+    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]  # it is always asked of an object
+        """Name the verb at hand alone: to build the parsers of all four takes as long as to parse."""
+        return {self._verb: super().subcommands()[self._verb]}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the options that belong neither to trainer nor to model nor to data."""
@@ -170,11 +182,10 @@ class PruneCLI(LightningCLI):
 
     def _note_settings(self) -> None:
         """Give the model the settings that checkpoints record; give it and the data the accepted keys."""
-        config = self.config[self.subcommand] if self.subcommand else self.config
-        plain = yaml.safe_load(self._parser(self.subcommand).dump(config, skip_none=False))
         model, data = cast(Resumable, self.model), cast(Accepting, self.datamodule)
+        plain: dict[str, Any] = self.config_dump  # as Lightning wrote it to build the two
         model.settings = settings_of(plain)
-        model.accepted = data.accepted = [key for key in config.accept.split(",") if key]
+        model.accepted = data.accepted = [key for key in plain["accept"].split(",") if key]
 
     def _parse_ckpt_path(self) -> None:
         """Do nothing on resume: YAML and command line decide. Lightning would let the checkpoint win."""
