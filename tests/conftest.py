@@ -5,13 +5,19 @@ from __future__ import annotations
 import json
 import signal
 from collections.abc import Iterator
+from copy import copy
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from jsonargparse import _typehints
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from src.data.arithmetic import build_tokenizer, problems
+from src.export import proof
+from src.export.fresh import verify
 
 LAYERS = 6
 
@@ -19,6 +25,18 @@ LAYERS = 6
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> None:
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _protocols_are_read_once() -> None:
+    """For each command line the parser reads the methods of all protocols anew, which no test changes."""
+    read = cache(_typehints.get_protocol_signature)
+
+    def remembered(*about: Any, **how: Any) -> tuple[list[Any], Any]:
+        parameters, returned = read(*about, **how)
+        return [copy(parameter) for parameter in parameters], returned
+
+    _typehints.get_protocol_signature = remembered
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -34,6 +52,12 @@ def _clean_working_directory() -> Iterator[None]:
     yield
     left = {p.name for p in Path.cwd().iterdir()} - before - {".pytest_cache", ".hypothesis"}
     assert not left, f"the test left {left} in the working directory"
+
+
+@pytest.fixture
+def proven_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The proof of an export runs in this process; the fresh one has tests of its own."""
+    monkeypatch.setattr(proof, "in_fresh_process", verify)
 
 
 @pytest.fixture(scope="session")

@@ -19,8 +19,6 @@ from transformers import PreTrainedModel
 
 from src.cli import main
 from src.data.arithmetic import build_tokenizer
-from src.export import proof
-from src.export.fresh import verify
 from src.export.observe import compare, observe, proof_tokens
 from src.mask import Mask
 from src.models.adapters import adapted, out_of_reach
@@ -91,6 +89,7 @@ def exported(out: Path) -> str:
     return card
 
 
+@pytest.mark.usefixtures("proven_here")
 @pytest.mark.parametrize(
     ("parent", "scope", "repair"),
     [
@@ -107,9 +106,7 @@ def test_a_recovery_of_every_scope_and_repair_is_exported(
     repair: str,
     tmp_path: Path,
     corpus_file: str,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(proof, "in_fresh_process", verify)
     out, checkpoint = tmp_path / "out", tmp_path / "last.ckpt"
     recovered(tmp_path / "mask.json", checkpoint, scope, REPAIRS[repair], corpus_file)
     main(
@@ -120,25 +117,23 @@ def test_a_recovery_of_every_scope_and_repair_is_exported(
     assert "not reached by the adapters" not in card, "peft adapts Mixtral's experts too"
 
 
+@pytest.mark.usefixtures("proven_here")
 @pytest.mark.parametrize("repair", [name for name in REPAIRS if name != "none"])
 @pytest.mark.parametrize("parent", FAMILIES, indirect=True)
-def test_every_repair_alone_is_exported(
-    parent: str, repair: str, tmp_path: Path, corpus_file: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(proof, "in_fresh_process", verify)
+def test_every_repair_alone_is_exported(parent: str, repair: str, tmp_path: Path, corpus_file: str) -> None:
     out = tmp_path / "out"
     main(["patch", "--mask", str(tmp_path / "mask.json"), "--data", corpus_file, "--out", str(out)]
          + [f"--{key.replace('_', '-')}={value}" for key, value in REPAIRS[repair].items()])  # fmt: skip
     assert "fitted to" in exported(out)
 
 
+@pytest.mark.usefixtures("proven_here")
 @pytest.mark.parametrize("parent", ["gemma2"], indirect=True)
 def test_a_repair_that_nothing_can_hold_is_refused_with_what_works(
     parent: str,
     tmp_path: Path,
     corpus_file: str,
     capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The maps of Gemma-2 write through a norm. What its mask can do is named, and works."""
     argv = ["--mask", str(tmp_path / "mask.json"), "--out", str(tmp_path / "out")]
@@ -147,21 +142,19 @@ def test_a_repair_that_nothing_can_hold_is_refused_with_what_works(
     assert "of this 'gemma2'" in message
     assert "Leave the repair out" in message
     assert not (tmp_path / "out").exists()
-    monkeypatch.setattr(proof, "in_fresh_process", verify)
     main(["export", *argv])
     exported(tmp_path / "out")
 
 
+@pytest.mark.usefixtures("proven_here")
 @pytest.mark.parametrize("parent", ["llama"], indirect=True)
 def test_a_repair_names_the_split_of_its_rows(
     parent: str,
     tmp_path: Path,
     corpus_file: str,
     capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Rows of one split, and of no other, decide its weights; they are those of a file that holds them."""
-    monkeypatch.setattr(proof, "in_fresh_process", verify)
     rows = [json.loads(line) for line in Path(corpus_file).read_text().splitlines()]
     parts = {"train": rows[:20], "test": rows[20:]}
     DatasetDict({name: Dataset.from_list(part) for name, part in parts.items()}).save_to_disk(

@@ -14,18 +14,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from src.cli import main
-from src.export import proof
-from src.export.fresh import verify
 from src.mask import Mask
 from src.models.loading import load_model
 from tests.faults.directories import altered, command, crossed, recovery, refused, search
 
 LAYERS = 6
-
-
-@pytest.fixture(autouse=True)
-def _gate_in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(proof, "in_fresh_process", verify)
+pytestmark = pytest.mark.usefixtures("proven_here")
 
 
 def masked(model: Path | str, path: Path, layers: int = LAYERS) -> Path:

@@ -13,8 +13,6 @@ from transformers import PreTrainedModel
 from src.cli import main
 from src.data.arithmetic import build_tokenizer
 from src.errors import ConfigError
-from src.export import proof
-from src.export.fresh import verify
 from src.mask import Mask
 from src.models.cut import cut
 from src.models.loading import load_model
@@ -75,10 +73,10 @@ def test_positions_without_a_table_have_no_end(family: str, tmp_path: Path) -> N
         assert model(torch.full((1, PLACES + 9), 5)).logits.shape[1] == PLACES + 9
 
 
+@pytest.mark.usefixtures("proven_here")
 def test_rows_are_truncated_where_the_user_allowed_it_in_every_verb(
-    model: Path, mask: Path, corpus_file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model: Path, mask: Path, corpus_file: str, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(proof, "in_fresh_process", verify)
     with pytest.warns(UserWarning, match=f"ends at {PLACES}: longer documents are truncated there"):
         main(search(model, corpus_file, tmp_path, "--data.init_args.too_long=truncate"))
     with pytest.warns(UserWarning, match=f"ends at {PLACES}: longer documents are truncated there"):

@@ -20,7 +20,6 @@ from safetensors.torch import load_file
 
 from src.cli import main
 from src.export import proof
-from src.export.fresh import verify
 from src.mask import Mask
 from tests.faults.directories import VERBS, altered, command, refused, search
 
@@ -99,6 +98,7 @@ def test_what_would_run_is_refused_in_one_message(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.usefixtures("proven_here")
 @pytest.mark.parametrize(
     "verb", ["export", pytest.param("search", marks=pytest.mark.slow), "evaluate", "patch"]
 )
@@ -108,9 +108,7 @@ def test_a_known_family_needs_none_of_the_code_beside_it_and_does_not_pass_it_on
     corpus_file: str,
     tmp_path: Path,
     marker: Path,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(proof, "in_fresh_process", verify)
     mapping = {"AutoConfig": "evil.Evil", "AutoModelForCausalLM": "evil.Evil"}
     model = altered(teacher_dir, tmp_path / "model", auto_map=mapping)
     for name in ("evil.py", "tokenization_evil.py", "custom_generate/generate.py"):
@@ -130,10 +128,8 @@ def test_a_known_family_needs_none_of_the_code_beside_it_and_does_not_pass_it_on
             assert "auto_map" not in json.loads((out / name).read_text())
 
 
-def test_a_pickled_parent_is_read_for_its_tensors_alone_and_named(
-    teacher_dir: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(proof, "in_fresh_process", verify)
+@pytest.mark.usefixtures("proven_here")
+def test_a_pickled_parent_is_read_for_its_tensors_alone_and_named(teacher_dir: str, tmp_path: Path) -> None:
     model = altered(teacher_dir, tmp_path / "model")
     weights = load_file(model / "model.safetensors")
     (model / "model.safetensors").unlink()

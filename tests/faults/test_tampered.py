@@ -17,8 +17,7 @@ from safetensors.torch import save_file
 from src.cache.manifest import Manifest
 from src.cli import main
 from src.errors import ConfigError
-from src.export import card, proof
-from src.export.fresh import verify
+from src.export import card
 from src.mask import Mask
 from src.models.cut import cut
 from src.models.loading import load_model
@@ -92,11 +91,9 @@ def test_scores_that_are_none_leave_the_card_as_it_was(scores: str, tmp_path: Pa
     assert (tmp_path / "README.md").read_text() == "as it was"
 
 
-def test_how_outputs_are_returned_is_not_the_model(
-    teacher_dir: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.usefixtures("proven_here")
+def test_how_outputs_are_returned_is_not_the_model(teacher_dir: str, tmp_path: Path) -> None:
     """A config may ask for tuples, or for every stream: neither comes along."""
-    monkeypatch.setattr(proof, "in_fresh_process", verify)
     model = altered(teacher_dir, tmp_path / "model", return_dict=False, output_hidden_states=True)
     Mask(str(model), 6, (0, 2, 3, 5), "test").save(tmp_path / "mask.json")
     main(["export", "--mask", str(tmp_path / "mask.json"), "--out", str(tmp_path / "out")])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,12 @@ import pytest
 import torch
 import yaml
 from lightning import Callback, LightningModule, Trainer
+from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 from src import policies
 from src.cli import run
+from src.data import Corpus
 from src.mask import Mask
 from src.recover import Recovery
 from tests.integration.test_resume import SAVED, Killed, fit, same
@@ -46,6 +50,11 @@ def test_an_overlay_makes_the_search_another_method(
     mask = Mask.load(tmp_path / "search" / "run" / "mask.json")
     assert mask.method == named
     assert len(mask.removed) == (36 if wide else 2)  # of six layers, or of 24 channels of each
+    if mask.method in ("Streamline", "AngularDistance"):
+        assert mask.removed[1] - mask.removed[0] == 1, "a window"
+    if mask.method == "BlockInfluence":
+        assert list(mask.removed) == lowest_turns(teacher_dir, corpus_file)
+        assert mask.metrics["kl"] == mask.metrics["kl_learned"] == mask.metrics["kl_soft"] > 0
     used = yaml.safe_load((tmp_path / "search" / "run" / "config.yaml").read_text())
     policy = used["model"]["init_args"]["policy"]["init_args"]
     assert (policy.get("candidates", 1), policy.get("polish", False)) == (1, False), "the plain answer"
@@ -56,6 +65,26 @@ def test_an_overlay_makes_the_search_another_method(
     callbacks = [c["class_path"].split(".")[-1] for c in used["trainer"]["callbacks"]]
     assert "HardenMask" in callbacks
     assert "StageRecord" in callbacks
+
+
+def lowest_turns(teacher_dir: str, corpus_file: str) -> list[int]:
+    """The two layers of least block influence, by plain transformers on the same rows."""
+    data = Corpus(train=corpus_file, validation=corpus_file, tokenizer=teacher_dir, batch_size=4)
+    data.setup("fit")
+    model = AutoModelForCausalLM.from_pretrained(teacher_dir).eval()
+    seen: list[tuple[Tensor, Tensor]] = []
+    for layer in model.model.layers:
+        layer.register_forward_hook(lambda _, args, out: seen.append((args[0], out)))
+    total, count = torch.zeros(len(model.model.layers), dtype=torch.float64), 0
+    for batch in itertools.islice(data.val_dataloader(), 2):
+        seen.clear()
+        with torch.no_grad():
+            model(batch["input_ids"], attention_mask=batch["attention_mask"])
+        real_BT = batch["attention_mask"].bool()
+        u, v = (torch.stack(h)[:, real_BT].double() for h in zip(*seen, strict=True))
+        total += (1 - (u * v).sum(-1) / (u.norm(dim=-1) * v.norm(dim=-1))).sum(-1)
+        count += u.shape[1]
+    return sorted((total / count).topk(2, largest=False).indices.tolist())
 
 
 @pytest.mark.parametrize("name", ["bypass", "concave"])

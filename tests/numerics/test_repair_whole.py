@@ -12,8 +12,6 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from src import cli
 from src.errors import ConfigError
-from src.export import proof
-from src.export.fresh import verify
 from src.mask import Mask
 from src.models.cut import cut
 from src.models.loading import load_model, load_tokenizer
@@ -35,10 +33,10 @@ def folded(mask_file: str, corpus_file: str) -> PreTrainedModel:
     return student
 
 
+@pytest.mark.usefixtures("proven_here")
 def test_the_exported_directory_is_the_folded_model(
-    folded: PreTrainedModel, mask_file: str, corpus_file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    folded: PreTrainedModel, mask_file: str, corpus_file: str, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(proof, "in_fresh_process", verify)
     out, mask = tmp_path / "out", Mask.load(mask_file)
     verb.main(["--mask", mask_file, "--data", corpus_file, "--out", str(out)])
     loaded = AutoModelForCausalLM.from_pretrained(out).state_dict()
@@ -75,10 +73,10 @@ def test_a_recovery_starts_from_the_folded_model(
     torch.testing.assert_close(back, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.usefixtures("proven_here")
 def test_a_mask_without_an_inner_gap_records_no_repair(
-    teacher_dir: str, corpus_file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    teacher_dir: str, corpus_file: str, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(proof, "in_fresh_process", verify)
     mask, out = tmp_path / "tail.json", tmp_path / "out"
     Mask(model=teacher_dir, num_layers=6, keep=(0, 1, 2, 3), method="tail").save(mask)
     with pytest.warns(UserWarning, match="nothing is repaired"):

@@ -5,19 +5,13 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import yaml
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
 
-from src.cli import main
-from src.data import Corpus
 from src.errors import ConfigError
-from src.mask import Mask
 from src.optim import SharedAdam
 from src.policies import (
     AngularDistance,
@@ -256,48 +250,3 @@ def test_a_layer_without_which_nothing_finite_is_left_stays(broken: float) -> No
     policy = OneShotPerplexity()
     assert removed(policy, Fake(costs=[broken, 2.0, 1.0, broken]), 4, 2) == [1, 2]
     assert policy.nothing() == 0
-
-
-@pytest.mark.parametrize("overlay", ["block_influence", "taylor", "streamline"])
-def test_an_overlay_of_the_search_writes_the_mask(
-    overlay: str, tmp_path: Path, teacher_dir: str, corpus_file: str
-) -> None:
-    main([
-        "fit", "--config=configs/search/gumbel_topk.yaml", f"--config=configs/policy/{overlay}.yaml",
-        f"--model.init_args.model={teacher_dir}", "--model.init_args.calibration_batches=2",
-        f"--data.init_args.train={corpus_file}", f"--data.init_args.validation={corpus_file}",
-        "--data.init_args.batch_size=4", "--trainer.accelerator=cpu",
-        f"--trainer.logger.init_args.save_dir={tmp_path}", "--trainer.logger.init_args.version=run",
-    ])  # fmt: skip
-    run = tmp_path / "search" / "run"
-    mask = Mask.load(run / "mask.json")
-    given = yaml.safe_load(Path(f"configs/policy/{overlay}.yaml").read_text())["model"]["init_args"]["policy"]
-    assert len(mask.removed) == 2
-    assert mask.metrics["kl"] == mask.metrics["kl_learned"] == mask.metrics["kl_soft"] > 0
-    if overlay == "streamline":
-        assert mask.removed[1] - mask.removed[0] == 1
-    if overlay == "block_influence":
-        assert list(mask.removed) == lowest_turns(teacher_dir, corpus_file)
-    settings = yaml.safe_load((run / "config.yaml").read_text())["model"]["init_args"]["policy"]
-    # The options of the policy that the experiment names are gone.
-    assert settings["init_args"] == {**given["init_args"], "always_keep": [], "seed": 0}
-
-
-def lowest_turns(teacher_dir: str, corpus_file: str) -> list[int]:
-    """The two layers of least block influence, by plain transformers on the same rows."""
-    data = Corpus(train=corpus_file, validation=corpus_file, tokenizer=teacher_dir, batch_size=4)
-    data.setup("fit")
-    model = AutoModelForCausalLM.from_pretrained(teacher_dir).eval()
-    seen: list[tuple[Tensor, Tensor]] = []
-    for layer in model.model.layers:
-        layer.register_forward_hook(lambda _, args, out: seen.append((args[0], out)))
-    total, count = torch.zeros(len(model.model.layers), dtype=torch.float64), 0
-    for batch in itertools.islice(data.val_dataloader(), 2):
-        seen.clear()
-        with torch.no_grad():
-            model(batch["input_ids"], attention_mask=batch["attention_mask"])
-        real_BT = batch["attention_mask"].bool()
-        u, v = (torch.stack(h)[:, real_BT].double() for h in zip(*seen, strict=True))
-        total += (1 - (u * v).sum(-1) / (u.norm(dim=-1) * v.norm(dim=-1))).sum(-1)
-        count += u.shape[1]
-    return sorted((total / count).topk(2, largest=False).indices.tolist())

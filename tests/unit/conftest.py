@@ -10,9 +10,7 @@ import yaml
 
 from scripts.arena.plan import Plan
 from scripts.arena.reading import read
-from src.export import proof
 from src.export import verb as export
-from src.export.fresh import verify
 from tests.arena import PLAN
 from tests.cached import Workspace, workspace
 
@@ -35,9 +33,8 @@ def plan(folder: Path) -> Plan:
 
 
 @pytest.fixture
-def run(mask_file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
-    """Exports the tiny cut model. The proof runs in this process; the fresh one has a test of its own."""
-    monkeypatch.setattr(proof, "in_fresh_process", verify)
+def run(mask_file: str, tmp_path: Path, proven_here: None) -> Callable[..., Path]:
+    """Exports the tiny cut model."""
 
     def export_to(*more: str) -> Path:
         out = tmp_path / "out"

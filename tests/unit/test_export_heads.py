@@ -10,13 +10,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from src.export import proof
 from src.export import verb as export
-from src.export.fresh import verify
 from src.mask import Mask
 from tests.families import tiny_config
 
 
+@pytest.mark.usefixtures("proven_here")
 @pytest.mark.parametrize(
     ("settings", "tensors", "told"),
     [
@@ -31,9 +30,7 @@ def test_heads_are_left_out_and_the_card_says_so(
     tensors: tuple[str, ...],
     told: int,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(proof, "in_fresh_process", verify)
     parent, out = tmp_path / "parent", tmp_path / "out"
     AutoModelForCausalLM.from_config(tiny_config("qwen3_5_text")).save_pretrained(parent)
     weights = load_file(parent / "model.safetensors")
