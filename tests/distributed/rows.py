@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -142,10 +141,10 @@ class Killed(Callback):
         rank: whose process.
         step: of a training, or the batch of a prediction.
         note: file for the time.
-        number: the signal's; by default SIGKILL.
+        number: the signal's; 9 is SIGKILL.
     """
 
-    def __init__(self, rank: int, step: int, note: str, number: int = signal.SIGKILL) -> None:
+    def __init__(self, rank: int, step: int, note: str, number: int = 9) -> None:
         self.rank, self.step, self.note, self.number = rank, step, Path(note), number
 
     def kill(self, rank: int, step: int) -> None:
