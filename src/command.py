@@ -49,6 +49,17 @@ class Parser(argparse.ArgumentParser):
         )
 
 
+def named(text: str) -> str:
+    """Return a name that is not empty, as ``type`` of argparse: an unset variable of a shell is no default.
+
+    Raises:
+        ArgumentTypeError: it is empty.
+    """
+    if not text:
+        raise argparse.ArgumentTypeError("an empty name given")
+    return text
+
+
 def new_file(text: str) -> str:
     """Return a path if a file can be written there.
 

@@ -24,7 +24,7 @@ from src.export.cuts import earlier_cuts, note_cut
 from src.export.fresh import unique_weights
 from src.export.observe import GENERATED, Finding
 from src.export.proof import predicted_weights, prove
-from src.files import whole
+from src.files import misfit, whole
 from src.mask import Mask
 from src.models.cut_rules import extra_layers
 from src.models.layers import num_layers
@@ -172,7 +172,7 @@ def staged(out: Path, force: bool) -> Iterator[Path]:
 
 
 def check_out(out: Path, force: bool, *sources: str) -> None:
-    """Refuse a directory that is not free, or that touches one of the models that it is made of.
+    """Refuse a directory that is not free, that touches a model it is made of, or that cannot be written.
 
     Raises:
         ConfigError: says which.
@@ -185,6 +185,8 @@ def check_out(out: Path, force: bool, *sources: str) -> None:
                 f"--out: '{here}' is the directory of the parent '{source}', lies inside it or contains it; "
                 f"it is not written, even by --force. Give a directory beside it."
             )
+    if (fault := misfit(here / "config.json")) is not None:
+        raise ConfigError(f"--out: '{out}' cannot be written: {fault}.")
     _check_free(here, force)
 
 

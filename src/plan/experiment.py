@@ -165,6 +165,13 @@ class Experiment:
         return Amount(**given).of(config, stored, width_of(config, self.unit))
 
     @property
+    def share(self) -> float:
+        """Share of the layers, or of each layer's units of width, that goes."""
+        config = load_config(self.name, self.model.get("revision"))
+        width = width_of(config, self.unit)
+        return self.budgets[-1].remove / (width.count if width else num_layers(config))
+
+    @property
     def unit(self) -> Unit:
         """Kind of unit that a search removes; ``layer`` for a recovery or a cache."""
         return cast(Unit, self.model.get("unit") or "layer")

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +13,7 @@ from src.models.costs import parameters
 from src.models.cut_config import weightless
 from src.models.loading import load_config, longest_row
 from src.plan.advice import Advice, advise
-from src.plan.devices import FILE, device
+from src.plan.devices import FILE, device, this_machine
 from src.plan.experiment import Experiment
 from src.plan.planner import Planner
 from src.shorten.text import LONGEST, Text
@@ -89,12 +88,11 @@ def choose(model: str, text: Text, tokens: int | None) -> Iterator[Choice]:
     yield Choice("recover", "trainer.val_check_interval", every, "five looks at the held-out rows")
 
 
-def fitted(argv: Sequence[str], ratio: float) -> tuple[Advice | None, str]:
+def fitted(experiment: Experiment) -> tuple[Advice | None, str]:
     """Ask the planner for the simplest way to run a stage on this machine.
 
     Args:
-        argv: arguments of the stage's ``fit``.
-        ratio: share of the layers to remove.
+        experiment: the stage's ``fit``, as parsed.
 
     Returns:
         The planner's advice, None if it does not know this GPU; and the name of the device.
@@ -102,19 +100,10 @@ def fitted(argv: Sequence[str], ratio: float) -> tuple[Advice | None, str]:
     Raises:
         ConfigError: no way to run the stage fits this machine.
     """
-    name = _device()
+    name = this_machine()
     if name is None:
         return None, f"{torch.cuda.get_device_name()}, of which {FILE.name} knows nothing"
-    advice = advise(Planner(Experiment(argv, ratio), device(name)))
+    advice = advise(Planner(experiment, device(name)))
     if advice.best is None:
         raise ConfigError(f"--model: {advice.reason}")
     return advice, name
-
-
-def _device() -> str | None:
-    """Return the name of this machine in the file of devices; None if its GPU is not there."""
-    if not torch.cuda.is_available():
-        return "cpu"
-    title = torch.cuda.get_device_name().lower()
-    known = json.loads(FILE.read_text())["devices"]
-    return next((name for name in sorted(known, key=len, reverse=True) if name in title), None)

@@ -15,6 +15,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from src.errors import ConfigError
 from src.files import read_json, write_json
@@ -30,18 +31,25 @@ class Stage:
     Attributes:
         name: name of the stage.
         argv: arguments of the command.
-        product: the file that the command writes last.
+        place: the directory or the file that the command makes.
+        last: the file in the directory that the command writes last.
         after: names of the stages whose products it reads.
         facts: fingerprints of the model and the texts that it reads.
-        folder: where an interrupted command leaves what it resumes from; None if it cannot resume.
+        resumes: whether it resumes from what an interrupted command has left.
     """
 
     name: str
     argv: tuple[str, ...]
-    product: Path
+    place: Path
+    last: str = ""
     after: tuple[str, ...] = ()
     facts: tuple[str | None, ...] = ()
-    folder: Path | None = None
+    resumes: bool = False
+
+    @property
+    def product(self) -> Path:
+        """The file that shows that the stage is done."""
+        return self.place / self.last
 
     @property
     def command(self) -> str:
@@ -66,36 +74,69 @@ def work_through(stages: Sequence[Stage], log: Path) -> None:
         log: the file ``stages.json`` of the run, which says what is done.
 
     Raises:
-        ConfigError: a folder that a stage would write to exists, and this command has not made it.
+        ConfigError: a file or folder that a stage would write exists, and this command has not made it. No
+            stage has run then.
         SystemExit: a stage has failed; its status is that of the stage.
-        Stopped: a signal has ended the run; the stage has received it and ended first.
+        Stopped: a signal has ended the run; the stage has ended first.
     """
-    done: dict[str, list[str]] = read_json(log) if log.exists() else {}
+    done = earlier(log, list)
+    for stage in stages:
+        if stage.place.exists() and done.get(stage.name, [])[2:] != [str(stage.place)]:
+            raise foreign(stage.place)
     for stage, digest in zip(stages, digests(stages).values(), strict=True):
-        if done.get(stage.name) == [DONE, digest] and stage.product.exists():
+        was, place = done.get(stage.name, [])[:2], str(stage.place)
+        if was == [DONE, digest] and stage.product.exists():
             print(f"{stage.name}: done already, {stage.product}")
             continue
-        if stage.folder is not None and done.get(stage.name) not in ([BEGUN, digest], [DONE, digest]):
-            if stage.name not in done and stage.folder.exists():
-                raise ConfigError(
-                    f"--run: '{stage.folder}' is there already, and not from this command. Name another "
-                    f"directory, or move it away."
-                )
-            shutil.rmtree(stage.folder, ignore_errors=True)
-        write_json(log, done := {**done, stage.name: [BEGUN, digest]})
+        if stage.resumes and was not in ([BEGUN, digest], [DONE, digest]):
+            shutil.rmtree(stage.place, ignore_errors=True)
+        write_json(log, done := {**done, stage.name: [BEGUN, digest, place]})
         print(f"\n{stage.name}: {stage.command}", flush=True)
         if status := _status(stage):
             print(f"{stage.name} has failed; the same command goes on here.", file=sys.stderr)
             raise SystemExit(status)
-        write_json(log, done := {**done, stage.name: [DONE, digest]})
+        write_json(log, done := {**done, stage.name: [DONE, digest, place]})
+
+
+def earlier(path: Path, *kinds: type) -> dict[str, Any]:
+    """Read what an earlier call of this command wrote; empty if there was none.
+
+    Args:
+        path: a file of JSON.
+        kinds: types of its values.
+
+    Raises:
+        ConfigError: the file holds something else.
+    """
+    try:
+        found = read_json(path) if path.exists() else {}
+    except (OSError, ValueError):
+        found = None
+    if not isinstance(found, dict) or not all(isinstance(value, kinds) for value in found.values()):
+        raise foreign(path)
+    return found
+
+
+def foreign(path: Path) -> ConfigError:
+    """Return the refusal to write over what this command did not make."""
+    return ConfigError(
+        f"--run, --out: '{path}' is there already, and not from this command. Name another directory, or "
+        f"move it away."
+    )
 
 
 def _status(stage: Stage) -> int:
-    """Run a stage and return its exit status; a signal to this process is passed on to the stage."""
+    """Run a stage and return its status; a signal to this process ends it first.
+
+    It is told by SIGTERM whatever the signal was: SIGINT would be a traceback while it starts.
+    """
+    stopping.patient(True)  # until there is a child that can be told
     child = subprocess.Popen([sys.executable, "-m", "src.cli", *stage.argv])
     try:
-        return child.wait()
+        stopping.patient(False)
+        status = child.wait()
+        return status if status >= 0 else 128 - status
     except stopping.Stopped as stop:
-        child.send_signal(stop.number)
+        child.terminate()
         child.wait()
         raise stopping.Stopped(stop.number, f"stopped in {stage.name}; the same command goes on") from stop

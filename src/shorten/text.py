@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
@@ -16,7 +15,6 @@ from src.data.options import sources
 from src.data.reader import Corpora
 from src.data.sources import open_source
 from src.errors import ConfigError
-from src.files import write_text
 
 LOOKED_AT = 4_000
 """Documents that are looked at, about."""
@@ -59,13 +57,12 @@ def look(model: str, train: str) -> Text:
     return Text(len(lengths), sum(lengths), int(at_most), whole)
 
 
-def hold_out(model: str, train: str, path: Path) -> None:
-    """Write rows that ``data.held_out`` keeps away from training to a JSONL file, to judge models by them.
+def hold_out(model: str, train: str) -> str:
+    """Return rows that ``data.held_out`` keeps away from training as JSONL, to judge models by them.
 
     Args:
         model: Hub id or directory of the model, whose chat template may render the rows.
-        train: the corpus.
-        path: the file; it receives the first :data:`JUDGED` such rows.
+        train: the corpus, of which the first :data:`JUDGED` such rows are taken.
 
     Raises:
         ConfigError: the corpus is too small to hold out any; names the option.
@@ -83,4 +80,4 @@ def hold_out(model: str, train: str, path: Path) -> None:
         raise ConfigError(
             f"--train: '{train}' is too small to hold out {SHARE:.0%} of it; give --held-out FILE."
         )
-    write_text(path, "\n".join(kept) + "\n")
+    return "\n".join(kept) + "\n"

@@ -15,19 +15,22 @@ from typing import Any, get_args
 from rich.table import Table
 from transformers.utils import logging
 
-from src.command import Parser, show
+from src.command import Parser, named, show
 from src.data.content import fingerprint
-from src.data.options import amount
-from src.data.sources import Source
+from src.data.options import amount, sources
 from src.errors import ConfigError, did_you_mean
-from src.files import read_json, write_json
+from src.export.write import check_out
+from src.files import misfit, write_json, write_text
 from src.mask import Unit
 from src.models.fingerprint import weights_fingerprint
-from src.ranges import inside_unit, positive
+from src.models.loading import load_config
+from src.plan.experiment import Experiment
+from src.ranges import SEED, Range, inside_unit, positive
 from src.shorten.settings import RECOVER, SEARCH, Choice, choose, fitted
-from src.shorten.stages import Stage, work_through
+from src.shorten.stages import Stage, earlier, foreign, work_through
 from src.shorten.text import JUDGED, SHARE, hold_out, look
 
+SETTINGS = "settings.json"
 POLICIES = Path(__file__).parents[2] / "configs" / "policy"
 HELD_OUT = "held_out.jsonl"
 """File in the run's directory with the rows to judge by, if the user names none."""
@@ -38,6 +41,10 @@ def main(argv: list[str]) -> None:
     args = _parse(argv)
     logging.disable_progress_bar()
     run = Path(args.run or f"logs/shorten/{Path(args.model).name}")
+    if (fault := misfit(run / SETTINGS)) is not None:
+        raise ConfigError(f"--run: '{run}' cannot be written: {fault}.")
+    if args.out:
+        check_out(Path(args.out), True, args.model)
     facts = _facts(args)
     choices, options, notes = settled(args, run, facts)
     _tell(args.model, choices, notes)
@@ -64,19 +71,36 @@ def settled(
         The settings; the options of ``fit`` for each stage; and what the planner says of each stage.
     """
     about: dict[str, Any] = {k: str(v) for k, v in vars(args).items() if k not in ("run", "dry_run")}
-    about["facts"], kept = facts, run / "settings.json"
-    if kept.exists() and (known := read_json(kept))["about"] == about:
-        return [Choice(*each) for each in known["choices"]], known["options"], known["notes"]
-    if not args.held_out:
-        hold_out(args.model, args.train, run / HELD_OUT)
+    about["facts"], kept, held = facts, run / SETTINGS, run / HELD_OUT
+    known = earlier(kept, dict, list)
+    if known and known.keys() != {"about", "choices", "options", "notes"}:
+        raise foreign(kept)
+    anew = known.get("about") != about
+    if held.exists() and not known:
+        raise foreign(held)
+    rows = hold_out(args.model, args.train) if not args.held_out and (anew or not held.exists()) else None
+    if anew:
+        known = {"about": about, **_chosen(args)}
+        held.unlink(missing_ok=True)
+        write_json(kept, known)  # before the rows: rows beside no settings are not this command's
+    if rows:
+        write_text(held, rows)
+    return [Choice(*each) for each in known["choices"]], known["options"], known["notes"]
+
+
+def _chosen(args: argparse.Namespace) -> dict[str, Any]:
+    """Choose the settings, and ask the planner how each stage is run here."""
     choices, notes = list(choose(args.model, look(args.model, args.train), args.tokens)), list[str]()
     options: dict[str, list[str]] = {}
+    share: float | None = None
     for stage, configs in (("search", _search(args)), ("recover", [RECOVER])):
         own = [part for choice in choices if choice.stage == stage for part in choice.argv]
         own += [*_what(args)] if stage == "search" else []
-        own += shlex.split(getattr(args, stage))
+        own += _split(f"--{stage}", getattr(args, stage))
         files = [part for config in configs for part in ("--config", config)]
-        advice, where = fitted([*files, *own, "--model.init_args.model", args.model], args.ratio)
+        experiment = Experiment([*files, *own, f"--model.init_args.model={args.model}"], share)
+        advice, where = fitted(experiment)
+        share = experiment.share  # the mask that a recovery is planned for does not exist yet
         if advice is None or advice.best is None:
             notes.append(f"{stage}: not planned on {where}")
         else:
@@ -86,8 +110,15 @@ def settled(
             own += [part for option in advice.options for part in shlex.split(option)]
         options[stage] = own
     listed = [[c.stage, c.option, c.value, c.reason] for c in choices]
-    write_json(kept, {"about": about, "choices": listed, "options": options, "notes": notes})
-    return choices, options, notes
+    return {"choices": listed, "options": options, "notes": notes}
+
+
+def _split(option: str, text: str) -> list[str]:
+    """Return the parts of a quoted list of options, as a shell would."""
+    try:
+        return shlex.split(text)
+    except ValueError as e:
+        raise ConfigError(f"{option}: {text!r} given; it ends inside of a quotation.") from e
 
 
 def _what(args: argparse.Namespace) -> list[str]:
@@ -96,7 +127,7 @@ def _what(args: argparse.Namespace) -> list[str]:
     for key in ("remove", "target"):
         if getattr(args, key) is not None:
             given |= {"ratio": "null", key: getattr(args, key)}
-    return [part for key, value in given.items() for part in (f"--model.init_args.{key}", str(value))]
+    return [f"--model.init_args.{key}={value}" for key, value in given.items()]
 
 
 def stages(
@@ -121,23 +152,38 @@ def stages(
     race = ["benchmark", "--baseline", args.model, "--out", str(speeds)]
     both, read = ("--model", str(cut), str(out)), tuple(facts)
     return [
-        Stage("search", _fit(args, run, "search", _search(args), search), mask, (), read, run / "search"),
         Stage(
-            "recover", _fit(args, run, "recover", [RECOVER], recover), run / "recover/record.json",
-            ("search",), read, run / "recover",
+            "search", _fit(args, run, "search", _search(args), search), run / "search", mask.name,
+            (), read, resumes=True,
         ),
-        Stage("cut", (*export, str(cut)), cut / "config.json", ("search",)),
-        Stage("export", (*export, str(out), "--checkpoint", last), out / "config.json", ("recover",)),
-        Stage("evaluate", (*judge, *both), scores, exported),
-        Stage("benchmark", (*race, *both), speeds, exported),
-        Stage("report", ("report", "--run", str(run)), run / "report.html", ("evaluate", "benchmark")),
+        Stage(
+            "recover", _fit(args, run, "recover", [RECOVER], recover), run / "recover", "record.json",
+            ("search",), read, resumes=True,
+        ),
+        Stage("cut", (*export, str(cut)), cut, "config.json", ("search",)),
+        Stage("export", (*export, str(out), "--checkpoint", last), out, "config.json", ("recover",)),
+        Stage("evaluate", (*judge, *both), scores, after=exported),
+        Stage("benchmark", (*race, *both), speeds, after=exported),
+        Stage("report", ("report", "--run", str(run)), run / "report.html", after=("evaluate", "benchmark")),
     ]  # fmt: skip
 
 
 def _facts(args: argparse.Namespace) -> list[str | None]:
-    """Return the fingerprints of the model and of the texts."""
-    texts = [fingerprint(Source(path)) for path in (args.train, args.held_out) if path]
-    return [weights_fingerprint(args.model), *texts]
+    """Return what tells model and texts apart from others under their names.
+
+    Raises:
+        ConfigError: there is no such model or text; names the option.
+    """
+    config = load_config(args.model)
+    local = Path(args.model).is_dir()  # a model of the Hub, whether it is here yet or not, by its commit
+    facts = [weights_fingerprint(args.model) if local else getattr(config, "_commit_hash", None)]
+    for option in ("train", "held_out"):
+        if (path := getattr(args, option)) is not None:
+            try:
+                facts += [fingerprint(source) for source in sources(path, option)]
+            except ConfigError as e:
+                raise ConfigError(f"--{option.replace('_', '-')}: {e}") from e
+    return facts
 
 
 def _search(args: argparse.Namespace) -> list[str]:
@@ -174,12 +220,19 @@ def _tell(model: str, choices: list[Choice], notes: list[str]) -> None:
 def _parse(argv: list[str]) -> argparse.Namespace:
     parser = Parser("shorten", "Shorten a model with one command: search, recover, export, judge, report.")
     add = parser.add_argument
-    add("--model", required=True, metavar="NAME", help="Hub id or directory")
+    add("--model", required=True, type=named, metavar="NAME", help="Hub id or directory")
     add(
-        "--train", required=True, metavar="TEXT", help="file, pattern, directory, URL or Hub id to learn from"
+        "--train",
+        required=True,
+        type=named,
+        metavar="TEXT",
+        help="file, pattern, directory, URL or Hub id to learn from",
     )
     add(
-        "--held-out", metavar="TEXT", help=f"rows to judge by (default: {SHARE:.0%}% of the text, kept apart)"
+        "--held-out",
+        type=named,
+        metavar="TEXT",
+        help=f"rows to judge by (default: {SHARE:.0%}% of the text, kept apart)",
     )
     add(
         "--ratio",
@@ -194,9 +247,9 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     add("--unit", default="layer", choices=get_args(Unit), help="what is removed (docs/units.md)")
     add("--method", metavar="NAME", help="an overlay of configs/policy/ (default: Gumbel-TopK)")
     add("--tokens", type=amount, metavar="N", help="tokens that the recovery processes, such as 5M")
-    add("--out", metavar="DIR", help="the new model (default: <run>/recovered)")
-    add("--run", metavar="DIR", help="where all else goes (default: logs/shorten/<model>)")
-    add("--seed", type=int, default=0)
+    add("--out", type=named, metavar="DIR", help="the new model (default: <run>/recovered)")
+    add("--run", type=named, metavar="DIR", help="where all else goes (default: logs/shorten/<model>)")
+    add("--seed", type=Range(int, 0, SEED), default=0)
     add("--search", default="", metavar="OPTIONS", help="further options of the search's fit, quoted")
     add("--recover", default="", metavar="OPTIONS", help="further options of the recovery's fit, quoted")
     add("--dry-run", action="store_true", help="print settings and commands, run nothing")

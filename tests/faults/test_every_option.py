@@ -12,7 +12,7 @@ import pytest
 from jsonargparse import Namespace
 
 from src.cli import TOOLS, main
-from src.command import Parser, new_file
+from src.command import Parser, named, new_file
 from src.errors import ConfigError
 from src.training.arguments import PruneCLI, ShortErrors
 
@@ -83,6 +83,7 @@ NEEDED = {
     "generate": ["--model", "m", "--prompts", "p", "--out", "o"],
     "benchmark": ["--model", "m", "--baseline", "b"],
     "report": ["--run", "r"],
+    "shorten": ["--model", "m", "--train", "t", "--dry-run"],
     "preview": ["--config", SEARCH],
 }
 
@@ -116,7 +117,7 @@ def test_every_option_of_a_tool_is_judged_as_it_is_parsed(
     """A typed option takes no word, no NaN, no infinity, nothing negative, empty or missing."""
     for action in tool_options(verb):
         option = action.option_strings[-1]
-        typed = action.type not in (None, Path, new_file)
+        typed = action.type not in (None, Path, new_file, named)
         for value in ("words", "nan", "inf", "-1", "", None) if typed or action.choices else (None,):
             given = [option] if value is None else [f"{option}={value}"]
             if value is None and action.nargs == 0:

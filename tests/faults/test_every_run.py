@@ -91,6 +91,17 @@ def sound(out: Path, model: str, rows: str, mask: str) -> dict[str, list[str]]:
         "evaluate": ["--model", model, "--data", rows, "--limit", "2", "--max-new-tokens", "1"],
         "benchmark": ["--model", model, "--baseline", model, "--repeats", "1"],
         "report": ["--run", str(Path(mask).parent)],
+        "shorten": [
+            "--model",
+            model,
+            "--train",
+            rows,
+            "--held-out",
+            rows,
+            "--run",
+            f"{out}/run",
+            "--dry-run",
+        ],
         "preview": ["--config", SEARCH, f"--model.init_args.model={model}", f"--data.init_args.train={rows}"],
     }
 

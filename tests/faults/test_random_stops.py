@@ -149,3 +149,51 @@ def test_a_signal_while_a_process_starts_or_ends(number: signal.Signals, files: 
         assert b"Traceback" not in told or share < 0.1, (
             "before the first line of the command Python has its own"
         )
+
+
+@pytest.fixture(scope="module")
+def shortened(
+    tmp_path_factory: pytest.TempPathFactory, teacher_dir: str, corpus_file: str
+) -> tuple[list[str], dict[str, bytes], float]:
+    """The one command on tiny files, what it makes of them when nothing ends it, and how long that takes."""
+    out = tmp_path_factory.mktemp("shortened")
+    few = "--trainer.max_steps=4 --trainer.accelerator=cpu"
+    argv = [
+        "shorten", "--model", teacher_dir, "--train", corpus_file, "--held-out", corpus_file, "--remove", "2",
+        "--search", f"{few} --model.init_args.calibration_batches=1",
+        "--recover", f"{few} --trainer.val_check_interval=2",
+    ]  # fmt: skip
+    began = time.monotonic()
+    assert status(apart([*argv, "--run", str(out)], out / "said")) == 0, (out / "said").read_text()
+    return argv, weights(out), time.monotonic() - began
+
+
+def weights(run: Path) -> dict[str, bytes]:
+    """The models of a run of the one command."""
+    return {name: (run / name / "model.safetensors").read_bytes() for name in ("cut", "recovered")}
+
+
+@pytest.mark.parametrize("number", STATUS)
+def test_the_one_command_ended_again_and_again_comes_to_the_same_models(
+    number: signal.Signals, shortened: tuple[list[str], dict[str, bytes], float], tmp_path: Path
+) -> None:
+    """A signal at a random moment of whatever stage runs then; each further call goes on."""
+    argv, whole, length = shortened
+    rng, run, said = random.Random(int(number)), tmp_path / "run", tmp_path / "said"
+    codes = []
+    while not codes or codes[-1] != 0:
+        said.unlink(missing_ok=True)
+        process = apart([*argv, "--run", str(run)], said)
+        process.join(rng.uniform(0.1, 0.5) * length)
+        if process.exitcode is None:
+            with suppress(ProcessLookupError):
+                os.kill(process.pid or 0, number)
+        codes.append(status(process))
+        told = said.read_text()
+        assert "Traceback" not in told
+        assert codes[-1] in (STATUS[number], 0, -number), told
+        assert [*tmp_path.rglob(".*.partial"), *tmp_path.rglob(".*.old")] == []
+        assert codes[-1] != STATUS[number] or told.rstrip().endswith(f"({number.name})")
+        assert len(codes) < 20, "it goes on"
+    assert len(codes) > 1, "a signal came in time"
+    assert weights(run) == whole

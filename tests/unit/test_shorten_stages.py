@@ -1,0 +1,116 @@
+"""Stages run once, go on where they stopped, and run again where something changed; what is foreign stays."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from src.errors import ConfigError
+from src.shorten import stages
+from src.shorten.stages import Stage, digests, work_through
+
+
+@pytest.fixture
+def ran(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the stages that are run; each leaves its product and what it would resume from."""
+    names: list[str] = []
+
+    def status(stage: Stage) -> int:
+        names.append(stage.name)
+        if stage.resumes:
+            stage.place.mkdir(parents=True, exist_ok=True)
+            (stage.place / "last.ckpt").touch()
+        if stage.argv[-1] == "fails":
+            return 3
+        stage.product.parent.mkdir(parents=True, exist_ok=True)
+        stage.product.touch()
+        return 0
+
+    monkeypatch.setattr(stages, "_status", status)
+    return names
+
+
+def line(at: Path) -> list[Stage]:
+    """A search, a recovery after it, and a judgement of the search alone."""
+    return [
+        Stage("search", ("fit",), at / "search", "mask.json", facts=("w",), resumes=True),
+        Stage("recover", ("fit", "r"), at / "recover", "record.json", ("search",), ("w",), resumes=True),
+        Stage("judge", ("evaluate",), at / "evaluate.json", after=("search",)),
+    ]
+
+
+def test_what_is_done_is_not_done_again(tmp_path: Path, ran: list[str]) -> None:
+    for _ in range(2):
+        work_through(line(tmp_path), tmp_path / "stages.json")
+    assert ran == ["search", "recover", "judge"]
+    (tmp_path / "evaluate.json").unlink()
+    work_through(line(tmp_path), tmp_path / "stages.json")
+    assert ran[3:] == ["judge"]
+
+
+@pytest.mark.parametrize(
+    ("changed", "again"), [(0, ["search", "recover", "judge"]), (1, ["recover"]), (2, ["judge"])]
+)
+@pytest.mark.parametrize("key", ["argv", "facts"])
+def test_a_change_runs_its_stage_and_those_behind_it(
+    changed: int, again: list[str], key: str, tmp_path: Path, ran: list[str]
+) -> None:
+    work_through(line(tmp_path), tmp_path / "stages.json")
+    del ran[:]
+    other = line(tmp_path)
+    other[changed] = replace(other[changed], **{key: ("other",)})
+    work_through(other, tmp_path / "stages.json")
+    assert ran == again
+
+
+def test_a_failed_stage_ends_the_run_and_goes_on_from_what_it_left(tmp_path: Path, ran: list[str]) -> None:
+    log, whole = tmp_path / "stages.json", line(tmp_path)
+    failing = [whole[0], replace(whole[1], argv=("fit", "fails")), whole[2]]
+    for _ in range(2):  # the second time its folder is still there
+        with pytest.raises(SystemExit) as stop:
+            work_through(failing, log)
+        assert stop.value.code == 3
+        assert (tmp_path / "recover/last.ckpt").exists()
+    assert ran == ["search", "recover", "recover"]
+    (tmp_path / "recover/mark").touch()
+    work_through(whole, log)  # another command: what the failed one left is not gone on from
+    assert not (tmp_path / "recover/mark").exists()
+    assert ran[3:] == ["recover", "judge"]
+
+
+@pytest.mark.parametrize("place", ["search", "recover", "evaluate.json"])
+def test_what_is_of_another_origin_is_refused_before_anything_runs_and_stays(
+    place: str, tmp_path: Path, ran: list[str]
+) -> None:
+    precious = tmp_path / place if "." in place else tmp_path / place / "precious"
+    precious.parent.mkdir(exist_ok=True)
+    precious.write_text("mine")
+    with pytest.raises(ConfigError, match="is there already, and not from this command"):
+        work_through(line(tmp_path), tmp_path / "stages.json")
+    assert precious.read_text() == "mine"
+    assert ran == []
+
+
+def test_a_place_that_an_option_names_later_is_of_another_origin_too(tmp_path: Path, ran: list[str]) -> None:
+    stages_, other = line(tmp_path), tmp_path / "precious.json"
+    work_through(stages_, tmp_path / "stages.json")
+    other.write_text("mine")
+    with pytest.raises(ConfigError, match="precious"):
+        work_through([*stages_[:2], replace(stages_[2], place=other)], tmp_path / "stages.json")
+    assert other.read_text() == "mine"
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"search": 3}', "{", "\ufeff{}x"])
+def test_a_foreign_file_is_not_taken_for_the_log(text: str, tmp_path: Path, ran: list[str]) -> None:
+    (tmp_path / "stages.json").write_text(text)
+    with pytest.raises(ConfigError, match="not from this command"):
+        work_through(line(tmp_path), tmp_path / "stages.json")
+    assert (tmp_path / "stages.json").read_text() == text
+
+
+def test_digests_differ_where_products_may(tmp_path: Path) -> None:
+    plain = line(tmp_path)
+    assert digests(plain) == digests(line(tmp_path / "elsewhere"))
+    assert len(set(digests(plain).values())) == 3
