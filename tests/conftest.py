@@ -54,10 +54,11 @@ def _clean_working_directory() -> Iterator[None]:
     assert not left, f"the test left {left} in the working directory"
 
 
-@pytest.fixture
-def proven_here(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The proof of an export runs in this process; the fresh one has tests of its own."""
-    monkeypatch.setattr(proof, "in_fresh_process", verify)
+@pytest.fixture(autouse=True)
+def _proven_here(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Exports are proven in this process, but in tests that are about the fresh one."""
+    if request.node.get_closest_marker("fresh") is None:
+        monkeypatch.setattr(proof, "in_fresh_process", verify)
 
 
 @pytest.fixture(scope="session")

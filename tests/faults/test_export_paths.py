@@ -89,7 +89,6 @@ def exported(out: Path) -> str:
     return card
 
 
-@pytest.mark.usefixtures("proven_here")
 @pytest.mark.parametrize(
     ("parent", "scope", "repair"),
     [
@@ -117,7 +116,6 @@ def test_a_recovery_of_every_scope_and_repair_is_exported(
     assert "not reached by the adapters" not in card, "peft adapts Mixtral's experts too"
 
 
-@pytest.mark.usefixtures("proven_here")
 @pytest.mark.parametrize("repair", [name for name in REPAIRS if name != "none"])
 @pytest.mark.parametrize("parent", FAMILIES, indirect=True)
 def test_every_repair_alone_is_exported(parent: str, repair: str, tmp_path: Path, corpus_file: str) -> None:
@@ -127,7 +125,6 @@ def test_every_repair_alone_is_exported(parent: str, repair: str, tmp_path: Path
     assert "fitted to" in exported(out)
 
 
-@pytest.mark.usefixtures("proven_here")
 @pytest.mark.parametrize("parent", ["gemma2"], indirect=True)
 def test_a_repair_that_nothing_can_hold_is_refused_with_what_works(
     parent: str,
@@ -146,7 +143,6 @@ def test_a_repair_that_nothing_can_hold_is_refused_with_what_works(
     exported(tmp_path / "out")
 
 
-@pytest.mark.usefixtures("proven_here")
 @pytest.mark.parametrize("parent", ["llama"], indirect=True)
 def test_a_repair_names_the_split_of_its_rows(
     parent: str,
@@ -173,6 +169,7 @@ def test_a_repair_names_the_split_of_its_rows(
 
 
 @pytest.mark.slow
+@pytest.mark.fresh
 @pytest.mark.parametrize("scope", SCOPES)
 @pytest.mark.parametrize("parent", FAMILIES, indirect=True)
 def test_a_recovery_that_ran_is_exported_by_a_fresh_process(

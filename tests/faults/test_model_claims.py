@@ -19,7 +19,6 @@ from src.models.loading import load_model
 from tests.faults.directories import altered, command, crossed, recovery, refused, search
 
 LAYERS = 6
-pytestmark = pytest.mark.usefixtures("proven_here")
 
 
 def masked(model: Path | str, path: Path, layers: int = LAYERS) -> Path:

@@ -73,7 +73,6 @@ def test_positions_without_a_table_have_no_end(family: str, tmp_path: Path) -> N
         assert model(torch.full((1, PLACES + 9), 5)).logits.shape[1] == PLACES + 9
 
 
-@pytest.mark.usefixtures("proven_here")
 def test_rows_are_truncated_where_the_user_allowed_it_in_every_verb(
     model: Path, mask: Path, corpus_file: str, tmp_path: Path
 ) -> None:

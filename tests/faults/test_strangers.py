@@ -98,7 +98,6 @@ def test_what_would_run_is_refused_in_one_message(
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.usefixtures("proven_here")
 @pytest.mark.parametrize(
     "verb", ["export", pytest.param("search", marks=pytest.mark.slow), "evaluate", "patch"]
 )
@@ -128,7 +127,6 @@ def test_a_known_family_needs_none_of_the_code_beside_it_and_does_not_pass_it_on
             assert "auto_map" not in json.loads((out / name).read_text())
 
 
-@pytest.mark.usefixtures("proven_here")
 def test_a_pickled_parent_is_read_for_its_tensors_alone_and_named(teacher_dir: str, tmp_path: Path) -> None:
     model = altered(teacher_dir, tmp_path / "model")
     weights = load_file(model / "model.safetensors")
@@ -171,6 +169,7 @@ def test_a_template_runs_in_a_sandbox_and_ends_in_one_message(
         assert not marker.exists()
 
 
+@pytest.mark.fresh
 def test_the_fresh_process_reads_nothing_from_a_terminal(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -91,7 +91,6 @@ def test_scores_that_are_none_leave_the_card_as_it_was(scores: str, tmp_path: Pa
     assert (tmp_path / "README.md").read_text() == "as it was"
 
 
-@pytest.mark.usefixtures("proven_here")
 def test_how_outputs_are_returned_is_not_the_model(teacher_dir: str, tmp_path: Path) -> None:
     """A config may ask for tuples, or for every stream: neither comes along."""
     model = altered(teacher_dir, tmp_path / "model", return_dict=False, output_hidden_states=True)

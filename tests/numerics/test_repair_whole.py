@@ -33,7 +33,6 @@ def folded(mask_file: str, corpus_file: str) -> PreTrainedModel:
     return student
 
 
-@pytest.mark.usefixtures("proven_here")
 def test_the_exported_directory_is_the_folded_model(
     folded: PreTrainedModel, mask_file: str, corpus_file: str, tmp_path: Path
 ) -> None:
@@ -73,7 +72,6 @@ def test_a_recovery_starts_from_the_folded_model(
     torch.testing.assert_close(back, expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.usefixtures("proven_here")
 def test_a_mask_without_an_inner_gap_records_no_repair(
     teacher_dir: str, corpus_file: str, tmp_path: Path
 ) -> None:

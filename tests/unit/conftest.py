@@ -33,7 +33,7 @@ def plan(folder: Path) -> Plan:
 
 
 @pytest.fixture
-def run(mask_file: str, tmp_path: Path, proven_here: None) -> Callable[..., Path]:
+def run(mask_file: str, tmp_path: Path) -> Callable[..., Path]:
     """Exports the tiny cut model."""
 
     def export_to(*more: str) -> Path:

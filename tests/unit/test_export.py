@@ -34,6 +34,7 @@ def recovered(mask_file: str, path: Path) -> tuple[Path, PreTrainedModel]:
     return path, student
 
 
+@pytest.mark.fresh
 def test_a_plain_directory_with_everything_that_belongs_to_the_model(
     run: Callable[..., Path], teacher_dir: str, mask_file: str
 ) -> None:

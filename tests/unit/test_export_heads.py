@@ -15,7 +15,6 @@ from src.mask import Mask
 from tests.families import tiny_config
 
 
-@pytest.mark.usefixtures("proven_here")
 @pytest.mark.parametrize(
     ("settings", "tensors", "told"),
     [
