@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +16,8 @@ import pytest
 from src.errors import ConfigError
 from src.shorten import stages
 from src.shorten.stages import Stage, digests, work_through
+from src.training import stopping
+from tests.faults.runs import forked
 
 
 @pytest.fixture
@@ -114,3 +122,53 @@ def test_digests_differ_where_products_may(tmp_path: Path) -> None:
     plain = line(tmp_path)
     assert digests(plain) == digests(line(tmp_path / "elsewhere"))
     assert len(set(digests(plain).values())) == 3
+
+
+def child(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, does: str) -> Path:
+    """Let a stage be a program that notes its number and then does something; where it notes it."""
+    program, number = tmp_path / "program", tmp_path / "number"
+    program.write_text(f"#!/bin/sh\necho $$ > {number}.new && mv {number}.new {number}\n{does}\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(program))
+    return number
+
+
+@pytest.mark.parametrize("number", stopping.SIGNALS)
+@pytest.mark.parametrize("early", [True, False])
+def test_a_signal_ends_the_stage_at_hand_and_then_the_command(
+    number: signal.Signals, early: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also one that comes while the stage starts."""
+    noted, starts = child(tmp_path, monkeypatch, "exec sleep 99"), subprocess.Popen
+
+    def told(command: list[str]) -> subprocess.Popen[bytes]:
+        os.kill(os.getpid(), number)
+        return starts(command)
+
+    def work() -> None:
+        with stopping.heeded():
+            try:
+                work_through(line(tmp_path), tmp_path / "stages.json")
+            except stopping.Stopped as stop:
+                stopping.end(stop)
+
+    if early:
+        monkeypatch.setattr(subprocess, "Popen", told)
+    process = forked(work)
+    while not early and not noted.exists():
+        time.sleep(0.01)
+    os.kill(process, 0 if early else number)
+    assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 128 + number
+    if noted.exists():
+        with pytest.raises(ProcessLookupError):
+            os.kill(int(noted.read_text()), 0)
+    assert json.loads((tmp_path / "stages.json").read_text())["search"][0] == stages.BEGUN
+
+
+def test_a_killed_stage_has_the_status_that_a_shell_gives_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    child(tmp_path, monkeypatch, "kill -9 $$")
+    with pytest.raises(SystemExit) as stop:
+        work_through(line(tmp_path), tmp_path / "stages.json")
+    assert stop.value.code == 137
