@@ -10,19 +10,11 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from src.cli import main
-from src.export import proof
-from src.export.fresh import verify
 from src.mask import Mask
 from tests.faults.runs import ended
 
 KEEP = (0, 2, 5)
 HALVES = (0, 1, 2, 7, 10, 11)
-
-
-@pytest.fixture(autouse=True)
-def _here(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The fresh process of a proof has a test of its own."""
-    monkeypatch.setattr(proof, "in_fresh_process", verify)
 
 
 def cut_of(teacher: str, out: Path, mask: Mask) -> Path:
