@@ -63,7 +63,13 @@ class Distinct:
         return torch.tensor(signed, dtype=torch.int64).reshape(-1, 2)
 
     def unite(self, samples: Iterable[Tensor]) -> Distinct:
-        """Add the samples of other ranks or stages to this one, and return it."""
+        """Add to this counter, in place, what counters of other ranks or stages have seen, and return it.
+
+        A document that several of them have seen counts once.
+
+        Args:
+            samples: their :attr:`sample`, each int64 ``[D, 2]``.
+        """
         for sample in samples:
             self._tokens |= {name + _HALF: tokens for name, tokens in sample.tolist()}
         self._thin()

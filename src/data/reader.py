@@ -28,8 +28,8 @@ class Corpora:
         columns: which columns of the rows are read.
         separator: text between prompt and answer.
         rendering: how chats become text.
-        held_out: share of the documents that is set apart, in [0, 1). Whether one is follows from a hash of
-            what its row says before any template.
+        held_out: share of the documents that is set apart, in [0, 1). A hash of what a row says before any
+            template decides whether its document is one of them.
         apart: whether to read the documents set apart, or the others.
     """
 

@@ -30,7 +30,7 @@ PROOF_TEXT = "Layer 7 of 12: the cat sat on the mat,\n\tdidn't it? 1+1=2."
 
 @dataclass(frozen=True)
 class Reference:
-    """The observation that an exported directory must reproduce, with the settings of that observation.
+    """What an exported directory must reproduce: logits and a generation, and how they are made.
 
     Attributes:
         expected: observation of the model in memory.

@@ -35,9 +35,10 @@ def softmax_form(z_L: Tensor, q: int, tau: float) -> Tensor:
 
 
 def successive_form(z_L: Tensor, q: int, tau: float) -> Tensor:
-    """Return the sum of q softmaxes, each without what those before took (Xie, Ermon, arXiv 1901.10517).
+    """Return the sum of q softmaxes of the scores (Xie, Ermon, arXiv 1901.10517).
 
-    The sum over the units is q; single entries may exceed 1, so they are no probabilities.
+    Before each, a score falls by ``-log(1 - a)``, where a is the share that the softmax before gave it. The
+    sum over the units is q; single entries may exceed 1, so they are no probabilities.
     """
     total = z_L * 0.0
     for _ in range(q):

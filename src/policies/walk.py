@@ -68,7 +68,11 @@ class Walker(Probe):
         return self.walk([gates_L], "divergence", quick=quick)[0]
 
     def cross_entropy(self, gates_L: Tensor) -> float:
-        """Return the mean cross-entropy (nats per supervised token) on the labels under gates ``[U]``."""
+        """Return the mean cross-entropy on the labels, in nats a supervised token, over all calibration rows.
+
+        Args:
+            gates_L: one gate for each unit, ``[U]``.
+        """
         return self.walk([gates_L], "cross-entropy", "cross_entropy")[0]
 
     def walk(

@@ -174,15 +174,17 @@ class LinearPatch:
         places: Sequence[Junction],
         calibration: Sequence[Batch],
     ) -> list[StreamRepair]:
-        """Return LinearPatch's own maps P, one for each gap: not yet folded, distilled if ``distill_steps``.
+        """Return, for each gap, the map ``h -> h P`` that LinearPatch puts there, as a module.
 
-        :func:`src.repair.stream.repaired` runs a model with them.
+        P is estimated on the calibration rows, and distilled further if ``distill_steps`` is not 0. The
+        student's weights do not change: :meth:`fold` puts the maps into them, and
+        :func:`src.repair.stream.repaired` runs the student with the maps as hooks. ``goal`` must be ``rotate`` or ``diag``.
 
         Args:
-            student: the cut model.
+            student: the cut model; distilling sets its ``requires_grad`` to false.
             parent: the whole model.
             places: the gaps of the cut.
-            calibration: batches.
+            calibration: batches, as :meth:`calibration` gives.
         """
         matrices_JHH = matrices(parent, places, calibration, cast(Mode, self.goal))
         repairs = [StreamRepair(matrix_HH).to(student.device) for matrix_HH in matrices_JHH]

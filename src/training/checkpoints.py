@@ -72,7 +72,7 @@ def weights(path: str) -> dict[str, Tensor]:
     """Return the state dict of the LightningModule in a checkpoint, parts put together.
 
     Raises:
-        ConfigError: :func:`record` would raise one, or DeepSpeed wrote the checkpoint and is not installed.
+        ConfigError: the checkpoint is missing, torn or foreign, or DeepSpeed wrote it and is not installed.
     """
     with reading(path):
         if not Path(path).is_dir():

@@ -26,7 +26,11 @@ def advice(record: logging.LogRecord) -> bool:
 
 
 def quieten() -> None:
-    """Hide advice and notices; show a warning as one line, without the source line that raised it."""
+    """Hide some messages of Lightning (:data:`ADVICE`) and some Python warnings (:data:`NOTICES`).
+
+    Every other warning is shown as one line, without the source line that raised it. Where stderr is no
+    terminal, the progress bars of transformers are off. All this holds for the whole process.
+    """
     import lightning.pytorch  # makes its handlers, if nothing has yet
 
     for name in (lightning.pytorch.__name__, "lightning.fabric"):

@@ -127,12 +127,18 @@ class WidthGates(Gates):
 
 @torch.no_grad()
 def tried_width(model: PreTrainedModel, unit: Unit) -> Width:
-    """Return where the units of width lie in a model, after a trial on one layer of each kind.
+    """Return where the KV groups or channels of a model lie, after a trial on one layer of each structure.
 
-    With a unit closed, noise on what its rows compute must change nothing; with it open, it must.
+    The trial adds noise to the outputs of the input projections that belong to one unit. The layer's output
+    must change if the unit's gate is 1, and must not if it is 0. A model on ``meta`` is not tried.
+
+    Args:
+        model: a decoder.
+        unit: ``kv_group`` or ``channel``.
 
     Raises:
-        Misfit: as of :func:`find_width`; or the rows of a unit reach the stream otherwise too.
+        Misfit: :func:`find_width` finds no such units; or the projections do not hold them in order; or what
+            one computes reaches the residual stream past its own columns of the writer.
     """
     width = find_width(model.config, unit, type(model))
     _, layers = decoder_layers(model)
