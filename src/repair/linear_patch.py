@@ -178,7 +178,8 @@ class LinearPatch:
 
         P is estimated on the calibration rows, and distilled further if ``distill_steps`` is not 0. The
         student's weights do not change: :meth:`fold` puts the maps into them, and
-        :func:`src.repair.stream.repaired` runs the student with the maps as hooks. ``goal`` must be ``rotate`` or ``diag``.
+        :func:`src.repair.stream.repaired` runs the student with the maps as hooks. ``goal`` must be
+        ``rotate`` or ``diag``.
 
         Args:
             student: the cut model; distilling sets its ``requires_grad`` to false.
