@@ -26,6 +26,7 @@ from src.models.cut import cut
 from src.models.head import OutputHead
 from src.models.layers import num_layers
 from src.models.loading import load_config, load_tokenizer
+from src.models.opened import Opened
 from src.models.sharding import shard
 from src.models.streams import streams
 from src.ranges import Count, Share, checked
@@ -33,14 +34,14 @@ from src.repair.linear_patch import LinearPatch
 from src.teachers import LiveTeacher, TeacherSource
 from src.training import identity
 from src.training.adapters import beside, check_saved, merged
+from src.training.closing import Closing
 from src.training.ranks import MicroBatches, WholeBatch
 from src.training.schedules import Decay, with_warmup
 from src.training.scopes import Scope, check_scope, check_units, recompute, scoped
-from src.training.stage import Stage
 from src.training.strategies import check_device
 
 
-class Recovery(Stage):
+class Recovery(Closing):
     """Trains the cut model to behave like its parent again.
 
     Args:
@@ -60,8 +61,8 @@ class Recovery(Stage):
         warmup: share of the run during which the learning rate rises.
         final_lr: learning rate at the end, as a share of the highest.
         decay: shape of the learning rate's decay.
-        kwargs: how the parent is loaded; see :class:`src.training.stage.Stage`. The revision is by default
-            the one that the mask names.
+        kwargs: whether removed units close slowly; see :class:`src.training.closing.Closing`. And how the
+            parent is loaded; the revision is by default the one that the mask names.
     """
 
     @checked
@@ -108,6 +109,8 @@ class Recovery(Stage):
         self.teacher.refuse(trainer, data)
         if self.adapters is not None:
             check_saved(self.adapters, self.mask)
+        patched = self.patch is not None or self.adapters is not None
+        self.check_closing(trainer, self.mask, self.scope, patched)
         self.teacher.states([theirs for _, theirs in self.objective.pairs(self.mask)])
 
     def configure_model(self) -> None:
@@ -125,6 +128,8 @@ class Recovery(Stage):
         if self.checkpoint_activations:
             recompute(self.model)
         self.head = OutputHead(self.model)
+        if self.closing:
+            self.opened = Opened(parent, self.model, self.mask, self.checkpoint_activations)
         if self.engine:
             self.check()
         if self.device_mesh is not None:
@@ -136,6 +141,8 @@ class Recovery(Stage):
         if not self.engine:
             self.check()
         self.teacher.setup(self)
+        if self.opened is not None:
+            self.opened.to(self.device)
 
     # ------------------------------------------------------------------ learning
 
@@ -150,8 +157,12 @@ class Recovery(Stage):
         batch, index_N = rows.batch, rows.index_N
         with self.teacher.states([theirs for _, theirs in pairs]) as parent:
             signal = self.teacher.signal(batch, index_N)
-        with streams(self.model, [own for own, _ in pairs]) as student:
-            hidden_NH = self.head.hidden(batch).flatten(0, 1)[index_N]
+        opened = self.opened if self.training else None  # validation judges the cut
+        runs = opened or self.head
+        places = {own: own if opened is None else theirs for own, theirs in pairs}
+        with streams(runs.model, places.values()) as collected:
+            hidden_NH = runs.hidden(batch).flatten(0, 1)[index_N]
+        student = {own: collected[place] for own, place in places.items()}
         behind = [{i: h.flatten(0, 1)[index_N] for i, h in own.items()} for own in (student, parent)]
         return Step(self.head, hidden_NH, rows.labels_N, signal, self.mask, whole, *behind)
 

@@ -7,6 +7,7 @@ a CPU, so that the operations are those of a real run.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -82,16 +83,18 @@ def trace(module: LightningModule, batch: Batch, gpu: bool) -> Trace:
     beside = teacher.head.model if teacher and teacher.head else None
     weights, count = Weights.of(beside or parent), sum(p.numel() for p in parent.parameters())
     fake = FakeTensorMode(allow_non_fake_inputs=True)
-    for model in filter(None, (student, beside)):
-        _arm(model, fake)
+    opened = module.opened if isinstance(module, Recovery) else None
+    own = [student, *([opened.model] if opened else [])]
+    _arm([*own, *([beside] if beside else [])], fake)
     ledger = Ledger(module.head.vocabulary)
-    ledger.own(tensors(student), "student")
+    for model in own:
+        ledger.own(tensors(model), "student")
     if beside is not None:
         ledger.own(tensors(beside), "teacher")
     if teacher is not None:
         teacher.ledger = ledger
 
-    heads = [module.head, *([teacher.head] if teacher and teacher.head else [])]
+    heads = [x for x in (module.head, opened and opened.head, teacher and teacher.head) if x]
     try:
         with ExitStack() as stack:
             for head in heads:
@@ -155,10 +158,10 @@ def _without_data(
     return args, {k: v for k, v in inputs.items() if k != drop}
 
 
-def _arm(model: nn.Module, fake: FakeTensorMode) -> None:
-    """Replace a model's tensors on the meta device by fake ones of ``fake``; tied ones stay tied."""
+def _arm(models: Sequence[nn.Module], fake: FakeTensorMode) -> None:
+    """Replace models' tensors on the meta device by fake ones of ``fake``; a shared one stays shared."""
     known: dict[int, Any] = {}
-    for module in model.modules():
+    for module in (module for model in models for module in model.modules()):
         for held in (module._parameters, module._buffers):
             tensors: dict[str, Any] = held
             for name, old in tensors.items():
