@@ -4,9 +4,8 @@ Each step draws masks from the policy, runs the student under each, measures its
 and hands the losses back to the policy. Weights do not move, unless adapters train beside them. The gradient
 of a draw with respect to its gates (and to the adapters) is taken at once and its graph freed. So memory does
 not grow with the number of draws, and the graph that Lightning sees (from the policy's logits to the
-surrogate) is the same small one under every strategy.
-
-By default the teacher is the student itself, its gates open and its adapters off: one copy of the weights.
+surrogate) is the same small one under every strategy. By default the teacher is the student itself, its gates
+open and its adapters off: one copy of the weights.
 """
 
 from __future__ import annotations
@@ -30,6 +29,7 @@ from src.models.head import OutputHead
 from src.models.sharding import shard
 from src.policies import MaskPolicy
 from src.policies.draws import Draw, over_ranks
+from src.policies.race import Race
 from src.ranges import Count, Range, checked
 from src.teachers import TeacherSource
 from src.training.adapters import Adapters
@@ -59,6 +59,7 @@ class MaskSearch(Sized):
         optimizer: optimiser of the policy's logits, and of the adapters in a group of their own.
         adapters: small additions to the weights that train while the mask is learned; None moves no weight.
         calibration_batches: validation batches that score layers and choose among the last masks.
+        race: chooses the final mask by short recoveries; None chooses it by the divergence of the cut.
         kwargs: how much to remove; see :class:`src.training.sized.Sized`.
     """
 
@@ -74,13 +75,14 @@ class MaskSearch(Sized):
         optimizer: OptimizerCallable = torch.optim.Adam,
         adapters: Adapters | None = None,
         calibration_batches: Count = 16,
+        race: Race | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(model, unit, **kwargs)
         self.policy, self.teacher, self.draws = policy, teacher, draws
         self.distillation = distillation or Distillation(weight="none")
         self.optimizer, self.calibration_batches = optimizer, calibration_batches
-        self.adapters = adapters
+        self.adapters, self.race = adapters, race
         most = self.budgets[-1].remove
         if len(self.budgets) > 1 and not policy.any_count:
             raise ConfigError(
@@ -106,10 +108,9 @@ class MaskSearch(Sized):
         strategy, quantize = kind(trainer.strategy), self.loading.quantize
         if strategy in ("fsdp", "deepspeed"):
             raise ConfigError(
-                "trainer.strategy: FSDP and DeepSpeed shard what is trained, which in a search is one number "
-                "for each layer; the frozen weights would stay whole on every rank. Use "
-                "configs/strategy/fsdp2.yaml, which shards the frozen weights and keeps the gates whole, or "
-                "configs/strategy/ddp.yaml."
+                "trainer.strategy: FSDP and DeepSpeed shard what is trained, here a number for each layer; "
+                "the frozen weights would stay whole on every rank. Use configs/strategy/fsdp2.yaml, which "
+                "shards these and keeps the gates whole, or configs/strategy/ddp.yaml."
             )
         check_quantised(trainer, quantize, "FSDP2")
         self.policy.refuse(quantize, adapted=self.adapters is not None, in_parts=strategy == "fsdp2")
@@ -117,6 +118,8 @@ class MaskSearch(Sized):
             self.teacher.refuse(trainer, data)
         if self.adapters is not None:
             self.adapters.refuse(quantize)
+        if self.race is not None:
+            self.race.refuse(trainer, quantize, adapted=self.adapters is not None)
 
     def configure_model(self) -> None:
         """Load the frozen model and put gates on it; a tuple keeps it out of module tree and checkpoints."""
@@ -262,8 +265,7 @@ class MaskSearch(Sized):
     def configure_optimizers(self) -> torch.optim.Optimizer:
         if self.adapters is None:
             return self.optimizer(self.policy.parameters())
-        groups = {"params": list(self.policy.parameters())}, self.adapters.group()
-        return self.optimizer(groups)
+        return self.optimizer([{"params": list(self.policy.parameters())}, self.adapters.group()])
 
     # ------------------------------------------------------------------ records
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -10,6 +11,7 @@ from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
 from src.callbacks.record import check_path
+from src.data.batches import Batch
 from src.mask import Mask
 from src.policies.measuring import Probe
 from src.policies.polish import settle
@@ -23,8 +25,12 @@ if TYPE_CHECKING:
     from src.search import MaskSearch
 
 
+Final = Callable[[], tuple[Kept, dict[str, float]]]
+"""Replaces the mask that was chosen; returns figures besides."""
+
+
 def choose(
-    search: MaskSearch, probe: Probe, recent: Sequence[Kept]
+    search: MaskSearch, probe: Probe, recent: Sequence[Kept], final: Final | None = None
 ) -> Iterator[tuple[Budget, Kept, dict[str, float]]]:
     """Choose the final mask of each budget on held-out rows, that of the largest removal first.
 
@@ -34,6 +40,7 @@ def choose(
         search: the search, at the end of its run.
         probe: measures masks.
         recent: the last distinct masks that the policy gave as its answer, of all budgets.
+        final: has the last word on each budget's mask; None leaves it as it is.
 
     Yields:
         A budget, the units that its mask keeps, and the figures to write into its mask file.
@@ -42,6 +49,9 @@ def choose(
     for budget in reversed(search.budgets):
         with search.aimed(budget, held):
             chosen, figures = settle(policy, probe, [kept for kept in recent if policy.space.legal(kept)])
+            if final is not None:
+                chosen, more = final()
+                figures |= more
         held = chosen if search.nested else ()
         yield budget, chosen, figures
 
@@ -51,7 +61,9 @@ class HardenMask(Callback):
 
     The final mask is the policy's own answer (``policy.harden()``), unless the policy asks for more. With
     ``candidates`` its last distinct answers compete on held-out rows. With ``polish`` single swaps of a kept
-    and a removed unit are tried until none helps. ``forward_tokens`` in the file counts all of this.
+    and a removed unit are tried until none helps. A search may let the masks that were measured best race
+    through short recoveries (:class:`src.policies.race.Race`). ``forward_tokens`` in the file counts all of
+    this.
 
     A search for several sizes writes a file for each, such as ``mask-0.25.json``; ``mask.json`` is then the
     mask of the largest removal.
@@ -67,6 +79,8 @@ class HardenMask(Callback):
     def __init__(self, path: str | None = None, prefix_gib: NonNegative = PREFIX_GIB) -> None:
         self.path, self.prefix_gib = path, prefix_gib
         self.recent: list[Kept] = []
+        self.rows: list[Batch] = []
+        """Rows for a race at the end, the first that are read."""
 
     def on_fit_start(self, trainer: Trainer, module: LightningModule) -> None:
         check_path(self, self.path)
@@ -76,8 +90,12 @@ class HardenMask(Callback):
         if trainer.global_step == 0:
             search.policy.initialise(CalibrationProbe(search, self.prefix_gib))
 
-    def on_train_batch_end(self, trainer: Trainer, module: LightningModule, *_: Any) -> None:
+    def on_train_batch_end(
+        self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Batch, batch_idx: int
+    ) -> None:
         search = cast("MaskSearch", module)
+        if search.race is not None and len(self.rows) < search.race.batches:
+            self.rows.append({key: value.cpu() for key, value in batch.items()})
         for budget in search.budgets:
             with search.aimed(budget):
                 kept = search.policy.harden()
@@ -91,7 +109,8 @@ class HardenMask(Callback):
             return
         search = cast("MaskSearch", module)
         probe, curve = CalibrationProbe(search, self.prefix_gib), list[dict[str, Any]]()
-        for budget, kept, figures in list(choose(search, probe, self.recent)):
+        final = None if search.race is None else partial(search.race, probe, search.policy, self.rows)
+        for budget, kept, figures in list(choose(search, probe, self.recent, final)):
             if search.adapters is not None:
                 figures["kl_adapted"] = probe.adapted(search.policy.gates(kept))
             metrics = {**figures, "forward_tokens": search.forward_tokens}
@@ -117,7 +136,8 @@ class HardenMask(Callback):
         return own.name
 
     def state_dict(self) -> dict[str, Any]:
-        return {"recent": self.recent}
+        return {"recent": self.recent, "rows": self.rows}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.recent = [tuple(kept) for kept in state_dict["recent"]]
+        self.rows = list(state_dict.get("rows", ()))

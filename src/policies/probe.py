@@ -7,7 +7,7 @@ Shapes: B batch, T tokens, H hidden, L layers, U units, J = L + 1 depths of the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from functools import cached_property
 from typing import Any, Protocol, cast
@@ -15,16 +15,17 @@ from typing import Any, Protocol, cast
 import torch
 from lightning import Trainer
 from torch import Tensor, nn
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 
 from src.data.batches import Batch, Supervised, real, real_tokens
 from src.data.distinct import Distinct
 from src.errors import ConfigError
 from src.losses.distill import Distillation
 from src.losses.signals import Signal
+from src.mask import Mask
 from src.models.gated import Gates, Observer, resumes
 from src.models.head import OutputHead
-from src.models.layers import text_config
+from src.models.layers import num_layers, text_config
 from src.models.prefixes import Front, Prefixes, PrefixMemory
 from src.policies.measuring import Measure
 from src.policies.walk import Walker
@@ -40,6 +41,8 @@ class Measured(Protocol):
     """What a probe asks of the module whose model it measures; a search has all of it."""
 
     tokens: int
+    forward_tokens: float
+    distillation: Distillation
     read: Distinct
     calibration_batches: int
     num_layers: int
@@ -66,6 +69,9 @@ class Measured(Protocol):
 
     def parents_weights(self) -> AbstractContextManager[None]:
         """Switch the adapters off in the block, if there are any."""
+
+    def mask(self, keep: Iterable[int], metrics: dict[str, float]) -> Mask:
+        """Return the mask of a set of kept units."""
 
     def spent(self, batch: Batch, layers: float) -> None:
         """Count the tokens of a batch, for a pass through ``layers`` layers, as cost of the search."""
@@ -153,6 +159,17 @@ class CalibrationProbe(Walker):
         signals = [self.signal(batch) for batch in range(self.batches)]
         pairs = zip(self.rows, signals, strict=True)
         return self.average([float(divergence(rows, s, gates_U) * len(rows)) for rows, s in pairs])
+
+    @torch.no_grad()
+    def judged(self, student: PreTrainedModel) -> float:
+        """Return :meth:`divergence` of a model without gates, such as a recovered cut."""
+        head, loss, sums = OutputHead(student), self.search.distillation, list[float]()
+        for batch, rows in enumerate(self.rows):
+            hidden_NH = head.hidden(rows.batch).flatten(0, 1)[rows.index_N]
+            kl = loss(head, hidden_NH, rows.labels_N, self.signal(batch))["loss"]
+            sums.append(float(kl * len(rows)))
+            self.search.spent(rows.batch, num_layers(student.config))
+        return self.average(sums)
 
     def average(self, sums: Sequence[float]) -> float:
         count = torch.tensor(float(sum(map(len, self.rows[: len(sums)]))))

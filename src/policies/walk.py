@@ -58,6 +58,17 @@ class Walker(Probe):
         """
         raise NotImplementedError
 
+    def measured(self) -> dict[Front, float]:
+        """Return the divergence under all gates that were measured on every batch."""
+        by: Measure = "divergence"
+        known = dict.fromkeys(gates for measure, _, gates in self._known if measure == by)
+        keys = {gates: [(by, b, gates) for b in range(self.batches)] for gates in known}
+        return {
+            gates: self.average([self._known[key] for key in own])
+            for gates, own in keys.items()
+            if all(key in self._known for key in own)
+        }
+
     def divergence(self, gates_L: Tensor, quick: bool = False) -> float:
         """Return the mean KL (nats per token) from the teacher under gates ``[U]``, without adapters.
 
