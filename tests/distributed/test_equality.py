@@ -139,3 +139,23 @@ def test_adapters_of_a_search_move_as_in_one_process(kind: str, overlay: str, be
     assert metrics[0]["kl_adapted"] != metrics[0]["kl"]
     for key in ("kl", "kl_adapted"):
         assert metrics[1][key] == pytest.approx(metrics[0][key], abs=1e-4)
+
+
+def test_removed_units_close_alike_on_all_ranks(bench: Bench) -> None:
+    """Units run beside a student that DDP wraps: open, half closed and gone."""
+    keys = {"model__init_args__closing": 0.6, "trainer__max_steps": 6}
+    alone = diary(bench.fit("single", "recover", "single", 1, **keys))
+    pair = diary(bench.fit("ddp", "recover", "ddp", 2, **keys))
+    assert drift(alone, pair, "loss")[0] <= MAX
+
+
+def test_a_race_on_two_ranks_has_the_winner_of_one(bench: Bench) -> None:
+    """Students learn from the rows of all ranks, and are judged by all."""
+    race = {"class_path": "src.policies.race.Race", "init_args": {"runners": 3, "steps": 2}}
+    keys = {"model__init_args__race": race, "trainer__max_steps": 4}
+    runs = [bench.fit(name, "search", name, ranks, **keys) for name, ranks in (("single", 1), ("ddp", 2))]
+    one, other = (Mask.load(next(run.rglob("mask.json"))) for run in runs)
+    assert one.keep == other.keep
+    for key in ("kl", "kl_recovered"):
+        assert other.metrics[key] == pytest.approx(one.metrics[key], abs=1e-4)
+    assert other.metrics["race_forward_tokens"] == pytest.approx(one.metrics["race_forward_tokens"])
