@@ -31,7 +31,7 @@ from src.models.head import OutputHead
 from src.models.prefixes import Front, Prefixes, PrefixMemory
 from src.policies.measuring import Measure
 from src.policies.probe import PREFIX_GIB, stream_bytes
-from src.policies.walk import Walker
+from src.policies.walk import Walk
 from src.units.kinds import KINDS
 from src.units.spaces import Kept
 
@@ -63,7 +63,7 @@ def parents_signal(head: OutputHead, rows: Supervised) -> Signal:
     return live_signal(head, head.hidden(rows.batch).flatten(0, 1)[rows.index_N], DIVERGENCE.k)
 
 
-class GrowthProbe(Walker):
+class GrowthProbe(Walk):
     """Measures a host under masks, from the same calibration rows, until its weights change.
 
     Args:

@@ -11,6 +11,7 @@ A search learns what a family cannot express before it draws a mask (:mod:`src.m
 from __future__ import annotations
 
 import copy
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -27,6 +28,8 @@ from src.models.structure import Sources, structural_changes
 from src.units.halves import find_halves
 from src.units.width import find_width
 from src.units.width_gates import tried_width
+
+T = TypeVar("T")
 
 
 def cut_config(config: PretrainedConfig, mask: Mask) -> PretrainedConfig:
@@ -126,13 +129,13 @@ def sources(model: PreTrainedModel, mask: Mask) -> Sources:
     return Sources(mask.attention, mask.feed_forward, find_halves(model) if mask.recombines else ())
 
 
-def renamed(state: dict[str, Tensor], path: str, sources: Sources) -> dict[str, Tensor]:
+def renamed(state: dict[str, T], path: str, sources: Sources) -> dict[str, T]:
     """Return the parent's weights that a cut of layers or halves keeps, under their names in the cut model.
 
     Weights of removed units are left out, those outside the layers keep their names; no tensor is copied.
 
     Args:
-        state: state dict of the parent, or of adapters on it.
+        state: state dict of the parent, or of adapters on it; or anything else by these names.
         path: name of the parent's list of layers, such as ``model.layers``.
         sources: which layer of the parent each new layer comes from.
     """

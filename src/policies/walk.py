@@ -20,8 +20,8 @@ from src.policies.measuring import Measure, Probe
 from src.training.progress import track
 
 
-class Walker(Probe):
-    """A probe that remembers streams while it measures, and values it has measured; see :class:`Probe`.
+class Walk:
+    """Measures masks on several batches; remembers streams while it does, and the values for good.
 
     A subclass runs a batch under gates. A quick measurement takes the first quarter of the batches: enough to
     drop bad masks, not to rank good ones.
@@ -69,6 +69,24 @@ class Walker(Probe):
             if all(key in self._known for key in own)
         }
 
+    def walk(
+        self, masks: Sequence[Tensor], about: str, by: Measure = "divergence", quick: bool = False
+    ) -> list[float]:
+        """Measure many masks, each at most once on a batch, with shared prefixes; see :class:`Probe`."""
+        asked: list[Front] = [tuple(gates_U.tolist()) for gates_U in masks]
+        read = range(ceil(self.batches / 4) if quick else self.batches)
+        ordered = sorted(set(asked), reverse=True)
+        new = [(b, gates) for b in read for gates in ordered if (by, b, gates) not in self._known]
+        for batch, group in groupby(track(new, about), key=lambda each: each[0]):
+            with self.memory.of(batch) as prefixes:
+                for _, gates in group:
+                    self._known[by, batch, gates] = self.run(batch, gates, by, prefixes)
+        return [self.average([self._known[by, b, gates] for b in read]) for gates in asked]
+
+
+class Walker(Walk, Probe):
+    """A probe that measures by walks; a subclass defines what else a policy may ask."""
+
     def divergence(self, gates_L: Tensor, quick: bool = False) -> float:
         """Return the mean KL (nats per token) from the teacher under gates ``[U]``, without adapters.
 
@@ -85,17 +103,3 @@ class Walker(Probe):
             gates_L: one gate for each unit, ``[U]``.
         """
         return self.walk([gates_L], "cross-entropy", "cross_entropy")[0]
-
-    def walk(
-        self, masks: Sequence[Tensor], about: str, by: Measure = "divergence", quick: bool = False
-    ) -> list[float]:
-        """Measure many masks, each at most once on a batch, with shared prefixes; see :class:`Probe`."""
-        asked: list[Front] = [tuple(gates_U.tolist()) for gates_U in masks]
-        read = range(ceil(self.batches / 4) if quick else self.batches)
-        ordered = sorted(set(asked), reverse=True)
-        new = [(b, gates) for b in read for gates in ordered if (by, b, gates) not in self._known]
-        for batch, group in groupby(track(new, about), key=lambda each: each[0]):
-            with self.memory.of(batch) as prefixes:
-                for _, gates in group:
-                    self._known[by, batch, gates] = self.run(batch, gates, by, prefixes)
-        return [self.average([self._known[by, b, gates] for b in read]) for gates in asked]
