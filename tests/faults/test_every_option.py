@@ -79,6 +79,7 @@ NEEDED = {
     "plan": ["--config", SEARCH],
     "export": ["--mask", "m", "--out", "o"],
     "patch": ["--mask", "m", "--out", "o", "--data", "d"],
+    "grow": ["--model", "m", "--data", "d", "--out", "o"],
     "evaluate": ["--model", "m", "--data", "d"],
     "generate": ["--model", "m", "--prompts", "p", "--out", "o"],
     "benchmark": ["--model", "m", "--baseline", "b"],
