@@ -65,7 +65,8 @@ def device(name: str) -> Device:
             f"{did_you_mean(name, known)} Add others to {FILE.relative_to(FILE.parents[1])}."
         )
     entry = {**table["assumed"], **known[name]}
-    tflops = entry.get("tflops") or dict.fromkeys(("float32", "bfloat16", "float16"), _matmul_tflops())
+    kinds = ("float32", "bfloat16", "float16")
+    tflops = entry.get("tflops") or {kind: _matmul_tflops(getattr(torch, kind)) for kind in kinds}
     return Device(
         name=name,
         title=entry["title"],
@@ -100,9 +101,9 @@ def _machine_memory() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def _matmul_tflops(size: int = 768, seconds: float = 0.3) -> float:
-    """Return the speed of float32 matrix products on this machine's CPU, on all of torch's threads."""
-    a, runs = torch.ones(size, size), 0
+def _matmul_tflops(kind: torch.dtype, size: int = 768, seconds: float = 0.2) -> float:
+    """Return the speed of matrix products of a type on this machine's CPU, on all of torch's threads."""
+    a, runs = torch.ones(size, size, dtype=kind), 0
     torch.mm(a, a)
     began = time.perf_counter()
     while time.perf_counter() - began < seconds:

@@ -8,6 +8,7 @@ import json
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -35,7 +36,7 @@ def test_rates_fall_with_size_and_steps_hold_as_many_tokens(
     rates = []
     for count in (260_000, 1_600_000, 135_000_000, 7_000_000_000):
         monkeypatch.setattr(settings, "weights", lambda _, count=count: count)
-        rates.append(float(chosen(teacher_dir, Text(100, 10_000, 100, True))["recover", "lr"].value))
+        rates.append(float(chosen(teacher_dir, Text(100, 10_000, 100, False))["recover", "lr"].value))
     assert rates[0] == rates[1] == 7e-4
     assert rates[1] > rates[2] > rates[3]
     assert rates[2] == pytest.approx(1e-4, rel=0.3)
@@ -48,9 +49,35 @@ def test_rates_fall_with_size_and_steps_hold_as_many_tokens(
 
 
 def test_text_that_ends_is_read_several_times(teacher_dir: str) -> None:
+    """As it was measured: the parent's streams too, a higher rate, and small batches where rows are few."""
     small, large = (chosen(teacher_dir, Text(1000, 500_000, 500, whole)) for whole in (True, False))
-    once, often = (found["recover", "max_steps"].value for found in (large, small))
-    assert often == pytest.approx(settings.PASSES * once, rel=0.01)
+    processed = [
+        found["recover", "max_steps"].value * found["recover", "batch_size"].value for found in (small, large)
+    ]
+    assert processed[0] == pytest.approx(settings.PASSES * processed[1], rel=0.01)
+    assert small["recover", "terms"].value == settings.HIDDEN_STATES
+    assert ("recover", "terms") not in large
+    assert float(small["recover", "lr"].value) > float(large["recover", "lr"].value)
+    few = chosen(teacher_dir, Text(748, 748 * 69, 90, True))
+    assert [few["recover", key].value for key in ("batch_size", "max_steps")] == [8, 748]
+    assert ("recover", "terms") not in chosen(teacher_dir, Text(748, 748 * 69, 90, True), tokens=50_000)
+
+
+@pytest.mark.parametrize(("fast", "count"), [(True, 10**9), (False, 10**9), (True, 10**6)])
+def test_bf16_is_chosen_where_it_pays(
+    fast: bool, count: int, monkeypatch: pytest.MonkeyPatch, teacher_dir: str
+) -> None:
+    speeds = {"float32": 1.0, "bfloat16": 4.0 if fast else 1.2}
+    monkeypatch.setattr(settings, "device", lambda _: SimpleNamespace(tflops=speeds))
+    monkeypatch.setattr(settings, "weights", lambda _: count)
+    found = chosen(teacher_dir, Text(100, 10_000, 100, False))
+    wanted = {
+        ("search", "dtype"): "bfloat16",
+        ("recover", "dtype"): "bfloat16",
+        ("recover", "precision"): "bf16-mixed",
+    }
+    pays = fast and count >= settings.LARGE
+    assert {key: found[key].value for key in wanted if key in found} == (wanted if pays else {})
 
 
 def test_a_corpus_is_looked_at_and_divided(tmp_path: Path, teacher_dir: str) -> None:
