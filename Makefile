@@ -143,7 +143,8 @@ test: $(VENV)/.installed  ## the tests (<= 10 minutes on 2 cores, no network)
 test-full: $(VENV)/.installed  ## the tests and the longer proofs
 	$(PY) -m pytest
 
-headline: $(VENV)/.installed  ## recovered accuracy against token budget, 3 seeds -> results/demo.json (resumable)
+headline: $(VENV)/.installed  ## recovered accuracy against text read, 5 seeds -> results/headline.json, results/demo.json (resumable)
+	$(PY) -m scripts.arena configs/arena/headline.yaml --jobs 2
 	$(PY) -m scripts.arena configs/arena/demo.yaml --jobs 2
 
 mask-quality: $(VENV)/.installed  ## learned masks against all C(16, 4) -> results/mask_quality.json
@@ -160,6 +161,9 @@ width: $(VENV)/.installed  ## KV groups and channels, learned and by three crite
 
 grow: $(VENV)/.installed  ## layers put back into one recovered model, beside recoveries of each size -> results/grow.json (resumable)
 	$(PY) -m scripts.arena configs/arena/grow.yaml --jobs 2
+
+recovery: $(VENV)/.installed  ## recoveries from half a percent of the text -> results/recovery.json, docs/recovery.md (resumable)
+	$(PY) -m scripts.arena configs/arena/recovery.yaml --jobs 2
 
 ablations: $(VENV)/.installed  ## every choice of search and recovery -> results/ablations.json, docs/ablations.md (resumable)
 	$(PY) -m scripts.arena configs/arena/ablations.yaml --jobs 2
