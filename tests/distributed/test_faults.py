@@ -42,6 +42,7 @@ def test_a_killed_rank_ends_the_run_which_resumes(
         ("recover", "fsdp2", 0, signal.SIGINT),
         ("search", "ddp", 0, signal.SIGTERM),
         ("search", "fsdp2", 1, signal.SIGINT),
+        ("search", "fsdp2", 0, signal.SIGTERM),
     ],
 )
 def test_a_rank_that_is_told_to_end_stops_all_after_the_same_step(

@@ -10,14 +10,17 @@ import signal
 import sys
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from lightning import Callback, LightningModule, Trainer
 
 from src.cli import main
+from src.shorten import stages
 from src.training import stopping
 
 CONFIGS = {
@@ -99,11 +102,16 @@ def forked(work: Callable[[], Any]) -> int:
     os._exit(0)
 
 
+def nothing() -> None:
+    """Do nothing."""
+
+
 def apart(
     argv: list[str],
     said: Path | str = os.devnull,
     temporary: str | None = None,
     seconds: int = resource.RLIM_INFINITY,
+    prepare: Callable[[], None] = nothing,
 ) -> ForkServerProcess:
     """Start a command line in a process of its own.
 
@@ -112,23 +120,51 @@ def apart(
         said: where what it prints goes.
         temporary: its ``TMPDIR``.
         seconds: of the processor; a process that needs more ends by SIGXCPU.
+        prepare: what it does first.
     """
     forks = multiprocessing.get_context("forkserver")  # a process that has trained cannot be forked to train
     forks.set_forkserver_preload(
         ["src.training.arguments", "src.search", "src.recover", "src.cache", "src.data"]
     )
-    process = forks.Process(target=_apart, args=(argv, str(said), temporary, seconds))
+    process = forks.Process(target=_apart, args=(argv, str(said), temporary, seconds, prepare))
     process.start()
     return process
 
 
-def _apart(argv: list[str], said: str, temporary: str | None, seconds: int) -> None:
+def stages_in_forks() -> None:
+    """Let ``shorten`` fork its stages from this process, which has imported all; a new one takes seconds."""
+    stages.subprocess = SimpleNamespace(Popen=Fork)  # type: ignore[assignment]
+
+
+class Fork:
+    """A command of ``src.cli`` in a fork of this process, waited for and ended as a ``Popen`` is."""
+
+    def __init__(self, command: list[str]) -> None:
+        def work() -> None:
+            raise SystemExit(ended(command[3:]))
+
+        self.pid, self.status = forked(work), 0
+
+    def wait(self) -> int:
+        with suppress(ChildProcessError):  # it was waited for before
+            self.status = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+        return self.status
+
+    def terminate(self) -> None:
+        with suppress(ProcessLookupError):
+            os.kill(self.pid, signal.SIGTERM)
+
+
+def _apart(
+    argv: list[str], said: str, temporary: str | None, seconds: int, prepare: Callable[[], None]
+) -> None:
     torch.set_num_threads(1)
     resource.setrlimit(resource.RLIMIT_CPU, (seconds, resource.RLIM_INFINITY))
     log = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     for stream in (1, 2):
         os.dup2(log, stream)
     stopping.unheeded()
+    prepare()
     if temporary:
         os.environ["TMPDIR"] = tempfile.tempdir = temporary
     raise SystemExit(ended(argv))

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.runs import Files, apart, ended, status
+from tests.faults.runs import Files, apart, ended, stages_in_forks, status
 from tests.faults.test_reports import judged, write_run
 from tests.faults.test_stops import STATUS, tools
 
@@ -154,8 +154,8 @@ def test_a_signal_while_a_process_starts_or_ends(number: signal.Signals, files: 
 @pytest.fixture(scope="module")
 def shortened(
     tmp_path_factory: pytest.TempPathFactory, teacher_dir: str, corpus_file: str
-) -> tuple[list[str], dict[str, bytes], float]:
-    """The one command on tiny files, what it makes of them when nothing ends it, and how long that takes."""
+) -> tuple[list[str], Path, float]:
+    """The one command on tiny files, the run of it that nothing ends, and how long that takes."""
     out = tmp_path_factory.mktemp("shortened")
     few = "--trainer.max_steps=4 --trainer.accelerator=cpu"
     argv = [
@@ -163,9 +163,11 @@ def shortened(
         "--search", f"{few} --model.init_args.calibration_batches=1",
         "--recover", f"{few} --trainer.val_check_interval=2",
     ]  # fmt: skip
+    said = out / "said"
+    assert status(apart([*argv, f"--run={out}", "--dry-run"], said)) == 0, said.read_text()
     began = time.monotonic()
-    assert status(apart([*argv, "--run", str(out)], out / "said")) == 0, (out / "said").read_text()
-    return argv, weights(out), time.monotonic() - began
+    assert status(apart([*argv, f"--run={out}"], said, prepare=stages_in_forks)) == 0, said.read_text()
+    return argv, out, time.monotonic() - began
 
 
 def weights(run: Path) -> dict[str, bytes]:
@@ -175,15 +177,17 @@ def weights(run: Path) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("number", STATUS)
 def test_the_one_command_ended_again_and_again_comes_to_the_same_models(
-    number: signal.Signals, shortened: tuple[list[str], dict[str, bytes], float], tmp_path: Path
+    number: signal.Signals, shortened: tuple[list[str], Path, float], tmp_path: Path
 ) -> None:
     """A signal at a random moment of whatever stage runs then; each further call goes on."""
     argv, whole, length = shortened
     rng, run, said = random.Random(int(number)), tmp_path / "run", tmp_path / "said"
-    codes = []
+    run.mkdir()
+    shutil.copy(whole / "settings.json", run)
+    codes: list[int] = []
     while not codes or codes[-1] != 0:
         said.unlink(missing_ok=True)
-        process = apart([*argv, "--run", str(run)], said)
+        process = apart([*argv, f"--run={run}"], said, prepare=stages_in_forks)
         process.join(rng.uniform(0.1, 0.5) * length)
         if process.exitcode is None:
             with suppress(ProcessLookupError):
@@ -196,4 +200,4 @@ def test_the_one_command_ended_again_and_again_comes_to_the_same_models(
         assert codes[-1] != STATUS[number] or told.rstrip().endswith(f"({number.name})")
         assert len(codes) < 20, "it goes on"
     assert len(codes) > 1, "a signal came in time"
-    assert weights(run) == whole
+    assert weights(run) == weights(whole)
