@@ -69,7 +69,22 @@ def cut(model: PreTrainedModel, mask: Mask) -> PreTrainedModel:
     new.tie_weights()
     if model.can_generate():
         new.generation_config = copy.deepcopy(model.generation_config)
-    return guard(new.to(model.device).train(model.training))
+    new = guard(new.to(model.device).train(model.training))
+    if mask.wide:
+        _check_runs(new, mask)
+    return new
+
+
+@torch.no_grad()
+def _check_runs(narrow: PreTrainedModel, mask: Mask) -> None:
+    """Refuse a narrower model that its own code cannot run: some code reads another setting for a size."""
+    try:
+        narrow(input_ids=torch.arange(3, 11, device=narrow.device)[None])
+    except Exception as e:  # whatever a family's own code raises
+        raise ConfigError(
+            f"keep: the code of a '{narrow.config.model_type}' does not run without {mask.missing}: "
+            f"{str(e).splitlines()[0]}."
+        ) from e
 
 
 def shortened(model: PreTrainedModel, new: PreTrainedModel, mask: Mask) -> dict[str, Tensor]:
