@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
@@ -27,7 +27,7 @@ import torch
 import transformers
 from rich.progress import track
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from scripts.lab.jobs import Failure, isolated, short
@@ -45,34 +45,12 @@ from src.models.cut_config import attention_implementation
 from src.models.cut_rules import forbidden
 from src.models.layers import decoder_layers, num_layers
 from src.units.kinds import KINDS
-from tests.families import tiny_config
+from tests.families import tiny_config, tiny_model
 
+transformers.logging.set_verbosity_error()
+transformers.logging.disable_progress_bar()
 Row = dict[str, Any]
 MASKS, TIMEOUT = 3, 600
-
-
-def tiny_model(family: str) -> PreTrainedModel:
-    """A tiny model of any family, with weights large enough to betray a wrong cut, saved and loaded once.
-
-    A parent is always a loaded one, and some families change weights on loading (Youtu's padding row).
-
-    Raises:
-        ConfigError: stock ``AutoModelForCausalLM`` does not load what the family saves.
-    """
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(tiny_config(family)).eval()
-    for parameter in model.parameters():
-        parameter.data.add_(0.05 * torch.randn_like(parameter))
-    with tempfile.TemporaryDirectory() as folder:
-        model.save_pretrained(folder)
-        try:
-            loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False)
-        except ValueError as e:
-            raise ConfigError(
-                f"model: AutoModelForCausalLM builds a '{family}' and does not load what it saves, so no "
-                f"export could be loaded: {str(e).splitlines()[0].partition(' for this kind')[0]}."
-            ) from e
-    return loaded.eval()._apply(torch.clone)
 
 
 def draw_masks(model: PreTrainedModel, family: str, unit: Unit) -> tuple[list[Mask], Constraints]:
@@ -103,19 +81,17 @@ def draw_masks(model: PreTrainedModel, family: str, unit: Unit) -> tuple[list[Ma
 def prepare(family: str, units: list[Unit], folder: Path) -> dict[Unit, Row]:
     """Build a parent, cut it by each unit, and save; leave beside each export what it must reproduce."""
     torch.set_num_threads(1)
-    rows: dict[Unit, Row] = {}
-    if why := forbidden(tiny_config(family)):
-        row = {"result": "refused", "reason": f"This '{family}' {why}."}
-        rows = {unit: row for unit in units if not KINDS[unit].wide}
-    rest = [unit for unit in units if unit not in rows]
+    rows, why = dict[Unit, Row](), None
     try:
-        parent = Parent.of(family, folder) if rest else None
+        why = forbidden(tiny_config(family))
+        parent = Parent.of(family, folder)
     except ConfigError as e:
-        return rows | {unit: {"result": "refused", "reason": str(e)} for unit in rest}
+        return {unit: {"result": "refused", "reason": str(e)} for unit in units}
     except Exception as e:  # whatever a family's own code raises is the finding
-        reason = f"its own code fails: {short(e)}"
-        return rows | {unit: {"result": "cannot be built", "reason": reason} for unit in rest}
-    for unit in rest if parent else ():
+        result = "refused" if why else "cannot be built"
+        reason = f"This '{family}' {why}." if why else f"its own code fails: {short(e)}"
+        return {unit: {"result": result, "reason": reason} for unit in units}
+    for unit in units:
         try:
             rows[unit] = parent.cuts(unit)
         except Exception as e:
@@ -211,20 +187,13 @@ def verdict(unit: Unit, row: Row, findings: dict[str, list[Row]]) -> Row:
     return {**row, "result": "pass" if right else "WRONG"}
 
 
-def quietly(function: Callable[..., Any], *args: Any) -> Any:
-    """Call a function of this file without the library's own words."""
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    return function(*args)
-
-
 def judge(family: str, units: list[Unit]) -> dict[Unit, Row]:
     """Cells of a row of the matrix."""
     with tempfile.TemporaryDirectory() as folder:
         try:
-            rows = isolated(quietly, prepare, family, units, Path(folder), limit=TIMEOUT)
+            rows = isolated(prepare, family, units, Path(folder), limit=TIMEOUT)
             if any("result" not in row for row in rows.values()):
-                findings = isolated(quietly, check, Path(folder), limit=TIMEOUT)
+                findings = isolated(check, Path(folder), limit=TIMEOUT)
                 rows = {u: row if "result" in row else verdict(u, row, findings) for u, row in rows.items()}
         except Failure as e:
             rows = {unit: {"result": "WRONG", "reason": str(e)} for unit in units}

@@ -7,10 +7,13 @@ more have a line in ``SPECIAL``.
 
 from __future__ import annotations
 
+import tempfile
 from typing import Any
 
-from transformers import AutoConfig, PretrainedConfig
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
+from src.errors import ConfigError
 from src.models.layers import text_config
 
 LAYERS = 7
@@ -160,6 +163,30 @@ def tiny_config(family: str) -> PretrainedConfig:
     """Return a tiny config of ``family``, a model type of transformers."""
     default = AutoConfig.for_model(family, **SECTIONS.get(family, {}))
     return AutoConfig.for_model(family, **shrunk(default))
+
+
+def tiny_model(family: str) -> PreTrainedModel:
+    """A tiny model of any family, with weights large enough to betray a wrong cut, saved and loaded once.
+
+    A parent is always a loaded one, and some families change weights on loading (Youtu's padding row).
+
+    Raises:
+        ConfigError: stock ``AutoModelForCausalLM`` does not load what the family saves.
+    """
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(tiny_config(family)).eval()
+    for parameter in model.parameters():
+        parameter.data.add_(0.05 * torch.randn_like(parameter))
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        try:
+            loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False)
+        except ValueError as e:
+            raise ConfigError(
+                f"model: AutoModelForCausalLM builds a '{family}' and does not load what it saves, so no "
+                f"export could be loaded: {str(e).splitlines()[0].partition(' for this kind')[0]}."
+            ) from e
+    return loaded.eval()._apply(torch.clone)
 
 
 def shrunk(config: PretrainedConfig) -> dict[str, Any]:

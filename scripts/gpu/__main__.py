@@ -12,7 +12,7 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,7 @@ import torch
 
 from scripts.gpu import laws, speed, stages
 from scripts.lab.jobs import Failure, isolated
-from scripts.lab.results import origin, read
-from src.errors import ConfigError, did_you_mean
+from scripts.lab.results import options, origin, read
 from src.files import write_json
 
 RESULTS = Path("results/gpu.json")
@@ -45,13 +44,17 @@ PARTS: dict[str, tuple[str, Callable[[argparse.Namespace], dict[str, Any]]]] = {
 
 def main() -> int:
     """Return 0 if all went well or nothing can be done here, 1 if a part failed, 2 for a wrong request."""
-    args = _parse()
-    try:
-        parts = chosen(args.part)
-        if args.tiny and args.out == RESULTS:
-            raise ConfigError("--tiny: a rehearsal is no result. Give --out another file.")
-    except ConfigError as e:
-        print(f"error: {e}", file=sys.stderr)
+    groups = dict.fromkeys(name.rpartition("/")[0] for name in PARTS if "/" in name)
+    args = options(
+        __doc__, parts=[*PARTS, "stages", *groups], list=(False, "show the parts"), device=("cuda", "to run on"),
+        seconds=(60, "of each stage"), tiny=(False, "tiny shapes, a few steps: a rehearsal; needs --out"),
+        out=(RESULTS, "results"), work=(Path("logs/gpu"), "models, data and logs"),
+        commit=(None, "of the code, where it is a copy without its repository"),
+    )  # fmt: skip
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    parts = chosen(args.parts)
+    if args.tiny and args.out == RESULTS:
+        print("error: --tiny: a rehearsal is no result. Give --out another file.", file=sys.stderr)
         return 2
     if args.list:
         print("\n".join(f"{name:24} {PARTS[name][0]}" for name in parts))
@@ -66,21 +69,9 @@ def main() -> int:
     return int(bool(failed))
 
 
-def chosen(asked: Sequence[str]) -> list[str]:
-    """The parts asked for, by name or by the beginning of it; all where nothing is asked.
-
-    Raises:
-        ConfigError: there is no such part.
-    """
-    found = list[str]()
-    for word in (word.rstrip("/") for word in asked or [""]):
-        hits = [name for name in PARTS if not word or name == word or name.startswith(f"{word}/")]
-        if not hits:
-            raise ConfigError(
-                f"part: there is no '{word}'.{did_you_mean(word, [*PARTS, 'stages'])} --list shows all."
-            )
-        found += hits
-    return list(dict.fromkeys(found))
+def chosen(asked: Iterable[str]) -> list[str]:
+    """The parts asked for, by name or by the beginning of it."""
+    return list(dict.fromkeys(name for word in asked for name in PARTS if f"{name}/".startswith(f"{word}/")))
 
 
 def run(name: str, args: argparse.Namespace) -> bool:
@@ -106,25 +97,6 @@ def device(args: argparse.Namespace) -> dict[str, Any]:
     told = subprocess.run(query, capture_output=True, text=True, check=True).stdout
     name, driver, mib = (word.strip() for word in told.splitlines()[0].split(","))
     return {"device": name, "driver": driver, "memory_gib": round(int(mib) / 1024, 1)}
-
-
-def _parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="bash scripts/gpu_checks.sh",
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
-    add = parser.add_argument
-    add("part", nargs="*", help="parts, or the beginnings of their names (default: all)")
-    add("--list", action="store_true", help="show the parts")
-    add("--device", default="cuda")
-    add("--seconds", type=int, default=60, help="of each stage (default: 60)")
-    add("--tiny", action="store_true", help="tiny shapes, a few steps: a rehearsal; needs --out")
-    add("--out", type=Path, default=RESULTS, help=f"results (default: {RESULTS})")
-    add("--work", type=Path, default=Path("logs/gpu"), help="models, data and logs (default: logs/gpu)")
-    add("--commit", help="of the code, where it is a copy without its repository")
-    args = parser.parse_args()
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    return args
 
 
 if __name__ == "__main__":

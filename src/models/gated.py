@@ -23,7 +23,15 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from src.models.layers import Arguments, decoder_layers, first, stream_in, with_first, with_stream
+from src.models.layers import (
+    Arguments,
+    decoder_layers,
+    fills_cache,
+    first,
+    stream_in,
+    with_first,
+    with_stream,
+)
 from src.models.prefixes import Prefixes
 
 Observer = Callable[[int, Tensor, Tensor], None]
@@ -183,7 +191,7 @@ class GatedLayers(Gates):
 
         def step(index: int, *args: Any, **kwargs: Any) -> Any:
             gates, h_in = self._gates, stream_in(args, kwargs)
-            if self._skips(index, kwargs):
+            if self._skips(index, args, kwargs):
                 return h_in
             self.evaluated += 1
             if gates is None:
@@ -206,11 +214,11 @@ class GatedLayers(Gates):
 
         return gated
 
-    def _skips(self, index: int, kwargs: dict[str, Any]) -> bool:
+    def _skips(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Return whether a layer need not run: it is closed, its output is not read, it fills no cache."""
         closed = bool(self._values) and self._values[index] == 0.0
         read = torch.is_grad_enabled() or self._observer is not None
-        return closed and not read and self.plain and kwargs.get("past_key_values") is None
+        return closed and not read and self.plain and not fills_cache(args, kwargs)
 
     def _observe(self, index: int, h_in: Tensor, out: Any) -> None:
         if self._observer is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import Cache, PretrainedConfig, PreTrainedModel
 
 from src.errors import ConfigError
 from src.models.cut_rules import LAYER_COUNTS
@@ -92,6 +92,11 @@ def stream_in(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     """Return the hidden states ``[B, T, H]`` in the arguments that a layer is called with."""
     hidden: Tensor = args[0] if args else kwargs["hidden_states"]
     return hidden
+
+
+def fills_cache(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Return whether a layer is given a cache to fill, by whatever place or name."""
+    return any(isinstance(value, Cache) for value in (*args, *kwargs.values()))
 
 
 def with_stream(hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:

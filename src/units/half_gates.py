@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from src.models.gated import Gates
-from src.models.layers import decoder_layers, first, stream_in, with_first
+from src.models.layers import decoder_layers, fills_cache, first, stream_in, with_first
 from src.units.halves import find_halves
 
 Forward = Callable[..., Any]
@@ -53,10 +53,6 @@ class HalfGates(Gates):
         self._alone: int | None = None
         self._restore = ExitStack()
         for index, (layer, halves) in enumerate(zip(self.layers, self.halves, strict=True)):
-            note = layer.register_forward_pre_hook(self._note, with_kwargs=True)
-            see = layer.register_forward_hook(self._see(index), with_kwargs=True)
-            self._restore.callback(note.remove)
-            self._restore.callback(see.remove)
             layer.forward = self._layer(index, layer.forward)
             self._restore.callback(delattr, layer, "forward")
             for path in dict.fromkeys((*halves.idle, *halves.writers)):
@@ -79,17 +75,6 @@ class HalfGates(Gates):
         """Give the modules their own ``forward`` back."""
         self._restore.close()
 
-    def _note(self, _: Any, _args: Any, kwargs: dict[str, Any]) -> None:
-        self._caching = kwargs.get("past_key_values") is not None
-
-    def _see(self, index: int) -> Callable[..., None]:
-        def see(_: Any, args: Any, kwargs: dict[str, Any], out: Any) -> None:
-            if self._observer is not None:
-                self._observer(index, stream_in(args, kwargs), first(out))
-            self.plain = isinstance(out, Tensor)
-
-        return see
-
     def _layer(self, index: int, forward: Forward) -> Forward:
         """Return a forward for a layer, which runs one half at a time if earlier streams are remembered.
 
@@ -98,11 +83,15 @@ class HalfGates(Gates):
         """
 
         def layer(*args: Any, **kwargs: Any) -> Any:
-            return (
-                forward(*args, **kwargs)
-                if self._prefixes is None
-                else self._in_turn(index, half, (args, kwargs))
-            )
+            self._caching = fills_cache(args, kwargs)
+            if self._prefixes is None:
+                out = forward(*args, **kwargs)
+            else:
+                out = self._in_turn(index, half, (args, kwargs))
+            if self._observer is not None:
+                self._observer(index, stream_in(args, kwargs), first(out))
+            self.plain = isinstance(out, Tensor)
+            return out
 
         def half(unit: int, *args: Any, **kwargs: Any) -> Any:
             if self._values and self._values[unit] == 0.0:

@@ -110,7 +110,8 @@ class _Trial:
         with ExitStack() as stack:
             if observed is not None:
                 module = self.layer.get_submodule(observed)
-                hook = module.register_forward_hook(lambda _m, _i, out: outputs.append(first(out)))
+                # A copy, since some families add the attention to it in place.
+                hook = module.register_forward_hook(lambda _m, _i, out: outputs.append(first(out).clone()))
                 stack.callback(hook.remove)
             for path in silent:
                 module = self.layer.get_submodule(path)
@@ -161,7 +162,16 @@ class _Trial:
                 half[path] = half[above]
             elif own := [name for name, _ in module.named_parameters(recurse=False)]:
                 raise Misfit(f"has weights outside of both ({'.'.join(filter(None, [path, own[0]]))})")
+        self._check_writers(feed_forward, half)
         return Halves((attention, feed_forward), half, self._idle(attention, feed_forward))
+
+    def _check_writers(self, feed_forward: str, half: dict[str, int]) -> None:
+        """Refuse a layer that adds something behind its attention to the stream, past the feed-forward."""
+        without, _ = self.run(feed_forward)
+        for path in (path for path in half if half[path] == 1):
+            outermost = half.get(path.rpartition(".")[0]) != 1
+            if outermost and not torch.equal(self.run(feed_forward, path)[0], without):
+                raise Misfit(f"adds '{path}' to the residual stream beside an attention and a feed-forward")
 
     def _idle(self, *writers: str) -> tuple[str, ...]:
         """Return the outermost modules whose output reaches the stream by their half's writer alone."""

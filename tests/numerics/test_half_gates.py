@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from src.export.observe import plain
 from src.mask import Mask
 from src.models.cut import cut
 from src.models.layers import decoder_layers
@@ -47,6 +48,19 @@ def test_a_closed_attention_fills_its_cache_and_changes_no_token(family: str) ->
         assert torch.equal(greedy(model, ids, use_cache=True), expected)
         assert torch.equal(greedy(model, ids, use_cache=False), greedy(short, ids, use_cache=False))
     gates.remove()
+
+
+@pytest.mark.parametrize("family", ["llama", "bloom", "gemma3_text"])
+@torch.no_grad()
+def test_a_closed_attention_fills_its_cache_in_a_proof_too(family: str) -> None:
+    """A proof takes the hooks off all modules; the second pass knows what a resting half would return."""
+    model, ids = tiny_model(family), tiny_ids()
+    gates = HalfGates(model)
+    with plain(model), gates.use(gates_of(mask_of_halves())):
+        for _ in range(2):
+            cache = model(input_ids=ids, use_cache=True).past_key_values
+    gates.remove()
+    assert [cache.get_seq_length(layer) for layer in range(LAYERS)] == [ids.shape[1]] * LAYERS
 
 
 @pytest.mark.parametrize("family", FAMILIES)

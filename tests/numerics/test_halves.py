@@ -17,6 +17,7 @@ from src.models.gated import GatedLayers
 from src.models.structure import Misfit
 from src.units.half_gates import HalfGates
 from src.units.halves import find_halves
+from tests import families
 from tests.tiny import FAMILIES, LAYERS, tiny_ids, tiny_model
 
 SIDE_BY_SIDE = {"gpt_neox": "side by side", "cohere2": "side by side", "phi": "once"}
@@ -136,6 +137,16 @@ def test_layers_that_are_no_two_halves_are_refused_by_what_they_do(family: str) 
         find_halves(tiny_model(family))
     with pytest.raises(ConfigError, match=f"'{family}'"):
         cut(tiny_model(family), half_mask())
+
+
+@pytest.mark.parametrize(
+    ("family", "reason"),
+    [("falcon", "side by side"), ("falcon_h1", "adds 'mamba' to the residual stream beside")],
+)
+def test_layers_that_only_look_like_two_halves_are_refused(family: str, reason: str) -> None:
+    """One adds its attention to its feed-forward in place; one mixes tokens by two modules at once."""
+    with pytest.raises(Misfit, match=reason):
+        find_halves(families.tiny_model(family))
 
 
 @torch.no_grad()

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from torch import distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor
 
 from src.data.arithmetic import build_tokenizer, problems
-from src.data.batches import Batch
+from src.data.batches import Batch, Packed
+from src.data.encode import TokenRow
 from src.mask import Unit
 from src.plan.toy import CountingProbe
 from src.policies import SLEB, Exhaustive, GumbelTopK, LayerKL, MaskPolicy
@@ -30,13 +36,31 @@ def batches() -> list[Batch]:
     return made
 
 
-def probe_of(teacher_dir: str, policy: MaskPolicy, unit: Unit, gib: float) -> CalibrationProbe:
+def packed() -> list[Batch]:
+    """Rows of several documents each, without an attention mask."""
+    texts = [problem["question"] for problem in problems("train", 40, 0)]
+    ids = build_tokenizer()(texts, return_token_type_ids=False).input_ids
+    packing = Packed(batch_size=2, max_length=2 * max(map(len, ids)), pad_id=0)
+    plan = packing.plan([TokenRow(row, row, "") for row in ids], None)
+    return [packing.collate(rows) for rows in plan[:BATCHES]]
+
+
+def probe_of(
+    teacher_dir: str,
+    policy: MaskPolicy,
+    unit: Unit,
+    gib: float,
+    rows: Callable[[], list[Batch]] = batches,
+    mesh: DeviceMesh | None = None,
+    **loading: Any,
+) -> CalibrationProbe:
     """A probe of a search without its trainer."""
-    search = MaskSearch(teacher_dir, policy, remove=2, unit=unit, calibration_batches=BATCHES)
+    search = MaskSearch(teacher_dir, policy, remove=2, unit=unit, calibration_batches=BATCHES, **loading)
+    search._device_mesh = mesh
     search.configure_model()
     strategy = SimpleNamespace(reduce=lambda x, reduce_op: x)
     trainer: Any = SimpleNamespace(world_size=1, strategy=strategy)
-    trainer.datamodule = SimpleNamespace(val_dataloader=batches)
+    trainer.datamodule = SimpleNamespace(val_dataloader=rows)
     search._trainer = trainer
     return CalibrationProbe(search, gib)
 
@@ -80,6 +104,37 @@ def test_shared_prefixes_change_no_bit_and_a_plan_counts_their_layers(
         work(policy, counting, name)
         tried = sum(range(1, 6)) + 6 + 6 if unit == "layer" else 6 + 6 + sum(range(1, 12)) / 2
         assert layers[2] - tried == pytest.approx(6 * counting.forward)
+
+
+@pytest.mark.parametrize("unit", ["layer", "half"])
+@pytest.mark.parametrize("way", ["packed", "int8", "fsdp2"])
+def test_prefixes_are_shared_of_packed_rows_and_of_weights_in_8_bits_or_in_parts(
+    way: str, unit: Unit, teacher_dir: str, tmp_path: Path
+) -> None:
+    """Values and choices are equal to the last bit, and fewer layers run."""
+    ends, layers, given = [], [], dict[str, Any]()
+    if way == "fsdp2":
+        store = dist.FileStore(str(tmp_path / "store"), 1)
+        dist.init_process_group("gloo", rank=0, world_size=1, store=store)
+        given["mesh"] = init_device_mesh("cpu", (1,), mesh_dim_names=("data_parallel",))
+    elif way == "int8":
+        given["quantize"] = "int8"
+    else:
+        given["rows"] = packed
+    try:
+        for gib in (0.0, 1.0):
+            policy = SLEB()
+            probe = probe_of(teacher_dir, policy, unit, gib, **given)
+            ends.append(work(policy, probe, "sleb"))
+            layers.append(probe.search.gates.evaluated)
+            assert probe.memory.every == (1 if gib else None)
+            if way == "fsdp2":
+                assert isinstance(next(probe.search.gates.layers.parameters()), DTensor)
+    finally:
+        if way == "fsdp2":
+            dist.destroy_process_group()
+    assert ends[0] == ends[1]
+    assert layers[0] > 1.1 * layers[1]
 
 
 def streams_gib(teacher_dir: str) -> float:
