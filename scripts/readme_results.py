@@ -21,9 +21,11 @@ from scripts.lab.results import JSON, read
 from src.files import write_text
 from src.mask import Mask
 from src.report.figures import AMBER, INK, SLATE, TEAL, half_strip, styled, svg, tokens_text
+from src.units.kinds import KINDS
 
 HALVES = (0, 1, 2, 5, 6, 7, 8, 11, 12, 13, 14, 15, 16, 19, 20, 21, 22, 23)
 """The mask by hand of docs/units.md, of 12 layers: no result, an example."""
+NOT_JUDGED = {"result": "not judged"}
 
 
 def spent(demo: JSON, run: JSON) -> float:
@@ -134,19 +136,32 @@ def families(matrix: JSON) -> list[str]:
 
 
 def counted(matrix: JSON) -> str:
-    """Families by result."""
-    counts = Counter(row["result"] for row in matrix["families"].values())
-    told = ", ".join(f"{count} {result}" for result, count in counts.most_common())
-    return f"Of {counts.total()} decoder families of transformers {matrix['transformers']}: {told}."
+    """Families by result, for each kind of unit."""
+    cells = [
+        (unit, row.get(unit, NOT_JUDGED)["result"]) for row in matrix["families"].values() for unit in KINDS
+    ]
+    told = "; ".join(
+        f"{unit}: "
+        + ", ".join(f"{count} {result}" for (u, result), count in Counter(cells).items() if u == unit)
+        for unit in KINDS
+    )
+    return f"Of {len(matrix['families'])} decoder families of transformers {matrix['transformers']}, {told}."
 
 
 def matrix_lines(matrix: JSON) -> list[str]:
-    """Every family with its limits, or why it has no row of its own."""
-    rows = (
-        (family, row["result"], shorten(row.get("reason") or row.get("limits", ""), 280, placeholder=" ..."))
-        for family, row in sorted(matrix["families"].items())
-    )
-    return [counted(matrix), "", *table("family | result | limits, or the reason", rows)]
+    """Every family with its result for each kind of unit, and its limits or the reasons."""
+    rows = []
+    for family, row in sorted(matrix["families"].items()):
+        told = dict[str, list[str]]()
+        for unit, cell in row.items():
+            told.setdefault(cell.get("reason") or cell.get("limits", ""), []).append(unit)
+        why = [
+            f"{', '.join(units)}: {shorten(why, 200, placeholder=' ...')}"
+            for why, units in told.items()
+            if why
+        ]
+        rows.append([family, *(row.get(unit, NOT_JUDGED)["result"] for unit in KINDS), " ".join(why)])
+    return [counted(matrix), "", *table(" | ".join(["family", *KINDS, "limits, or the reason"]), rows)]
 
 
 def fight_lines(fight: JSON, ratio: float = 0.25) -> list[str]:

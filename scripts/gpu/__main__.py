@@ -46,7 +46,7 @@ def main() -> int:
     """Return 0 if all went well or nothing can be done here, 1 if a part failed, 2 for a wrong request."""
     groups = dict.fromkeys(name.rpartition("/")[0] for name in PARTS if "/" in name)
     args = options(
-        __doc__, parts=[*PARTS, "stages", *groups], list=(False, "show the parts"), device=("cuda", "to run on"),
+        __doc__, parts=[*PARTS, "stages", *groups], list=(False, "show the parts"), device=("cuda", "used"),
         seconds=(60, "of each stage"), tiny=(False, "tiny shapes, a few steps: a rehearsal; needs --out"),
         out=(RESULTS, "results"), work=(Path("logs/gpu"), "models, data and logs"),
         commit=(None, "of the code, where it is a copy without its repository"),

@@ -168,9 +168,10 @@ class _Trial:
     def _check_writers(self, feed_forward: str, half: dict[str, int]) -> None:
         """Refuse a layer that adds something behind its attention to the stream, past the feed-forward."""
         without, _ = self.run(feed_forward)
-        for path in (path for path in half if half[path] == 1):
-            outermost = half.get(path.rpartition(".")[0]) != 1
-            if outermost and not torch.equal(self.run(feed_forward, path)[0], without):
+        # A module around the writer may hold the addition itself.
+        behind = [p for p in half if half[p] == 1 and not feed_forward.startswith(f"{p}.")]
+        for path in (path for path in behind if path.rpartition(".")[0] not in behind):
+            if not torch.equal(self.run(feed_forward, path)[0], without):
                 raise Misfit(f"adds '{path}' to the residual stream beside an attention and a feed-forward")
 
     def _idle(self, *writers: str) -> tuple[str, ...]:

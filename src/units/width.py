@@ -195,7 +195,9 @@ def _heads(config: PretrainedConfig, _: nn.ModuleList) -> Iterator[Counted]:
         raise Misfit(f"unit: a layer of this '{config.model_type}' has one KV head, and one has to stay.")
     named = {"num_attention_heads": heads // groups, "num_key_value_heads": 1}
     each = {text.attribute_map.get(key, key): value for key, value in named.items() if hasattr(text, key)}
-    head = getattr(text, "head_dim", None) or text.hidden_size // heads
+    # Read as it is stored: where layers differ in it, the attribute cannot be read.
+    stored = text_section(config).get(text.attribute_map.get("head_dim", "head_dim"))
+    head = stored or text.hidden_size // heads
     yield Counted(each, {})
     yield Counted(each, {text.attribute_map.get("head_dim", "head_dim"): head})
 

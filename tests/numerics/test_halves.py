@@ -149,6 +149,11 @@ def test_layers_that_only_look_like_two_halves_are_refused(family: str, reason: 
         find_halves(families.tiny_model(family))
 
 
+def test_an_addition_inside_a_module_of_a_half_is_none_beside_it() -> None:
+    halves = find_halves(families.tiny_model("cpmant"))
+    assert halves[0].writers == ("self_att.self_attention", "ffn.ffn")
+
+
 @torch.no_grad()
 def test_a_wrong_pairing_is_caught_by_the_stream(gated: Callable[[PreTrainedModel], HalfGates]) -> None:
     """The norm of the wrong half, or the two halves swapped: same shapes, other logits."""
