@@ -66,8 +66,8 @@ def curve(demo: JSON) -> Figure:
 
 def main() -> None:
     """Fill the pages, and draw the figures of the README and of docs/units.md."""
-    parts = {"headline": demo_lines, "demo": demo_lines, "mask_quality": mask_lines,
-             "search_step": step_lines, "export_matrix": families, "fair_fight": fight_lines}  # fmt: skip
+    parts = {"headline": demo_lines, "demo": demo_lines, "mask_quality": mask_lines, "search_step": step_lines,
+             "export_matrix": lambda x: [f"**Export.** {counted(x)}"], "fair_fight": fight_lines}  # fmt: skip
     lines = [["", *make(found)] for name, make in parts.items() if (found := read(name))]
     example = Mask("any", 12, HALVES, "by hand", unit="half")
     write_text("docs/figures/recombined.svg", svg(half_strip(example)))
@@ -130,22 +130,14 @@ def data_lines(pipeline: JSON) -> list[str]:
     ]
 
 
-def families(matrix: JSON) -> list[str]:
-    """How many families pass the proof of an export."""
-    return [f"**Export.** {counted(matrix)} `docs/export.md` has the table."]
-
-
 def counted(matrix: JSON) -> str:
     """Families by result, for each kind of unit."""
-    cells = [
-        (unit, row.get(unit, NOT_JUDGED)["result"]) for row in matrix["families"].values() for unit in KINDS
-    ]
-    told = "; ".join(
-        f"{unit}: "
-        + ", ".join(f"{count} {result}" for (u, result), count in Counter(cells).items() if u == unit)
-        for unit in KINDS
-    )
-    return f"Of {len(matrix['families'])} decoder families of transformers {matrix['transformers']}, {told}."
+    told = []
+    for unit in KINDS:
+        counts = Counter(row.get(unit, NOT_JUDGED)["result"] for row in matrix["families"].values())
+        told.append(f"{unit}: " + ", ".join(f"{count} {result}" for result, count in counts.most_common()))
+    version = f"transformers {matrix['transformers']}"
+    return f"Of {len(matrix['families'])} decoder families of {version}; {'; '.join(told)}."
 
 
 def matrix_lines(matrix: JSON) -> list[str]:
@@ -155,11 +147,7 @@ def matrix_lines(matrix: JSON) -> list[str]:
         told = dict[str, list[str]]()
         for unit, cell in row.items():
             told.setdefault(cell.get("reason") or cell.get("limits", ""), []).append(unit)
-        why = [
-            f"{', '.join(units)}: {shorten(why, 200, placeholder=' ...')}"
-            for why, units in told.items()
-            if why
-        ]
+        why = [f"{', '.join(units)}: {shorten(t, 200, placeholder=' ...')}" for t, units in told.items() if t]
         rows.append([family, *(row.get(unit, NOT_JUDGED)["result"] for unit in KINDS), " ".join(why)])
     return [counted(matrix), "", *table(" | ".join(["family", *KINDS, "limits, or the reason"]), rows)]
 
