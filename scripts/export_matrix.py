@@ -42,7 +42,7 @@ from src.models.claims import is_tied
 from src.models.constraints import Constraints, constraints
 from src.models.cut import cut
 from src.models.cut_config import attention_implementation
-from src.models.layers import decoder_layers, num_layers
+from src.models.layers import num_layers
 from src.units.kinds import KINDS
 from tests.families import tiny_model
 
@@ -110,7 +110,6 @@ class Parent:
     def of(cls, family: str, folder: Path) -> Parent:
         """Build the model, and save it whole: what fails on the parent is not the cut's fault."""
         model = tiny_model(family)
-        decoder_layers(model)
         ids_BT = proof_tokens(model.config)
         parent = cls(family, folder, model, ids_BT, observe(model, ids_BT))
         everything = Mask.by_hand(family, length := num_layers(model.config), range(length))

@@ -191,6 +191,11 @@ def _heads(config: PretrainedConfig, _: nn.ModuleList) -> Iterator[Counted]:
     groups = getattr(text, "num_key_value_heads", None) or heads
     if type(heads) is not int or type(groups) is not int or heads % groups:
         return
+    if "reuse" in (getattr(text, "kv_sharing_modes", None) or ()):
+        raise Misfit(
+            f"unit: some layers of this '{config.model_type}' read keys and values of others, whose KV "
+            f"groups would have to go with theirs. Use unit: layer."
+        )
     if groups == 1:
         raise Misfit(f"unit: a layer of this '{config.model_type}' has one KV head, and one has to stay.")
     named = {"num_attention_heads": heads // groups, "num_key_value_heads": 1}

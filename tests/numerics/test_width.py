@@ -18,6 +18,7 @@ from src.models.structure import Misfit
 from src.units.kinds import KINDS
 from src.units.width import find_width
 from src.units.width_gates import WidthGates
+from tests import families
 from tests.tiny import FAMILIES, LAYERS, tiny_config, tiny_ids, tiny_model
 
 ROUNDING = 2e-5
@@ -99,6 +100,11 @@ def test_layers_that_hold_no_such_units_are_refused_by_what_they_do(unit: Unit, 
     with pytest.raises(Misfit, match=REFUSED[unit][family]) as refused:
         WidthGates(unit, tiny_model(family))
     assert f"'{family}'" in str(refused.value)
+
+
+def test_groups_of_layers_that_borrow_keys_and_values_are_refused() -> None:
+    with pytest.raises(Misfit, match=r"'gemma4_text' read keys and values of others"):
+        find_width(families.tiny_config("gemma4_text"), "kv_group")
 
 
 @pytest.mark.parametrize(
