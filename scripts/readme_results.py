@@ -66,8 +66,9 @@ def curve(demo: JSON) -> Figure:
 
 def main() -> None:
     """Fill the pages, and draw the figures of the README and of docs/units.md."""
-    parts = {"headline": demo_lines, "demo": demo_lines, "mask_quality": mask_lines, "search_step": step_lines,
-             "export_matrix": lambda x: [f"**Export.** {counted(x)}"], "fair_fight": fight_lines}  # fmt: skip
+    parts = {"headline": demo_lines, "demo": demo_lines, "mask_quality": mask_lines,
+             "search_step": step_lines, "export_matrix": lambda x: [f"**Export.** {counted(x)}"],
+             "fair_fight": fight_lines}  # fmt: skip
     lines = [["", *make(found)] for name, make in parts.items() if (found := read(name))]
     example = Mask("any", 12, HALVES, "by hand", unit="half")
     write_text("docs/figures/recombined.svg", svg(half_strip(example)))
