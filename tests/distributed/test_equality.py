@@ -158,4 +158,3 @@ def test_a_race_on_two_ranks_has_the_winner_of_one(bench: Bench) -> None:
     assert one.keep == other.keep
     for key in ("kl", "kl_recovered"):
         assert other.metrics[key] == pytest.approx(one.metrics[key], abs=1e-4)
-    assert other.metrics["race_forward_tokens"] == pytest.approx(one.metrics["race_forward_tokens"])
