@@ -74,7 +74,7 @@ $(RUN)/benchmark.json: $(RUN)/recovered/config.json
 
 # ---------------------------------------------------------------- a model of your own
 
-option = $(if $($(1)),--$(2) '$($(1))')
+option = $(if $($(1)),--$(2)='$($(1))')
 
 shorten: $(VENV)/.installed  ## a model of your own: MODEL=NAME TRAIN=TEXT [HELD_OUT=TEXT RATIO=0.25 UNIT=half METHOD=sleb TOKENS=5M OUT=DIR DRY=1]
 	$(if $(and $(MODEL),$(TRAIN)),,$(error give MODEL=NAME and TRAIN=TEXT, such as: make shorten MODEL=Qwen/Qwen3-0.6B TRAIN=my.jsonl))

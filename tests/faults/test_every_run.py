@@ -92,18 +92,12 @@ def sound(out: Path, model: str, rows: str, mask: str) -> dict[str, list[str]]:
         "benchmark": ["--model", model, "--baseline", model, "--repeats", "1"],
         "report": ["--run", str(Path(mask).parent)],
         "shorten": [
-            "--model",
-            model,
-            "--train",
-            rows,
-            "--held-out",
-            rows,
-            "--run",
-            f"{out}/run",
-            "--dry-run",
+            "--model", model, "--train", rows, "--held-out", rows, "--run", f"{out}/run", "--dry-run",
+            "--search=--data.init_args.batch_size=2 --model.init_args.draws=1",
+            "--recover=--data.init_args.batch_size=2",
         ],
         "preview": ["--config", SEARCH, f"--model.init_args.model={model}", f"--data.init_args.train={rows}"],
-    }
+    }  # fmt: skip
 
 
 def judged(argv: list[str], said: Path) -> tuple[str, str]:
