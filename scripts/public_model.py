@@ -76,7 +76,7 @@ if __name__ == "__main__":
         __doc__, parts=("parent", "text", "page"), wheel=(at, "package"), out=(at, "directory to write"),
         shared=(Path("../shared"), "corpora"), run=(at / "22", "of the commands"),
     )  # fmt: skip
-    needs = {parent: (args.wheel, args.out), text: (args.shared, args.out), page: (args.run,)}
+    needs: dict[Any, Any] = {parent: (args.wheel, args.out), text: (args.shared, args.out), page: (args.run,)}
     for part, given in needs.items():
         if part.__name__ in args.parts:
             part(*given)

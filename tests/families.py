@@ -186,7 +186,8 @@ def tiny_model(family: str) -> PreTrainedModel:
                 f"model: AutoModelForCausalLM builds a '{family}' and does not load what it saves, so no "
                 f"export could be loaded: {str(e).splitlines()[0].partition(' for this kind')[0]}."
             ) from e
-    return loaded.eval()._apply(torch.clone)
+    loaded.eval()._apply(torch.clone)
+    return loaded
 
 
 def shrunk(config: PretrainedConfig) -> dict[str, Any]:
