@@ -95,7 +95,7 @@ PUBLIC_FIT = --data.init_args.tokenizer $(PARENT) --data.init_args.train $(PUBLI
   --trainer.logger.init_args.save_dir $(CUT) --trainer.logger.init_args.version "" --ckpt_path last
 PUBLIC_MODELS = --model $(CUT)/cut $(CUT)/recovered
 
-public-model: $(CUT)/tasks.json $(CUT)/benchmark.json  ## 22 of 30 layers of SmolLM2-135M-Instruct -> docs/public_model.md (hours; resumable)
+public-model: $(CUT)/held_out.json $(CUT)/tasks.json $(CUT)/benchmark.json  ## 22 of 30 layers of SmolLM2-135M-Instruct -> docs/public_model.md (hours; resumable)
 	$(CLI) report --run $(CUT)
 	$(PY) -m scripts.public_model page --run $(CUT)
 
@@ -126,6 +126,10 @@ $(CUT)/recovered/config.json: $(CUT)/recover/record.json
 
 $(CUT)/evaluate.json: $(CUT)/cut/config.json $(CUT)/recovered/config.json
 	$(CLI) evaluate --teacher $(PARENT) $(PUBLIC_MODELS) --data $(SHARED)/data/eval/wikitext2_test.txt --limit 1000 --supervise all \
+	  --max-length 256 --batch-size 8 --dtype bfloat16 --out $@
+
+$(CUT)/held_out.json: $(CUT)/evaluate.json
+	$(CLI) evaluate --teacher $(PARENT) $(PUBLIC_MODELS) --data $(PUBLIC)/text/held_out.jsonl --supervise all --no-exact-match \
 	  --max-length 256 --batch-size 8 --dtype bfloat16 --out $@
 
 $(CUT)/tasks.json: $(CUT)/evaluate.json

@@ -116,7 +116,7 @@ def budgets_of(report: Record) -> list[list[str]]:
 def _score(record: Record | None) -> str:
     if record is None:
         return "-"
-    return f"{record['score']:.4g}" + (f"  ({record['ratio']:.1%} kept)" if "ratio" in record else "")
+    return f"{record['score']:.4g}" + (f"  ({record['ratio']:.3g}x)" if "ratio" in record else "")
 
 
 def headline(report: Record) -> str:

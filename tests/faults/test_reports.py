@@ -93,7 +93,7 @@ def test_scores_of_tasks_are_rows(tmp_path: Path) -> None:
     student = {"path": "S", "parameters": 7, "layers": 3, "tasks": scores(0.9)}
     write_run(tmp_path, teacher, [student], tasks={"piqa": {"shots": 0}})
     assert report(tmp_path)["models"][1]["tasks"]["piqa"]["acc"]["ratio"] == 0.9
-    assert "| piqa, acc | 0.7 | 0.7  (90.0% kept) |" in (tmp_path / "report.md").read_text()
+    assert "| piqa, acc | 0.7 | 0.7  (0.9x) |" in (tmp_path / "report.md").read_text()
 
 
 def test_scores_of_a_judgement_of_their_own_go_to_the_path_that_was_judged(tmp_path: Path) -> None:
