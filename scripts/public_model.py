@@ -37,10 +37,10 @@ def parent(wheel: Path, out: Path) -> None:
         at, file = Path(folder, INSIDE).parent, Path(INSIDE).name
         plain = GgufConfig(dequantize=True)
         model = AutoModelForCausalLM.from_pretrained(
-            at, gguf_file=file, dtype="float32", quantization_config=plain
+            at, gguf_file=file, dtype="float32", quantization_config=plain, trust_remote_code=False
         )
         model.save_pretrained(partial)
-        AutoTokenizer.from_pretrained(at, gguf_file=file).save_pretrained(partial)
+        AutoTokenizer.from_pretrained(at, gguf_file=file, trust_remote_code=False).save_pretrained(partial)
 
 
 def text(shared: Path, out: Path) -> None:

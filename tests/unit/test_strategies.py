@@ -134,7 +134,9 @@ def trainer_of(strategy: str) -> Any:
         "single": SingleDeviceStrategy, "ddp": DDPStrategy, "fsdp": FSDP, "fsdp2": FSDP2, DEEPSPEED: ZeRO,
     }  # fmt: skip
     made = object.__new__(kinds[strategy])
-    return SimpleNamespace(strategy=made, accelerator=object.__new__(CUDAAccelerator), ckpt_path=None)
+    return SimpleNamespace(
+        strategy=made, accelerator=object.__new__(CUDAAccelerator), ckpt_path=None, precision="32-true"
+    )
 
 
 def refusal(module: Any, strategy: str, data: object = None) -> str:
