@@ -20,6 +20,7 @@ from tests.planning import LAYER, RECOVER, D, planner_of
 CONFIG, OVERLAY = "configs/recover/entropy_kd.yaml", ("--config", "configs/recover/closing.yaml")
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_equals_uninterrupted(
     tmp_path: Path, teacher_dir: str, corpus_file: str, mask_file: str
 ) -> None:
@@ -33,6 +34,7 @@ def test_killed_and_resumed_equals_uninterrupted(
     same(whole, fit(CONFIG, tmp_path / "broken", False, *extra, f"--ckpt_path={saved}", **paths))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("unit", ["layer", "half"])
 def test_the_gates_fall_in_time_and_the_cut_is_exported(
     unit: str, tmp_path: Path, teacher_dir: str, corpus_file: str

@@ -29,6 +29,7 @@ def cut_of(teacher: str, out: Path, mask: Mask) -> Path:
     return out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("unit", ["layer", "half"])
 def test_every_size_is_a_plain_checkpoint(
     unit: str, teacher_dir: str, corpus_file: str, tmp_path: Path

@@ -25,6 +25,7 @@ KEYS = {
 GIVEN = [*OVERLAY, *(f"--model.init_args.race.init_args.{key}={value}" for key, value in SHORT.items())]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("unit", ["layer", "half"])
 def test_the_winner_is_written_with_what_it_cost(
     unit: str, tmp_path: Path, teacher_dir: str, corpus_file: str
@@ -58,6 +59,7 @@ def test_the_winner_is_written_with_what_it_cost(
     assert load_model(str(tmp_path / "out")).config.num_hidden_layers == 4
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_ends_with_the_same_mask(
     tmp_path: Path, teacher_dir: str, corpus_file: str
 ) -> None:

@@ -106,6 +106,7 @@ def test_shared_prefixes_change_no_bit_and_a_plan_counts_their_layers(
         assert layers[2] - tried == pytest.approx(6 * counting.forward)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("unit", ["layer", "half"])
 @pytest.mark.parametrize("way", ["packed", "int8", "fsdp2"])
 def test_prefixes_are_shared_of_packed_rows_and_of_weights_in_8_bits_or_in_parts(
