@@ -111,6 +111,38 @@ def read_tools(tools: Any, where: str) -> list[Any]:
     return parsed
 
 
+def rendered(
+    turns: list[Turn],
+    tools: list[Any] | None,
+    where: str,
+    rendering: Rendering,
+    raw: str,
+    **inputs: Any,
+) -> str:
+    """Return the text of a chat.
+
+    Args:
+        turns: the messages, from :func:`read_turns`.
+        tools: tools that the chat may call, or None.
+        where: file and row, for a message of error.
+        rendering: the template with its date.
+        raw: what the row says; it seeds the random choices that a template makes.
+        inputs: what else the template is given.
+
+    Raises:
+        ConfigError: there is no template, or it refuses the chat.
+    """
+    if not rendering.tokenizer.chat_template:
+        raise ConfigError(
+            f"{where} is a chat, but the tokenizer '{rendering.tokenizer.name_or_path}' has no chat "
+            "template. Use the tokenizer of an instruction-tuned model, or columns of text."
+        )
+    try:
+        return rendering(turns, raw, tools=tools, **inputs)
+    except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as e:
+        raise ConfigError(f"{where}: the chat template refuses this chat: {reason(e)}") from e
+
+
 def render(
     turns: list[Turn],
     tools: list[Any] | None,
@@ -134,18 +166,9 @@ def render(
     Raises:
         ConfigError: the template refuses the chat, or leaves out something that the chat says.
     """
-    tokenizer = rendering.tokenizer
-    if not tokenizer.chat_template:
-        raise ConfigError(
-            f"{where} is a chat, but the tokenizer '{tokenizer.name_or_path}' has no chat "
-            "template. Use the tokenizer of an instruction-tuned model, or columns of text."
-        )
 
     def apply(turns: list[Turn], tools: list[Any] | None = tools) -> str:
-        try:
-            return rendering(turns, raw, tools=tools)
-        except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as e:
-            raise ConfigError(f"{where}: the chat template refuses this chat: {reason(e)}") from e
+        return rendered(turns, tools, where, rendering, raw)
 
     plain = apply(turns)
     calls = [n for n, turn in enumerate(turns) if turn.get("tool_calls")]
@@ -156,8 +179,8 @@ def render(
     marked = [
         _marked(turn, mine and n not in calls) for n, (turn, mine) in enumerate(zip(turns, own, strict=True))
     ]
-    rendered = apply(marked)
-    if rendered.count(_OTHER) < sum(turn["content"].count(_OTHER) for turn in marked) or any(
+    shown = apply(marked)
+    if shown.count(_OTHER) < sum(turn["content"].count(_OTHER) for turn in marked) or any(
         turn["role"] == "assistant" and _answer(turn) not in plain for turn in turns
     ):
         for n, turn in enumerate(turns):  # what is passed over can be changed without a trace
@@ -166,7 +189,7 @@ def render(
                 and apply([*turns[:n], {**turn, "content": turn["content"] + "x"}, *turns[n + 1 :]]) == plain
             ):
                 raise ConfigError(f"{where}: {_PASSES.format('a turn of the ' + turn['role'])}")
-    text, spans = _unmark(rendered.replace(_OTHER, ""))
+    text, spans = _unmark(shown.replace(_OTHER, ""))
     called = [_called(turns, n, plain, apply) for n in calls if own[n]]
     if text != plain or None in called:
         return plain, None

@@ -12,7 +12,7 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from src.data.chat import Span, read_tools, read_turns, render
+from src.data.chat import Span, Turn, read_tools, read_turns, render
 from src.data.columns import Columns, filled
 from src.data.formats import MAX_DOCUMENT, WHERE, Row
 from src.data.rendering import Rendering
@@ -61,7 +61,25 @@ def read_document(row: Row, columns: Columns, separator: str, rendering: Renderi
     if columns.messages is not None or (
         columns.prompt and any(isinstance(row[c], list) for c in columns.names)
     ):
-        return _chat(row, columns, where, rendering, unread)
+        chat = read_chat(row, columns)
+        text, spans = render(chat.turns, chat.tools, chat.own, where, rendering, chat.raw)
+        return Document(text, spans, where, chat.raw, True, unread)
+    parts = read_parts(row, columns)
+    text = separator.join(parts)
+    return Document(text, [(len(text) - len(parts[-1]), len(text))], where, "\n".join(parts), False, unread)
+
+
+def read_parts(row: Row, columns: Columns) -> list[str]:
+    """Return the texts of a row that is no chat, as a model reads them one after the other, the answer last.
+
+    Args:
+        row: values by column.
+        columns: those of this row.
+
+    Raises:
+        ConfigError: a text has the wrong type, or there are tools.
+    """
+    where = row[WHERE]
     if _given(row, columns.tools) is not None:
         raise ConfigError(
             f"{where}: column '{columns.tools}' holds tools, which only a chat can call. Use 'messages', or "
@@ -69,17 +87,46 @@ def read_document(row: Row, columns: Columns, separator: str, rendering: Renderi
         )
     order = (columns.system, columns.prompt, columns.input, columns.text, columns.answer)
     names = [c for c in order if c and (c in columns.names or _given(row, c) is not None)]
-    parts = [checked(row[name], f"{where}: column '{name}'") for name in names]
-    text = separator.join(parts)
-    return Document(text, [(len(text) - len(parts[-1]), len(text))], where, "\n".join(parts), False, unread)
+    return [checked(row[name], f"{where}: column '{name}'") for name in names]
 
 
-def _chat(row: Row, columns: Columns, where: str, rendering: Rendering, unread: tuple[str, ...]) -> Document:
-    """Return the rendered chat; of prompt and answer, only the answer's turns are supervised."""
+@dataclass(frozen=True)
+class Chat:
+    """Holds the chat of a row.
+
+    Attributes:
+        turns: its messages, a system prompt first.
+        own: for each message, whether it is an answer of the assistant that is supervised.
+        tools: tools that the chat may call, or None.
+    """
+
+    turns: list[Turn]
+    own: list[bool]
+    tools: list[Any] | None
+
+    @property
+    def raw(self) -> str:
+        """What the row says, before any template."""
+        return json.dumps([self.turns, self.tools], sort_keys=True, default=str)
+
+
+def read_chat(row: Row, columns: Columns) -> Chat:
+    """Return the chat of a row; of prompt and answer, only the answer's messages are supervised.
+
+    Args:
+        row: values by column.
+        columns: those of this row.
+
+    Raises:
+        ConfigError: a column holds no messages, or another system prompt than the chat begins with.
+    """
+    where = row[WHERE]
     parts = [(row[name], role) for name, role in zip(columns.names, ("user", "assistant"), strict=False)]
     if columns.messages is None:  # a text beside a list of messages is one message
         parts = [([{"role": r, "content": p}] if isinstance(p, str) else p, r) for p, r in parts]
     *before, last = [read_turns(messages, where, columns.roles) for messages, _ in parts]
+    if before and (about := _given(row, columns.input)) is not None:  # what the prompt is about belongs to it
+        before[0][-1:] = [{**turn, "content": f"{turn['content']}\n{about}"} for turn in before[0][-1:]]
     turns = [turn for part in (*before, last) for turn in part]
     own = [n >= len(turns) - len(last) and turn["role"] == "assistant" for n, turn in enumerate(turns)]
     if (system := _given(row, columns.system)) is not None:
@@ -93,10 +140,7 @@ def _chat(row: Row, columns: Columns, where: str, rendering: Rendering, unread: 
             message = {"role": "system", "content": system}
             turns, own = [*read_turns([message], where), *turns], [False, *own]
     given = _given(row, columns.tools)
-    tools = None if given is None else read_tools(given, where)
-    raw = json.dumps([turns, tools], sort_keys=True, default=str)
-    text, spans = render(turns, tools, own, where, rendering, raw)
-    return Document(text, spans, where, raw, True, unread)
+    return Chat(turns, own, None if given is None else read_tools(given, where))
 
 
 def _given(row: Row, name: str | None) -> Any:

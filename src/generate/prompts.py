@@ -1,7 +1,7 @@
 """Turn rows of a corpus into prompts that a model continues, and continuations into rows of a corpus.
 
-A chat is continued where its last answer begins, a question where its answer begins, and plain text after a
-number of tokens. A model with a chat template is asked a question as a chat.
+A chat is continued at its end, or where the answer begins that it ends with; a question where its answer
+begins; and plain text after a number of tokens. A model with a chat template is asked a question as a chat.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from src.data.chat import read_turns
-from src.data.columns import Columns, filled
+from src.data.chat import rendered
+from src.data.columns import Columns
+from src.data.documents import Chat, read_chat, read_parts
 from src.data.formats import WHERE, Row
 from src.data.judging import Rows
 from src.data.rendering import Rendering
-from src.data.text import checked
 from src.errors import ConfigError
 
 
@@ -56,49 +56,36 @@ class Prompts:
         return [self._prompt(row) for row in rows]
 
     def _prompt(self, row: Row) -> Prompt:
-        columns, where = self.columns.of(row), row[WHERE]
+        columns = self.columns.of(row)
         if columns.text is not None:
-            return self._text(checked(row[columns.text], f"{where}: column '{columns.text}'"))
+            return self._text(read_parts(row, columns)[-1])
         if columns.messages is None and getattr(self.tokenizer, "chat_template", None) is None:
-            return self._question(row, columns)
-        return self._chat(self._turns(row, columns), where)
+            return self._question(read_parts(row, columns)[:-1])
+        return self._chat(read_chat(row, columns), row[WHERE])
 
     def _text(self, text: str) -> Prompt:
         ids = self.tokenizer(text).input_ids[: self.start]
         given = str(self.tokenizer.decode(ids, skip_special_tokens=True))
         return Prompt(ids, lambda written: {"text": given + written})
 
-    def _question(self, row: Row, columns: Columns) -> Prompt:
-        names = [name for name in (columns.system, columns.prompt, columns.input) if name]
-        asked = "\n".join(checked(row[name], name) for name in names if filled(row.get(name)))
+    def _question(self, parts: list[str]) -> Prompt:
+        asked = "\n".join(parts)
         ids = self.tokenizer(asked + "\n").input_ids
         return Prompt(ids, lambda written: {"prompt": asked, "completion": written})
 
-    def _turns(self, row: Row, columns: Columns) -> list[dict[str, Any]]:
-        """Return the turns before the answer that the model writes anew."""
-        where = row[WHERE]
-        if columns.messages is not None:
-            turns = read_turns(row[columns.messages], where, columns.roles)
-            last = max((n for n, turn in enumerate(turns) if turn["role"] == "assistant"), default=len(turns))
-            turns = turns[:last]
-        else:
-            asked = row[columns.prompt or ""]
-            turns = read_turns(asked, where) if isinstance(asked, list) else [_turn("user", asked)]
-        if columns.input and filled(row.get(columns.input)):
-            turns[-1] = {**turns[-1], "content": f"{turns[-1]['content']}\n{row[columns.input]}"}
-        if columns.system and filled(row.get(columns.system)):
-            turns = [_turn("system", row[columns.system]), *turns]
-        return turns
-
-    def _chat(self, turns: list[dict[str, Any]], where: str) -> Prompt:
+    def _chat(self, chat: Chat, where: str) -> Prompt:
+        """Return the prompt of the chat's next answer, or of the answer that it ends with, written anew."""
+        answered = chat.turns and chat.turns[-1]["role"] == "assistant"
+        turns = chat.turns[:-1] if answered else chat.turns
         if not turns or turns[-1]["role"] == "assistant":
             raise ConfigError(
                 f"{where}: the chat has no turn before its last answer; there is nothing to answer."
             )
-        text = self.rendering(turns, where, add_generation_prompt=True)
+        text = rendered(turns, chat.tools, where, self.rendering, chat.raw, add_generation_prompt=True)
         ids = self.tokenizer(text, add_special_tokens=False).input_ids
-        return Prompt(ids, lambda written: {"messages": [*turns, _turn("assistant", written)]})
+        known = {"tools": chat.tools} if chat.tools else {}
 
+        def row(written: str) -> dict[str, Any]:
+            return {"messages": [*turns, {"role": "assistant", "content": written}], **known}
 
-def _turn(role: str, content: str) -> dict[str, Any]:
-    return {"role": role, "content": content}
+        return Prompt(ids, row)

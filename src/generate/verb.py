@@ -26,7 +26,7 @@ from src.errors import ConfigError
 from src.evaluate.generate import new_tokens, stop_tokens
 from src.files import discard, read_json, write_json, write_text
 from src.generate.prompts import Prompt, Prompts
-from src.models.fingerprint import weights_fingerprint
+from src.models.fingerprint import identity
 from src.models.loading import load_tokenizer, longest_row
 from src.ranges import SEED, Range, positive
 from src.training.progress import track
@@ -121,7 +121,7 @@ def _settings(args: argparse.Namespace) -> dict[str, Any]:
     """What the rows follow from: model and prompts by their content, and the options."""
     plain = ("out", "force", "device", "threads", "model", "prompts")
     options = {key: value for key, value in vars(args).items() if key not in plain}
-    model, prompts = weights_fingerprint(args.model), fingerprint(Source(args.prompts, split=args.split))
+    model, prompts = identity(args.model), fingerprint(Source(args.prompts, split=args.split))
     return {
         "model": model or args.model,
         "prompts": prompts or args.prompts,

@@ -11,7 +11,7 @@ import torch
 from huggingface_hub import try_to_load_from_cache
 from transformers import PreTrainedTokenizerBase
 
-from src.models.loading import weightless
+from src.models.loading import load_config, weightless
 
 SCHEME = "w1-"
 """How fingerprints begin; only those that begin alike can be compared."""
@@ -45,6 +45,18 @@ def weights_fingerprint(name: str, revision: str | None = None) -> str | None:
     except (OSError, ValueError, KeyError, RuntimeError):
         return None
     return f"{SCHEME}{hashlib.sha256(b''.join(tensors)).hexdigest()[:24]}" if tensors else None
+
+
+def identity(name: str) -> str | None:
+    """Return what tells a model apart from others under its name, the same before and after a download.
+
+    It is the fingerprint of the weights in a directory, and the commit of a model of the Hub.
+
+    Raises:
+        ConfigError: there is no such model.
+    """
+    config = load_config(name)
+    return weights_fingerprint(name) if Path(name).is_dir() else getattr(config, "_commit_hash", None)
 
 
 def differ(one: str | None, other: str | None) -> bool | None:

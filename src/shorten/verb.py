@@ -22,8 +22,7 @@ from src.errors import ConfigError, did_you_mean
 from src.export.write import check_out
 from src.files import misfit, write_json, write_text
 from src.mask import Unit
-from src.models.fingerprint import weights_fingerprint
-from src.models.loading import load_config
+from src.models.fingerprint import identity
 from src.plan.experiment import Experiment
 from src.ranges import SEED, Range, inside_unit, positive
 from src.shorten.settings import RECOVER, SEARCH, Choice, choose, fitted
@@ -174,9 +173,7 @@ def _facts(args: argparse.Namespace) -> list[str | None]:
     Raises:
         ConfigError: there is no such model or text; names the option.
     """
-    config = load_config(args.model)
-    local = Path(args.model).is_dir()  # a model of the Hub, whether it is here yet or not, by its commit
-    facts = [weights_fingerprint(args.model) if local else getattr(config, "_commit_hash", None)]
+    facts = [identity(args.model)]
     for option in ("train", "held_out"):
         if (path := getattr(args, option)) is not None:
             try:

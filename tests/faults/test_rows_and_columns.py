@@ -96,6 +96,16 @@ def test_an_input_may_be_named() -> None:
     assert encoded(row, byte_tokenizer(), named)[0] == "Who?\nAnn came.\nAnn</s>"
 
 
+def test_an_input_belongs_to_a_prompt_of_messages_too() -> None:
+    """It was passed over where prompt and answer are lists of messages."""
+    tokenizer = byte_tokenizer(CHATML)
+    asked = {"instruction": [USER], "input": "Ann came.", "output": [SAID]}
+    whole = {**USER, "content": f"{USER['content']}\nAnn came."}
+    assert encoded(asked, tokenizer) == encoded({"instruction": [whole], "output": [SAID]}, tokenizer)
+    empty = {**asked, "input": ""}
+    assert encoded(empty, tokenizer) == encoded({"instruction": [USER], "output": [SAID]}, tokenizer)
+
+
 @pytest.mark.parametrize("name", ["system", "system_prompt"])
 def test_a_system_column_is_the_first_turn_of_a_chat(name: str) -> None:
     tokenizer, system = byte_tokenizer(CHATML), {"role": "system", "content": "Be terse."}

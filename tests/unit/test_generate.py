@@ -11,8 +11,12 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from src.data import Corpus
+from src.data.columns import Columns
+from src.data.formats import WHERE
 from src.errors import ConfigError
 from src.evaluate.generate import greedy, stop_tokens
+from src.generate import verb
+from src.generate.prompts import Prompts
 from src.generate.verb import main
 
 CHAT = (
@@ -66,8 +70,6 @@ def test_what_was_interrupted_goes_on_and_is_the_same(
     teacher_dir: str, corpus_file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Batches that are whole stay; those behind draw what they would have drawn."""
-    from src.generate import verb
-
     hot = ("--temperature", "1.5", "--seed", "4")
     main(command(teacher_dir, corpus_file, tmp_path / "whole.jsonl", *hot))
     calls, write = list[int](), verb.written
@@ -125,6 +127,33 @@ def test_chats_texts_and_questions_become_rows_that_are_read_as_they_are(chatty:
     read = list(corpus.predict_dataloader())
     assert sum(len(batch["input_ids"]) for batch in read) == 3
     assert all(torch.any(batch["labels"] != -100) for batch in read)
+
+
+def test_whatever_conditions_an_answer_reaches_the_model(chatty: str, tmp_path: Path) -> None:
+    """Columns of input and system, tools, and a last turn that nobody has answered yet."""
+    tokenizer = AutoTokenizer.from_pretrained(chatty)
+    tokenizer.chat_template = "{% for t in tools or [] %}[{{ t.name }}]{% endfor %}" + CHAT
+    said = (("user", "1"), ("assistant", "2"), ("user", "3"))
+    turns, tools = [{"role": role, "content": words} for role, words in said], [{"name": "add"}]
+    rows = [
+        {"messages": turns, "tools": tools, "system": "be brief"},
+        {"instruction": "sum", "input": "4 + 4", "output": "8"},
+    ]
+    prompts = Prompts(tokenizer, Columns(), 3)([{WHERE: "row", **row} for row in rows])
+    called, asked = (prompt.row("5") for prompt in prompts)
+    system = {"role": "system", "content": "be brief"}
+    assert called == {"messages": [system, *turns, {"role": "assistant", "content": "5"}], "tools": tools}
+    assert asked["messages"][0] == {"role": "user", "content": "sum\n4 + 4"}
+    texts = ["[add]<system>be brief<user>1<assistant>2<user>3<assistant>", "<user>sum\n4 + 4<assistant>"]
+    ids = [tokenizer(text, add_special_tokens=False).input_ids for text in texts]
+    assert [prompt.ids for prompt in prompts] == ids
+
+
+def test_what_a_template_refuses_is_told_by_its_row(chatty: str) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(chatty)
+    tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
+    with pytest.raises(ConfigError, match=r"row 7: the chat template refuses this chat: .*must alternate"):
+        Prompts(tokenizer, Columns(), 3)([{WHERE: "row 7", "question": "1", "answer": "2"}])
 
 
 def test_what_cannot_be_answered_is_refused_by_its_row(chatty: str, tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from src.cli import run
 from src.data import Corpus
 from src.data.arithmetic import problems
 from src.errors import ConfigError
+from src.models import fingerprint as models
 from src.plan.experiment import Experiment
 from src.shorten import settings, verb
 from src.shorten.settings import choose
@@ -224,10 +225,10 @@ def test_a_model_of_the_hub_is_the_same_before_and_after_it_is_downloaded(
     tmp_path: Path, corpus_file: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its weights are not there when a search begins, and are when the search is resumed."""
-    monkeypatch.setattr(verb, "load_config", lambda _: argparse.Namespace(_commit_hash="c0ffee"))
+    monkeypatch.setattr(models, "load_config", lambda _: argparse.Namespace(_commit_hash="c0ffee"))
     found = []
     for weights in (None, "w1-0"):
-        monkeypatch.setattr(verb, "weights_fingerprint", lambda _, weights=weights: weights)
+        monkeypatch.setattr(models, "weights_fingerprint", lambda _, weights=weights: weights)
         found.append(verb._facts(parsed(tmp_path, "org/model", corpus_file)))
     assert found[0] == found[1]
     assert found[0][0] == "c0ffee"
