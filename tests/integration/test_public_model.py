@@ -1,0 +1,60 @@
+"""The public model's settings lead a tiny model to a proven export; each row of its text has one use."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+
+import torch
+
+from scripts.public_model import TEXTS, text
+from src.cli import run
+from src.models.layers import num_layers
+from src.models.loading import load_model
+
+
+def test_the_settings_lead_to_a_proven_export(teacher_dir: str, corpus_file: str, tmp_path: Path) -> None:
+    """The search's weights and the recovery's teacher are bf16; what trains stays float32."""
+    keys = {
+        "data.init_args.tokenizer": teacher_dir, "data.init_args.train": corpus_file,
+        "data.init_args.validation": corpus_file, "trainer.max_steps": 2, "trainer.accelerator": "cpu",
+        "trainer.limit_val_batches": 1, "trainer.val_check_interval": 2,
+        "trainer.logger.init_args.save_dir": tmp_path, "trainer.logger.init_args.version": "",
+    }  # fmt: skip
+    shared = [f"--{key}={value}" for key, value in keys.items()]
+
+    def fit(stage: str, shipped: str, *more: str) -> None:
+        files = ["--config", shipped, "--config", f"configs/public_model/{stage}.yaml"]
+        run(["fit", *files, *shared, f"--trainer.logger.init_args.name={stage}", *more])
+
+    fewer = ["--model.init_args.remove=2", "--model.init_args.draws=1"]
+    fit("search", "configs/search/gumbel_topk.yaml", f"--model.init_args.model={teacher_dir}", *fewer)
+    mask = tmp_path / "search/mask.json"
+    fit("recover", "configs/recover/entropy_kd.yaml", f"--model.init_args.mask={mask}")
+    last = str(tmp_path / "recover/checkpoints/last.ckpt")
+    run(["export", "--mask", str(mask), "--checkpoint", last, "--out", str(tmp_path / "out")])
+    model = load_model(str(tmp_path / "out"), dtype="auto")
+    assert (num_layers(model.config), model.dtype) == (4, torch.float32)
+
+
+def test_every_row_is_trained_on_or_held_out(tmp_path: Path) -> None:
+    """Problems become chats, all else stays text; the same rows come out in every run."""
+    count, data = 90, tmp_path / "shared" / "data"
+    data.mkdir(parents=True)
+    for name in TEXTS:
+        rows = (
+            {"question": f"{n}?", "answer": f"{n}."} if "gsm8k" in name else {"text": f"{name} {n}"}
+            for n in range(count)
+        )
+        lines = "".join(json.dumps(row) + "\n" for row in rows).encode()
+        (data / name).write_bytes(gzip.compress(lines) if name.endswith(".gz") else lines)
+    found = []
+    for out in (tmp_path / "one", tmp_path / "other"):
+        text(tmp_path / "shared", out)
+        found.append([(out / f"{part}.jsonl").read_text().splitlines() for part in ("train", "held_out")])
+    train, held = found[0]
+    assert found[0] == found[1]
+    assert len(held) == sum(TEXTS.values())
+    assert len({*train, *held}) == len(train) + len(held) == 3 * count
+    assert sum("messages" in json.loads(row) for row in [*train, *held]) == count
