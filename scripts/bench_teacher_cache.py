@@ -154,7 +154,7 @@ def stepper(vocabulary: int, source: str, form: str, args: argparse.Namespace) -
 
     def say() -> Signal:
         with torch.no_grad():
-            return live_signal(teacher, teacher.hidden(batch).flatten(0, 1)[index], 10, chunk)
+            return live_signal(teacher, teacher.at(batch, index), 10, chunk)
 
     stored = encode(rows_of(batch, cast(TopK, say())), "float16")
     if source == "cached":
@@ -168,7 +168,7 @@ def stepper(vocabulary: int, source: str, form: str, args: argparse.Namespace) -
 
     def step() -> Tensor:
         signal = read() if source == "cached" else say()
-        hidden = head.hidden(batch).flatten(0, 1)[index]
+        hidden = head.at(batch, index)
         value = loss(head, hidden, ids.flatten()[index + 1], signal)["loss"]
         optimizer.zero_grad()
         value.backward()

@@ -68,7 +68,7 @@ class HeldOut:
         for batch in batches(documents, 64, tokenizer.pad_token_id):
             index = supervised(batch["labels"])
             with torch.inference_mode():
-                signal = live_signal(self.head, self.head.hidden(batch).flatten(0, 1)[index], None)
+                signal = live_signal(self.head, self.head.at(batch, index), None)
             self.parts.append((batch, index, batch["labels"].flatten()[index + 1], signal, Prefixes()))
 
     @torch.inference_mode()
@@ -78,7 +78,7 @@ class HeldOut:
         total = 0.0
         for batch, index, labels, signal, prefixes in self.parts:
             with self.gates.remember(prefixes), self.gates.use(values):
-                hidden = self.head.hidden(batch).flatten(0, 1)[index]
+                hidden = self.head.at(batch, index)
             total += float(self.dense(self.head, hidden, labels, signal)["kd"]) * len(index)
         return total / sum(len(index) for _, index, *_ in self.parts)
 

@@ -192,7 +192,7 @@ class LiveTeacher:
     @torch.no_grad()
     def signal(self, batch: Batch, index_N: Tensor) -> Signal:
         """Run the model on a batch; return its signal at the flat positions ``index_N`` (into ``B * T``)."""
-        hidden_NH = self.head.hidden(batch).flatten(0, 1)[index_N]
+        hidden_NH = self.head.at(batch, index_N)
         return live_signal(self.head, hidden_NH, self.k, vocabulary=self.vocabulary)
 
     def states(self, layers: Sequence[int]) -> AbstractContextManager[dict[int, Tensor]]:

@@ -112,7 +112,7 @@ class CacheTeacher(Stage):
     def signal(self, batch: dict[str, Tensor]) -> TopK:
         """Return the teacher's k likeliest tokens at the N supervised positions of a batch, in order."""
         index_N = supervised(batch["labels"], batch.get("position_ids"))
-        hidden_NH = self.head.hidden(batch).flatten(0, 1)[index_N]
+        hidden_NH = self.head.at(batch, index_N)
         signal = live_signal(self.head, hidden_NH, self.k, self.chunk_tokens)
         assert isinstance(signal, TopK)
         return signal

@@ -21,7 +21,7 @@ from src.export.fresh import PROOF_TEXT, Reference, unique_weights
 from src.export.observe import Finding, Observation, compare, observe, proof_tokens
 from src.mask import Mask
 from src.models.claims import is_tied
-from src.models.cut import cut, renamed, sources
+from src.models.cut import cut, kept_weights
 from src.models.cut_config import attention_implementation
 from src.models.layers import decoder_layers
 from src.training.progress import waiting
@@ -205,7 +205,7 @@ def predicted_weights(parent: PreTrainedModel, student: PreTrainedModel, mask: M
     if mask.wide:
         removed = removed_weights(find_width(parent.config, mask.unit, type(parent)), parent, path, mask)
         return unique_weights(parent.state_dict()) - removed
-    kept = renamed(parent.state_dict(), path, sources(parent, mask))
+    kept = kept_weights(parent.state_dict(), parent, mask)
     cut_shapes = {name: t.shape for name, t in student.state_dict().items() if not name.startswith(path)}
     shrunk = sum(t.numel() - cut_shapes[n].numel() for n, t in kept.items() if n in cut_shapes)
     return unique_weights(kept) - int(shrunk)

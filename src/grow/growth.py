@@ -26,11 +26,10 @@ from src.grow.host import Host
 from src.losses.distill import Distillation
 from src.losses.signals import Signal, live_signal
 from src.mask import Mask
-from src.models.gated import resumes
 from src.models.head import OutputHead
 from src.models.prefixes import Front, Prefixes, PrefixMemory
 from src.policies.measuring import Measure
-from src.policies.probe import PREFIX_GIB, stream_bytes
+from src.policies.probe import PREFIX_GIB, prefix_memory
 from src.policies.walk import Walk
 from src.units.kinds import KINDS
 from src.units.spaces import Kept
@@ -60,7 +59,7 @@ def growth(
 @torch.no_grad()
 def parents_signal(head: OutputHead, rows: Supervised) -> Signal:
     """Return what a model says at the supervised positions of a batch."""
-    return live_signal(head, head.hidden(rows.batch).flatten(0, 1)[rows.index_N], DIVERGENCE.k)
+    return live_signal(head, head.at(rows.batch, rows.index_N), DIVERGENCE.k)
 
 
 class GrowthProbe(Walk):
@@ -82,11 +81,7 @@ class GrowthProbe(Walk):
     ) -> None:
         super().__init__(len(rows))
         self.host, self.rows, self.signals, self.head = host, rows, signals, OutputHead(host.model)
-        largest = max(each.batch["input_ids"].numel() for each in rows)
-        stream = stream_bytes(host.model.config, host.model.dtype, largest)
-        allowed = resumes(host.gates, lambda: self.head.hidden(self.head.few))
-        self.limit = int(prefix_gib * 2**30 // stream) if allowed else 0
-        self._memory = PrefixMemory(len(host.gates), self.limit)
+        self._memory = prefix_memory(self.head, host.gates, rows, prefix_gib)
 
     @property
     def memory(self) -> PrefixMemory:
@@ -95,7 +90,7 @@ class GrowthProbe(Walk):
     def divergences(self, masks: Sequence[Kept], about: str) -> list[float]:
         """Return the divergence of the host under each mask, with the weights that it has now."""
         self._known.clear()
-        self._memory = PrefixMemory(len(self.host.gates), self.limit)
+        self._memory = PrefixMemory(self.memory.units, self.memory.limit)
         gates = torch.zeros(len(masks), len(self.host.gates))
         for gates_U, kept in zip(gates, masks, strict=True):
             gates_U[list(kept)] = 1.0
@@ -105,7 +100,7 @@ class GrowthProbe(Walk):
     def run(self, batch: int, gates: Front, by: Measure, prefixes: Prefixes) -> float:
         rows, gates_U = self.rows[batch], torch.tensor(gates, device=self.host.model.device)
         with self.host.gates.remember(prefixes), self.host.gates.use(gates_U):
-            hidden_NH = self.head.hidden(rows.batch).flatten(0, 1)[rows.index_N]
+            hidden_NH = self.head.at(rows.batch, rows.index_N)
         return float(DIVERGENCE(self.head, hidden_NH, rows.labels_N, self.signals[batch])["loss"]) * len(rows)
 
     def average(self, sums: Sequence[float]) -> float:

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from src.errors import ConfigError
 from src.mask import Mask
-from src.models.cut import renamed, sources
+from src.models.cut import kept_weights
 from src.models.layers import decoder_layers
 from src.units.kinds import KINDS
 
@@ -49,7 +49,7 @@ class Host:
         self.gates = KINDS[mask.unit].gate(parent)
         self._path, _ = decoder_layers(parent)
         mine, theirs = parent.state_dict(), student.state_dict()
-        origin = renamed({name: name for name in mine}, self._path, sources(parent, mask))
+        origin = kept_weights({name: name for name in mine}, parent, mask)
         for name, tensor in theirs.items():
             if name not in origin or mine[origin[name]].shape != tensor.shape:
                 raise ConfigError(

@@ -165,6 +165,15 @@ def renamed(state: dict[str, T], path: str, sources: Sources) -> dict[str, T]:
     return out
 
 
+def kept_weights(state: dict[str, T], parent: PreTrainedModel, mask: Mask) -> dict[str, T]:
+    """Return :func:`renamed` entries of a state dict of ``parent``, for the cut by ``mask``.
+
+    Raises:
+        ConfigError: as of :func:`sources`.
+    """
+    return renamed(state, decoder_layers(parent)[0], sources(parent, mask))
+
+
 def _along_depth(tensor: Tensor, shape: torch.Size, length: int, mask: Mask) -> Tensor:
     """Return a copy of a tensor; if one axis holds all layers, with the entries of the kept layers alone.
 

@@ -60,6 +60,10 @@ class OutputHead:
             self.model, lambda: cast(Tensor, self.decoder(**inputs, use_cache=False).last_hidden_state)
         )
 
+    def at(self, batch: Mapping[str, Any], index_N: Tensor) -> Tensor:
+        """Return the final hidden states ``[N, H]`` of a batch at flat positions ``index_N`` of ``B * T``."""
+        return self.hidden(batch).flatten(0, 1)[index_N]
+
     def logits(self, hidden: Tensor, into: tuple[Tensor, ...] = ()) -> Tensor:
         """Return the logits ``[..., V]`` of hidden states ``[..., H]``, scaled and capped as the family does.
 

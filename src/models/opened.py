@@ -20,9 +20,8 @@ from transformers.initialization import no_init_weights
 
 from src.errors import ConfigError
 from src.mask import Mask
-from src.models.cut import renamed, sources
+from src.models.cut import kept_weights
 from src.models.head import OutputHead
-from src.models.layers import decoder_layers
 from src.units.kinds import KINDS
 
 
@@ -51,8 +50,7 @@ class Opened:
         state = parent.state_dict()
         self.model.load_state_dict(state, assign=True)
         self.model.requires_grad_(False)
-        path, _ = decoder_layers(parent)
-        origin = renamed({name: name for name in state}, path, sources(parent, mask))
+        origin = kept_weights({name: name for name in state}, parent, mask)
         for name, parameter in student.named_parameters():
             place, _, leaf = origin[name].rpartition(".")
             if state[origin[name]].shape != parameter.shape:

@@ -6,6 +6,7 @@ import json
 import os
 import time
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +102,7 @@ def _machine_memory() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
+@cache
 def _matmul_tflops(kind: torch.dtype, size: int = 768, seconds: float = 0.2) -> float:
     """Return the speed of matrix products of a type on this machine's CPU, on all of torch's threads."""
     a, runs = torch.ones(size, size, dtype=kind), 0

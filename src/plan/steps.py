@@ -65,7 +65,7 @@ class PlannedTeacher:
         """Return a signal at N positions whose tensors have no data."""
         if self.head is not None and self.ledger is not None:
             before = self.ledger.flops
-            signal = live_signal(self.head, self.head.hidden(batch).flatten(0, 1)[index_N], self.k)
+            signal = live_signal(self.head, self.head.at(batch, index_N), self.k)
             self.flops = self.ledger.flops - before
             return signal
         size, k = len(index_N), self.k or self.vocabulary

@@ -97,6 +97,21 @@ def stream_bytes(config: PretrainedConfig, dtype: torch.dtype, tokens: int) -> i
     return int(tokens * text_config(config).hidden_size * dtype.itemsize)
 
 
+def prefix_memory(head: OutputHead, gates: Gates, rows: Sequence[Supervised], gib: float) -> PrefixMemory:
+    """Return the memory for streams: as many as fit, none for a model whose pass cannot start in the middle.
+
+    Args:
+        head: of the gated model.
+        gates: on its units.
+        rows: the batches, of which the largest counts.
+        gib: memory for the streams (GiB).
+    """
+    largest = max(each.batch["input_ids"].numel() for each in rows)
+    stream = stream_bytes(head.model.config, head.model.dtype, largest)
+    allowed = resumes(gates, lambda: head.hidden(head.few))
+    return PrefixMemory(len(gates), int(gib * 2**30 // stream) if allowed else 0)
+
+
 class CalibrationProbe(Walker):
     """Measures masks on the first ``calibration_batches`` validation batches.
 
@@ -131,13 +146,9 @@ class CalibrationProbe(Walker):
 
     @cached_property
     def memory(self) -> PrefixMemory:
-        """The memory for streams: as many as fit, none for a model whose pass cannot start in the middle."""
-        head, gates = self.search.head, self.search.gates
+        """The memory for streams that masks share."""
         with self.search.parents_weights():
-            allowed = resumes(gates, lambda: head.hidden(head.few))
-        largest = max(rows.batch["input_ids"].numel() for rows in self.rows)
-        each = stream_bytes(head.model.config, head.model.dtype, largest)
-        return PrefixMemory(len(gates), int(self.prefix_gib * 2**30 // each) if allowed else 0)
+            return prefix_memory(self.search.head, self.search.gates, self.rows, self.prefix_gib)
 
     def signal(self, batch: int) -> Signal:
         """Return the teacher's signal on a batch, by number; it is computed at the first call."""
@@ -165,7 +176,7 @@ class CalibrationProbe(Walker):
         """Return :meth:`divergence` of a model without gates, such as a recovered cut."""
         head, loss, sums = OutputHead(student), self.search.distillation, list[float]()
         for batch, rows in enumerate(self.rows):
-            hidden_NH = head.hidden(rows.batch).flatten(0, 1)[rows.index_N]
+            hidden_NH = head.at(rows.batch, rows.index_N)
             kl = loss(head, hidden_NH, rows.labels_N, self.signal(batch))["loss"]
             sums.append(float(kl * len(rows)))
             self.search.spent(rows.batch, num_layers(student.config))

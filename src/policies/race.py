@@ -122,7 +122,7 @@ class Race:
         with torch.enable_grad():
             for rows, signal in islice(cycle(taught), steps):
                 whole = WholeBatch(len(rows), real_tokens(rows.batch), search.device)
-                hidden_NH = head.hidden(rows.batch).flatten(0, 1)[rows.index_N]
+                hidden_NH = head.at(rows.batch, rows.index_N)
                 loss(head, hidden_NH, rows.labels_N, signal, whole)["loss"].backward()
                 for weight in weights if world() > 1 else ():
                     if weight.grad is not None:

@@ -260,8 +260,8 @@ def distil(
             fed = {key: value.to(student.device) for key, value in batch.items()}
             index_N = supervised(fed["labels"])
             with torch.no_grad():
-                signal = live_signal(teacher, teacher.hidden(fed).flatten(0, 1)[index_N], TOP)
-            hidden_NH = own.hidden(fed).flatten(0, 1)[index_N]
+                signal = live_signal(teacher, teacher.at(fed, index_N), TOP)
+            hidden_NH = own.at(fed, index_N)
             loss(own, hidden_NH, fed["labels"].flatten()[index_N + 1], signal)["loss"].backward()
             optimizer.step()
             optimizer.zero_grad()

@@ -47,7 +47,7 @@ def gather(run: Run) -> Record:
     They are the figures of all ``models`` (the teacher first), tokens and seconds by stage, and what was
     removed.
     """
-    judged = [run.evaluate["teacher"], *run.evaluate["models"]]
+    judged = _listed(run.evaluate)
     names = ["teacher", *distinct([m["path"] for m in judged[1:]])]
     models = [
         {"name": name} | {key: m[key] for key in _JUDGED if key in m}
@@ -175,7 +175,7 @@ def assemble(run: Run, origin: Record) -> tuple[Record, Page]:
         ConfigError: ``benchmark.json`` and ``evaluate.json`` compare with different teachers.
     """
     report = gather(run) | origin
-    models = [run.evaluate["teacher"], *run.evaluate["models"]]
+    models = _listed(run.evaluate)
     samples = [(m["name"], own["samples"][0]) for m, own in zip(report["models"], models, strict=True)
                if own.get("samples")]  # fmt: skip
     prompts = [("prompt", prompt) for prompt in run.evaluate.get("prompts", [])[:1]]

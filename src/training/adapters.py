@@ -29,8 +29,7 @@ from transformers import PreTrainedModel
 from src.errors import ConfigError, first_line
 from src.mask import Mask
 from src.models.adapters import unwrapped
-from src.models.cut import renamed, sources
-from src.models.layers import decoder_layers
+from src.models.cut import kept_weights
 from src.models.loading import weightless
 from src.ranges import Count, Positive, Seed, checked
 from src.training.ranks import total, world
@@ -155,7 +154,7 @@ class Adapters(nn.Module, ABC):
             "config": json.dumps(self.config().to_dict(), default=sorted),
         }
         partial = path.with_name(f".{path.name}.partial")
-        save_file(renamed(state, decoder_layers(network)[0], sources(network, mask)), partial, about)
+        save_file(kept_weights(state, network, mask), partial, about)
         partial.replace(path)
 
 

@@ -13,7 +13,7 @@ from src.cli import main, run
 from src.mask import Mask
 from src.report.verb import main as report
 from tests.integration.test_overlays import SEARCH, arguments
-from tests.integration.test_resume import SAVED, Killed, fit, same
+from tests.integration.test_resume import SAVED, broken_and_resumed
 
 OVERLAY = ["--config", "configs/search/budgets.yaml"]
 SIXTHS = "[0.5, 0.16666, 0.33333]"
@@ -107,13 +107,8 @@ def test_a_killed_and_resumed_search_ends_with_the_same_masks(
 ) -> None:
     extra = ["--config=configs/search/budgets.yaml", "--model.init_args.calibration_batches=2",
              f"--model.init_args.budgets={SIXTHS}"]  # fmt: skip
-    paths = {"teacher": teacher_dir, "corpus": corpus_file}
-    whole = fit(SEARCH, tmp_path / "whole", False, *extra, **paths)
-    with pytest.raises(Killed):
-        fit(SEARCH, tmp_path / "broken", True, *extra, **paths)
-    assert not list((tmp_path / "broken").rglob("mask*.json"))
+    broken_and_resumed(SEARCH, tmp_path, *extra, teacher=teacher_dir, corpus=corpus_file)
     saved = f"--ckpt_path={tmp_path / 'broken' / f'step={SAVED}.ckpt'}"
-    same(whole, fit(SEARCH, tmp_path / "broken", False, *extra, saved, **paths))
     assert masks(tmp_path / "whole") == masks(tmp_path / "broken")
     given = [*extra[:2], "--model.init_args.budgets=[0.5]", saved]
     with pytest.raises(SystemExit, match="2"):

@@ -14,7 +14,7 @@ from src.mask import Mask
 from src.models.loading import load_model
 from src.recover import Recovery
 from tests.faults.runs import ended
-from tests.integration.test_resume import SAVED, STEPS, Killed, fit, same
+from tests.integration.test_resume import STEPS, broken_and_resumed, fit
 from tests.planning import LAYER, RECOVER, D, planner_of
 
 CONFIG, OVERLAY = "configs/recover/entropy_kd.yaml", ("--config", "configs/recover/closing.yaml")
@@ -26,12 +26,7 @@ def test_killed_and_resumed_equals_uninterrupted(
 ) -> None:
     """Saved while the units close, killed after it."""
     extra = [f"--model.init_args.mask={mask_file}", *OVERLAY, "--model.init_args.closing=0.7"]
-    paths = {"teacher": teacher_dir, "corpus": corpus_file}
-    whole = fit(CONFIG, tmp_path / "whole", False, *extra, **paths)
-    with pytest.raises(Killed):
-        fit(CONFIG, tmp_path / "broken", True, *extra, **paths)
-    saved = tmp_path / "broken" / f"step={SAVED}.ckpt"
-    same(whole, fit(CONFIG, tmp_path / "broken", False, *extra, f"--ckpt_path={saved}", **paths))
+    broken_and_resumed(CONFIG, tmp_path, *extra, teacher=teacher_dir, corpus=corpus_file)
 
 
 @pytest.mark.slow

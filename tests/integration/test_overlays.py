@@ -18,7 +18,7 @@ from src.cli import run
 from src.data import Corpus
 from src.mask import Mask
 from src.recover import Recovery
-from tests.integration.test_resume import SAVED, Killed, fit, same
+from tests.integration.test_resume import broken_and_resumed
 
 OVERLAYS = sorted(Path("configs/policy").glob("*.yaml"))
 SEARCH = "configs/search/gumbel_topk.yaml"
@@ -92,12 +92,7 @@ def test_a_killed_and_resumed_rival_equals_the_uninterrupted(
     name: str, tmp_path: Path, teacher_dir: str, corpus_file: str
 ) -> None:
     extra = [f"--config=configs/policy/{name}.yaml", "--model.init_args.calibration_batches=2"]
-    paths = {"teacher": teacher_dir, "corpus": corpus_file}
-    whole = fit(SEARCH, tmp_path / "whole", False, *extra, **paths)
-    with pytest.raises(Killed):
-        fit(SEARCH, tmp_path / "broken", True, *extra, **paths)
-    saved = tmp_path / "broken" / f"step={SAVED}.ckpt"
-    same(whole, fit(SEARCH, tmp_path / "broken", False, *extra, f"--ckpt_path={saved}", **paths))
+    broken_and_resumed(SEARCH, tmp_path, *extra, teacher=teacher_dir, corpus=corpus_file)
 
 
 class Watch(Callback):

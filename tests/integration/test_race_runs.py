@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -13,7 +12,7 @@ from src.mask import Mask
 from src.models.loading import load_model
 from tests.faults.runs import ended
 from tests.integration.test_overlays import SEARCH, arguments
-from tests.integration.test_resume import SAVED, Killed, fit, same
+from tests.integration.test_resume import broken_and_resumed
 
 SHORT = {"runners": 4, "steps": 2, "lr": 0.01}
 OVERLAY = ["--config", "configs/search/recovered.yaml"]
@@ -64,12 +63,7 @@ def test_killed_and_resumed_ends_with_the_same_mask(
     tmp_path: Path, teacher_dir: str, corpus_file: str
 ) -> None:
     extra = [*(f"--{key}={value}" for key, value in KEYS.items()), *GIVEN]
-    paths: dict[str, Any] = {"teacher": teacher_dir, "corpus": corpus_file}
-    whole = fit(SEARCH, tmp_path / "whole", False, *extra, **paths)
-    with pytest.raises(Killed):
-        fit(SEARCH, tmp_path / "broken", True, *extra, **paths)
-    saved = tmp_path / "broken" / f"step={SAVED}.ckpt"
-    same(whole, fit(SEARCH, tmp_path / "broken", False, *extra, f"--ckpt_path={saved}", **paths))
+    broken_and_resumed(SEARCH, tmp_path, *extra, teacher=teacher_dir, corpus=corpus_file)
     one, other = (next((tmp_path / name).rglob("mask.json")).read_bytes() for name in ("whole", "broken"))
     assert one == other
 

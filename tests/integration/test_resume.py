@@ -57,6 +57,18 @@ def same(one: dict[str, Any], other: dict[str, Any]) -> None:
                 assert torch.equal(torch.as_tensor(value), torch.as_tensor(b["state"][p][name])), name
 
 
+def broken_and_resumed(config: str, out: Path, *extra: str, **paths: str) -> None:
+    """Run an experiment in ``out/whole``, and killed and resumed in ``out/broken``: both end the same."""
+    whole = fit(config, out / "whole", False, *extra, **paths)
+    with pytest.raises(Killed):
+        fit(config, out / "broken", True, *extra, **paths)
+    assert not (out / "broken" / f"step={STEPS}.ckpt").exists()
+    assert not list((out / "broken").rglob("mask*.json")), "nothing is written by a broken run"
+    assert not list((out / "broken").rglob("record.json"))
+    saved = f"--ckpt_path={out / 'broken' / f'step={SAVED}.ckpt'}"
+    same(whole, fit(config, out / "broken", False, *extra, saved, **paths))
+
+
 SLOW = pytest.param("search with Scales", marks=pytest.mark.slow)
 
 
@@ -71,16 +83,7 @@ def test_killed_and_resumed_equals_uninterrupted(
         pytest.importorskip("peft")
         adapters = f"src.training.adapters.{stage.split()[-1]}"
         extra.append(f"--model.init_args.adapters={{class_path: {adapters}, init_args: {{lr: 0.01}}}}")
-    paths = {"teacher": teacher_dir, "corpus": corpus_file}
-    whole = fit(config, tmp_path / "whole", False, *extra, **paths)
-    with pytest.raises(Killed):
-        fit(config, tmp_path / "broken", True, *extra, **paths)
-    assert not (tmp_path / "broken" / f"step={STEPS}.ckpt").exists()
-    assert not list((tmp_path / "broken").rglob("mask.json")), "nothing is written by a broken run"
-    assert not list((tmp_path / "broken").rglob("record.json"))
-    saved = tmp_path / "broken" / f"step={SAVED}.ckpt"
-    resumed = fit(config, tmp_path / "broken", False, *extra, f"--ckpt_path={saved}", **paths)
-    same(whole, resumed)
+    broken_and_resumed(config, tmp_path, *extra, teacher=teacher_dir, corpus=corpus_file)
     runs = [tmp_path / name for name in ("whole", "broken")]
     if "search" in stage:
         one, other = (next(run.rglob("mask.json")).read_bytes() for run in runs)
@@ -89,6 +92,7 @@ def test_killed_and_resumed_equals_uninterrupted(
         kept, again = (load_file(next(run.rglob("adapters.safetensors"))) for run in runs)
         assert kept.keys() == again.keys()
         assert all(torch.equal(kept[name], again[name]) for name in kept)
+        whole = torch.load(tmp_path / "whole" / f"step={STEPS}.ckpt", weights_only=False)
         moments = whole["optimizer_states"][0]["state"]
         assert len(moments) > 1, "the adapters' moments are in the checkpoint, beside those of the logits"
 
