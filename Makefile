@@ -29,7 +29,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 # ---------------------------------------------------------------- the demo: search, recover, export, judge
 
 LOG = --trainer.logger.init_args.save_dir $(RUN)
-DATA = --data.init_args.train $(RUN)/data/train.jsonl --data.init_args.validation $(RUN)/data/validation.jsonl
+PROBLEMS = --train 620 --validation 128 --test 500 --seed 1000
 
 # A stage that was interrupted resumes; one whose inputs or settings changed since its checkpoint starts anew.
 STALE = for input in $^; do if [ $$input -nt $(@D)/checkpoints/last.ckpt ]; then rm -rf $(@D); break; fi; done
@@ -37,6 +37,8 @@ STALE = for input in $^; do if [ $$input -nt $(@D)/checkpoints/last.ckpt ]; then
 # Settings given on the command line count as inputs: the stamp changes only when they do.
 $(RUN)/.search: FORCE
 	@mkdir -p $(@D); echo '$(SEED) $(SEARCH)' | cmp -s - $@ || echo '$(SEED) $(SEARCH)' > $@
+$(RUN)/.data: FORCE
+	@mkdir -p $(@D); echo '$(PROBLEMS)' | cmp -s - $@ || echo '$(PROBLEMS)' > $@
 $(RUN)/.recover: FORCE
 	@mkdir -p $(@D); echo '$(SEED) $(RECOVER)' | cmp -s - $@ || echo '$(SEED) $(RECOVER)' > $@
 FORCE:
@@ -44,17 +46,19 @@ FORCE:
 demo: $(RUN)/evaluate.json $(RUN)/benchmark.json  ## remove 25 % of a small teacher's layers, recover, export, report (<= 10 minutes)
 	@$(CLI) report --run $(RUN)
 
-$(RUN)/data/test.jsonl: src/data/arithmetic.py | $(VENV)/.installed
-	$(PY) -m src.data.arithmetic --out $(RUN)/data --train 40000 --validation 256 --test 500 --seed 1000
+$(RUN)/data/test.jsonl: src/data/arithmetic.py $(RUN)/.data | $(VENV)/.installed
+	$(PY) -m src.data.arithmetic --out $(RUN)/data $(PROBLEMS)
 
 $(RUN)/search/mask.json: $(RUN)/data/test.jsonl configs/demo/search.yaml $(RUN)/.search
 	@$(STALE)
-	$(CLI) fit --config configs/demo/search.yaml $(LOG) $(DATA) --seed_everything $(SEED) \
+	$(CLI) fit --config configs/demo/search.yaml $(LOG) --seed_everything $(SEED) \
+	  --data.init_args.train $(RUN)/data/train.jsonl --data.init_args.validation $(RUN)/data/validation.jsonl \
 	  --model.init_args.policy.init_args.seed $(SEED) --data.init_args.seed $(SEED) $(SEARCH) --ckpt_path last
 
 $(RUN)/recover/record.json: $(RUN)/search/mask.json configs/demo/recover.yaml $(RUN)/.recover
 	@$(STALE)
-	$(CLI) fit --config configs/demo/recover.yaml $(LOG) $(DATA) --seed_everything $(SEED) \
+	$(CLI) fit --config configs/demo/recover.yaml $(LOG) --seed_everything $(SEED) \
+	  --data.init_args.train '[$(RUN)/data/train.jsonl, $(RUN)/data/validation.jsonl]' \
 	  --model.init_args.mask $< --data.init_args.seed 10$(SEED) $(RECOVER) --ckpt_path last
 
 $(RUN)/cut/config.json: $(RUN)/search/mask.json
@@ -151,9 +155,9 @@ test: $(VENV)/.installed  ## the tests (<= 10 minutes on 2 cores, no network)
 test-full: $(VENV)/.installed  ## the tests and the longer proofs
 	$(PY) -m pytest
 
-headline: $(VENV)/.installed  ## recovered accuracy against text read, 5 seeds -> results/headline.json, results/demo.json (resumable)
+headline: $(VENV)/.installed  ## recovered accuracy against text read, 5 seeds -> results/headline.json, results/read_once.json (resumable)
 	$(PY) -m scripts.arena configs/arena/headline.yaml --jobs 2
-	$(PY) -m scripts.arena configs/arena/demo.yaml --jobs 2
+	$(PY) -m scripts.arena configs/arena/read_once.yaml --jobs 2
 
 mask-quality: $(VENV)/.installed  ## learned masks against all C(16, 4) -> results/mask_quality.json
 	$(PY) -m scripts.mask_quality

@@ -35,41 +35,46 @@ def spent(demo: JSON, run: JSON) -> float:
 
 
 @styled
-def curve(demo: JSON) -> Figure:
-    """Recovered exact match against the share of the teacher's training tokens that was spent."""
+def curve(once: JSON, again: JSON) -> Figure:
+    """Recovered exact match, a median over seeds, against the share of the teacher's text that was spent."""
     figure = Figure(figsize=(7.2, 3.2), layout="constrained")
     axes = figure.subplots()
-    runs = [run for row in demo["rows"] for run in row["runs"]]
-    for seed in sorted({run["seed"] for run in runs}):
-        own = [run for run in runs if run["seed"] == seed]
-        points = sorted((100 * spent(demo, run), 100 * run["recovered"]["exact_match"]) for run in own)
-        axes.plot(*zip(*points, strict=True), "o-", color=TEAL, alpha=0.9 if len(points) > 1 else 0.5)
-    lines = {
-        "teacher, 16 layers": (demo["teacher"], SLATE),
-        "12 layers, not recovered": (runs[0]["cut"], AMBER),
+    kinds = {
+        "again and again, recombined": AMBER,
+        "few rows again and again": TEAL,
+        "each row read once": SLATE,
     }
-    for name, (judged, shade) in lines.items():
-        height = 100 * judged["exact_match"]
-        axes.axhline(height, color=shade, linestyle="--", linewidth=1.2)
-        axes.annotate(name, (0.5, height), (0, 4), textcoords="offset points", color=shade)
-    axes.annotate("12 layers, recovered", (2.2, 93), color=TEAL)
+    halves = [row for row in again["rows"] if row["variant"].startswith("halves")]
+    layers = [row for row in again["rows"] if row not in halves]
+    for (name, shade), rows in zip(kinds.items(), (halves, layers, once["rows"]), strict=True):
+        points = [(100 * spent(once, row["runs"][0]), 100 * statistics.median(scores(row))) for row in rows]
+        if points := sorted(points):
+            axes.plot(*zip(*points, strict=True), "o-", color=shade, label=name)
+    for judged in (once["teacher"], once["rows"][0]["runs"][0]["cut"]):
+        axes.axhline(100 * judged["exact_match"], color=SLATE, linestyle="--")
     axes.set_xscale("log")
-    titles = {row["title"]: float(row["title"].split()[0]) for row in demo["rows"]}
-    axes.set_xticks(list(titles.values()), list(titles))
+    shares = sorted({float(row["title"].split()[0]) for row in (*once["rows"], *again["rows"])})
+    axes.set_xticks(shares, [f"{share:g} %" for share in shares])
     axes.minorticks_off()
-    axes.set_xlabel("tokens of search + recovery, of the teacher's own training tokens", color=INK)
-    axes.set_ylabel("exact match, %")
-    axes.margins(y=0.1)
+    axes.set_xlabel("distinct tokens of search + recovery, of the teacher's own training tokens", color=INK)
+    axes.set_ylabel("exact match, %", color=INK)
+    axes.legend(frameon=False, title="dashed: the teacher, and its cut before recovery")
     axes.grid(visible=True, axis="y")
     return figure
 
 
+def scores(row: JSON) -> list[float]:
+    """Exact match of the recovered model, a share, for each seed."""
+    return [run["recovered"]["exact_match"] for run in row["runs"]]
+
+
 def main() -> None:
     """Fill the pages, and draw the figures of the README and of docs/units.md."""
-    parts = {"headline": demo_lines, "demo": demo_lines, "mask_quality": mask_lines,
+    parts = {"headline": text_lines, "read_once": text_lines, "mask_quality": mask_lines,
              "search_step": step_lines, "export_matrix": lambda x: [f"**Export.** {counted(x)}"],
              "fair_fight": fight_lines}  # fmt: skip
     lines = [["", *make(found)] for name, make in parts.items() if (found := read(name))]
+    write_text("docs/figures/headline.svg", svg(curve(read("read_once"), read("headline"))))
     example = Mask("any", 12, HALVES, "by hand", unit="half")
     write_text("docs/figures/recombined.svg", svg(half_strip(example)))
     fill(Path("README.md"), [line for part in lines for line in part][1:])
@@ -171,21 +176,20 @@ def fight_lines(fight: JSON, ratio: float = 0.25) -> list[str]:
     ]
 
 
-def demo_lines(demo: JSON) -> list[str]:
-    """Table of the headline, of text read again or once, and its figure."""
-    again = demo["name"] == "headline"
-    if not again:
-        write_text("docs/figures/headline.svg", svg(curve(demo)))
-    teacher, rows = demo["teacher"], []
-    for row in sorted(demo["rows"], key=lambda row: spent(demo, row["runs"][0])):
-        scores = [100 * run["recovered"]["exact_match"] for run in row["runs"]]
-        each = f" ({', '.join(f'{s:.1f}' for s in scores)})" if len(scores) > 1 else ""
-        tokens = statistics.median(spent(demo, run) * teacher["training_tokens"] for run in row["runs"])
+def text_lines(results: JSON) -> list[str]:
+    """Table of exact match against text read: again and again (the demo's recipe), or once."""
+    teacher, rows = results["teacher"], []
+    for row in sorted(results["rows"], key=lambda row: spent(results, row["runs"][0])):
+        found = [f"{100 * score:.1f}" for score in scores(row)]
+        each = f" ({', '.join(found)})" if len(found) > 1 else ""
+        tokens = statistics.median(spent(results, run) * teacher["training_tokens"] for run in row["runs"])
         rows.append((
-            f"{row['title']} ({tokens_text(tokens)})", f"**{statistics.median(scores):.1f} %**{each}",
+            f"{row['title']} ({tokens_text(tokens)})",
+            f"**{100 * statistics.median(scores(row)):.1f} %**{each}",
             f"{100 * teacher['exact_match']:.1f} %", f"{100 * row['runs'][0]['cut']['exact_match']:.1f} %",
         ))  # fmt: skip
-    how = "Read 750 steps long, again and again, with hidden states" if again else "Each row read once"
+    again = results["name"] == "headline"
+    how = "Read again and again, the demo's recipe" if again else "Each row read once, by distillation alone"
     return [
         *table("text read, of the teacher's training | recovered | teacher | cut, not recovered", rows), "",
         f"{how}. Exact match on {teacher['problems']:,} test problems; median over seeds. `make headline`.",
