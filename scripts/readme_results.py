@@ -52,12 +52,11 @@ def curve(once: JSON, again: JSON) -> Figure:
             axes.plot(*zip(*points, strict=True), "o-", color=shade, label=name)
     for judged in (once["teacher"], once["rows"][0]["runs"][0]["cut"]):
         axes.axhline(100 * judged["exact_match"], color=SLATE, linestyle="--")
-    axes.set_xscale("log")
+    axes.set(xscale="log", ylabel="exact match, %")
     shares = sorted({float(row["title"].split()[0]) for row in (*once["rows"], *again["rows"])})
     axes.set_xticks(shares, [f"{share:g} %" for share in shares])
     axes.minorticks_off()
     axes.set_xlabel("distinct tokens of search + recovery, of the teacher's own training tokens", color=INK)
-    axes.set_ylabel("exact match, %", color=INK)
     axes.legend(frameon=False, title="dashed: the teacher, and its cut before recovery")
     axes.grid(visible=True, axis="y")
     return figure
