@@ -36,13 +36,14 @@ Way = tuple[Mode, str, bool | None, bool]
 whether the optimiser's state lies in the host's memory."""
 
 
-def ways(stage: str, ranks: int, cache_fits: bool = True) -> list[Way]:
+def ways(stage: str, ranks: int, cached: bool = True) -> list[Way]:
     """Return the ways to run a stage, the most exact and the simplest first.
 
     Args:
         stage: ``search``, ``recover`` or ``cache``.
         ranks: number of devices.
-        cache_fits: whether the disk has room for a cache; otherwise the teacher must run live.
+        cached: whether a cache will do: the disk has room for it, and it holds all that the loss reads.
+            Otherwise the teacher must run live.
     """
     one, many = "ddp" if ranks > 1 else "single", ranks > 1
     if stage == "search":
@@ -52,7 +53,7 @@ def ways(stage: str, ranks: int, cache_fits: bool = True) -> list[Way]:
     if stage == "cache":
         shards = [("copy", "fsdp2", None, False)] if many else []
         return [("copy", one, None, False), *shards, ("int8", one, None, False), ("nf4", one, None, False)]
-    without: list[Mode] = ["cached"] if cache_fits else ["int8", "nf4"]
+    without: list[Mode] = ["cached"] if cached else ["int8", "nf4"]
     plain: list[Way] = [("copy", one, c, False) for c in (False, True)]
     plain += [(m, one, c, False) for m in without for c in (False, True)]
     shards = [(m, "fsdp2", None, False) for m in ("copy", *without)] if many else []
@@ -68,8 +69,8 @@ _WHY = {
         "recover",
         "cached",
     ): "the parent is run once beforehand and takes no memory and no time of the recovery",
-    ("recover", "int8"): "there is no disk for a cache, and the parent fits beside the student in 8 bits",
-    ("recover", "nf4"): "there is no disk for a cache, and the parent fits beside the student in 4 bits",
+    ("recover", "int8"): "no cache will do, and the parent fits beside the student in 8 bits",
+    ("recover", "nf4"): "no cache will do, and the parent fits beside the student in 4 bits",
     ("cache", "copy"): "the teacher fits as it is, so its signal is exact",
     ("cache", "int8"): "the teacher fits in 8 bits only; its signal is nearly the same",
     ("cache", "nf4"): "the teacher fits in 4 bits only; its signal is an approximation",
@@ -84,9 +85,9 @@ def advise(planner: Planner, disk: float | None = None) -> Advice:
         disk: bytes that a cache may take; None is no limit.
     """
     stage = planner.experiment.stage
-    cache_fits = disk is None or planner.cache.expected <= disk
+    cached = not planner.reads_streams and (disk is None or planner.cache.expected <= disk)
     refused: list[Estimate] = []
-    for mode, strategy, checkpoint, offload in ways(stage, planner.ranks, cache_fits):
+    for mode, strategy, checkpoint, offload in ways(stage, planner.ranks, cached):
         estimate = planner.way(mode, strategy, checkpoint, offload)
         if estimate.fits:
             return Advice(estimate, tuple(_options(estimate, planner)), _reason(estimate, refused, planner))

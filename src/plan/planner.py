@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cached_property
+from importlib import import_module
 from pathlib import Path
 from typing import cast
 
@@ -11,6 +12,7 @@ import torch
 import yaml
 
 from src.errors import ConfigError
+from src.losses.terms import Term
 from src.models.loading import Quantization, load_config, numbers
 from src.plan.devices import Device
 from src.plan.experiment import Experiment
@@ -204,6 +206,12 @@ class Planner:
         dtype = getattr(torch, self._numbers(str(self.experiment.trainer.precision or "32-true")))
         config = load_config(self.experiment.name, model.get("revision"))
         return stream_bytes(config, dtype, rows.count * rows.length)
+
+    @property
+    def reads_streams(self) -> bool:
+        """Whether some term compares inner layers with the parent's, which no cache holds."""
+        paths = (each.term.class_path.rpartition(".") for each in self.experiment.model.get("terms") or ())
+        return any(getattr(import_module(path), name).pairs is not Term.pairs for path, _, name in paths)
 
     @property
     def cache(self) -> CacheSize:

@@ -68,6 +68,22 @@ def test_a_recovery_without_room_reads_a_cache(plan: Make) -> None:
     assert cached.hours < plain.hours, "the teacher's pass is saved"
 
 
+def test_a_cache_is_no_way_out_where_streams_are_compared(plan: Make) -> None:
+    """A cache holds the teacher's distribution alone; the run would refuse it."""
+    term = "{term: {class_path: src.losses.%s}, weight: 1}"
+    planners = {
+        name: plan(RECOVER, **{"model.init_args.terms": f"[{term % name}]"})
+        for name in ("HiddenStates", "CrossEntropy")
+    }
+    for planner in planners.values():
+        planner.device = replace(PLENTY, memory=planner.way("copy", "single", True).total - 1)
+    found = {name: advise(planner).best for name, planner in planners.items()}
+    assert found["HiddenStates"] is not None
+    assert found["HiddenStates"].setting.mode == "int8"
+    assert found["CrossEntropy"] is not None
+    assert found["CrossEntropy"].setting.mode == "cached"
+
+
 def test_ways_are_legal_pairs() -> None:
     """What a stage refuses is never recommended; sharding needs ranks."""
     for stage in ("search", "recover", "cache"):
