@@ -78,10 +78,11 @@ def run(argv: list[str]) -> Any:
         raise ConfigError(f"unknown verb '{argv[0]}'.{did_you_mean(argv[0], [*VERBS, *TOOLS])}\n{_help()}")
     from src.callbacks import ProgressLines, StopOnSignal
     from src.training.arguments import PruneCLI, SaveConfig, ShortErrors
+    from src.training.resuming import with_settings
     from src.training.trainer import Trainer
 
     return PruneCLI(
-        args=argv,
+        args=with_settings(argv),
         parser_class=ShortErrors,
         trainer_class=Trainer,
         trainer_defaults={"callbacks": [StopOnSignal(), ProgressLines()], "enable_model_summary": False},

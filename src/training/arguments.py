@@ -19,7 +19,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 
 from src.errors import ConfigError, did_you_mean, first_line
 from src.mask import Mask
-from src.training import watchdog
+from src.training import resuming, watchdog
 from src.training.identity import Accepting, Resumable, settings_of
 from src.training.lock import lock
 from src.training.parse_faults import in_short
@@ -65,10 +65,13 @@ class ShortErrors(LightningArgumentParser):
 
 
 class SaveConfig(SaveConfigCallback):
-    """Writes ``config.yaml`` only once a fit begins, so that a refused resume leaves the run's own file."""
+    """Writes ``config.yaml`` only once a fit begins, so that a refused resume leaves the run's own file.
+
+    A validation or a test writes none: a run is resumed by the file beside its checkpoints.
+    """
 
     def setup(self, trainer: lightning.Trainer, pl_module: LightningModule, stage: str) -> None:
-        if stage != "fit":
+        if stage == "predict":
             super().setup(trainer, pl_module, stage)
 
     def on_fit_start(self, trainer: lightning.Trainer, pl_module: LightningModule) -> None:
@@ -95,6 +98,14 @@ class PruneCLI(LightningCLI):
         """Add the options that belong neither to trainer nor to model nor to data."""
         keys = "keys, with commas between, whose change on resume is meant: --accept model.init_args.draws"
         parser.add_argument("--accept", type=str, default="", help=keys)
+
+    def _prepare_subcommand_parser(self, *about: Any, **keys: Any) -> LightningArgumentParser:
+        """Say in ``--help`` what ``--ckpt_path`` does here, in place of Lightning's words."""
+        parser = super()._prepare_subcommand_parser(*about, **keys)
+        for action in parser._actions:
+            if action.dest == "ckpt_path":
+                action.help = resuming.HELP
+        return parser
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse, then check all settings before the first of them is used.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import yaml
@@ -25,14 +25,20 @@ def check_settings_files(argv: Sequence[str]) -> None:
     for key, path in _named(argv):
         if not os.path.exists(path):  # what is missing is the parser's to tell, which looks elsewhere too
             continue
-        model = read_settings(path, key).get("model")
-        if key == "--config" and not (isinstance(model, str) or "class_path" in (model or {})):
+        changes = not is_experiment(read_settings(path, key))
+        if key == "--config" and changes:
             overlay = overlay or path
         elif key == "--config" and overlay is not None:
             raise ConfigError(
                 f"--config: the overlay '{overlay}' comes before the experiment '{path}', which undoes it. "
                 f"Give the experiment first: --config {path} --config {overlay}"
             )
+
+
+def is_experiment(settings: Mapping[str, Any]) -> bool:
+    """Return whether settings name a model's class, as an experiment does and an overlay does not."""
+    model = settings.get("model")
+    return isinstance(model, str) or "class_path" in (model or {})
 
 
 def _named(argv: Sequence[str]) -> Iterator[tuple[str, str]]:
