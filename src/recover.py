@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -28,7 +29,7 @@ from src.models.layers import num_layers
 from src.models.loading import load_config, load_tokenizer
 from src.models.opened import Opened
 from src.models.sharding import shard
-from src.models.streams import streams
+from src.models.streams import inputs, streams
 from src.ranges import Count, Share, checked
 from src.repair.linear_patch import LinearPatch
 from src.teachers import LiveTeacher, TeacherSource
@@ -39,6 +40,7 @@ from src.training.ranks import MicroBatches, WholeBatch
 from src.training.schedules import Decay, with_warmup
 from src.training.scopes import Scope, check_scope, check_units, recompute, scoped
 from src.training.strategies import check_device
+from src.units.width import feed_forward_writers
 
 
 class Recovery(Closing):
@@ -112,6 +114,7 @@ class Recovery(Closing):
         patched = self.patch is not None or self.adapters is not None
         self.check_closing(trainer, self.mask, self.scope, patched)
         self.teacher.states([theirs for _, theirs in self.objective.pairs(self.mask)])
+        _ = self.writers  # found now, so that a family without them is refused before it is loaded
 
     def configure_model(self) -> None:
         if hasattr(self, "model"):
@@ -144,6 +147,17 @@ class Recovery(Closing):
         if self.opened is not None:
             self.opened.to(self.device)
 
+    @cached_property
+    def writers(self) -> tuple[str, ...]:
+        """For each layer of the student, the path of the linear map that ends its feed-forward.
+
+        Empty if no term reads what enters these maps.
+        """
+        if not self.objective.activations:
+            return ()
+        paths = feed_forward_writers(load_config(self.name, self.revision))
+        return tuple(paths[layer] for layer in self.mask.feed_forward)
+
     # ------------------------------------------------------------------ learning
 
     def step(self, rows: Supervised, whole: WholeBatch | None = None, pairs: Sequence[Pair] = ()) -> Step:
@@ -160,11 +174,14 @@ class Recovery(Closing):
         opened = self.opened if self.training else None  # validation judges the cut
         runs = opened or self.head
         places = {own: own if opened is None else theirs for own, theirs in pairs}
-        with streams(runs.model, places.values()) as collected:
+        homes = range(len(self.writers)) if opened is None else self.mask.feed_forward
+        ends = dict(zip(homes, self.writers, strict=False))
+        with streams(runs.model, places.values()) as collected, inputs(runs.model, ends) as entering:
             hidden_NH = runs.hidden(batch).flatten(0, 1)[index_N]
         student = {own: collected[place] for own, place in places.items()}
-        behind = [{i: h.flatten(0, 1)[index_N] for i, h in own.items()} for own in (student, parent)]
-        return Step(self.head, hidden_NH, rows.labels_N, signal, self.mask, whole, *behind)
+        own = {position: entering[home] for position, home in enumerate(ends)}
+        inner = [{i: x.flatten(0, -2)[index_N] for i, x in each.items()} for each in (student, parent, own)]
+        return Step(self.head, hidden_NH, rows.labels_N, signal, self.mask, whole, *inner)
 
     def losses(self, rows: Supervised, whole: WholeBatch | None = None) -> dict[str, Tensor]:
         """Return the weighted sum of the terms as ``loss``, and the terms' figures by name.
@@ -198,8 +215,10 @@ class Recovery(Closing):
         plain = Distillation(k=self.distillation.k, rule=self.distillation.rule, weight="none")
         rows = Supervised.of(batch)
         whole = WholeBatch(len(rows), real_tokens(batch), self.device)
-        kd = plain.loss(self.step(rows, whole))["kd"]
-        self.log("val/kl", kd, prog_bar=True, batch_size=whole.positions, sync_dist=True)
+        step = self.step(rows, whole)
+        figures = {"kl": plain.loss(step)["kd"], **self.objective.measured(step)}
+        logged = {f"val/{key}": value for key, value in figures.items()}
+        self.log_dict(logged, prog_bar=True, batch_size=whole.positions, sync_dist=True)
 
     test_step = validation_step
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from src.errors import ConfigError
@@ -19,17 +20,15 @@ class Weighted:
 
     Attributes:
         term: one summand.
-        weight: factor on its value, above 0.
+        weight: factor on its value; at 0 its figures are logged, and it trains nothing.
     """
 
     term: Term
     weight: float = 1.0
 
     def __post_init__(self) -> None:
-        if not self.weight > 0:
-            raise ConfigError(
-                f"terms: weight: {self.weight} given; accepted: above 0. Or leave the term out."
-            )
+        if not self.weight >= 0:
+            raise ConfigError(f"terms: weight: {self.weight} given; accepted: a number from 0.")
 
 
 class Objective:
@@ -45,7 +44,8 @@ class Objective:
             reports its divergence, and its ``k`` says how many tokens the teacher's signal holds.
 
     Raises:
-        ConfigError: two terms are of the same class, so their figures would have the same names.
+        ConfigError: two terms are of the same class, so their figures would have the same names; or all
+            weights are 0.
     """
 
     def __init__(self, distillation: Distillation | None, terms: Sequence[Weighted] | None = None) -> None:
@@ -57,6 +57,8 @@ class Objective:
                 f"terms: {', '.join(repeated)} is given twice (model.distillation is a term of weight 1). "
                 f"Give it once; set model.distillation to null to give it another weight among the terms."
             )
+        if not any(each.weight for each in self.terms):
+            raise ConfigError("terms: weight: 0 given to every term, so nothing trains. Give one above 0.")
         divergences = (each.term for each in self.terms if isinstance(each.term, Distillation))
         self.distillation = next(divergences, Distillation())
 
@@ -64,15 +66,27 @@ class Objective:
         """Return, each once, the pairs (student's layer, parent's layer) whose streams some term compares."""
         return tuple(dict.fromkeys(pair for each in self.terms for pair in each.term.pairs(mask)))
 
+    @property
+    def activations(self) -> bool:
+        """Whether some term reads what the student's feed-forwards compute."""
+        return any(each.term.activations for each in self.terms)
+
+    def measured(self, step: Step) -> dict[str, Tensor]:
+        """Return, by name, the figures of the terms that read activations: these describe the model."""
+        reading = (each.term for each in self.terms if each.term.activations)
+        return {key: x for term in reading for key, x in term.loss(step).items() if key != "loss"}
+
     def __call__(self, step: Step) -> dict[str, Tensor]:
         """Return the weighted sum under ``loss``, and the figures of every term by name, without gradient."""
         out: dict[str, Tensor] = {}
         total: Tensor | None = None
         for each in self.terms:
-            figures = each.term.loss(step)
+            with torch.set_grad_enabled(each.weight > 0 and torch.is_grad_enabled()):
+                figures = each.term.loss(step)
             value = figures.pop("loss")
-            value = value if each.weight == 1 else value * each.weight
-            total = value if total is None else total + value
             out |= figures
-        assert total is not None, "there is always a term"
+            if each.weight:
+                value = value if each.weight == 1 else value * each.weight
+                total = value if total is None else total + value
+        assert total is not None, "some weight is above 0"
         return {"loss": total, **out}

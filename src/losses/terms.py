@@ -4,7 +4,7 @@ A term sees one :class:`Step` and nothing else. It knows neither the module that
 teacher's signal. Its value is a mean over the supervised positions of the whole batch, so padding, packing
 and the split into ranks and micro-batches do not change it.
 
-Shapes: N supervised positions, H hidden.
+Shapes: N supervised positions, H hidden, F channels of a feed-forward.
 """
 
 from __future__ import annotations
@@ -38,6 +38,8 @@ class Step:
         student: residual stream ``[N, H]`` behind each layer of the student that some term compares
             (:meth:`Term.pairs`), by the layer's number.
         parent: the same of the parent, by the parent's numbers.
+        activations: what enters, in each feed-forward of the student, the linear map that writes to the
+            stream ``[N, F]``, by the layer's number; empty unless some term reads it.
     """
 
     head: OutputHead
@@ -48,6 +50,7 @@ class Step:
     whole: WholeBatch | None = None
     student: Mapping[int, Tensor] = field(default_factory=dict)
     parent: Mapping[int, Tensor] = field(default_factory=dict)
+    activations: Mapping[int, Tensor] = field(default_factory=dict)
 
     @property
     def count(self) -> float:
@@ -63,6 +66,9 @@ class Term(ABC):
 
     A subclass defines :meth:`loss`. One that compares inner layers defines :meth:`pairs` too.
     """
+
+    activations = False
+    """Whether the term reads what the student's feed-forwards compute."""
 
     def pairs(self, mask: Mask) -> tuple[Pair, ...]:
         """Return the pairs of layers whose streams the term compares; none by default.

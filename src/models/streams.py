@@ -1,8 +1,8 @@
-"""Collect the residual stream of a plain model behind some of its layers while the model runs."""
+"""Collect what a plain model computes inside while it runs: streams behind layers, inputs of modules."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -32,4 +32,30 @@ def streams(model: PreTrainedModel, layers: Iterable[int]) -> Iterator[dict[int,
                 collected[index] = first(out)
 
             hooks.callback(modules[index].register_forward_hook(keep).remove)
+        yield collected
+
+
+@contextmanager
+def inputs(model: PreTrainedModel, paths: Mapping[int, str]) -> Iterator[dict[int, Tensor]]:
+    """Collect the input of one module in each of some layers when the model runs in the block.
+
+    The tensors are those of the pass itself, as in :func:`streams`.
+
+    Args:
+        model: a decoder, with or without adapters.
+        paths: of the modules inside their layers, by the layer's number.
+
+    Yields:
+        ``[B, T, features]`` by layer, of the last pass so far; empty before the first.
+    """
+    collected: dict[int, Tensor] = {}
+    modules = decoder_layers(model)[1]
+    with ExitStack() as hooks:
+        for index, path in paths.items():
+
+            def keep(_module: nn.Module, args: Any, index: int = index) -> None:
+                collected[index] = args[0]
+
+            module = modules[index].get_submodule(path)
+            hooks.callback(module.register_forward_pre_hook(keep).remove)
         yield collected

@@ -175,6 +175,21 @@ def misfit_of(config: PretrainedConfig, index: int, layer: nn.Module, unit: Unit
         ) from e
 
 
+def feed_forward_writers(config: PretrainedConfig) -> tuple[str, ...]:
+    """Return, for each layer, the path of the linear map by which its feed-forward writes to the stream.
+
+    Raises:
+        ConfigError: the layers have no such map whose inputs are the channels of one feed-forward.
+    """
+    try:
+        return find_width(config, "channel").writers
+    except Misfit as e:
+        raise ConfigError(
+            f"terms: activations of feed-forwards cannot be read in a '{config.model_type}', of which a "
+            f"layer {e.__cause__ or 'has no channels that its config counts'}. Leave out the term that does."
+        ) from e
+
+
 def _numbers(config: PretrainedConfig, layers: nn.ModuleList) -> Iterator[Counted]:
     """Yield each number of the config that divides a size in a layer, and each key that it leaves unset."""
     sizes = {size for tensor in layers.state_dict().values() for size in tensor.shape}

@@ -117,6 +117,16 @@ def test_streams_of_inner_layers_are_compared_over_the_whole_batch(overlay: str,
     assert drift(alone, pair, "loss")[0] <= MAX * size
 
 
+@pytest.mark.parametrize(("overlay", "scope"), [("ddp", "full"), ("ddp", "lora"), ("fsdp2", "full")])
+def test_activations_are_counted_over_the_whole_batch(overlay: str, scope: str, bench: Bench) -> None:
+    """The density of ranks with different numbers of positions is that of one process with all of them."""
+    term = {"term": {"class_path": "src.losses.Density"}, "weight": 1.0}
+    keys = {"model__init_args__terms": f"[{term}]", "trainer__max_steps": 8, "model__init_args__scope": scope}
+    alone = diary(bench.fit("single", "recover", "single", 1, **keys))
+    pair = diary(bench.fit(overlay, "recover", overlay, 2, **keys))
+    assert drift(alone, pair, "loss")[0] <= MAX
+
+
 @pytest.mark.parametrize("overlay", ["ddp", "fsdp2"])
 @pytest.mark.parametrize("kind", ["LoRA", "Scales"])
 def test_adapters_of_a_search_move_as_in_one_process(kind: str, overlay: str, bench: Bench) -> None:

@@ -12,6 +12,7 @@ from src.cli import main, run
 from src.data.batches import Supervised
 from src.errors import ConfigError
 from src.export.verb import main as export
+from src.losses.density import Density
 from src.losses.hidden_states import HiddenStates
 from src.losses.objective import Weighted
 from src.mask import Mask
@@ -19,10 +20,12 @@ from src.models.loading import load_model
 from src.recover import Recovery
 from src.teachers import CachedTeacher, LiveTeacher
 from src.training.scopes import load_student
-from tests.planning import LENGTH, RECOVER, H, L, planner_of
+from tests.planning import LENGTH, MLP, RECOVER, H, L, planner_of
 from tests.tiny import problem_rows
 
 STATES = {"term": {"class_path": "src.losses.HiddenStates"}, "weight": 10.0}
+DENSITY = {"term": {"class_path": "src.losses.Density"}, "weight": 1.0}
+UNCOUNTED = DENSITY["term"] | {"init_args": {"eps": 0}}
 REMOVED = {"term": {"class_path": "src.losses.HiddenStates", "init_args": {"layers": [1]}}}
 
 
@@ -59,6 +62,41 @@ def test_in_every_scope_it_trains_is_logged_and_exports(
     assert torch.equal(load_model(str(tmp_path / "out"))(ids).logits, back(ids).logits)
 
 
+@pytest.mark.parametrize("scope", ["full", "lora"])
+def test_density_falls_is_logged_and_exports(
+    scope: str, tmp_path: Path, teacher_dir: str, corpus_file: str, mask_file: str
+) -> None:
+    """By its overlay, on held-out rows too; what is exported has no trace of it."""
+    rows, untrained = (
+        Supervised.of(problem_rows(5, prompt=3)),
+        Recovery(mask_file, terms=[Weighted(Density())]),
+    )
+    untrained.configure_model()
+    untrained.teacher.setup(untrained)
+    before = untrained.losses(rows)["density"]
+    done = fit(
+        tmp_path, teacher_dir, corpus_file, mask_file, f"--model.init_args.scope={scope}",
+        "--config", "configs/recover/density.yaml", "--trainer.max_steps=24", "--trainer.limit_val_batches=1",
+        "--trainer.val_check_interval=8", "--model.init_args.optimizer.init_args.lr=0.01",
+    )  # fmt: skip
+    figures = done.trainer.callback_metrics
+    assert {
+        "train/loss",
+        "train/kd",
+        "train/density",
+        "train/active",
+        "val/kl",
+        "val/density",
+    } <= figures.keys()
+    assert 0 < figures["val/active"] < 1
+    assert done.model.losses(rows)["density"] < before
+    checkpoint = str(tmp_path / "recover" / "run" / "checkpoints" / "last.ckpt")
+    export(["--mask", mask_file, "--checkpoint", checkpoint, "--out", str(tmp_path / "out")])
+    ids = torch.arange(3, 23)[None]
+    back = load_student(load_model(teacher_dir), Mask.load(mask_file), checkpoint)
+    assert torch.equal(load_model(str(tmp_path / "out"))(ids).logits, back(ids).logits)
+
+
 def test_a_recovery_with_reverse_divergence_is_logged_and_exports(
     tmp_path: Path, teacher_dir: str, corpus_file: str, mask_file: str
 ) -> None:
@@ -90,7 +128,8 @@ def test_the_loss_falls_on_the_streams_too(
     ("more", "told"),
     [
         ([f"--model.init_args.terms=[{STATES}, {STATES}]"], "HiddenStates is given twice"),
-        ([f"--model.init_args.terms=[{STATES | {'weight': 0}}]"], "weight: 0"),
+        ([f"--model.init_args.terms=[{STATES | {'weight': -1}}]"], "weight: -1"),
+        ([f"--model.init_args.terms=[{DENSITY | {'term': UNCOUNTED}}]"], "eps: 0"),
         (
             [f"--model.init_args.terms=[{STATES}]", "--model.init_args.teacher.init_args.model=other"],
             "teacher.model",
@@ -142,6 +181,17 @@ def test_a_plan_counts_the_streams_of_student_and_parent(tmp_path: Path) -> None
     assert with_states.trace().flops == plain.trace().flops
     more = with_states.trace().peak["activations"] - plain.trace().peak["activations"]
     assert more == 2 * (L - 1) * 4 * (LENGTH - 1) * H
+
+
+def test_a_plan_counts_the_activations_that_a_density_reads(tmp_path: Path) -> None:
+    """Positions x channels for each layer of the student: the term makes no pass, and recomputes the rest."""
+    few = {"data.init_args.batch_size": 1, "model.init_args.distillation.init_args.k": 4}
+    plain = planner_of(tmp_path, RECOVER, **few)
+    counted = planner_of(tmp_path, RECOVER, **few, **{"model.init_args.terms": f"[{DENSITY}]"})
+    assert counted.trace().flops == plain.trace().flops
+    more = counted.trace().peak["activations"] - plain.trace().peak["activations"]
+    held = (L - 1) * 4 * (LENGTH - 1) * MLP
+    assert held <= more < held + 8 * 4 * (LENGTH - 1) * MLP, "and what one layer's count takes for a moment"
 
 
 def test_a_plan_asks_the_k_of_the_terms(tmp_path: Path) -> None:
