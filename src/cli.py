@@ -40,6 +40,7 @@ TOOLS = {
     "evaluate": ("src.evaluate.verb", "held-out KL, agreement, exact match; beside the teacher"),
     "benchmark": ("src.benchmark", "measured prefill and decode speed against another model and the ideal"),
     "report": ("src.report.verb", "gather a run's figures into a table, JSON, Markdown and HTML"),
+    "compare": ("src.report.compare", "runs side by side: settings that differ, scores, costs, flips, masks"),
     "shorten": ("src.shorten.verb", "all of it with one command: shorten --model M --train FILE"),
     "preview": ("src.data.preview", "print a few rows of a corpus with what is supervised"),
 }

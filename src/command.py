@@ -129,6 +129,17 @@ def each_model(
         yield {"path": name, "parameters": parameters(model), "layers": num_layers(model.config)}, model
 
 
+def rich_table(rows: Sequence[Sequence[str]]) -> Table:
+    """Return a table of cells, the heading first; all columns but the first stand on the right."""
+    heading, *lines = rows
+    table = Table(*heading)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for line in lines:
+        table.add_row(*line)
+    return table
+
+
 def show(table: Table) -> None:
     """Print a table; where there is no terminal, wide enough that no cell is cut short."""
     plain = partial(Console, markup=False, emoji=False)  # names and paths are shown as they are

@@ -28,7 +28,7 @@ from src.command import Parser, each_model, new_file, provenance, show
 from src.data.arithmetic import final_answer
 from src.data.columns import Columns
 from src.data.formats import WHERE
-from src.data.judging import Rows, batches, judged, prompt, read_rows
+from src.data.judging import Rows, batches, content, judged, prompt, read_rows
 from src.data.options import COLUMN_OPTIONS, add_columns, read_columns
 from src.errors import ConfigError
 from src.evaluate import tasks
@@ -145,8 +145,8 @@ def main(argv: list[str]) -> None:
     if args.out:
         origin = provenance("evaluate", argv, model) | {"seconds": time.monotonic() - began}
         prompts = [row[columns.of(row).prompt or ""] for row in rows[:3]] if task else []
-        figures = _record(results, teacher is not None) | encoded.record | {"prompts": prompts}
-        write_json(args.out, figures | origin)
+        about = {**encoded.record, "content": content(rows), "prompts": prompts}
+        write_json(args.out, _record(results, teacher is not None) | about | origin)
 
 
 def _reference(row: dict[str, Any], columns: Columns) -> str | None:

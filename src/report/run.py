@@ -14,6 +14,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,8 @@ from src.files import read_json
 from src.mask import Mask
 
 Record = dict[str, Any]
+STAGES = ("search", "recover")
+"""Stages that train, each with a directory of its name in that of the run."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +60,7 @@ class Run:
         Raises:
             ConfigError: a file that is needed is missing, or one is not JSON.
         """
-        evaluate = _read(directory / "evaluate.json")
+        evaluate = read_record(directory / "evaluate.json")
         if not (evaluate.get("teacher") and evaluate.get("models")):
             raise ConfigError(
                 f"--run: '{directory}' holds no evaluate.json with a teacher. Write it with: python -m "
@@ -65,32 +69,62 @@ class Run:
         return cls(
             mask=Mask.load(directory / "search" / "mask.json"),
             evaluate=evaluate,
-            tasks=_read(directory / "tasks.json"),
-            training=_read(Path(evaluate["teacher"]["path"]) / "training.json"),
-            search=_read(directory / "search" / "record.json"),
-            gates=_read(directory / "search" / "gates.json"),
-            recover=_read(directory / "recover" / "record.json"),
-            benchmark=_read(directory / "benchmark.json"),
-            rows=_rows(directory),
+            tasks=read_record(directory / "tasks.json"),
+            training=read_record(Path(evaluate["teacher"]["path"]) / "training.json"),
+            search=read_record(directory / "search" / "record.json"),
+            gates=read_record(directory / "search" / "gates.json"),
+            recover=read_record(directory / "recover" / "record.json"),
+            benchmark=read_record(directory / "benchmark.json"),
+            rows=read_rows({stage: directory / stage for stage in STAGES}),
         )
 
 
-def _read(path: Path) -> Record:
+def read_record(path: Path) -> Record:
+    """Return the object in a JSON file of a run; empty if there is no such file.
+
+    Raises:
+        ConfigError: it cannot be read, or holds something else.
+    """
     try:
         content = read_json(path)
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as e:
-        raise ConfigError(f"--run: cannot read '{path}': {e}") from e
+        raise ConfigError(f"run: cannot read '{path}': {e}") from e
     if not isinstance(content, dict):
-        raise ConfigError(f"--run: '{path}' holds a {type(content).__name__}; expected an object.")
+        raise ConfigError(f"run: '{path}' holds a {type(content).__name__}; expected an object.")
     return content
 
 
-def _rows(directory: Path) -> dict[str, Tensor]:
-    """Return hashes of the rows that search and recovery have read, if the stages noted them."""
-    files = {stage: directory / stage / "record.rows.safetensors" for stage in ("search", "recover")}
+def read_rows(stages: Mapping[str, Path]) -> dict[str, Tensor]:
+    """Return hashes of the rows that stages have read, by the stage's name, of those that noted them.
+
+    Args:
+        stages: directory of each stage, by its name.
+
+    Raises:
+        ConfigError: a file cannot be read.
+    """
+    files = {stage: directory / "record.rows.safetensors" for stage, directory in stages.items()}
     try:
         return {stage: load_file(file)["rows"] for stage, file in files.items() if file.exists()}
     except (OSError, KeyError, SafetensorError) as e:
-        raise ConfigError(f"--run: cannot read the rows of a stage: {e}") from e
+        raise ConfigError(f"run: cannot read the rows of a stage: {e}") from e
+
+
+@contextmanager
+def as_written(directory: Path) -> Iterator[None]:
+    """Turn the errors that a foreign file causes in the block into one message.
+
+    Raises:
+        ConfigError: the files of ``directory`` are not as the stages write them.
+    """
+    try:
+        yield
+    except ConfigError:
+        raise
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as e:
+        raise ConfigError(
+            f"run: the files of '{directory}' are not as the stages write them ({type(e).__name__}: {e}). "
+            f"Write evaluate.json and benchmark.json again, with evaluate --out and benchmark --out."
+        ) from e

@@ -13,10 +13,8 @@ from os.path import abspath
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table
-
 from src.benchmark import PHASES
-from src.command import Parser, show
+from src.command import Parser, rich_table, show
 from src.data.distinct import Distinct
 from src.errors import ConfigError
 from src.files import write_json, write_text
@@ -33,7 +31,7 @@ from src.report.pages import (
     printable,
     table_of,
 )
-from src.report.run import Record, Run
+from src.report.run import Record, Run, as_written
 
 _JUDGED = (
     *("path", "layers", "parameters", "exact_match", "exact_match_interval", "retention", "flips"),
@@ -47,15 +45,8 @@ def gather(run: Run) -> Record:
     They are the figures of all ``models`` (the teacher first), tokens and seconds by stage, and what was
     removed.
     """
-    judged = _listed(run.evaluate)
-    names = ["teacher", *distinct([m["path"] for m in judged[1:]])]
-    models = [
-        {"name": name} | {key: m[key] for key in _JUDGED if key in m}
-        for name, m in zip(names, judged, strict=True)
-    ]
-    _add_speeds(models, run.benchmark)
-    scores = {abspath(m["path"]): m["tasks"] for m in _listed(run.tasks)}
-    _add(models, "tasks", {m["name"]: scores.get(abspath(m["path"])) for m in models})
+    models = models_of(run.evaluate, run.tasks, run.benchmark)
+    names = [model["name"] for model in models]
     stages = ("search", "recover", "evaluate", "benchmark")
     recovered = next((name for name in reversed(names) if name not in ("teacher", "cut")), "recovered")
     seconds = {name: vars(run)[name]["seconds"] for name in stages if "seconds" in vars(run)[name]}
@@ -90,9 +81,33 @@ def gather(run: Run) -> Record:
     }
 
 
-def _listed(judged: Record) -> list[Record]:
-    """Return the models that a judgement has looked at, the teacher first."""
-    return [model for model in (judged.get("teacher"), *judged.get("models", [])) if model]
+def models_of(evaluate: Record, tasks: Record, benchmark: Record) -> list[Record]:
+    """Return the figures of all models that were judged, the teacher first.
+
+    Args:
+        evaluate: content of ``evaluate.json``.
+        tasks: content of ``tasks.json``, or nothing.
+        benchmark: content of ``benchmark.json``, or nothing.
+
+    Raises:
+        ConfigError: the speeds are compared with another model than the teacher.
+    """
+    listed = judged(evaluate)
+    own = [m["path"] for m in evaluate["models"]]
+    names = ["teacher"] * (len(listed) - len(own)) + distinct(own)
+    models = [
+        {"name": name} | {key: m[key] for key in _JUDGED if key in m}
+        for name, m in zip(names, listed, strict=True)
+    ]
+    _add_speeds(models, benchmark)
+    scores = {abspath(m["path"]): m["tasks"] for m in judged(tasks)}
+    _add(models, "tasks", {m["name"]: scores.get(abspath(m["path"])) for m in models})
+    return models
+
+
+def judged(evaluate: Record) -> list[Record]:
+    """Return the models that an evaluation has judged, the teacher first."""
+    return [model for model in (evaluate.get("teacher"), *evaluate.get("models", [])) if model]
 
 
 def _add(models: list[Record], key: str, values: Mapping[str, Any]) -> None:
@@ -127,7 +142,7 @@ def _add_speeds(models: list[Record], benchmark: Record) -> None:
     beside, teacher = benchmark["baseline"]["path"], models[0]["path"]
     if abspath(beside) != abspath(teacher):
         raise ConfigError(
-            f"--run: benchmark.json compares with '{beside}', evaluate.json with '{teacher}'. Measure again "
+            f"run: benchmark.json compares with '{beside}', evaluate.json with '{teacher}'. Measure again "
             f"with: python -m src.cli benchmark --baseline {teacher}"
         )
     for measured in benchmark["measured"]:
@@ -175,7 +190,7 @@ def assemble(run: Run, origin: Record) -> tuple[Record, Page]:
         ConfigError: ``benchmark.json`` and ``evaluate.json`` compare with different teachers.
     """
     report = gather(run) | origin
-    models = _listed(run.evaluate)
+    models = judged(run.evaluate)
     samples = [(m["name"], own["samples"][0]) for m, own in zip(report["models"], models, strict=True)
                if own.get("samples")]  # fmt: skip
     prompts = [("prompt", prompt) for prompt in run.evaluate.get("prompts", [])[:1]]
@@ -201,27 +216,15 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--run", required=True, type=Path, metavar="DIR", help="directory of the run")
     directory: Path = parser.parse_args(argv).run
     origin = {"commit": git_sha(), "command": printable(f"python -m src.cli report --run {directory}")}
-    try:
+    with as_written(directory):
         report, page = assemble(Run.read(directory), origin)
-    except ConfigError:
-        raise
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as e:
-        raise ConfigError(
-            f"--run: the files of '{directory}' are not as the stages write them ({type(e).__name__}: {e}). "
-            f"Write evaluate.json and benchmark.json again, with evaluate --out and benchmark --out."
-        ) from e
     for picture in page.pictures:
         write_text(directory / "figures" / f"{picture.name}.svg", picture.svg)
     write_text(directory / "report.md", markdown(page))
     write_text(directory / "report.html", html(page))
     write_json(directory / "report.json", report)
-    for heading, *rows in page.tables:
-        table = Table(*heading)
-        for column in table.columns[1:]:
-            column.justify = "right"
-        for row in rows:
-            table.add_row(*row)
-        show(table)
+    for table in page.tables:
+        show(rich_table(table))
     print(f"{page.title}.")
     for note in page.notes:
         print(f"note: {note}")

@@ -13,6 +13,7 @@ import pytest
 
 from src import benchmark
 from src.data.arithmetic import build_tokenizer, problems
+from src.data.judging import content, read_rows
 from src.errors import ConfigError
 from src.evaluate import verb as evaluate
 from src.files import write_json
@@ -89,6 +90,12 @@ def test_the_ideal_is_that_of_the_benchmark(
     assert gathered["decode_speedup"] == measured[2]["decode"]["speedup"]
     assert "--repeats 2" in gathered["commands"]["benchmark"]
     assert models["recovered"]["decode_tokens_per_s"] == measured[2]["decode"]["tokens_per_s"]
+
+
+def test_the_judged_rows_are_noted_by_what_they_hold(finished: Path) -> None:
+    """Two runs that were judged by the same rows are compared row by row."""
+    record = json.loads((finished / "evaluate.json").read_text())
+    assert record["content"] == content(read_rows(str(finished / "test.jsonl")))
 
 
 def test_the_table_is_the_same_everywhere(finished: Path, gathered: dict[str, Any]) -> None:

@@ -1,0 +1,272 @@
+"""Runs side by side: equal runs differ in nothing, the order changes only the order, nothing is made up."""
+
+from __future__ import annotations
+
+import json
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+
+from src.data.judging import content, read_rows
+from src.errors import ConfigError
+from src.files import write_json
+from src.mask import Mask
+from src.report import compare as verb
+from src.report.compare import differences, tables
+from src.report.left import Left, flat
+
+ROWS = torch.tensor([[5, 10], [7, 20], [9, 40]])
+CALLBACK = "src.callbacks.HardenMask"
+
+
+def config(stage: str, **model: Any) -> dict[str, Any]:
+    """The settings of a stage, as a run writes them."""
+    return {
+        "seed_everything": 0,
+        "trainer": {
+            "max_steps": 5,
+            "logger": {"class_path": "L", "init_args": {"save_dir": str(model)}},
+            "callbacks": [{"class_path": CALLBACK, "init_args": {"path": None}}],
+        },
+        "model": {"class_path": f"src.{stage}.Stage", "init_args": {"draws": 4, **model}},
+        "data": {"class_path": "src.data.Corpus", "init_args": {"batch_size": 2}},
+        "accept": str(model),
+        "ckpt_path": str(model),
+    }
+
+
+def stage(folder: Path, name: str, tokens: int, rows: torch.Tensor = ROWS, **model: Any) -> None:
+    """What a stage leaves."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.yaml").write_text(yaml.safe_dump(config(name, **model)))
+    record = {"tokens": tokens, "seconds": tokens / 10, "steps": 5, "commit": "abc", "history": []}
+    write_json(folder / "record.json", record)
+    save_file({"rows": rows}, folder / "record.rows.safetensors")
+
+
+def judgement(folder: Path, correct: str, about: str = "rows", **figures: Any) -> None:
+    teacher = {
+        "path": "teacher",
+        "layers": 6,
+        "parameters": 600,
+        "exact_match": 1.0,
+        "correct": "1" * len(correct),
+    }
+    own = {
+        "path": str(folder / "model"),
+        "layers": 4,
+        "parameters": 400,
+        "exact_match": correct.count("1") / len(correct),
+    }
+    judged = own | {"correct": correct} | figures
+    write_json(folder / "evaluate.json", {"teacher": teacher, "models": [judged], "content": about})
+
+
+def whole(folder: Path, keep: tuple[int, ...], correct: str, **model: Any) -> Path:
+    """A whole run: a search, a recovery that reads one row of the search's again, a judgement."""
+    stage(folder / "search", "search", 100, ROWS[:2], **model)
+    stage(folder / "recover", "recover", 1000, ROWS[1:])
+    Mask("parent", 6, keep, "Random", metrics={"kl": 0.25}).save(folder / "search" / "mask.json")
+    judgement(folder, correct, kl=0.5)
+    return folder
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> list[Path]:
+    """Two whole runs and one that was stopped in its search."""
+    one = whole(tmp_path / "one", (0, 1, 4, 5), "1101")
+    two = whole(tmp_path / "two", (0, 1, 2, 4), "0111", draws=8)
+    stage(tmp_path / "three", "search", 50, draws=8)
+    return [one, two, tmp_path / "three"]
+
+
+def compared(*runs: Path) -> dict[str, Any]:
+    return verb.compare([Left.read(run.name, run) for run in runs])
+
+
+def test_a_run_is_equal_to_itself(runs: list[Path]) -> None:
+    found = verb.compare([Left.read("a", runs[0]), Left.read("b", runs[0])])
+    assert found["settings"] == {}
+    assert found["pairs"] == [
+        {"runs": ["a", "b"], "removed_by_both": 2, "removed_by_either": 2, "lost": 0, "gained": 0, "p": 1.0}
+    ]
+    first, second = ({**run, "name": ""} for run in found["runs"])
+    assert first == second
+
+
+def test_the_order_of_runs_is_the_order_of_columns_and_turns_flips_around(runs: list[Path]) -> None:
+    there, back = compared(*runs[:2]), compared(*runs[1::-1])
+    assert there["runs"] == back["runs"][::-1]
+    assert there["settings"] == back["settings"] == {"search: model.init_args.draws": {"one": 4, "two": 8}}
+    (one,), (other,) = there["pairs"], back["pairs"]
+    assert (one["removed_by_both"], one["removed_by_either"]) == (1, 3) == (
+        other["removed_by_both"], other["removed_by_either"]
+    )  # fmt: skip
+    assert (
+        (one["lost"], one["gained"], one["p"]) == (other["gained"], other["lost"], other["p"]) == (1, 1, 1.0)
+    )
+    rows, turned = tables(there), tables(back)
+    for table, other_way in zip(rows[:2], turned[:2], strict=True):
+        assert [[a, c, b] for a, b, c in table] == other_way
+
+
+def test_what_runs_cost_is_the_sum_of_their_stages_and_a_row_read_twice_is_one(runs: list[Path]) -> None:
+    one, _, three = compared(*runs)["runs"]
+    assert (one["tokens"], one["seconds"], one["steps"], one["distinct_tokens"]) == (1100, 110.0, 10, 70)
+    assert (three["tokens"], three["seconds"], three["distinct_tokens"]) == (50, 5.0, 70)
+    assert (one["exact_match"], one["kl"], one["mask_kl"], one["removed"]) == (0.75, 0.5, 0.25, "[2, 3]")
+    assert not {"exact_match", "kl", "mask_kl", "removed"} & set(three)
+
+
+def test_what_a_run_does_not_have_is_a_dash(runs: list[Path]) -> None:
+    scores, settings, pairs = tables(compared(*runs))
+    cells = {row[0]: row[1:] for row in [*scores, *settings]}
+    assert cells[""] == cells["setting"] == ["one", "two", "three"]
+    assert cells["exact match"] == ["75.0%", "75.0%", "-"]
+    assert cells["tokens processed"] == ["1.1 k", "1.1 k", "50"]
+    assert cells["removed"] == ["[2, 3]", "[3, 5]", "-"]
+    assert cells["search: model.init_args.draws"] == ["4", "8", "8"]
+    assert [row[:2] for row in pairs[1:]] == [["two", "one"], ["three", "one"], ["three", "two"]]
+    assert [row[2:] for row in pairs[1:]] == [["1 / 3", "1 / 1  (p = 1)"], ["-", "-"], ["-", "-"]]
+
+
+def test_items_of_other_rows_and_units_of_other_kinds_are_not_compared(runs: list[Path]) -> None:
+    for about in ("others", None):
+        judgement(runs[1], "0111", about)
+        assert not {"lost", "gained", "p"} & set(compared(*runs[:2])["pairs"][0])
+    judgement(runs[0], "1101", None)
+    assert "lost" not in compared(*runs[:2])["pairs"][0], (
+        "that neither notes its rows does not make them equal"
+    )
+    Mask("parent", 6, (0, 1, 4, 5), "Random", unit="half").save(runs[1] / "search" / "mask.json")
+    assert "removed_by_both" not in compared(*runs[:2])["pairs"][0]
+
+
+def test_a_single_stage_is_compared_by_its_name_and_a_recovery_has_its_searchs_mask(runs: list[Path]) -> None:
+    search, whole = (Left.read(name, place) for name, place in (("a", runs[0] / "search"), ("b", runs[0])))
+    assert search.settings == {k: v for k, v in whole.settings.items() if k.startswith("search: ")}
+    assert search.mask == whole.mask
+    stage(runs[0] / "recover", "recover", 1000, mask=str(runs[1] / "search" / "mask.json"))
+    alone = Left.read("c", runs[0] / "recover")
+    assert alone.mask == Left.read("d", runs[1]).mask
+    assert Left.read("b", runs[0]).mask == whole.mask, "a run's own mask comes first"
+
+
+VALUES = st.sampled_from([None, True, False, 2, 3.5, "", "x", [], [2], [2, 3]])
+SETTINGS = st.dictionaries(st.sampled_from("abcdef"), VALUES, max_size=6)
+
+
+@given(st.lists(SETTINGS, min_size=2, max_size=4))
+def test_the_settings_that_differ_are_those_and_with_their_own_values(settings: list[dict[str, Any]]) -> None:
+    named = {str(number): own for number, own in enumerate(settings)}
+    found = differences(named)
+    for key in "abcdef":
+        values = [repr(own.get(key, "missing here")) for own in settings]
+        assert (key in found) == (len(set(values)) > 1)
+        assert found.get(key, {}) == (
+            {n: own[key] for n, own in named.items() if key in own} if key in found else {}
+        )
+
+
+def test_of_a_part_of_another_class_only_what_both_have_is_compared() -> None:
+    first = {"a.class_path": "X", "a.init_args.seed": 1, "a.init_args.own": 2, "b": 3}
+    second = {"a.class_path": "Y", "a.init_args.seed": 2, "a.init_args.other": 2, "b": 3}
+    assert differences({"1": first, "2": second}) == {
+        "a.class_path": {"1": "X", "2": "Y"}, "a.init_args.seed": {"1": 1, "2": 2}
+    }  # fmt: skip
+    assert differences({"1": first, "2": {"b": 3}}) == {"a.class_path": {"1": "X"}}
+
+
+def test_keys_of_a_config_are_those_of_the_command_line_and_parts_of_lists_are_named_by_class() -> None:
+    found = dict(
+        flat(
+            {"x": {"y": [1, 2], "z": {}}, "parts": [{"class_path": CALLBACK, "init_args": {"path": 1}}]}, "t"
+        )
+    )
+    assert found == {
+        "t.x.y": [1, 2], "t.x.z": {}, "t.parts.HardenMask.class_path": CALLBACK,
+        "t.parts.HardenMask.init_args.path": 1,
+    }  # fmt: skip
+
+
+class Cells(HTMLParser):
+    """The texts of all table cells."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cells: list[str] = []
+        self.inside = False
+
+    def handle_starttag(self, tag: str, attrs: Any) -> None:
+        self.inside = tag == "td"
+        self.cells += [""] * self.inside
+
+    def handle_endtag(self, tag: str) -> None:
+        self.inside &= tag != "td"
+
+    def handle_data(self, data: str) -> None:
+        if self.inside:
+            self.cells[-1] += data
+
+
+def test_screen_page_and_json_say_the_same(
+    runs: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page, plain = tmp_path / "page.html", tmp_path / "new" / "plain.json"
+    verb.main([*map(str, runs), "--html", str(page), "--json", str(plain)])
+    found, screen = json.loads(plain.read_text()), capsys.readouterr().out
+    assert {key: found[key] for key in ("runs", "settings", "pairs")} == json.loads(
+        json.dumps(compared(*runs))
+    )
+    cells = Cells()
+    cells.feed(page.read_text())
+    assert cells.cells == [cell for table in tables(found) for row in table for cell in row]
+    assert all(cell in screen for cell in cells.cells)
+    assert page.read_text().count("<img") == 2, "the masks that there are"
+
+
+@pytest.mark.parametrize(
+    "broken", ["none", "empty", "search/config.yaml", "search/mask.json", "evaluate.json"]
+)
+def test_what_is_no_run_is_one_message_and_nothing_is_written(
+    broken: str, runs: list[Path], tmp_path: Path
+) -> None:
+    out = tmp_path / "out.json"
+    other = tmp_path / "two" if "." in broken else tmp_path / broken
+    if broken == "empty":
+        other.mkdir()
+    if "." in broken:
+        (other / broken).write_text('{"models": [{"odd": ')
+    with pytest.raises(ConfigError) as fault:
+        verb.main([str(runs[0]), str(other), "--json", str(out)])
+    assert str(other) in str(fault.value)
+    assert "\n" not in str(fault.value)
+    assert not out.exists()
+
+
+def test_one_run_alone_is_refused(runs: list[Path]) -> None:
+    with pytest.raises(ConfigError, match="two or more"):
+        verb.main([str(runs[0])])
+
+
+def test_rows_are_known_by_what_they_hold(tmp_path: Path) -> None:
+    rows = [{"question": "a", "answer": "b"}, {"question": "c", "answer": "d"}]
+    digests = []
+    for name, kept in (
+        ("x", rows),
+        ("y", [dict(reversed(row.items())) for row in rows]),
+        ("z", rows[::-1]),
+        ("w", rows[:1]),
+    ):
+        file = tmp_path / f"{name}.jsonl"
+        file.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        digests.append(content(read_rows(str(file))))
+    assert digests[0] == digests[1]
+    assert len(set(digests)) == 3
