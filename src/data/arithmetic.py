@@ -2,7 +2,8 @@
 
 GSM8K in miniature, in GSM8K's own format: a row is ``{"question", "answer"}`` and the answer ends in
 ``#### <number>``. Every problem chains two to four operations on one running total, so each step of the
-solution depends on the one before it, and one slip makes the final answer wrong.
+solution depends on the one before it, and one slip makes the final answer wrong. Longer chains are harder: the
+embedded teacher has not seen them, and judges that ask for them do not saturate.
 
 The split of a problem is a function of its text (a hash), so train, validation and test are disjoint by
 construction, whatever the seeds and sizes; :func:`write_splits` checks it all the same.
@@ -31,19 +32,26 @@ LOSS = ("{name} loses {n}.", "{name} sells {n}.", "{name} gives away {n}.")
 SPLITS = ("train", "validation", "test")
 MAX_TOTAL = 200
 """No running total reaches this number."""
+STEPS = (2, 4)
+"""Least and most operations of the problems that the embedded teacher was trained on."""
 
 _PIECE = r" ?[A-Za-z]+| ?#+| ?[0-9]| ?[^A-Za-z0-9\s]|\n| "
 
 
-def problem(rng: random.Random) -> dict[str, str]:
-    """Draw one problem: ``question``, and the worked ``answer`` that ends in ``#### <number>``."""
+def problem(rng: random.Random, steps: tuple[int, int] = STEPS) -> dict[str, str]:
+    """Draw one problem: ``question``, and the worked ``answer`` that ends in ``#### <number>``.
+
+    Args:
+        rng: source of chance.
+        steps: least and most operations.
+    """
     name, item = rng.choice(NAMES), rng.choice(ITEMS)
     total = rng.randint(3, 60)
     story, work = [f"{name} has {total} {item}."], []
-    for _ in range(rng.randint(2, 4)):
-        sentence, steps, total = _step(rng, total, name, item)
+    for _ in range(rng.randint(*steps)):
+        sentence, lines, total = _step(rng, total, name, item)
         story.append(sentence)
-        work += steps
+        work += lines
     story.append(f"How many {item} does {name} have now?")
     return {"question": " ".join(story), "answer": " ".join([*work, f"#### {total}"])}
 
@@ -75,11 +83,11 @@ def split_of(row: dict[str, str]) -> str:
     return "validation" if bucket == 0 else "test" if bucket == 1 else "train"
 
 
-def problems(split: str, count: int, seed: int) -> Iterator[dict[str, str]]:
-    """Yield ``count`` distinct problems of ``split``; the same seed gives the same problems."""
+def problems(split: str, count: int, seed: int, steps: tuple[int, int] = STEPS) -> Iterator[dict[str, str]]:
+    """Yield ``count`` distinct problems of ``split``; the same seed and steps give the same problems."""
     rng, seen = random.Random(seed), set[str]()
     while len(seen) < count:
-        row = problem(rng)
+        row = problem(rng, steps)
         if split_of(row) == split and row["question"] not in seen:
             seen.add(row["question"])
             yield row
@@ -111,20 +119,21 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def write_splits(out: Path, sizes: dict[str, int], seed: int = 0) -> None:
+def write_splits(out: Path, sizes: dict[str, int], seed: int = 0, steps: tuple[int, int] = STEPS) -> None:
     """Write ``<split>.jsonl`` for each split into ``out``; each file appears whole or not at all.
 
     Args:
         out: directory of the files.
         sizes: number of problems of each split.
         seed: seed of the draw; each split adds its place in ``SPLITS``.
+        steps: least and most operations of a problem.
 
     Raises:
         AssertionError: two splits share a question, which the construction rules out.
     """
     questions: dict[str, set[str]] = {}
     for split, size in sizes.items():
-        rows = list(problems(split, size, seed + SPLITS.index(split)))
+        rows = list(problems(split, size, seed + SPLITS.index(split), steps))
         questions[split] = {row["question"] for row in rows}
         write_text(out / f"{split}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     for split, own in questions.items():
@@ -143,9 +152,13 @@ def main() -> None:
     parser.add_argument("--test", type=int, default=1_000, help="test problems")
     parser.add_argument("--tokenizer", type=Path, help="directory for the tokenizer, if wanted")
     parser.add_argument("--seed", type=int, default=0, help="seed of the draw")
+    told = "least and most operations of a problem (default: those that the embedded teacher knows)"
+    parser.add_argument("--steps", type=int, nargs=2, default=STEPS, metavar=("LEAST", "MOST"), help=told)
     args = parser.parse_args()
+    if not 1 <= args.steps[0] <= args.steps[1]:
+        parser.error(f"--steps: {args.steps} given; accepted: two whole numbers from 1, the second not less")
     sizes = {split: getattr(args, split) for split in SPLITS}
-    write_splits(args.out, sizes, args.seed)
+    write_splits(args.out, sizes, args.seed, tuple(args.steps))
     if args.tokenizer:
         build_tokenizer().save_pretrained(args.tokenizer)
     print(f"wrote {sizes} problems to {args.out}")

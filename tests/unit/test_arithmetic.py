@@ -18,6 +18,16 @@ def test_worked_solutions_are_right_and_end_in_the_answer() -> None:
         assert final_answer(row["answer"]) == lines[-1][3]
 
 
+def test_harder_tiers_have_as_many_operations_as_asked_and_stay_in_their_splits() -> None:
+    for row in problems("test", 100, 0, steps=(5, 6)):
+        sentences = row["question"].count(".") - 1  # the first says what there is
+        lines = row["answer"].count("=")
+        boxes = len(re.findall(r" boxes of ", row["question"]))
+        assert 5 <= sentences <= 6
+        assert lines == sentences + boxes, "an operation with boxes takes two lines"
+        assert split_of(row) == "test"
+
+
 def test_seeds_reproduce_and_differ() -> None:
     assert list(problems("test", 20, 3)) == list(problems("test", 20, 3))
     assert list(problems("test", 20, 3)) != list(problems("test", 20, 4))
