@@ -2,8 +2,8 @@
 
 GSM8K in miniature, in GSM8K's own format: a row is ``{"question", "answer"}`` and the answer ends in
 ``#### <number>``. Every problem chains two to four operations on one running total, so each step of the
-solution depends on the one before it, and one slip makes the final answer wrong. Longer chains are harder: the
-embedded teacher has not seen them, and judges that ask for them do not saturate.
+solution depends on the one before it, and one slip makes the final answer wrong. Longer chains are harder:
+the embedded teacher has seen none, so a judge that asks for them does not saturate.
 
 The split of a problem is a function of its text (a hash), so train, validation and test are disjoint by
 construction, whatever the seeds and sizes; :func:`write_splits` checks it all the same.
