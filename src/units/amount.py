@@ -10,6 +10,7 @@ import torch
 from transformers import PretrainedConfig
 
 from src.errors import ConfigError
+from src.mask import WIDE
 from src.models.constraints import constraints
 from src.models.layers import num_layers
 from src.units.targets import Target
@@ -81,12 +82,19 @@ class Amount:
             width: where its KV groups or channels lie, if these are removed; None if layers or halves are.
 
         Raises:
-            ConfigError: two shares are the same count, or the target is out of reach.
+            ConfigError: two shares are the same count, the target is out of reach, or the config class of the
+                model can hold no such number of KV groups or channels.
         """
-        every = num_layers(config) if width is None else width.count
         if self.target is not None:
             remove, told = self.target.resolve(config, constraints(config), stored, width)
             return (Budget(remove, told=told),)
+        budgets = self._counted(num_layers(config) if width is None else width.count)
+        if width is not None:
+            for budget in budgets:
+                _check_width(config, width, budget.remove)
+        return budgets
+
+    def _counted(self, every: int) -> tuple[Budget, ...]:
         if self.budgets is None:
             count = self.remove if self.ratio is None else _count(every, self.ratio)
             assert count is not None
@@ -99,6 +107,23 @@ class Amount:
                     f"Give shares that lie further apart."
                 )
         return tuple(budgets)
+
+
+def _check_width(config: PretrainedConfig, width: Width, remove: int) -> None:
+    """Refuse a number of units of width that no config of the model's class can hold.
+
+    Raises:
+        ConfigError: it cannot; the message names the numbers nearby that it can.
+    """
+    kept, counted = width.count - remove, width.counted
+    if 0 < kept < width.count and (why := counted.refusal(config, kept)):
+        fewer = next((n for n in range(kept + 1, width.count) if not counted.refusal(config, n)), None)
+        more = next((n for n in range(kept - 1, 0, -1) if not counted.refusal(config, n)), None)
+        accepted = " or ".join(str(width.count - n) for n in (fewer, more) if n) or "none"
+        raise ConfigError(
+            f"model.remove: {remove} of {width.count} {WIDE[width.unit]} would go from each layer, but {why} "
+            f"Accepted nearby: {accepted}."
+        )
 
 
 def _count(every: int, share: float) -> int:

@@ -64,9 +64,14 @@ class Target:
             raise ConfigError(f"model.target: {given} given; accepted: exactly one of {', '.join(SHOWN)}.")
         ((key, asked),) = given.items()
 
+        def held(remove: int) -> int:
+            """Return the least number from ``remove`` on that a config of this class can hold."""
+            counts = range(remove, every)
+            return next(n for n in counts if width is None or not width.counted.refusal(config, every - n))
+
         def without(remove: int) -> PretrainedConfig:
             if width is not None:
-                return width.counted.config(config, every - remove)
+                return width.counted.config(config, every - held(remove))
             removed = spread(limits, every, remove)
             return kept_config(config, [i for i in range(every) if i not in removed])
 
@@ -92,7 +97,7 @@ class Target:
             reach = f"{' to '.join(ends)}, without 1 to {most} of {of}" if most else "nothing"
             fault = f"model.target: {key} {asked:g} asked of a model of {whole}; in reach: {reach}."
             raise ConfigError(f"{fault} {limits.reason}".strip())
-        remove = 1 + bisect_left(range(1, most + 1), True, key=enough)
+        remove = held(1 + bisect_left(range(1, most + 1), True, key=enough))
         told = SHOWN[key].format(reached(remove))
         return remove, f"target {key} {asked:g}: removes {remove} of {of} ({told})"
 

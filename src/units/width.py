@@ -51,6 +51,14 @@ class Counted:
         counts = {key: each * count for key, each in self.each.items()}
         return rebuilt(config, {**text_section(config), **self.fixed, **counts})
 
+    def refusal(self, config: PretrainedConfig, count: int) -> str:
+        """Return why the config class does not accept ``count`` units in each layer; empty if it does."""
+        try:
+            self.config(config, count)
+        except ConfigError as e:
+            return str(e).partition(": ")[2]
+        return ""
+
 
 @dataclass(frozen=True)
 class Block:

@@ -22,6 +22,7 @@ from src.search import MaskSearch
 from src.units.amount import Amount
 from src.units.kinds import width_of
 from src.units.targets import GIB, Target, spread
+from src.units.width import Width
 from tests.planning import L, planner_of, write_config
 from tests.tiny import LAYERS, mask_of, tiny_config, tiny_model
 
@@ -164,3 +165,29 @@ def test_a_target_of_width_is_the_fewest_channels_that_reach_it() -> None:
     (budget,) = Amount(target=Target(parameters=asked)).of(config, width=width)
     assert budget.remove == 19
     assert "19 of 48 channels of each layer" in budget.told
+
+
+def odd_heads() -> tuple[PretrainedConfig, Width]:
+    """Eight heads in four KV groups at a hidden size of 32, which Llama wants its heads to divide."""
+    config = tiny_config("llama", num_attention_heads=8, num_key_value_heads=4, head_dim=8)
+    width = width_of(config, "kv_group")
+    assert width is not None
+    return config, width
+
+
+def test_a_count_that_the_config_cannot_hold_is_refused_before_a_search() -> None:
+    """Six heads do not divide 32: one group of four cannot go, two or three can."""
+    config, width = odd_heads()
+    assert [not width.counted.refusal(config, n) for n in (1, 2, 3, 4)] == [True, True, False, True]
+    with pytest.raises(ConfigError, match=r"model.remove: 1 of 4 KV groups .*multiple.*nearby: 2\."):
+        Amount(ratio=0.25).of(config, width=width)
+    assert [b.remove for b in Amount(budgets=[0.5, 0.75]).of(config, width=width)] == [2, 3]
+    with pytest.raises(ConfigError, match=r"model.remove: 1 of 4"):
+        Amount(budgets=[0.25, 0.5]).of(config, width=width)
+
+
+def test_a_target_of_width_passes_over_counts_that_the_config_cannot_hold() -> None:
+    config, width = odd_heads()
+    whole = parameters_of(config)
+    (budget,) = Amount(target=Target(parameters=whole - 1)).of(config, width=width)
+    assert budget.remove == 2, "one would do, were it a model"
