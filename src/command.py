@@ -24,7 +24,7 @@ from src.models.finite import not_finite
 from src.models.layers import num_layers
 from src.models.loading import Dtype, load_model
 from src.models.vocabulary import check_vocabulary
-from src.ranges import Range
+from src.training import threads
 from src.training.progress import waiting
 
 
@@ -33,6 +33,7 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, verb: str, description: str) -> None:
         super().__init__(prog=f"python -m src.cli {verb}", description=description, allow_abbrev=False)
+        self.add_argument("--threads", type=threads.NUMBER, metavar="N", help=threads.HELP)
 
     def error(self, message: str) -> NoReturn:
         """Raise a :class:`ConfigError`; for an unknown option it names the nearest one that exists."""
@@ -44,9 +45,15 @@ class Parser(argparse.ArgumentParser):
         """Add the options that say how models are loaded."""
         self.add_argument("--dtype", default="float32", choices=get_args(Dtype))
         self.add_argument("--device", default="auto", help="cpu, cuda, ... (default: cuda if there is one)")
-        self.add_argument(
-            "--threads", type=Range(int, 1, 1024), metavar="N", help="CPU threads (default: torch's)"
-        )
+
+    def parse_known_args(  # type: ignore[override]  # argparse has overloads
+        self, *args: Any, **keys: Any
+    ) -> tuple[argparse.Namespace, list[str]]:
+        """Parse, and compute from here on with the threads that the options say."""
+        options, rest = super().parse_known_args(*args, **keys)
+        threads.settle(options.threads)
+        del options.threads
+        return options, rest
 
 
 def named(text: str) -> str:
@@ -81,8 +88,6 @@ def load(name: str, args: argparse.Namespace) -> PreTrainedModel:
         ConfigError: it cannot be loaded, holds NaN, or the device does not exist.
     """
     logging.disable_progress_bar()
-    if args.threads:
-        torch.set_num_threads(args.threads)
     device = args.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -119,7 +119,7 @@ def written(
 
 def _settings(args: argparse.Namespace) -> dict[str, Any]:
     """What the rows follow from: model and prompts by their content, and the options."""
-    plain = ("out", "force", "device", "threads", "model", "prompts")
+    plain = ("out", "force", "device", "model", "prompts")
     options = {key: value for key, value in vars(args).items() if key not in plain}
     model, prompts = identity(args.model), fingerprint(Source(args.prompts, split=args.split))
     return {

@@ -16,7 +16,7 @@ from src.report.run import STAGES, Record, read_record, read_rows
 from src.report.verb import judged, models_of
 from src.training.settings_file import read_settings
 
-PARTS = ("seed_everything", "model", "data", "trainer")
+PARTS = ("seed_everything", "model", "data", "trainer", "threads")
 """Parts of a run's config that say what it does."""
 _ELSEWHERE = "trainer.logger"
 _OF_A_STAGE = ("config.yaml", "record.json", "mask.json")

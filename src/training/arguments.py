@@ -19,7 +19,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 
 from src.errors import ConfigError, did_you_mean, first_line
 from src.mask import Mask
-from src.training import resuming, watchdog
+from src.training import resuming, threads, watchdog
 from src.training.identity import Accepting, Resumable, settings_of
 from src.training.lock import lock
 from src.training.parse_faults import in_short
@@ -98,6 +98,7 @@ class PruneCLI(LightningCLI):
         """Add the options that belong neither to trainer nor to model nor to data."""
         keys = "keys, with commas between, whose change on resume is meant: --accept model.init_args.draws"
         parser.add_argument("--accept", type=str, default="", help=keys)
+        parser.add_argument("--threads", type=int | None, default=None, help=threads.HELP)
 
     def _prepare_subcommand_parser(self, *about: Any, **keys: Any) -> LightningArgumentParser:
         """Say in ``--help`` what ``--ckpt_path`` does here, in place of Lightning's words."""
@@ -136,7 +137,7 @@ class PruneCLI(LightningCLI):
             data.tokenizer = model.get("model") or (Mask.load(model.mask).model if "mask" in model else None)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Build the trainer, and add the callbacks that every run has.
+        """Build the trainer, add the callbacks that every run has, and settle the number of threads.
 
         They are added afterwards. If they were passed to Lightning, it would refuse
         ``enable_checkpointing: false``, because the one that stops on signals derives from ``Checkpoint``.
@@ -149,6 +150,8 @@ class PruneCLI(LightningCLI):
             trainer = super().instantiate_trainer(**kwargs)
             assert isinstance(trainer, Trainer)
             getattr(trainer, "callbacks").extend(always)  # noqa: B009 (mypy)
+            ranks = trainer.num_devices if trainer.strategy.launcher else 1
+            threads.settle(self.config[self.subcommand or "fit"].threads, ranks)
             return trainer
         except ConfigError:
             raise

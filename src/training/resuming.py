@@ -17,7 +17,7 @@ HELP = (
     "and overlays that are given here win over them. 'last' is the newest one of the run that is configured."
 )
 """What ``--help`` says of the option."""
-_PARTS = ("seed_everything", "trainer", "model", "data")
+_PARTS = ("seed_everything", "trainer", "model", "data", "threads")
 _WORDS = ("last", "best", "hpc", "registry")
 
 

@@ -30,6 +30,7 @@ from src.ranges import (
     positive,
     ranges_of,
 )
+from src.training import threads
 
 _UNLIMITED = Range(int, 0, 2**63 - 1, "low", also=(-1,))
 _SOME, _ANY = Range(float, 0, MOST, "low"), Range(float, 0, MOST)
@@ -73,7 +74,7 @@ def check_settings(config: Namespace) -> None:
     """
     wrong = list(_faults("", config))
     wrong += _numbers("trainer.", vars(config.trainer), TRAINER)
-    wrong += _numbers("", vars(config), {"seed_everything": Range(int, 0, SEED)})
+    wrong += _numbers("", vars(config), {"seed_everything": Range(int, 0, SEED), "threads": threads.NUMBER})
     if wrong:
         raise ConfigError(". ".join(wrong) + ".")
 
