@@ -144,6 +144,12 @@ class CountingProbe(Walker):
         self.forward += self.batches
         yield torch.randn(self.layers + 1, 1, 4, 8), torch.ones(1, 4, dtype=torch.bool)
 
+    def finals(self, gates_L: Tensor | None) -> Iterator[Tensor]:
+        """Yield one state, as far from that of open gates as the toy's divergence; count the real passes."""
+        gates_L = torch.ones(self.layers) if gates_L is None else gates_L
+        self.forward += self.batches * (1.0 if self.wide else float((gates_L > 0).float().mean()))
+        yield self.toy.divergence(gates_L).sqrt()[None, None]
+
     def salience(self) -> Tensor:
         """Return noise ``[U]``, and count the forward and backward passes."""
         self.forward += 2 * self.batches

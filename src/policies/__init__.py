@@ -9,11 +9,13 @@ from src.policies.exhaustive import Exhaustive
 from src.policies.gumbel_topk import GumbelTopK
 from src.policies.hard_concrete import HardConcrete
 from src.policies.layer_kl import LayerKL
+from src.policies.level_switch import LevelSwitch
 from src.policies.magnitude import Magnitude
 from src.policies.mean_activation import MeanActivation
 from src.policies.measuring import Probe
 from src.policies.perplexity import OneShotPerplexity
 from src.policies.random_search import RandomSearch
+from src.policies.segment_evolution import SegmentEvolution
 from src.policies.sleb import SLEB
 from src.policies.streamline import Streamline
 from src.policies.tail import Tail
@@ -29,6 +31,7 @@ __all__ = [
     "GumbelTopK",
     "HardConcrete",
     "LayerKL",
+    "LevelSwitch",
     "Magnitude",
     "MaskPolicy",
     "MeanActivation",
@@ -36,6 +39,7 @@ __all__ = [
     "Probe",
     "RandomSearch",
     "SLEB",
+    "SegmentEvolution",
     "Streamline",
     "Tail",
     "Taylor",

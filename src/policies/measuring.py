@@ -54,6 +54,13 @@ class Probe(Protocol):
             layer, before the final norm. ``real`` is false at padding.
         """
 
+    def finals(self, gates_L: Tensor | None) -> Iterator[Tensor]:
+        """Yield the final hidden states ``[N, H]`` at supervised positions, a batch of this rank at a time.
+
+        Args:
+            gates_L: gates ``[U]``; None is all open.
+        """
+
     def mean(self, sums: Tensor, counts: Tensor) -> Tensor:
         """Return ``sums / counts`` after each is added up over the ranks; ``counts`` may be a scalar."""
 

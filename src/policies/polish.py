@@ -8,6 +8,7 @@ import torch
 
 from src.policies.base import MaskPolicy
 from src.policies.measuring import Probe
+from src.policies.random_search import best_of
 from src.units.spaces import Kept, Space
 
 Measure = Callable[[Sequence[Kept], bool], Sequence[float]]
@@ -81,12 +82,26 @@ def polish(
     def loss_of_worth(swap: Kept) -> float:
         return sum(worth[out] for out in {*kept} - {*swap}) - sum(worth[back] for back in {*swap} - {*kept})
 
-    while True:
+    def better() -> Kept:
         likely = sorted(space.neighbours(kept), key=loss_of_worth)[:swaps]
-        few = dict(zip(likely, measure(likely, True), strict=True))
-        best_few = sorted(likely, key=few.__getitem__)[:finalists]
-        exact = dict(zip([kept, *best_few], measure([kept, *best_few], False), strict=True))
-        best = min(best_few, key=exact.__getitem__, default=kept)
-        if exact[best] >= exact[kept]:
-            return kept
+        return successor(kept, likely, measure, finalists)
+
+    while (best := better()) != kept:
         kept = best
+    return kept
+
+
+def successor(kept: Kept, others: Sequence[Kept], measure: Measure, finalists: int) -> Kept:
+    """Return the best of a mask and others, found in two steps; of equal ones the mask itself.
+
+    All others are measured on the quick rows, and then the best of these on all rows, with the mask.
+
+    Args:
+        kept: kept units of the mask.
+        others: kept units of each of the others.
+        measure: divergences of masks, on all rows or on the quick ones.
+        finalists: how many others are measured on all rows.
+    """
+    few = dict(zip(others, measure(others, True), strict=True))
+    field = [kept, *sorted(others, key=few.__getitem__)[:finalists]]
+    return best_of(field, measure(field, False))

@@ -64,6 +64,9 @@ class Measured(Protocol):
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         """Move a batch to a device, as every LightningModule can."""
 
+    def hidden(self, batch: Batch, gates_U: Tensor | None) -> Tensor:
+        """Return the final hidden states ``[B, T, H]`` under gates ``[U]`` (None: all open)."""
+
     def teacher_hidden(self, batch: Batch, observer: Observer | None = None) -> Tensor:
         """Return the teacher's final hidden states ``[B, T, H]``: gates open, adapters off."""
 
@@ -203,6 +206,15 @@ class CalibrationProbe(Walker):
 
             self.search.teacher_hidden(rows.batch, observe)
             yield torch.stack(stream), real(rows.batch)
+
+    @torch.no_grad()
+    def finals(self, gates_L: Tensor | None) -> Iterator[Tensor]:
+        """Yield the final hidden states ``[N, H]`` under gates ``[U]`` (None: all open), batch by batch."""
+        gates_U = None if gates_L is None else gates_L.to(self.search.device)
+        for rows in self.rows:
+            with self.search.parents_weights():
+                hidden_BTH = self.search.hidden(rows.batch, gates_U)
+            yield hidden_BTH.flatten(0, 1)[rows.index_N]
 
     def salience(self) -> Tensor:
         """Return ``|gate dCE/dgate|`` ``[U]`` of the cross-entropy at open gates, the mean over batches."""

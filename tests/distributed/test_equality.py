@@ -94,6 +94,26 @@ def test_a_policy_that_is_not_learned_by_gradient_stays_equal(bench: Bench) -> N
     assert [step["loss"] for step in diary(run, 0)] == [step["loss"] for step in diary(run, 1)]
 
 
+@pytest.mark.parametrize(
+    ("name", "keys"),
+    [
+        ("LevelSwitch", {"generations": 3, "offspring": 6, "initial": 4}),
+        ("SegmentEvolution", {"segments": 3, "population": 6, "generations": 3}),
+        ("SegmentEvolution", {"segments": 3, "population": 6, "generations": 3, "fitness": "frechet"}),
+    ],
+)
+def test_an_evolution_on_two_ranks_ends_as_one(name: str, keys: dict[str, Any], bench: Bench) -> None:
+    """Each rank measures its own rows; what decides is the mean over all."""
+    policy = {"class_path": f"src.policies.{name}", "init_args": keys}
+    given = {"model__init_args__policy": policy, "trainer__max_steps": 1}
+    runs = [bench.fit(each, "search", each, ranks, **given) for each, ranks in (("single", 1), ("ddp", 2))]
+    one, other = (Mask.load(next(run.rglob("mask.json"))) for run in runs)
+    assert one.keep == other.keep
+    for key in ("kl", "forward_tokens"):
+        assert other.metrics[key] == pytest.approx(one.metrics[key], rel=1e-4)
+    assert diary(runs[1], 0)[0]["logits"] == diary(runs[1], 1)[0]["logits"]
+
+
 @pytest.mark.parametrize(("scope", "sharded"), [("cut_adjacent", "false"), ("lora", "true")])
 def test_a_sharded_student_learns_in_every_scope(scope: str, sharded: str, bench: Bench) -> None:
     """Frozen weights beside trained ones, adapters, and a teacher in parts or whole go with FSDP2."""
