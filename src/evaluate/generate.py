@@ -47,7 +47,8 @@ def new_tokens(prompts: Sequence[Sequence[int]], positions: int, asked: int | No
     if room < (asked or 1):
         raise ConfigError(
             f"--max-new-tokens: the longest prompt has {longest} tokens, with {asked or 1} new ones more "
-            f"than the {positions} places in the table of positions. Lower it, or add --no-exact-match."
+            f"than the {positions} places in the table of positions. Lower it, shorten the prompts, or leave "
+            f"answers out (evaluate: --no-exact-match)."
         )
     return asked or min(default, room)
 

@@ -27,11 +27,11 @@ class Prompt:
 
     Attributes:
         ids: the tokens of the prompt.
-        row: makes a row of a corpus from the text of the continuation.
+        row: makes a row of a corpus from the tokens of the continuation.
     """
 
     ids: list[int]
-    row: Callable[[str], dict[str, Any]]
+    row: Callable[[list[int]], dict[str, Any]]
 
 
 class Prompts:
@@ -51,27 +51,34 @@ class Prompts:
         """Return the prompts of rows, in their order.
 
         Raises:
-            ConfigError: a row has no column to read, or no turn to answer; names the row.
+            ConfigError: a row has no column to read, no text, or no turn to answer; names the row.
         """
         return [self._prompt(row) for row in rows]
 
     def _prompt(self, row: Row) -> Prompt:
         columns = self.columns.of(row)
         if columns.text is not None:
-            return self._text(read_parts(row, columns)[-1])
+            return self._text(read_parts(row, columns)[-1], row[WHERE])
         if columns.messages is None and getattr(self.tokenizer, "chat_template", None) is None:
             return self._question(read_parts(row, columns)[:-1])
         return self._chat(read_chat(row, columns), row[WHERE])
 
-    def _text(self, text: str) -> Prompt:
+    def _text(self, text: str, where: str) -> Prompt:
         ids = self.tokenizer(text).input_ids[: self.start]
-        given = str(self.tokenizer.decode(ids, skip_special_tokens=True))
-        return Prompt(ids, lambda written: {"text": given + written})
+        if not ids:
+            raise ConfigError(f"{where}: the text is empty; there is nothing to go on from.")
+        return Prompt(ids, lambda new: {"text": self._words([*ids, *new])})
 
     def _question(self, parts: list[str]) -> Prompt:
         asked = "\n".join(parts)
         ids = self.tokenizer(asked + "\n").input_ids
-        return Prompt(ids, lambda written: {"prompt": asked, "completion": written})
+
+        def row(new: list[int]) -> dict[str, Any]:
+            given, whole = self._words(ids), self._words([*ids, *new])
+            said = whole[len(given) :] if whole.startswith(given) else self._words(new)
+            return {"prompt": asked, "completion": said}
+
+        return Prompt(ids, row)
 
     def _chat(self, chat: Chat, where: str) -> Prompt:
         """Return the prompt of the chat's next answer, or of the answer that it ends with, written anew."""
@@ -85,7 +92,11 @@ class Prompts:
         ids = self.tokenizer(text, add_special_tokens=False).input_ids
         known = {"tools": chat.tools} if chat.tools else {}
 
-        def row(written: str) -> dict[str, Any]:
-            return {"messages": [*turns, {"role": "assistant", "content": written}], **known}
+        def row(new: list[int]) -> dict[str, Any]:
+            return {"messages": [*turns, {"role": "assistant", "content": self._words(new)}], **known}
 
         return Prompt(ids, row)
+
+    def _words(self, ids: list[int]) -> str:
+        """Return tokens as text. Many tokenizers drop the space before the first one of a text."""
+        return str(self.tokenizer.decode(ids, skip_special_tokens=True))

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel
 
 from src.command import Parser, load, new_file, provenance
 from src.data.content import fingerprint
@@ -53,8 +53,12 @@ def main(argv: list[str]) -> None:
     prompts = Prompts(tokenizer, read_columns(args), args.start)(rows)
     if not prompts:
         raise ConfigError(f"--prompts: '{args.prompts}' has no rows.")
-    _go_on(parts, settings)
+    places = longest_row(args.model) or sys.maxsize
+    new_tokens([prompt.ids for prompt in prompts], places, None, args.max_new_tokens)  # refuses the longest
     model = load(args.model, args)
+    stop = stop_tokens(model, tokenizer)
+    model.generation_config = GenerationConfig()  # the checkpoint's penalties and beams would join ours
+    _go_on(parts, settings)
     order = sorted(range(len(prompts)), key=lambda n: len(prompts[n].ids))
     batches = [order[at : at + args.batch_size] for at in range(0, len(order), args.batch_size)]
     done = dict[int, Written]()
@@ -62,7 +66,7 @@ def main(argv: list[str]) -> None:
         part = parts / f"{number:06d}.json"
         if not part.exists():
             torch.manual_seed(args.seed * len(batches) + number)  # of this batch alone, in every run
-            write_json(part, written(model, tokenizer, [prompts[n] for n in batch], args))
+            write_json(part, written(model, stop, [prompts[n] for n in batch], places, args))
         done |= zip(batch, read_json(part), strict=True)
     write_text(out, "".join(json.dumps(done[n]["row"], ensure_ascii=False) + "\n" for n in sorted(done)))
     figures = {
@@ -79,30 +83,31 @@ def main(argv: list[str]) -> None:
 @torch.inference_mode()
 def written(
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    stop: frozenset[int],
     prompts: list[Prompt],
+    places: int,
     args: argparse.Namespace,
 ) -> list[Written]:
     """Continue some prompts as one batch, padded on the left.
 
     Args:
-        model: the model that writes.
-        tokenizer: its tokenizer.
+        model: the model that writes, without sampling settings of its own.
+        stop: tokens that end a text.
         prompts: the prompts.
+        places: tokens that prompt and continuation may have together.
         args: options of the command: how many tokens are written, and how they are drawn.
 
     Returns:
         For each prompt a dict (:data:`Written`) of its row, number of new tokens, and whether it is finished.
     """
-    stop, longest = stop_tokens(model, tokenizer), max(len(prompt.ids) for prompt in prompts)
-    positions = longest_row(args.model) or sys.maxsize
-    most = new_tokens([prompt.ids for prompt in prompts], positions, None, args.max_new_tokens)
+    longest = max(len(prompt.ids) for prompt in prompts)
+    most = new_tokens([prompt.ids for prompt in prompts], places, None, args.max_new_tokens)
     padding = [longest - len(prompt.ids) for prompt in prompts]
     ids_BT = torch.tensor([[0] * n + prompt.ids for n, prompt in zip(padding, prompts, strict=True)])
     mask_BT = torch.tensor([[0] * n + [1] * (longest - n) for n in padding])
     chance = {"do_sample": True, "temperature": args.temperature, "top_p": args.top_p, "top_k": 0}
     config = GenerationConfig(
-        max_new_tokens=most, eos_token_id=sorted(stop), pad_token_id=tokenizer.pad_token_id or 0,
+        max_new_tokens=most, eos_token_id=sorted(stop), pad_token_id=min(stop, default=0),
         **(chance if args.temperature else {"do_sample": False}),
     )  # fmt: skip
     continued = cast(Any, model).generate  # the class that has it is not a base of all models
@@ -112,8 +117,7 @@ def written(
     found = list[Written]()
     for prompt, new in zip(prompts, out_BT[:, longest:].tolist(), strict=True):
         end = next((at for at, token in enumerate(new) if token in stop), len(new))
-        text = str(tokenizer.decode(new[:end], skip_special_tokens=True))
-        found.append({"row": prompt.row(text), "tokens": end, "finished": end < len(new)})
+        found.append({"row": prompt.row(new[:end]), "tokens": end, "finished": end < len(new)})
     return found
 
 

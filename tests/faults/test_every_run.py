@@ -21,6 +21,7 @@ from typing import NamedTuple
 import pytest
 
 import src.callbacks
+from src.cli import main
 from tests.faults.runs import apart
 from tests.faults.test_every_option import CACHE, RECOVER, SEARCH, keys_of, parse, tool_options
 
@@ -77,8 +78,8 @@ def cases(sound: dict[str, list[str]]) -> Iterator[Case]:
         yield from (Case(verb, [verb, *sound[verb]], a.option_strings[-1]) for a in tool_options(verb))
 
 
-def sound(out: Path, model: str, rows: str, mask: str) -> dict[str, list[str]]:
-    """Arguments with which each stage does little, and does it well."""
+def sound(out: Path, model: str, rows: str, mask: str, small: str) -> dict[str, list[str]]:
+    """Arguments with which each stage does little, and does it well; ``small`` is the model's cut."""
     logs = [f"--trainer.logger.save_dir={out}", "--trainer.accelerator=cpu", f"--data.train={rows}"]
     short = [*logs, f"--data.validation={rows}", "--data.batch_size=4", "--trainer.max_steps=1"]
     return {
@@ -87,6 +88,9 @@ def sound(out: Path, model: str, rows: str, mask: str) -> dict[str, list[str]]:
         "cache": [f"--model.model={model}", f"--model.out={out}/cache", *logs],
         "plan": ["--config", SEARCH, f"--model.init_args.model={model}", f"--data.init_args.train={rows}"],
         "export": ["--mask", mask, "--out", f"{out}/export"],
+        "grow": ["--model", small, "--data", rows, "--rows", "2", "--out", f"{out}/grown"],
+        "generate": ["--model", model, "--prompts", rows, "--limit", "2", "--max-new-tokens", "1",
+                     "--out", f"{out}/own.jsonl"],
         "patch": ["--mask", mask, "--out", f"{out}/patch", "--data", rows, "--rows", "2"],
         "evaluate": ["--model", model, "--data", rows, "--limit", "2", "--max-new-tokens", "1"],
         "benchmark": ["--model", model, "--baseline", model, "--repeats", "1"],
@@ -145,7 +149,9 @@ def test_whatever_an_option_is_given_the_run_ends_well_or_says_why_not(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     here, out, said = tmp_path / "here", tmp_path / "out", tmp_path / "said"
-    known = sorted(cases(sound(out, teacher_dir, corpus_file, mask_file)))
+    small = str(tmp_path / "small")
+    main(["export", "--mask", mask_file, "--out", small])
+    known = sorted(cases(sound(out, teacher_dir, corpus_file, mask_file, small)))
     counts, wrong = Counter[str](), list[str]()
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv(

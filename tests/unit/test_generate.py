@@ -140,7 +140,7 @@ def test_whatever_conditions_an_answer_reaches_the_model(chatty: str, tmp_path: 
         {"instruction": "sum", "input": "4 + 4", "output": "8"},
     ]
     prompts = Prompts(tokenizer, Columns(), 3)([{WHERE: "row", **row} for row in rows])
-    called, asked = (prompt.row("5") for prompt in prompts)
+    called, asked = (prompt.row(tokenizer("5").input_ids) for prompt in prompts)
     system = {"role": "system", "content": "be brief"}
     assert called == {"messages": [system, *turns, {"role": "assistant", "content": "5"}], "tools": tools}
     assert asked["messages"][0] == {"role": "user", "content": "sum\n4 + 4"}
