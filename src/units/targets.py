@@ -7,6 +7,7 @@ spread evenly over the model; the mask that a search then finds may cost more or
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -17,8 +18,9 @@ from src.errors import ConfigError
 from src.mask import WIDE
 from src.models.constraints import Constraints
 from src.models.costs import decode_flops, parameters_of
-from src.models.cut_config import kept_config
-from src.models.layers import num_layers
+from src.models.cut_config import kept_config, weightless
+from src.models.layers import decoder_layers, num_layers
+from src.models.structure import alike
 from src.units.width import Width
 
 GIB = 1 << 30
@@ -92,14 +94,31 @@ class Target:
         of = f"{every} {'layers' if width is None else f'{WIDE[width.unit]} of each layer'}"
         fits = (n for n in range(1, every) if width or every - len(limits.pinned(every, n)) >= n)
         most = max(fits, default=0)
-        if most == 0 or enough(0) or not enough(most):
-            whole, *ends = (SHOWN[key].format(reached(n)) for n in ([0, 1, most] if most else [0]))
-            reach = f"{' to '.join(ends)}, without 1 to {most} of {of}" if most else "nothing"
+        counts = range(1, most + 1)
+        rising = width is not None or _uniform(config)  # if not, some count may reach less than one before it
+        remove = None if enough(0) else _first(counts, enough, rising)
+        if remove is None:
+            shown = counts[:: max(1, most - 1)] if rising or enough(0) else counts
+            ends = [SHOWN[key].format(end) for end in sorted(map(reached, shown), reverse=key != "speedup")]
+            reach = f"{ends[0]} to {ends[-1]}, without 1 to {most} of {of}" if ends else "nothing"
+            whole = SHOWN[key].format(reached(0))
             fault = f"model.target: {key} {asked:g} asked of a model of {whole}; in reach: {reach}."
             raise ConfigError(f"{fault} {limits.reason}".strip())
-        remove = held(1 + bisect_left(range(1, most + 1), True, key=enough))
+        remove = held(remove)
         told = SHOWN[key].format(reached(remove))
         return remove, f"target {key} {asked:g}: removes {remove} of {of} ({told})"
+
+
+def _uniform(config: PretrainedConfig) -> bool:
+    """Return whether the layers of a model differ in their weights alone, so that all cost the same."""
+    return len(alike(decoder_layers(weightless(config))[1])) == 1
+
+
+def _first(counts: Sequence[int], enough: Callable[[int], bool], rising: bool) -> int | None:
+    """Return the first count that is enough, or None; where ``rising``, all behind one that is are too."""
+    if rising:
+        counts = counts[bisect_left(counts, True, key=enough) :][:1]
+    return next(filter(enough, counts), None)
 
 
 def spread(limits: Constraints, layers: int, remove: int) -> set[int]:

@@ -75,6 +75,24 @@ def test_more_is_asked_more_goes() -> None:
     assert counts[0] == 1
 
 
+@pytest.mark.parametrize("key", ["parameters", "speedup"])
+def test_the_count_is_the_smallest_where_more_may_save_less(key: str) -> None:
+    """Only the middle layer is large; an odd number of layers, spread evenly, takes it, an even one not."""
+    sizes = {"mlp_only_layers": [3], "intermediate_size": 960, "moe_intermediate_size": 8}
+    config = tiny_config("qwen3_moe", **LIMITS, decoder_sparse_step=1, **sizes)
+    limits, cost = constraints(config), parameters_of if key == "parameters" else decode_flops
+    costs = [cost(config), *(cost(kept_config(config, kept(limits, n))) for n in range(1, LAYERS))]
+    assert [a > b for a, b in pairwise(costs)] == [True, False] * 3
+    for asked in costs[1:]:
+        smallest = next(n for n, each in enumerate(costs) if each <= asked)
+        wanted = asked if key == "parameters" else costs[0] / asked
+        assert Target(**{key: wanted}).resolve(config, limits, torch.float32)[0] == smallest
+    beyond = 0.9 * min(costs)
+    ends = [f"{max(costs[1:]):,}", f"{min(costs):,}"] if key == "parameters" else ["ideal", "ideal"]
+    with pytest.raises(ConfigError, match=rf"in reach: .*{ends[0]}.* to .*{ends[1]}.*without 1 to 6 of 7"):
+        least(config, **{key: beyond if key == "parameters" else costs[0] / beyond})
+
+
 def test_only_layers_that_the_family_can_lose_count() -> None:
     """The middle of those, far from each other; of the last layers alone the very last."""
     assert spread(Constraints(frozenset({0, 6})), 7, 2) == {2, 4}
