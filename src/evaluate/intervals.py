@@ -48,7 +48,8 @@ def interval(sums_SI: Array, sizes_I: Array, resamples: int = RESAMPLES) -> Inte
     seeds, items = sums_SI.shape
     value = sums_SI.mean(0).sum() / sizes_I.sum()
     if items > MANY:
-        spread = 1.96 * np.sqrt(items * np.var(sums_SI.mean(0) - value * sizes_I)) / sizes_I.sum()
+        of_items = items * np.var(sums_SI.mean(0) - value * sizes_I)
+        spread = 1.96 * np.sqrt(of_items + np.var(sums_SI.sum(1)) / seeds) / sizes_I.sum()
         return {"value": float(value), "low": float(value - spread), "high": float(value + spread)}
     items_RI = shares(items, 0, resamples)
     pooled_RI = shares(seeds, 1, resamples) @ sums_SI
