@@ -109,7 +109,8 @@ class Mask:
                 raise ConfigError(f"mask: keep must be a rising list of layers, found {list(kept)}.")
             if kept[0] < 0 or kept[-1] >= self.num_layers:
                 raise ConfigError(f"mask: keep must lie in 0..{self.num_layers - 1}, found {list(kept)}.")
-        if self.unit == "half" and [u % 2 for u in self.keep] != [0, 1] * (len(self.keep) // 2):
+        turns = [u % 2 for u in self.keep] == [0, 1] * (len(self.keep) // 2)
+        if self.unit == "half" and not (turns and list(self.keep) == sorted(self.keep)):
             raise ConfigError(
                 f"mask: the kept halves must take turns, attention first, so that they pair up into layers; "
                 f"found attention of {list(self.attention)} and feed-forward of {list(self.feed_forward)}."

@@ -162,7 +162,10 @@ def slice_section(
 
 
 def _rescaled(scale: float, length: int, kept: int) -> float:
-    """Return the scale whose quotient by the root of the new depth equals the parent's to the last bit."""
+    """Return the scale whose quotient by the root of the new depth equals the parent's, or is the nearest.
+
+    Equal to the last bit of float64 it can be where floats lie dense enough; in float32 it always is.
+    """
     quotient = scale / math.sqrt(length)
     guess = quotient * math.sqrt(kept)
     near = (guess, math.nextafter(guess, math.inf), math.nextafter(guess, 0.0))
