@@ -142,7 +142,7 @@ class MicroBatches:
         """
         self.first = self.first or share
         self.sum += share
-        return loss * (share / self.first)
+        return loss * (share / (self.first or 1))  # of no position at all the loss is zero
 
     def settle(self, parameters: Iterable[Tensor], count: int) -> None:
         """Scale the gradients before the optimiser steps, and forget the micro-batches of this step.
@@ -153,5 +153,5 @@ class MicroBatches:
         """
         for parameter in parameters:
             if parameter.grad is not None:
-                parameter.grad.mul_(count * self.first / self.sum)
+                parameter.grad.mul_(count * self.first / (self.sum or 1))
         self.first = self.sum = 0.0
