@@ -18,6 +18,7 @@ import random
 import re
 import zlib
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
@@ -99,18 +100,24 @@ def final_answer(text: str) -> str | None:
     return numbers[-1].replace(",", "") if numbers else None
 
 
+@cache
+def _pieces() -> tuple[str, ...]:
+    """Return the tokens of the task's texts, sorted; they are read from many problems, once in a process."""
+    rng = random.Random(0)
+    pieces = {d for digit in "0123456789" for d in (digit, " " + digit)} | {" ", "\n"}
+    for _ in range(20_000):
+        row = problem(rng)
+        pieces.update(re.findall(_PIECE, row["question"] + "\n" + row["answer"]))
+    return tuple(sorted(pieces))
+
+
 def build_tokenizer() -> PreTrainedTokenizerFast:
     """Return a lossless word-level fast tokenizer over the task's closed vocabulary.
 
     Each digit is a token of its own. A token carries the space before it, as in byte-level BPE, so that
     decoding restores the text.
     """
-    rng = random.Random(0)
-    pieces = {d for digit in "0123456789" for d in (digit, " " + digit)} | {" ", "\n"}
-    for _ in range(20_000):
-        row = problem(rng)
-        pieces.update(re.findall(_PIECE, row["question"] + "\n" + row["answer"]))
-    vocabulary = {word: i for i, word in enumerate(["<pad>", "<eos>", "<unk>", *sorted(pieces)])}
+    vocabulary = {word: i for i, word in enumerate(["<pad>", "<eos>", "<unk>", *_pieces()])}
     core = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.Split(Regex(_PIECE), behavior="isolated")
     core.decoder = decoders.Fuse()

@@ -2,8 +2,7 @@
 
 A template may ask for today's date (``strftime_now``) and for random choices (the filter ``random``,
 ``lipsum``). If the clock and the global random state gave them, rows would change overnight, and a resumed
-run would read other rows than before. Here a rendering is a function of the chat, the template and the date
-alone.
+run would read other rows than before. Here a rendering is a function of chat, template and date alone.
 """
 
 from __future__ import annotations

@@ -42,9 +42,10 @@ def interval(sums_SI: Array, sizes_I: Array, resamples: int = RESAMPLES) -> Inte
 
     Args:
         sums_SI: for each seed the figure of each item: 1 if it is right and 0 if not, or a sum over tokens.
-        sizes_I: what each item counts for: 1, or its number of tokens.
+        sizes_I: what each item counts for: 1, or its number of tokens; those of 0 are left out.
         resamples: number of resamples.
     """
+    sums_SI, sizes_I = sums_SI[:, sizes_I > 0], sizes_I[sizes_I > 0]
     seeds, items = sums_SI.shape
     value = sums_SI.mean(0).sum() / sizes_I.sum()
     if items > MANY:

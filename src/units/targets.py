@@ -93,14 +93,13 @@ class Target:
         every = num_layers(config) if width is None else width.count
         of = f"{every} {'layers' if width is None else f'{WIDE[width.unit]} of each layer'}"
         fits = (n for n in range(1, every) if width or every - len(limits.pinned(every, n)) >= n)
-        most = max(fits, default=0)
-        counts = range(1, most + 1)
+        counts = range(1, 1 + max(fits, default=0))
         rising = width is not None or _uniform(config)  # if not, some count may reach less than one before it
         remove = None if enough(0) else _first(counts, enough, rising)
         if remove is None:
-            shown = counts[:: max(1, most - 1)] if rising or enough(0) else counts
+            shown = counts[:: max(1, len(counts) - 1)] if rising or enough(0) else counts
             ends = [SHOWN[key].format(end) for end in sorted(map(reached, shown), reverse=key != "speedup")]
-            reach = f"{ends[0]} to {ends[-1]}, without 1 to {most} of {of}" if ends else "nothing"
+            reach = f"{ends[0]} to {ends[-1]}, without 1 to {len(counts)} of {of}" if ends else "nothing"
             whole = SHOWN[key].format(reached(0))
             fault = f"model.target: {key} {asked:g} asked of a model of {whole}; in reach: {reach}."
             raise ConfigError(f"{fault} {limits.reason}".strip())

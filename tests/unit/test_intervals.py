@@ -87,3 +87,12 @@ def test_shares_are_those_of_a_resample_and_streams_are_apart() -> None:
     assert not np.array_equal(items, seeds)
     assert np.array_equal(items, shares(9, 0, 300))
     assert np.abs(items.mean(0) - 1 / 9).max() < 4 * (8 / 81 / 9 / 300) ** 0.5
+
+
+def test_an_item_that_counts_for_nothing_changes_nothing() -> None:
+    """Else some resample would hold such items alone, of which there is no mean."""
+    rng = np.random.default_rng(4)
+    sums, sizes = rng.normal(size=(2, 4)), np.array([3.0, 1.0, 2.0, 5.0])
+    more = interval(np.insert(sums, [0, 2, 4], 0.0, axis=1), np.insert(sizes, [0, 2, 4], 0.0))
+    assert more == interval(sums, sizes)
+    assert all(np.isfinite([*more.values()]))
