@@ -75,7 +75,7 @@ def test_more_is_asked_more_goes() -> None:
     assert counts[0] == 1
 
 
-@pytest.mark.parametrize("key", ["parameters", "speedup"])
+@pytest.mark.parametrize("key", ["parameters", pytest.param("speedup", marks=pytest.mark.slow)])
 def test_the_count_is_the_smallest_where_more_may_save_less(key: str) -> None:
     """Only the middle layer is large; an odd number of layers, spread evenly, takes it, an even one not."""
     sizes = {"mlp_only_layers": [3], "intermediate_size": 960, "moe_intermediate_size": 8}
