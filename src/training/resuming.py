@@ -55,9 +55,10 @@ def with_settings(argv: list[str]) -> list[str]:
 
 
 def _go_on(settings: dict[str, Any], directory: Path) -> None:
-    """Give the logger that chose the version of a run the name that it chose."""
-    logger = settings.get("trainer", {}).get("logger")
-    arguments = logger.get("init_args", {}) if isinstance(logger, dict) else {}
+    """Give the logger that chose the version of a run, the first of several, the name that it chose."""
+    loggers = settings.get("trainer", {}).get("logger")
+    first = loggers[0] if isinstance(loggers, list) and loggers else loggers
+    arguments = first.get("init_args", {}) if isinstance(first, dict) else {}
     if "version" in arguments and arguments["version"] is None:
         arguments["version"] = directory.resolve().name
 
