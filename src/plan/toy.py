@@ -150,10 +150,10 @@ class CountingProbe(Walker):
         self.forward += self.batches * (1.0 if self.wide else float((gates_L > 0).float().mean()))
         yield self.toy.divergence(gates_L).sqrt()[None, None]
 
-    def salience(self) -> Tensor:
-        """Return noise ``[U]``, and count the forward and backward passes."""
+    def gate_gradients(self) -> Tensor:
+        """Return noise ``[B, U]``, and count the forward and backward passes."""
         self.forward += 2 * self.batches
-        return torch.rand(self.layers)
+        return torch.randn(self.batches, self.layers, dtype=torch.float64)
 
     def activations(self) -> Tensor:
         """Return noise ``[U]``, and count the forward passes."""

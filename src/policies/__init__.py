@@ -6,6 +6,7 @@ from src.policies.block_influence import BlockInfluence
 from src.policies.bypass import BypassBP
 from src.policies.concave import ConcaveGate
 from src.policies.exhaustive import Exhaustive
+from src.policies.fisher import Fisher
 from src.policies.gumbel_topk import GumbelTopK
 from src.policies.hard_concrete import HardConcrete
 from src.policies.layer_kl import LayerKL
@@ -28,6 +29,7 @@ __all__ = [
     "BypassBP",
     "ConcaveGate",
     "Exhaustive",
+    "Fisher",
     "GumbelTopK",
     "HardConcrete",
     "LayerKL",

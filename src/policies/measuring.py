@@ -64,8 +64,11 @@ class Probe(Protocol):
     def mean(self, sums: Tensor, counts: Tensor) -> Tensor:
         """Return ``sums / counts`` after each is added up over the ranks; ``counts`` may be a scalar."""
 
-    def salience(self) -> Tensor:
-        """Return ``|gate dCE/dgate|`` ``[U]`` of the cross-entropy at open gates, the mean over batches."""
+    def gate_gradients(self) -> Tensor:
+        """Return the gradient ``[B, U]`` of the mean cross-entropy of each of B batches at open gates.
+
+        A batch is that of all ranks together. Float64.
+        """
 
     def activations(self) -> Tensor:
         """Return the absolute input of the output projections by KV group or channel, ``[U]``.

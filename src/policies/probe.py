@@ -216,18 +216,23 @@ class CalibrationProbe(Walker):
                 hidden_BTH = self.search.hidden(rows.batch, gates_U)
             yield hidden_BTH.flatten(0, 1)[rows.index_N]
 
-    def salience(self) -> Tensor:
-        """Return ``|gate dCE/dgate|`` ``[U]`` of the cross-entropy at open gates, the mean over batches."""
+    def gate_gradients(self) -> Tensor:
+        """Return the gradient ``[B, U]`` of the mean cross-entropy of each of B batches at open gates."""
         search, size = self.search, len(self.search.gates)
-        sums, count = torch.zeros(size), torch.tensor(float(len(self.rows)))
+        own = torch.tensor(len(self.rows), device=search.device)
+        most = int(cast(Tensor, search.trainer.strategy.reduce(own, reduce_op="max")))
+        sums_BU, count_B = (
+            torch.zeros(most, size, dtype=torch.float64),
+            torch.zeros(most, dtype=torch.float64),
+        )
         for batch, rows in enumerate(self.rows):
             signal = self.signal(batch)
             open_U = torch.ones(size, device=search.device, requires_grad=True)
             with torch.enable_grad(), search.parents_weights():
                 (grad_U,) = torch.autograd.grad(search.divergence(rows, signal, open_U, LABELS), open_U)
             search.spent(rows.batch, search.num_layers)
-            sums += grad_U.abs().cpu()
-        return self.mean(sums, count)
+            sums_BU[batch], count_B[batch] = len(rows) * grad_U.double().cpu(), len(rows)
+        return self.mean(sums_BU, count_B[:, None])
 
     @torch.no_grad()
     def activations(self) -> Tensor:

@@ -20,14 +20,15 @@ def unit_kl(probe: Probe, units: int) -> Tensor:
     return torch.tensor(probe.walk(list(1 - torch.eye(units)), "KL of each unit", quick=True))
 
 
-def salience(probe: Probe, _: int) -> Tensor:
+def salience(probe: Probe, units: int) -> Tensor:
     """Return ``|gate dLoss/dgate|`` ``[U]`` of the cross-entropy at open gates, the mean over batches.
 
     One forward and one backward pass score all units. The divergence has no such gradient: it is at its
     lowest where all gates are open. The absolute value is taken of each batch, because the mean gradient of a
     trained model is near zero (Molchanov et al., arXiv 1906.10771).
     """
-    return probe.salience()
+    grads_BU = probe.gate_gradients().float().abs()
+    return sum(grads_BU, torch.zeros(units)) / len(grads_BU)
 
 
 def block_influence(probe: Probe, num_layers: int) -> Tensor:
