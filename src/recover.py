@@ -31,7 +31,7 @@ from src.models.opened import Opened
 from src.models.sharding import shard
 from src.models.streams import inputs, streams
 from src.ranges import Count, Share, checked
-from src.repair.linear_patch import LinearPatch
+from src.repair.base import CutRepair
 from src.teachers import LiveTeacher, TeacherSource
 from src.training import identity
 from src.training.adapters import beside, check_saved, merged
@@ -77,7 +77,7 @@ class Recovery(Closing):
         terms: list[Weighted] | None = None,
         scope: Scope = "full",
         lora_rank: Count = 16,
-        patch: LinearPatch | Literal["adapters"] | None = None,
+        patch: CutRepair | Literal["adapters"] | None = None,
         optimizer: OptimizerCallable = torch.optim.AdamW,
         warmup: Share = 0.05,
         final_lr: Share = 0.1,

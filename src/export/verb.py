@@ -27,7 +27,7 @@ from src.mask import Mask
 from src.models.cut import cut
 from src.models.loading import load_tokenizer
 from src.ranges import MOST, Range
-from src.repair.linear_patch import LinearPatch
+from src.repair.base import CutRepair
 from src.training import checkpoints
 from src.training.scopes import load_student
 
@@ -36,7 +36,7 @@ SHORTEST = 8
 DTYPES = ("float32", "bfloat16", "float16")
 
 
-def export(mask: Mask, args: argparse.Namespace, repair: LinearPatch | None = None) -> list[Finding]:
+def export(mask: Mask, args: argparse.Namespace, repair: CutRepair | None = None) -> list[Finding]:
     """Export the cut model, by the options ``args``, after a repair if given; return the proof's findings.
 
     Raises:

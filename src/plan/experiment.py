@@ -23,6 +23,7 @@ from src.models.cut import cut_config
 from src.models.layers import num_layers
 from src.models.loading import load_config, numbers
 from src.plan.shapes import Rows
+from src.recover import Recovery
 from src.search import MaskSearch
 from src.training.arguments import PruneCLI, ShortErrors
 from src.training.stage import Stage
@@ -100,6 +101,11 @@ class Experiment:
         listed = len(devices) if isinstance(devices, list) else devices
         count = int(listed) if str(listed).isdigit() else 1
         return count * int(self.trainer.num_nodes)
+
+    @property
+    def repairs(self) -> bool:
+        """Whether a repair changes the cut model before its first step."""
+        return bool(self.model.get("patch")) and self.model.patch != "adapters"
 
     @property
     def callbacks(self) -> dict[str, Any]:
@@ -222,6 +228,8 @@ class Experiment:
             module: LightningModule = self._cli.fit.instantiate(Namespace(model=model)).model
         if isinstance(module, Stage):
             module.checkpoint_activations = checkpoint
+        if isinstance(module, Recovery):
+            module.patch = None  # it reads rows and changes weights, of which there are none, and no shape
         until = (self.callbacks.get("PruningCurriculum") or {}).get("until", 0)
         if until and isinstance(module, MaskSearch):
             module.policy.remove = 1  # the curriculum's first steps keep nearly all layers

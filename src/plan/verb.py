@@ -64,6 +64,7 @@ def summary(planner: Planner, configured: Estimate, advice: Advice) -> dict[str,
         "tokens": planner.tokens,
         "calibration_passes": planner.calibration,
         "remembered_bytes": planner.remembered,
+        "repair": experiment.repairs,
         "cache_bytes": {"raw": size.raw, "expected": size.expected},
         "device": {
             "name": device.name, "title": device.title, "memory": device.memory, "tflops": device.tflops,
@@ -110,6 +111,7 @@ def _print(plan: dict[str, Any], configured: Estimate, advice: Advice) -> None:
         "streams that masks share": f"{plan['remembered_bytes'] / GIB:,.2f} GiB, at most"
         if plan["remembered_bytes"]
         else "",
+        "repair before the first step": "not counted" if plan["repair"] else "",
         "operations": f"{configured.flops:.3g}",
         "hours": f"{configured.hours:,.2f} (at {spec['efficiency']:.0%} of the peak: an assumption)",
     }

@@ -51,6 +51,11 @@ class Mixture:
     weights: Weights
     constant: bool = False
 
+    @property
+    def map_FH(self) -> Tensor:
+        size = next(self.module.get_parameter(name).shape[axis] for name, axis in self.weights.items())
+        return self.scale * torch.eye(size, dtype=torch.float64, device=next(self.module.parameters()).device)
+
     def watch(self, keep: Callable[[Tensor], None]) -> RemovableHandle:
         return self.module.register_forward_hook(lambda _m, _a, out: keep(first(out)))
 

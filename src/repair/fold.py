@@ -36,7 +36,7 @@ from transformers import PreTrainedModel
 from src.data.batches import Batch
 from src.models.layers import decoder_layers, first
 from src.repair.stream import run
-from src.repair.writers import stream_writer
+from src.repair.writers import Writer, stream_writer
 from src.training.progress import track
 
 
@@ -123,18 +123,34 @@ def fold(
     Raises:
         ConfigError: see :func:`src.repair.writers.stream_writer`.
     """
-    path, layers = decoder_layers(student)
     batches = list(batches)
     writer = stream_writer(student, index, batches[0])
-    regression = Regression(constant=writer.constant)
-    last: dict[str, Tensor] = {}
+    regression = regress(student, index, writer, batches, target)
+    return change(student, index, writer, regression, regression.solve(ridge))
+
+
+@torch.no_grad()
+def regress(
+    student: PreTrainedModel, index: int, writer: Writer, batches: Iterable[Batch], target: Target
+) -> Regression:
+    """Return the regression of what layer ``index`` lacks on the features of one of its writers.
+
+    Args:
+        student: the cut model.
+        index: the layer.
+        writer: a module of the layer that writes to the stream.
+        batches: calibration rows.
+        target: called with a batch and the layer's output ``[B, T, H]``; returns what that should be.
+    """
+    layers, last = decoder_layers(student)[1], dict[str, Tensor]()
+    regression = Regression(writer.constant)
     hooks = [
         layers[index].register_forward_hook(lambda _m, _a, out: last.update(h=first(out))),
         writer.watch(lambda features: last.update(a=features)),
     ]
     try:
         for batch in track(batches, "calibration batches"):
-            real_N = run(student, batch)
+            real_N = run(student, batch, index)
             h_BTH, a_NF = last["h"], last["a"].flatten(0, -2)[real_N]
             target_NH = target(batch, h_BTH).flatten(0, 1)[real_N].double()
             residual_NH = target_NH - h_BTH.flatten(0, 1)[real_N]
@@ -142,7 +158,13 @@ def fold(
     finally:
         for handle in hooks:
             handle.remove()
-    delta_FH = regression.solve(ridge)
+    return regression
+
+
+def change(
+    student: PreTrainedModel, index: int, writer: Writer, regression: Regression, delta_FH: Tensor
+) -> Repair:
+    """Let a writer of layer ``index`` add ``features @ delta`` to the stream besides; return the outcome."""
     writer.add(delta_FH)
-    nothing = torch.zeros_like(delta_FH)
-    return Repair(f"{path}.{index}.{writer.name}", regression.error(nothing), regression.error(delta_FH))
+    name = f"{decoder_layers(student)[0]}.{index}.{writer.name}"
+    return Repair(name, regression.error(torch.zeros_like(delta_FH)), regression.error(delta_FH))

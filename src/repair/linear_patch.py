@@ -15,24 +15,22 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from itertools import cycle, islice
-from typing import Literal, cast, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim.lr_scheduler import CosineAnnealingLR
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from src.data.batches import Batch, supervised
-from src.data.columns import Columns
-from src.data.judging import batches, judged, read_rows
 from src.errors import ConfigError, did_you_mean
 from src.losses.distill import Distillation
 from src.losses.signals import live_signal
 from src.mask import WIDE, Mask
 from src.models.head import OutputHead
-from src.models.positions import position_limit
-from src.ranges import Count, Natural, NonNegative, Positive, checked
+from src.ranges import Natural, NonNegative, Positive, checked
+from src.repair.base import CutRepair
 from src.repair.fold import Repair, fold
 from src.repair.stream import Junction, Mode, StreamRepair, inputs, junctions, matrices, repaired, run
 from src.training.progress import track
@@ -42,22 +40,17 @@ TOP = 50
 """Tokens of the teacher's signal when P alone is distilled."""
 
 
-class LinearPatch:
+class LinearPatch(CutRepair):
     """Folds a repair of the residual stream into the layer before each gap.
 
     Args:
         data: calibration rows: JSONL, Parquet, text or a Hub id.
         goal: the stream that the layer before a gap should leave: the ``parent``'s own behind the gap, or
             LinearPatch's ``h P``, with the Hadamard rotation (``rotate``) or without (``diag``).
-        rows: largest number of calibration rows that are read.
-        columns: columns of these rows; None looks for well-known names.
-        split: split of a Hub or saved dataset; None is the only one that it has.
-        max_length: tokens after which a row is cut off.
-        batch_size: rows at once.
         ridge: pull towards the present weights, relative to the power of each feature.
         distill_steps: batches on which P alone is distilled before it is folded; not with ``parent``.
         lr: learning rate of that distillation (AdamW, cosine to a twentieth).
-        device: where to compute; None is cuda if there is one.
+        kwargs: which rows are read, and how; see :class:`src.repair.base.CutRepair`.
     """
 
     @checked
@@ -65,16 +58,12 @@ class LinearPatch:
         self,
         data: str,
         goal: Goal = "parent",
-        rows: Count = 256,
-        columns: Columns | None = None,
-        split: str | None = None,
-        max_length: Count = 1024,
-        batch_size: Count = 8,
         ridge: NonNegative = 0.1,
         distill_steps: Natural = 0,
         lr: Positive = 1e-4,
-        device: str | None = None,
+        **kwargs: Any,
     ) -> None:
+        super().__init__(data, **kwargs)
         accepted = get_args(Goal)
         if goal not in accepted:
             raise ConfigError(f"patch.goal: '{goal}' is none of {accepted}.{did_you_mean(goal, accepted)}")
@@ -83,13 +72,7 @@ class LinearPatch:
                 "patch.distill_steps: there is no P to distil with goal 'parent'. Set it to 0, or goal to "
                 "'rotate' or 'diag'."
             )
-        self.data, self.goal, self.rows, self.columns = data, goal, rows, columns or Columns()
-        self.split = split
-        self.max_length, self.batch_size, self.ridge = max_length, batch_size, ridge
-        self.distill_steps, self.lr = distill_steps, lr
-        self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        self.repairs: list[Repair] = []
-        self.used = f"{rows} rows"
+        self.goal, self.ridge, self.distill_steps, self.lr = goal, ridge, distill_steps, lr
 
     def refuse(self, mask: Mask) -> None:
         """Refuse a mask that removes no layers, and so leaves no gap.
@@ -103,14 +86,11 @@ class LinearPatch:
                 f"removes none. Export the cut without it."
             )
 
-    def __str__(self) -> str:
-        if not self.repairs:
-            return "nothing is repaired"
+    @property
+    def fitted(self) -> str:
         towards = {"parent": "the parent's stream", "rotate": "h P, P = H diag(d) H^T", "diag": "h diag(d)"}
         trained = f" (P distilled for {self.distill_steps} steps)" if self.distill_steps else ""
-        errors = ", ".join(f"{r.module} {r.before:.2g} -> {r.after:.2g}" for r in self.repairs)
-        fitted = f"last map of the layer before each gap fitted to {towards[self.goal]}{trained}"
-        return f"{fitted} on {self.used}; squared relative error: {errors}"
+        return f"last map of the layer before each gap fitted to {towards[self.goal]}{trained}"
 
     def __call__(
         self,
@@ -119,53 +99,20 @@ class LinearPatch:
         mask: Mask,
         tokenizer: PreTrainedTokenizerBase,
     ) -> list[Repair]:
-        """Repair the cut model in place; return the outcome of each fold, one for each gap.
-
-        Args:
-            student: the cut model, with the parent's weights.
-            parent: the whole model.
-            mask: names the kept layers.
-            tokenizer: the parent's.
-
-        Raises:
-            ConfigError: the rows cannot be read, or a layer of this family has no weights to fold into.
-        """
-        self.repairs, places = [], junctions(mask)
-        if not places:
+        self.repairs = []
+        if not junctions(mask):
             rank_zero_warn(f"patch: {mask} has no gap between two kept layers, so nothing is repaired.")
             return []
-        calibration = self.calibration(tokenizer, position_limit(parent))
-        models = (student, parent)
-        homes = [model.device for model in models]
-        try:
-            for model in models:
-                nn.Module.to(model, self.device)
-            repairs = (
-                self.stream_repairs(student, parent, places, calibration) if self.goal != "parent" else []
-            )
-            self.repairs = self.fold(student, parent, places, calibration, repairs)
-        finally:
-            for model, home in zip(models, homes, strict=True):
-                nn.Module.to(model, home)
-        return self.repairs
+        return super().__call__(student, parent, mask, tokenizer)
 
-    def calibration(self, tokenizer: PreTrainedTokenizerBase, limit: int | None = None) -> list[Batch]:
-        """Return the calibration rows as padded batches, every token supervised.
-
-        Args:
-            tokenizer: of the model.
-            limit: tokens that the model can read in a row, after which a row is cut off; None is no limit.
-
-        Raises:
-            ConfigError: there are no rows.
-        """
-        read = read_rows(self.data, self.rows, self.split)
-        length = min(self.max_length, limit or self.max_length)
-        rows = judged(tokenizer, read, self.columns, "all", length)
-        if not rows.rows:
-            raise ConfigError(f"patch.data: '{self.data}' gives no row of two tokens or more.")
-        self.used = f"{rows} ({sum(len(row.ids) for row in rows.rows):,} tokens)"
-        return list(batches(rows.rows, self.batch_size, tokenizer.pad_token_id or 0))
+    def repair(
+        self, student: PreTrainedModel, parent: PreTrainedModel, mask: Mask, calibration: Sequence[Batch]
+    ) -> list[Repair]:
+        """Fold a repair into the layer before each gap; return the outcome of each."""
+        places, repairs = junctions(mask), list[StreamRepair]()
+        if self.goal != "parent":
+            repairs = self.stream_repairs(student, parent, places, calibration)
+        return self.fold(student, parent, places, calibration, repairs)
 
     def stream_repairs(
         self,
@@ -217,7 +164,7 @@ class LinearPatch:
                 def target(batch: Batch, h_BTH: Tensor, number: int = number) -> Tensor:
                     if repairs:
                         return cast(Tensor, repairs[number](h_BTH))
-                    run(parent, batch)
+                    run(parent, batch, places[number].end)
                     return entering[places[number].end]
 
                 folds.append(fold(student, place.before, calibration, target, self.ridge))

@@ -15,7 +15,7 @@ Shapes: B batch, T tokens, H hidden, N tokens that are not padding, J junctions.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -114,15 +114,31 @@ def inputs(model: PreTrainedModel, layers: Iterable[int]) -> Iterator[dict[int, 
         yield streams
 
 
+class _Reached(Exception):
+    """Ends a pass behind the last layer that is wanted."""
+
+
 @torch.no_grad()
-def run(model: PreTrainedModel, batch: Batch) -> Tensor:
+def run(model: PreTrainedModel, batch: Batch, last: int | None = None) -> Tensor:
     """Pass a batch through the decoder, without the output head, for what hooks collect.
+
+    Args:
+        model: any decoder.
+        batch: the rows.
+        last: the layer behind which the pass ends; None runs them all.
 
     Returns:
         Which tokens are real (not padding), flat ``[B * T]``.
     """
     fed = {key: value.to(model.device) for key, value in batch.items() if key != "labels"}
-    model.base_model(**fed, use_cache=False)
+
+    def stop(*_: Any) -> None:
+        raise _Reached
+
+    with ExitStack() as stack, suppress(_Reached):
+        if last is not None:
+            stack.callback(decoder_layers(model)[1][last].register_forward_hook(stop).remove)
+        model.base_model(**fed, use_cache=False)
     return real(fed).flatten()
 
 

@@ -45,6 +45,11 @@ class Writer(Protocol):
     @property
     def constant(self) -> bool: ...
 
+    @property
+    def map_FH(self) -> Tensor:
+        """What each feature but the constant adds to the stream, float64."""
+        ...
+
     def watch(self, keep: Callable[[Tensor], None]) -> RemovableHandle:
         """Call ``keep`` with the features ``[B, T, F]`` of each forward pass, until the handle is removed."""
         ...
@@ -65,6 +70,11 @@ class Linear:
     @property
     def constant(self) -> bool:
         return self.module.bias is not None
+
+    @property
+    def map_FH(self) -> Tensor:
+        weight = self.module.weight if isinstance(self.module, Conv1D) else self.module.weight.T
+        return self.scale * weight.detach().double()
 
     def watch(self, keep: Callable[[Tensor], None]) -> RemovableHandle:
         return self.module.register_forward_pre_hook(lambda _m, args: keep(args[0]))
@@ -93,13 +103,15 @@ class Call:
 
 
 @torch.no_grad()
-def stream_writer(model: PreTrainedModel, index: int, batch: Batch) -> Writer:
+def stream_writer(model: PreTrainedModel, index: int, batch: Batch, before: Writer | None = None) -> Writer:
     """Find the last linear map of a layer that writes to the stream, or else its mixture of experts.
 
     Args:
         model: the cut model.
         index: number of the layer.
         batch: rows, of which the first serves for the experiment.
+        before: a writer of the layer, silent at present: the last one besides it is meant, such as the
+            attention's beside the feed-forward's.
 
     Raises:
         ConfigError: the layer has neither. Either a norm follows its last linear map, or its experts add
@@ -108,10 +120,11 @@ def stream_writer(model: PreTrainedModel, index: int, batch: Batch) -> Writer:
     layers = decoder_layers(model)[1]
     layer, others = layers[index], {id(p) for i, m in enumerate(layers) if i != index for p in m.parameters()}
     tolerance = TOLERANCE[str(model.dtype).removeprefix("torch.")]
-    calls = _calls(model, layer, {key: value[:1] for key, value in batch.items()})
+    calls = _calls(model, index, {key: value[:1] for key, value in batch.items()})
     out_BTH = first(calls[""].out)
-    names = reversed([name for name, call in calls.items() if name and call.has_size(out_BTH.numel())])
-    modules = {name: layer.get_submodule(name) for name in names}
+    names = [name for name, call in calls.items() if name and call.has_size(out_BTH.numel())]
+    around = f"{before.name}." if before else ""
+    modules = {n: layer.get_submodule(n) for n in reversed(names) if not around.startswith(f"{n}.")}
     linears = {name: m for name, m in modules.items() if isinstance(m, nn.Linear | Conv1D)}
     for name, module in linears.items():
         if id(module.weight) not in others and (scale := _scale(layer, calls, name, tolerance)):
@@ -131,9 +144,12 @@ def stream_writer(model: PreTrainedModel, index: int, batch: Batch) -> Writer:
     )
 
 
-def _calls(model: PreTrainedModel, layer: nn.Module, batch: Batch) -> dict[str, Call]:
-    """Return the last call of each module that has weights, in the order of their ends; "" is the layer."""
-    calls: dict[str, Call] = {}
+def _calls(model: PreTrainedModel, index: int, batch: Batch) -> dict[str, Call]:
+    """Return the last call of each module of a layer that has weights, in the order of their ends.
+
+    The layer itself is "".
+    """
+    layer, calls = decoder_layers(model)[1][index], dict[str, Call]()
 
     def record(name: str) -> Callable[..., None]:
         def hook(_: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
@@ -146,7 +162,7 @@ def _calls(model: PreTrainedModel, layer: nn.Module, batch: Batch) -> dict[str, 
         for name, module in layer.named_modules():
             if any(True for _ in module.parameters()):
                 stack.callback(module.register_forward_hook(record(name), with_kwargs=True).remove)
-        run(model, batch)
+        run(model, batch, index)
     return calls
 
 

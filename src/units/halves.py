@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from src.models.layers import Arguments, decoder_layers, first, with_first
+from src.models.layers import Arguments, decoder_layers, first, silenced
 from src.models.structure import Misfit, alike
 
 TRIED = 8
@@ -114,11 +114,7 @@ class _Trial:
                 hook = module.register_forward_hook(lambda _m, _i, out: outputs.append(first(out).clone()))
                 stack.callback(hook.remove)
             for path in silent:
-                module = self.layer.get_submodule(path)
-                hook = module.register_forward_hook(
-                    lambda _m, _i, out: with_first(out, torch.zeros_like(first(out)))
-                )
-                stack.callback(hook.remove)
+                stack.enter_context(silenced(self.layer.get_submodule(path)))
             out = first(self.layer(self.h, *self.rest, **self.kwargs))
         return out, outputs[-1] if outputs else None
 

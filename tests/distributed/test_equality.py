@@ -113,6 +113,32 @@ def test_an_evolution_on_two_ranks_ends_as_one(name: str, keys: dict[str, Any], 
     assert diary(runs[1], 0)[0]["logits"] == diary(runs[1], 1)[0]["logits"]
 
 
+@pytest.mark.parametrize("overlay", ["ddp", "fsdp2"])
+def test_fisher_scores_of_two_ranks_are_those_of_one_process(overlay: str, bench: Bench) -> None:
+    """A calibration batch is that of all ranks, whose numbers of supervised tokens differ."""
+    policy = {"class_path": "src.policies.Fisher", "init_args": {"rearranged": True}}
+    keys = {"model__init_args__policy": policy, "trainer__max_steps": 1}
+    runs = [bench.fit(name, "search", name, ranks, **keys) for name, ranks in (("single", 1), (overlay, 2))]
+    alone, pair = (diary(run) for run in runs)
+    assert diary(runs[1], 1)[0]["logits"] == pair[0]["logits"]
+    assert alone[0]["gates"] == pair[0]["gates"]
+    assert drift(alone, pair, "logits")[0] <= MAX
+    assert max(alone[0]["logits"]) > 2, "kept units have two more than their share"
+
+
+def test_a_recovery_from_tuned_scales_starts_alike_on_all_ranks(bench: Bench) -> None:
+    patch = {
+        "class_path": "src.repair.mask_tuning.MaskTuning",
+        "init_args": {"data": bench.corpus, "rows": 8},
+    }
+    keys = {"model__init_args__patch": patch, "trainer__max_steps": 4}
+    alone = diary(bench.fit("single", "recover", "single", 1, **keys))
+    pair = diary(bench.fit("ddp", "recover", "ddp", 2, **keys))
+    plain = diary(bench.fit("plain", "recover", "single", 1, trainer__max_steps=4))
+    assert drift(alone, pair, "loss")[0] <= MAX
+    assert drift(alone, plain, "loss")[0] > 100 * MAX
+
+
 @pytest.mark.parametrize(("scope", "sharded"), [("cut_adjacent", "false"), ("lora", "true")])
 def test_a_sharded_student_learns_in_every_scope(scope: str, sharded: str, bench: Bench) -> None:
     """Frozen weights beside trained ones, adapters, and a teacher in parts or whole go with FSDP2."""

@@ -20,10 +20,10 @@ from transformers import PreTrainedModel
 from src.cli import main
 from src.data.arithmetic import build_tokenizer
 from src.export.observe import compare, observe, proof_tokens
-from src.mask import Mask
+from src.mask import Mask, Unit
 from src.models.adapters import adapted, out_of_reach
 from src.recover import Recovery
-from src.repair.linear_patch import LinearPatch
+from src.repair.verb import METHODS
 from tests.faults.directories import refused
 from tests.tiny import tiny_model
 
@@ -37,12 +37,13 @@ REPAIRS: dict[str, dict[str, Any]] = {
     "diag": {"goal": "diag"},
     "rotate-distilled": {"goal": "rotate", "distill_steps": 2, "lr": 1e-2},
     "diag-distilled": {"goal": "diag", "distill_steps": 2, "lr": 1e-2},
+    "scales": {"method": "mask_tuning"},
 }
 
 
 def often(family: str, repair: str) -> bool:
     """Return whether another case that always runs shows nearly the same."""
-    return family == "qwen3" or (family == "mixtral" and repair not in ("none", "rotate-distilled"))
+    return family == "qwen3" or (family == "mixtral" and repair not in ("none", "rotate-distilled", "scales"))
 
 
 @pytest.fixture(scope="session")
@@ -68,7 +69,11 @@ def parent(request: pytest.FixtureRequest, family_dirs: dict[str, str], tmp_path
 
 def recovered(mask: Path, out: Path, scope: Any, repair: dict[str, Any], rows: str) -> PreTrainedModel:
     """A checkpoint as a recovery leaves it after a step of every weight that trains; its model."""
-    patch = LinearPatch(rows, rows=8, device="cpu", **repair) if repair else None
+    kind, keys = (
+        METHODS[repair.get("method", "linear_patch")],
+        {k: v for k, v in repair.items() if k != "method"},
+    )
+    patch = kind(rows, rows=8, device="cpu", **keys) if repair else None
     made = Recovery(str(mask), scope=scope, lora_rank=2, patch=patch)
     made.configure_model()
     generator = torch.Generator().manual_seed(0)
@@ -123,6 +128,31 @@ def test_every_repair_alone_is_exported(parent: str, repair: str, tmp_path: Path
     main(["patch", "--mask", str(tmp_path / "mask.json"), "--data", corpus_file, "--out", str(out)]
          + [f"--{key.replace('_', '-')}={value}" for key, value in REPAIRS[repair].items()])  # fmt: skip
     assert "fitted to" in exported(out)
+
+
+@pytest.mark.parametrize("unit", ["half", "kv_group", "channel"])
+@pytest.mark.parametrize("parent", ["llama"], indirect=True)
+def test_scales_are_exported_for_every_unit(
+    unit: Unit, parent: str, tmp_path: Path, corpus_file: str
+) -> None:
+    """Where LinearPatch has no gap to repair; what is reloaded computes what was tuned, to the last bit."""
+    width = {"kv_group": 2, "channel": 48}.get(unit)
+    keep = {"half": (0, 3, 4, 5, 6, 7, 8, 11), "kv_group": tuple(range(1, 12, 2))}.get(
+        unit, tuple(u for u in range(6 * 48) if u % 4)
+    )
+    Mask(parent, 6, keep, "test", unit=unit, width=width).save(tmp_path / "mask.json")
+    argv = ["patch", "--method=mask_tuning", "--mask", str(tmp_path / "mask.json"), "--data", corpus_file]
+    main([*argv, "--out", str(tmp_path / "out"), "--rows=8"])
+    assert "scales of attention heads and feed-forward channels fitted to" in exported(tmp_path / "out")
+
+
+@pytest.mark.parametrize("parent", ["llama"], indirect=True)
+def test_a_setting_of_another_repair_is_refused(
+    parent: str, tmp_path: Path, corpus_file: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = ["patch", "--method=mask_tuning", "--mask", str(tmp_path / "mask.json"), "--data", corpus_file]
+    message = refused([*argv, "--out", str(tmp_path / "out"), "--goal=rotate"], capsys)
+    assert "--goal: --method mask_tuning has no such setting" in message
 
 
 @pytest.mark.parametrize("parent", ["gemma2"], indirect=True)

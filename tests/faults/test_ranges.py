@@ -22,6 +22,7 @@ from src.pretrain import Pretrain
 from src.ranges import Range, above_zero, natural, positive, ranges_of, share
 from src.recover import Recovery
 from src.repair.linear_patch import LinearPatch
+from src.repair.mask_tuning import MaskTuning
 from src.search import MaskSearch
 from src.training.finite import FiniteOnly
 from src.training.stage import Stage
@@ -59,11 +60,13 @@ def test_a_range_holds_what_it_says(accepted: Range, inside: list[Any], outside:
         (MaskSearch, {"draws": 0, "calibration_batches": -3, "ratio": 1.0}),
         (MaskSearch, {"calibration_batches": 0}),
         (Recovery, {"warmup": -0.5, "final_lr": INF, "lora_rank": 0}),
+        (MaskTuning, {"ridge": -1.0, "rows": 0, "batch_size": 0}),
         (LinearPatch, {"ridge": NAN, "rows": 0, "distill_steps": -1, "lr": INF}),
     ],
 )
 def test_constructors_tell_all_faults_at_once(component: type, keys: dict[str, Any]) -> None:
-    needed = {MaskSearch: {"model": "m", "policy": None}, Recovery: {"mask": "m"}, LinearPatch: {"data": "d"}}
+    needed = {MaskSearch: {"model": "m", "policy": None}, Recovery: {"mask": "m"}, LinearPatch: {"data": "d"},
+              MaskTuning: {"data": "d"}}  # fmt: skip
     with pytest.raises(ConfigError) as fault:
         component(**needed.get(component, {}), **keys)
     assert all(f"{key}: {value} given; accepted: {ranges_of(component)[key]}" in str(fault.value)

@@ -15,16 +15,19 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from src.mask import Unit
 from src.models.loading import load_config
+from src.plan.advice import advise
 from src.plan.experiment import Experiment
 from src.plan.ledger import Ledger
 from src.plan.memory import OVERHEAD, Setting, memory
 from src.plan.planner import Planner
 from src.plan.toy import CountingProbe, Toy
 from src.plan.trace import Trace
+from src.plan.verb import summary
 from src.plan.weights import Weights
 from src.plan.work import cache_size, calibration
-from src.policies import GumbelTopK
+from src.policies import Fisher, GumbelTopK
 from src.search import MaskSearch
 from tests.planning import (
     CACHE,
@@ -171,6 +174,29 @@ def test_calibration_counts_what_the_policy_asks(tmp_path: Path) -> None:
     both = soft + hard + soft + rows * (L - 2) / L  # of each budget the soft mask and the hard one
     assert passes("kl", **several) == pytest.approx(signals + quick + both)
     assert passes("kl", True, **several, nested=True) < passes("kl", True, **several), "fewer neighbours"
+
+
+@pytest.mark.parametrize("unit", ["layer", "half", "channel"])
+def test_calibration_counts_the_one_backward_pass_of_fisher_scores(unit: Unit, tmp_path: Path) -> None:
+    """As many passes as batches there, and back as many; then the final mask is measured."""
+    search = MaskSearch(
+        write_config(tmp_path / "model.json"), Fisher(rearranged=True), unit=unit, remove=1,
+        calibration_batches=8,
+    )  # fmt: skip
+    hard = (
+        8 if unit == "channel" else 8 * (L - 1) / L
+    )  # the soft mask of a policy that is sure is the hard one
+    assert calibration(search, 0) == pytest.approx(2 * 8 + 8 + hard)
+
+
+def test_a_repair_changes_no_size_and_a_plan_says_that_it_is_not_counted(tmp_path: Path) -> None:
+    """Its rows and its tokenizer are not read: neither is there."""
+    plans = []
+    for patch in ("null", "{class_path: src.repair.mask_tuning.MaskTuning, init_args: {data: no-such-rows}}"):
+        planner = planner_of(tmp_path, RECOVER, **{"model.init_args.patch": patch})
+        plans.append(summary(planner, planner.configured, advise(planner)))
+    assert [plan.pop("repair") for plan in plans] == [False, True]
+    assert plans[0] == plans[1]
 
 
 def test_a_step_of_halves_costs_what_one_of_layers_does(plan: Make) -> None:

@@ -1,0 +1,130 @@
+"""The contract of a repair: a change of a cut model's weights, without training, on a few rows of text."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from src.data.batches import Batch
+from src.data.columns import Columns
+from src.data.judging import batches, judged, read_rows
+from src.errors import ConfigError
+from src.mask import Mask
+from src.models.positions import position_limit
+from src.ranges import Count, checked
+from src.repair.fold import Repair
+
+
+class CutRepair(ABC):
+    """Changes weights of the cut model in place; its class, shapes and keys stay what they are.
+
+    ``python -m src.cli patch`` exports such a model; ``src.recover.Recovery(patch=...)`` starts from one.
+
+    Args:
+        data: calibration rows: JSONL, Parquet, text or a Hub id.
+        rows: largest number of calibration rows that are read.
+        columns: columns of these rows; None looks for well-known names.
+        split: split of a Hub or saved dataset; None is the only one that it has.
+        max_length: tokens after which a row is cut off.
+        batch_size: rows at once.
+        device: where to compute; None is cuda if there is one.
+
+    Attributes:
+        repairs: the outcome of each change of the last call.
+    """
+
+    @checked
+    def __init__(
+        self,
+        data: str,
+        rows: Count = 256,
+        columns: Columns | None = None,
+        split: str | None = None,
+        max_length: Count = 1024,
+        batch_size: Count = 8,
+        device: str | None = None,
+    ) -> None:
+        self.data, self.rows, self.columns = data, rows, columns or Columns()
+        self.split, self.max_length, self.batch_size = split, max_length, batch_size
+        self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        self.repairs: list[Repair] = []
+        self.used = f"{rows} rows"
+
+    @property
+    @abstractmethod
+    def fitted(self) -> str:
+        """What is fitted to what, in words."""
+
+    @abstractmethod
+    def repair(
+        self, student: PreTrainedModel, parent: PreTrainedModel, mask: Mask, calibration: Sequence[Batch]
+    ) -> list[Repair]:
+        """Change the cut model; return the outcome of each change.
+
+        Args:
+            student: the cut model, with the parent's weights, on :attr:`device`.
+            parent: the whole model, there too.
+            mask: names the kept units.
+            calibration: batches, as :meth:`calibration` gives.
+        """
+
+    def refuse(self, mask: Mask) -> None:  # noqa: B027
+        """Refuse a mask that leaves nothing to repair, with a :class:`ConfigError`; by default none."""
+
+    def __str__(self) -> str:
+        if not self.repairs:
+            return "nothing is repaired"
+        errors = ", ".join(f"{r.module} {r.before:.2g} -> {r.after:.2g}" for r in self.repairs)
+        return f"{self.fitted} on {self.used}; squared relative error: {errors}"
+
+    def __call__(
+        self,
+        student: PreTrainedModel,
+        parent: PreTrainedModel,
+        mask: Mask,
+        tokenizer: PreTrainedTokenizerBase,
+    ) -> list[Repair]:
+        """Repair the cut model in place; return the outcome of each change.
+
+        Args:
+            student: the cut model, with the parent's weights.
+            parent: the whole model.
+            mask: names the kept units.
+            tokenizer: the parent's.
+
+        Raises:
+            ConfigError: the rows cannot be read, or a layer of this family has no weights to fold into.
+        """
+        calibration = self.calibration(tokenizer, position_limit(parent))
+        models = (student, parent)
+        homes = [model.device for model in models]
+        try:
+            for model in models:
+                nn.Module.to(model, self.device)
+            self.repairs = self.repair(student, parent, mask, calibration)
+        finally:
+            for model, home in zip(models, homes, strict=True):
+                nn.Module.to(model, home)
+        return self.repairs
+
+    def calibration(self, tokenizer: PreTrainedTokenizerBase, limit: int | None = None) -> list[Batch]:
+        """Return the calibration rows as padded batches, every token supervised.
+
+        Args:
+            tokenizer: of the model.
+            limit: tokens that the model can read in a row, after which a row is cut off; None is no limit.
+
+        Raises:
+            ConfigError: there are no rows.
+        """
+        read = read_rows(self.data, self.rows, self.split)
+        length = min(self.max_length, limit or self.max_length)
+        rows = judged(tokenizer, read, self.columns, "all", length)
+        if not rows.rows:
+            raise ConfigError(f"patch.data: '{self.data}' gives no row of two tokens or more.")
+        self.used = f"{rows} ({sum(len(row.ids) for row in rows.rows):,} tokens)"
+        return list(batches(rows.rows, self.batch_size, tokenizer.pad_token_id or 0))
