@@ -41,20 +41,23 @@ class TemperatureAnnealing(Callback):
 class PruningCurriculum(Callback):
     """Raises the number of units that a draw removes from few to the full number n, in the course of the run.
 
-    At step t of T, counted from 0, it is ``min(n, ceil(n (t + 1) / (until T)))``.
+    At step t of T, counted from 0, the way is ``p = min(1, (t + 1) / (until T))``, and the number
+    ``ceil(n p)``; or ``ceil(n (1 - (1 - p)^3))``, which is fast at first.
 
     Args:
         until: share of the run after which the full number is removed; 0 removes it from the first step.
+        shape: ``linear`` or ``cubic``.
     """
 
     @checked
-    def __init__(self, until: Share = 0.5) -> None:
-        self.until = until
+    def __init__(self, until: Share = 0.5, shape: Literal["linear", "cubic"] = "linear") -> None:
+        self.until, self.shape = until, shape
 
     def on_train_batch_start(self, trainer: Trainer, module: LightningModule, *_: Any) -> None:
         policy = cast("MaskSearch", module).policy
         target = policy.target
         progress = share_done(trainer, trainer.global_step + 1, total_steps(trainer))
-        now = target if self.until == 0 else math.ceil(round(target * progress / self.until, 9))
-        policy.remove = min(target, now)
+        way = 1.0 if self.until == 0 else min(1.0, progress / self.until)
+        share = way if self.shape == "linear" else 1 - (1 - way) ** 3
+        policy.remove = math.ceil(round(target * share, 9))
         module.log("mask/removed", float(policy.remove))

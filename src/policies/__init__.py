@@ -7,6 +7,7 @@ from src.policies.bypass import BypassBP
 from src.policies.concave import ConcaveGate
 from src.policies.exhaustive import Exhaustive
 from src.policies.fisher import Fisher
+from src.policies.grain import Grain
 from src.policies.gumbel_topk import GumbelTopK
 from src.policies.hard_concrete import HardConcrete
 from src.policies.layer_kl import LayerKL
@@ -30,6 +31,7 @@ __all__ = [
     "ConcaveGate",
     "Exhaustive",
     "Fisher",
+    "Grain",
     "GumbelTopK",
     "HardConcrete",
     "LayerKL",
