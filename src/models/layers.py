@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import Cache, PretrainedConfig, PreTrainedModel
 
@@ -110,13 +107,3 @@ def with_stream(hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -
 def with_first(out: Any, hidden: Tensor) -> Any:
     """Return a module's output, the hidden states in it replaced by ``hidden``."""
     return hidden if isinstance(out, Tensor) else type(out)((hidden, *out[1:]))
-
-
-@contextmanager
-def silenced(module: nn.Module) -> Iterator[None]:
-    """Let a module return zeros in place of its hidden states, whenever it runs in the block."""
-    hook = module.register_forward_hook(lambda _m, _i, out: with_first(out, torch.zeros_like(first(out))))
-    try:
-        yield
-    finally:
-        hook.remove()

@@ -1,4 +1,4 @@
-"""Collect what a plain model computes inside while it runs: streams behind layers, inputs of modules."""
+"""Hooks on a plain model: collect what it computes inside while it runs, or let a module add nothing."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from src.models.layers import decoder_layers, first
+from src.models.layers import decoder_layers, first, with_first
 
 
 @contextmanager
@@ -59,3 +60,13 @@ def inputs(model: PreTrainedModel, paths: Mapping[int, str]) -> Iterator[dict[in
             module = modules[index].get_submodule(path)
             hooks.callback(module.register_forward_pre_hook(keep).remove)
         yield collected
+
+
+@contextmanager
+def silenced(module: nn.Module) -> Iterator[None]:
+    """Let a module return zeros in place of its hidden states, whenever it runs in the block."""
+    hook = module.register_forward_hook(lambda _m, _i, out: with_first(out, torch.zeros_like(first(out))))
+    try:
+        yield
+    finally:
+        hook.remove()

@@ -53,10 +53,8 @@ class Fisher(OneShot):
         share_U = information_U / information_U.sum().clamp_min(torch.finfo(information_U.dtype).tiny)
         if not self.rearranged:
             return share_U
-        if self.space.groups > 1:
-            kept_U = rearranged(
-                grads_BU.unflatten(1, (self.space.groups, -1)), self.closed // self.space.groups
-            )
+        if (groups := self.space.groups) > 1:
+            kept_U = rearranged(grads_BU.unflatten(1, (groups, -1)), self.closed // groups)
         else:
             best = self.space.argmax(information_U).nonzero().flatten().tolist()
             kept_U = self.gates(exchanged(grads_BU, self.space, tuple(best))).cpu()
@@ -100,9 +98,8 @@ def rearranged(grads_BGW: Tensor, remove: int) -> Tensor:
     gone_GR, gone_BGR = order_GW[:, :remove].clone(), rising_BGW[..., :remove].clone()
     at = torch.arange(groups)
     for unit in range(remove, order_GW.shape[1]):
-        pool_BGP = torch.cat(
-            [rising_BGW[..., unit : unit + 1], gone_BGR], 2
-        )  # of equal costs it returns itself
+        # The new one comes first, so of equal costs it is the one that leaves again.
+        pool_BGP = torch.cat([rising_BGW[..., unit : unit + 1], gone_BGR], 2)
         left_BGP = pool_BGP.sum(2, keepdim=True) - pool_BGP
         back_G = left_BGP.square().sum(0).argmin(1)
         out_G = (back_G - 1).clamp_min(0)

@@ -34,7 +34,8 @@ from transformers import PreTrainedModel
 from src.data.batches import Batch
 from src.errors import ConfigError
 from src.mask import Mask
-from src.models.layers import decoder_layers, first, silenced, text_config
+from src.models.layers import decoder_layers, first, text_config
+from src.models.streams import silenced
 from src.ranges import Count, NonNegative, checked
 from src.repair.base import CutRepair
 from src.repair.fold import Regression, Repair, change, regress

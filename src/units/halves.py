@@ -22,7 +22,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from src.models.layers import Arguments, decoder_layers, first, silenced
+from src.models.layers import Arguments, decoder_layers, first
+from src.models.streams import silenced
 from src.models.structure import Misfit, alike
 
 TRIED = 8

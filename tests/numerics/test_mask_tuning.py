@@ -13,7 +13,8 @@ from transformers import PreTrainedModel
 from src.errors import ConfigError
 from src.mask import Mask, Unit
 from src.models.cut import cut
-from src.models.layers import decoder_layers, silenced
+from src.models.layers import decoder_layers
+from src.models.streams import silenced
 from src.repair import mask_tuning
 from src.repair.fold import Regression
 from src.repair.mask_tuning import MaskTuning, places
