@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from statistics import fmean
 
 import torch
 from torch import nn
@@ -17,6 +18,9 @@ from src.mask import Mask
 from src.models.positions import position_limit
 from src.ranges import Count, checked
 from src.repair.fold import Repair
+
+LISTED = 16
+"""Most places whose errors are listed one by one."""
 
 
 class CutRepair(ABC):
@@ -79,6 +83,9 @@ class CutRepair(ABC):
         if not self.repairs:
             return "nothing is repaired"
         errors = ", ".join(f"{r.module} {r.before:.2g} -> {r.after:.2g}" for r in self.repairs)
+        if len(self.repairs) > LISTED:
+            before, after = (fmean(getattr(r, key) for r in self.repairs) for key in ("before", "after"))
+            errors = f"{before:.2g} -> {after:.2g} on average over {len(self.repairs)} places"
         return f"{self.fitted} on {self.used}; squared relative error: {errors}"
 
     def __call__(

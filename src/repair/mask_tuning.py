@@ -28,6 +28,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -80,6 +81,10 @@ class MaskTuning(CutRepair):
             each = len(map_FH) // heads if place.silent and len(map_FH) % heads == 0 else 1
             rise_F = self.rise(regression, map_FH, each)
             if not bool(((1 + rise_F).abs() <= LARGEST).all()):
+                rank_zero_warn(
+                    f"patch: a scale of {place.writer.name} in layer {place.index} would be beyond "
+                    f"{LARGEST:g}, so tuning ends before it. A larger ridge holds the scales nearer to 1."
+                )
                 break
             delta_FH = torch.zeros_like(regression.cross_FH)  # its last row stays zero if there is a bias
             delta_FH[: len(map_FH)] = rise_F[:, None] * map_FH

@@ -16,7 +16,7 @@ from src.models.cut import cut
 from src.models.layers import decoder_layers
 from src.models.streams import silenced
 from src.repair import mask_tuning
-from src.repair.fold import Regression
+from src.repair.fold import Regression, Repair
 from src.repair.mask_tuning import MaskTuning, places
 from src.repair.stream import inputs, run
 from tests.numerics.test_repair import batch_of, logits
@@ -218,7 +218,8 @@ def test_tuning_ends_at_the_first_scale_that_is_too_large() -> None:
     parent = tiny_model("llama")
     student = cut(parent, wide(40))
     decoder_layers(student)[1][3].mlp.down_proj.weight.data /= 20
-    repairs, before = tuned(student, parent, wide(40), ridge=1e-4)
+    with pytest.warns(UserWarning, match="down_proj in layer 3 would be beyond 10, so tuning ends"):
+        repairs, before = tuned(student, parent, wide(40), ridge=1e-4)
     layers = {int(repair.module.split(".")[2]) for repair in repairs}
     assert layers <= {0, 1, 2, 3}
     assert repairs[-1].module.endswith(("3.self_attn.o_proj", "2.mlp.down_proj"))
@@ -257,6 +258,15 @@ def test_a_stronger_ridge_moves_the_weights_less_and_the_strongest_not_at_all() 
 
 
 # ---------------------------------------------------------------------- the pieces
+
+
+def test_many_places_are_told_by_their_mean_and_a_few_one_by_one() -> None:
+    repair = tuning()
+    assert str(repair) == "nothing is repaired"
+    repair.repairs = [Repair(f"layers.{i}.down", 0.2 * i, 0.1 * i) for i in range(3)]
+    assert str(repair).endswith("layers.1.down 0.2 -> 0.1, layers.2.down 0.4 -> 0.2")
+    repair.repairs = [Repair(f"layers.{i}.down", 0.2 * i, 0.1 * i) for i in range(41)]
+    assert str(repair).endswith("squared relative error: 4 -> 2 on average over 41 places")
 
 
 def test_a_silent_module_returns_zeros_in_the_block_only() -> None:
