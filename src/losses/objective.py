@@ -12,6 +12,7 @@ from src.errors import ConfigError
 from src.losses.distill import Distillation
 from src.losses.terms import Pair, Step, Term
 from src.mask import Mask
+from src.ranges import from_zero
 
 
 @dataclass(frozen=True)
@@ -27,8 +28,8 @@ class Weighted:
     weight: float = 1.0
 
     def __post_init__(self) -> None:
-        if not self.weight >= 0:
-            raise ConfigError(f"terms: weight: {self.weight} given; accepted: a number from 0.")
+        if self.weight not in from_zero:
+            raise ConfigError(f"terms: weight: {self.weight} given; accepted: {from_zero}.")
 
 
 class Objective:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from src.data.batches import Supervised, supervised
+from src.errors import ConfigError
 from src.losses import CrossEntropy, Distillation, HiddenStates, Weighted
 from src.mask import Mask
 from src.models.cut import cut
@@ -200,3 +201,9 @@ def test_validation_and_cache_ask_the_one_distillation(mask_file: str) -> None:
     assert Recovery(mask_file, terms=[alone(), Weighted(own, 0.1)]).distillation is own
     assert Recovery(mask_file, terms=[alone()], distillation=own).distillation is own
     assert Recovery(mask_file, terms=[alone()]).distillation.k == 10
+
+
+@pytest.mark.parametrize("weight", [float("inf"), float("nan"), -0.5])
+def test_a_weight_is_a_finite_number_from_zero(weight: float) -> None:
+    with pytest.raises(ConfigError, match=rf"terms: weight: {weight} given; accepted: a number from 0"):
+        Weighted(HiddenStates(), weight)
