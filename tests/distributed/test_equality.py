@@ -100,9 +100,12 @@ def test_a_policy_that_is_not_learned_by_gradient_stays_equal(bench: Bench) -> N
         ("LevelSwitch", {"generations": 3, "offspring": 6, "initial": 4}),
         ("SegmentEvolution", {"segments": 3, "population": 6, "generations": 3}),
         ("SegmentEvolution", {"segments": 3, "population": 6, "generations": 3, "fitness": "frechet"}),
+        ("PruneMerge", {"prune": 0.2, "keep": 0.2}),
     ],
 )
-def test_an_evolution_on_two_ranks_ends_as_one(name: str, keys: dict[str, Any], bench: Bench) -> None:
+def test_a_search_by_measurements_on_two_ranks_ends_as_one(
+    name: str, keys: dict[str, Any], bench: Bench
+) -> None:
     """Each rank measures its own rows; what decides is the mean over all."""
     policy = {"class_path": f"src.policies.{name}", "init_args": keys}
     given = {"model__init_args__policy": policy, "trainer__max_steps": 1}

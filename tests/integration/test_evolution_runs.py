@@ -1,4 +1,4 @@
-"""What the evolutionary rivals find is exported, and reloads as the model that was measured."""
+"""What evolutions and gated scores find is exported, and reloads as the model that was measured."""
 
 from __future__ import annotations
 
@@ -14,7 +14,11 @@ from src.units.kinds import KINDS
 from tests.integration.test_overlays import SEARCH, arguments
 from tests.integration.test_width import llama_dir  # noqa: F401  (a fixture)
 
-OFFERED = {"level_switch": ("layer", "half", "kv_group"), "segment_evolution": ("layer",)}
+OFFERED = {
+    "level_switch": ("layer", "half", "kv_group"),
+    "segment_evolution": ("layer",),
+    "prune_merge": ("layer", "half"),
+}
 RUNS = [(overlay, unit) for overlay, units in OFFERED.items() for unit in units]
 
 
