@@ -20,6 +20,7 @@ POLICIES = {
     "GumbelTopK": {}, "BypassBP": {}, "HardConcrete": {}, "LayerKL": {}, "OneShotPerplexity": {},
     "SLEB": {"always_keep": "[]"}, "RandomSearch": {"masks": 3}, "Exhaustive": {},
     "Taylor": {}, "Magnitude": {}, "LevelSwitch": {"generations": 2}, "PruneMerge": {},
+    "Fisher": {}, "Grain": {},
 }  # fmt: skip
 KEEP = (0, 1, 2, 5, 6, 7, 10, 11)
 """Attention of layers 0, 1, 3, 5 and feed-forward of 0, 2, 3, 5: one recombined layer, and a gap."""
