@@ -19,6 +19,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from src.command import Parser
+from src.export import push
 from src.export.observe import Finding
 from src.export.parent import true_parent
 from src.export.proof import stored_as_parent
@@ -68,10 +69,14 @@ def export(mask: Mask, args: argparse.Namespace, repair: CutRepair | None = None
 
 
 def main(argv: list[str]) -> None:
-    """Export a cut model and print its proof."""
+    """Export a cut model, print its proof, and send it to the Hub if asked."""
     args = _parse(argv)
     mask = Mask.load(args.mask)
+    if args.push is not None:
+        push.check(args.push, args.force, args.report)
     show(mask, args.out, export(mask, args))
+    if args.push is not None:
+        push.push(Path(args.out), args.push, args.public, args.report)
 
 
 def show(mask: Mask, out: str | Path, findings: list[Finding]) -> None:
@@ -88,6 +93,8 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     add = parser.add_argument
     add("--checkpoint", metavar="PATH", help="recovered weights; default: the parent's own")
     add("--data", metavar="TEXT", help="what the model was trained on, for the card")
+    add("--push", metavar="USER/NAME", help="send the export to the Hugging Face Hub, once it is proven")
+    push.add_options(parser)
     return parser.parse_args(argv)
 
 
