@@ -20,7 +20,7 @@ from rich.table import Table
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
-from src.command import Parser, load, new_file, provenance, show
+from src.command import Parser, device_name, load, new_file, provenance, show
 from src.errors import ConfigError
 from src.files import write_json
 from src.models.costs import NEW, PROMPT, flops, parameters
@@ -44,14 +44,14 @@ def race(models: list[PreTrainedModel], ids_BT: Tensor, new_tokens: int) -> Tens
         new_tokens: number of tokens that each decodes.
     """
     seconds = torch.zeros(len(models), len(PHASES), dtype=torch.float64)
-    fed: list[Tensor] = [ids_BT] * len(models)
+    fed = [ids_BT.to(model.device) for model in models]
     caches: list[Cache | None] = [None] * len(models)
     for call in range(1 + new_tokens):
         for turn in range(len(models)):
             at = (call + turn) % len(models)
-            began = _now(ids_BT.device)
+            began = _now(models[at].device)
             fed[at], caches[at] = step(models[at], fed[at], cache=caches[at])
-            seconds[at, min(call, 1)] += _now(ids_BT.device) - began
+            seconds[at, min(call, 1)] += _now(models[at].device) - began
     return seconds
 
 
@@ -82,8 +82,7 @@ def compare(
     generator = torch.Generator().manual_seed(0)
     vocabulary = min(text_config(model.config).vocab_size for model in models)
     ids_BT = torch.randint(vocabulary, (batch_size, prompt_tokens), generator=generator)
-    ids_BT = ids_BT.to(models[0].device)
-    work = torch.tensor([flops(model, ids_BT, new_tokens) for model in models], dtype=torch.float64)
+    work = torch.tensor([flops(m, ids_BT.to(m.device), new_tokens) for m in models], dtype=torch.float64)
     race(models, ids_BT, new_tokens)  # warm-up, after that of the counting
     turns = track(range(repeats), f"repeats at batch size {batch_size}")
     seconds = torch.stack([race(models, ids_BT, new_tokens) for _ in turns])
@@ -142,7 +141,9 @@ def main(argv: list[str]) -> None:
     """
     args, began = _parse(argv), time.monotonic()
     names = [args.baseline, *args.model]
-    models = [load(name, args) for name in names]
+    models = [load(name, args, turn) for turn, name in enumerate(names)]
+    if len(kinds := dict.fromkeys(map(device_name, models))) > 1:
+        raise ConfigError(f"--device: speeds on different devices are not compared: {', '.join(kinds)}.")
     for name, model in zip(names, models, strict=True):
         longest = getattr(text_config(model.config), "max_position_embeddings", None)
         if longest is not None and args.prompt_tokens + args.new_tokens > longest:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import re
 import shlex
 from collections.abc import Iterator, Sequence
@@ -44,7 +45,12 @@ class Parser(argparse.ArgumentParser):
     def add_model_options(self) -> None:
         """Add the options that say how models are loaded."""
         self.add_argument("--dtype", default="float32", choices=get_args(Dtype))
-        self.add_argument("--device", default="auto", help="cpu, cuda, ... (default: cuda if there is one)")
+        self.add_argument(
+            "--device",
+            default="auto",
+            help="cpu, cuda, ... (default: cuda if there is one). cuda:0,cuda:1 is one for each model, "
+            "and the last for all that follow",
+        )
 
     def parse_known_args(  # type: ignore[override]  # argparse has overloads
         self, *args: Any, **keys: Any
@@ -81,14 +87,20 @@ def new_file(text: str) -> str:
 
 
 @waiting("the model is loaded")
-def load(name: str, args: argparse.Namespace) -> PreTrainedModel:
+def load(name: str, args: argparse.Namespace, turn: int = 0) -> PreTrainedModel:
     """Load a model as the options of :meth:`Parser.add_model_options` say.
+
+    Args:
+        name: Hub id or directory.
+        args: these options.
+        turn: number of the model among those of the command, from 0; it chooses among several devices.
 
     Raises:
         ConfigError: it cannot be loaded, holds NaN, or the device does not exist.
     """
     logging.disable_progress_bar()
-    device = args.device
+    devices = args.device.split(",")
+    device = devices[min(turn, len(devices) - 1)]
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     model = load_model(name, dtype=args.dtype)
@@ -112,10 +124,18 @@ def on_device(model: PreTrainedModel, device: str) -> PreTrainedModel:
         raise ConfigError(f"--device: cannot use '{device}': {first_line(e)}") from e
 
 
+def device_name(model: PreTrainedModel) -> str:
+    """Return the name of the card that a model lies on, or the kind of its device."""
+    device = model.device
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
 def each_model(
     args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase
 ) -> Iterator[tuple[dict[str, Any], PreTrainedModel]]:
     """Yield the teacher, if one is named, then each model, loaded one at a time.
+
+    A model is gone before the next is loaded, unless the caller keeps it: two may be too large for a device.
 
     Args:
         args: the options ``teacher``, ``model`` and those of :meth:`Parser.add_model_options`.
@@ -128,10 +148,12 @@ def each_model(
         ConfigError: a model cannot be loaded, or the tokenizer's ids mean other tokens to it.
     """
     named = [("--teacher", args.teacher)] * bool(args.teacher) + [("--model", name) for name in args.model]
-    for key, name in named:
-        model = load(name, args)
+    for turn, (key, name) in enumerate(named):
+        model = load(name, args, turn)
         check_vocabulary(tokenizer, model, name, key=key)
         yield {"path": name, "parameters": parameters(model), "layers": num_layers(model.config)}, model
+        del model
+        gc.collect()
 
 
 def rich_table(rows: Sequence[Sequence[str]]) -> Table:
@@ -160,11 +182,10 @@ def provenance(verb: str, argv: Sequence[str], model: PreTrainedModel) -> dict[s
         argv: its arguments.
         model: a model that was measured; its device and type are noted.
     """
-    device = model.device
     return {
         "command": shlex.join(["python", "-m", "src.cli", verb, *argv]),
         "commit": git_sha(),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "device": device_name(model),
         "threads": torch.get_num_threads(),
         "dtype": str(model.dtype).removeprefix("torch."),
         "torch": torch.__version__,

@@ -118,6 +118,8 @@ def ask(
     shots: int | None = None,
     limit: int | None = None,
     batch_size: int = 8,
+    chat: bool = False,
+    new_tokens: int | None = None,
 ) -> dict[str, Any]:
     """Let the harness judge one model; return the harness's results, with every answer under ``samples``.
 
@@ -128,21 +130,31 @@ def ask(
         shots: solved examples before each document; None is the task's own number.
         limit: documents of each task; None is all.
         batch_size: requests at once.
+        chat: whether documents are asked as chats, by the tokenizer's template.
+        new_tokens: largest number of tokens of a written answer; None is the task's own number.
 
     Raises:
-        ConfigError: the harness refuses, such as a task that would run code the model wrote.
+        ConfigError: the harness refuses, such as a task that would run code the model wrote; or there is no
+            template to ask by.
     """
+    if chat and not tokenizer.chat_template:
+        raise ConfigError(
+            f"--chat: the tokenizer '{tokenizer.name_or_path}' has no chat template. Leave it out."
+        )
     with _quiet("lm_eval"):
         lm = harness("models.huggingface").HFLM(
             pretrained=model, tokenizer=tokenizer, batch_size=batch_size, trust_remote_code=False
         )
     os.environ.setdefault("DISABLE_MULTIPROC", "1")  # no bootstrap in forks of a process that holds a model
     manager = harness("tasks").TaskManager(include_defaults=False)  # all are loaded: nothing to look up
-    options = {"num_fewshot": shots, "limit": limit, "bootstrap_iters": RESAMPLES, "log_samples": True}
+    options = {
+        "num_fewshot": shots, "limit": limit, "bootstrap_iters": RESAMPLES, "log_samples": True,
+        "apply_chat_template": chat, "gen_kwargs": {"max_gen_toks": new_tokens} if new_tokens else None,
+    }  # fmt: skip
     judge = harness("evaluator").simple_evaluate
     try:
         with contextlib.redirect_stdout(sys.stderr):
             results: dict[str, Any] = judge(model=lm, tasks=tasks, task_manager=manager, **options)
             return results
-    except ValueError as e:
+    except (AssertionError, ValueError) as e:  # it asserts that a written answer has room
         raise ConfigError(f"--tasks: the lm-evaluation-harness refuses: {_first_line(e)}.") from e

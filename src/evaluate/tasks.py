@@ -31,10 +31,13 @@ def main(args: argparse.Namespace, argv: list[str]) -> None:
     names = [name.strip() for name in args.tasks.split(",") if name.strip()]
     tasks = load_tasks(names, args.include_path, args.data_dir)
     tokenizer = load_tokenizer(args.teacher or args.model[0])
-    results, output = list[dict[str, Any]](), dict[str, Any]()
+    results, output, origin = list[dict[str, Any]](), dict[str, Any](), dict[str, Any]()
     for result, model in each_model(args, tokenizer):
-        output = ask(model, tokenizer, tasks, args.num_fewshot, args.limit, args.batch_size)
+        size, how = args.batch_size, (args.chat, args.max_new_tokens)
+        output = ask(model, tokenizer, tasks, args.num_fewshot, args.limit, size, *how)
         results.append(result | {"tasks": scores(output)})
+        origin = provenance("evaluate", argv, model) | {"lm_eval": harness("").__version__}
+        del model
     if args.teacher:
         for result in results[1:]:
             compare(result["tasks"], results[0]["tasks"])
@@ -46,7 +49,6 @@ def main(args: argparse.Namespace, argv: list[str]) -> None:
                 metric["correct"] = "".join("01"[ok] for ok in metric["correct"])
         first = 1 if args.teacher else 0
         figures = {"teacher": results[0] if first else None, "models": results[first:], "tasks": facts}
-        origin = provenance("evaluate", argv, model) | {"lm_eval": harness("").__version__}
         write_json(args.out, figures | origin | {"seconds": time.monotonic() - began})
 
 

@@ -82,12 +82,11 @@ def row_sums(
     """
     rows = [torch.zeros(0, len(ROW_SUMS), dtype=torch.float64)]
     for batch in track(batches, "batches of text"):
-        batch = {key: value.to(student.device) for key, value in batch.items()}
-        labels_BT = batch.pop("labels")[:, 1:]
+        labels_BT = batch["labels"][:, 1:].to(student.device)
         judged_BT = labels_BT != -100
         labels_N = labels_BT[judged_BT]
-        own_NV = _logits(student, batch)[judged_BT]
-        other_NV = own_NV if teacher is None else _logits(teacher, batch)[judged_BT]
+        own_NV = _logits(student, batch)
+        other_NV = own_NV if teacher is None else _logits(teacher, batch).to(student.device)
         parts = zip(*(x.split(chunk) for x in (own_NV, other_NV, labels_N)), strict=True)
         compared_NC = torch.cat([_compare(*part) for part in parts])
         row_N = judged_BT.nonzero()[:, 0]
@@ -97,9 +96,11 @@ def row_sums(
 
 
 def _logits(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
-    """Return the logits ``[B, T - 1, V]`` of all positions that have a next token."""
-    logits_BTV: Tensor = model(**batch, use_cache=False).logits
-    return logits_BTV[:, :-1]
+    """Return the logits ``[N, V]`` at the judged positions, on the device of the model."""
+    inputs = {key: value.to(model.device) for key, value in batch.items()}
+    judged_BT = inputs.pop("labels")[:, 1:] != -100
+    logits_BTV: Tensor = model(**inputs, use_cache=False).logits
+    return logits_BTV[:, :-1][judged_BT]
 
 
 def _compare(own_NV: Tensor, other_NV: Tensor, labels_N: Tensor) -> Tensor:

@@ -102,8 +102,8 @@ def exact_match(
 # ---------------------------------------------------------------------- command
 
 
-OF_ROWS = (*COLUMN_OPTIONS, "supervise", "max_length", "max_new_tokens", "no_exact_match")
-OF_TASKS = ("include_path", "data_dir", "num_fewshot")
+OF_ROWS = (*COLUMN_OPTIONS, "supervise", "max_length", "no_exact_match")
+OF_TASKS = ("include_path", "data_dir", "num_fewshot", "chat")
 """Options that only held-out rows have (``OF_ROWS``), or only public tasks (``OF_TASKS``)."""
 
 
@@ -125,7 +125,7 @@ def main(argv: list[str]) -> None:
         raise ConfigError(f"--data: {encoded} of '{args.data}' can be judged. See --answer and --max-length.")
     rows = [read[number] for number in encoded.numbers]
     task = not args.no_exact_match and _reference(rows[0], columns) is not None
-    teacher, results = None, list[dict[str, Any]]()
+    teacher, results, origin = None, list[dict[str, Any]](), dict[str, Any]()
     for result, model in each_model(args, tokenizer):
         text = batches(encoded.rows, args.batch_size, tokenizer.pad_token_id or 0)
         result |= held_out(model, teacher, text)
@@ -136,6 +136,8 @@ def main(argv: list[str]) -> None:
             teacher = model
             result |= {"kl": 0.0, "agreement": 1.0}
         results.append(result)
+        origin = provenance("evaluate", argv, model)
+        del model
     if task and teacher is not None:
         for result in results[1:]:
             if right := results[0]["exact_match"]:
@@ -143,7 +145,7 @@ def main(argv: list[str]) -> None:
             result["flips"] = flips(result["correct"], results[0]["correct"])
     show(summary(results, f"{encoded} of {args.data}"))
     if args.out:
-        origin = provenance("evaluate", argv, model) | {"seconds": time.monotonic() - began}
+        origin["seconds"] = time.monotonic() - began
         prompts = [row[columns.of(row).prompt or ""] for row in rows[:3]] if task else []
         about = {**encoded.record, "content": content(rows), "prompts": prompts}
         write_json(args.out, _record(results, teacher is not None) | about | origin)
@@ -213,12 +215,13 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         "--max-new-tokens",
         type=positive,
         metavar="T",
-        help="of an answer (default: longest reference + 32)",
+        help="of a written answer (default: longest reference + 32; with --tasks the task's)",
     )
     add("--no-exact-match", action="store_true", help="do not generate")
     add("--include-path", metavar="DIR", help="folder of task YAMLs, such as configs/tasks")
     add("--data-dir", default=".", metavar="DIR", help="folder of the files those YAMLs name (default: .)")
     add("--num-fewshot", type=natural, metavar="K", help="solved examples before each (default: the task's)")
+    add("--chat", action="store_true", help="ask tasks as chats, by the model's template")
     add("--out", type=new_file, metavar="FILE", help="write the figures as JSON")
     parser.add_model_options()
     args = parser.parse_args(argv)

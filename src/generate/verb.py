@@ -49,10 +49,13 @@ def main(argv: list[str]) -> None:
         print(f"{out}: written already by this command")
         return
     tokenizer = load_tokenizer(args.model)
+    first, of = args.part
     rows = read_rows(args.prompts, args.limit, args.split)
-    prompts = Prompts(tokenizer, read_columns(args), args.start)(rows)
+    prompts = Prompts(tokenizer, read_columns(args), args.start)(rows[first::of])
     if not prompts:
-        raise ConfigError(f"--prompts: '{args.prompts}' has no rows.")
+        raise ConfigError(
+            f"--prompts: '{args.prompts}' has {len(rows) or 'no'} rows, none for part {first}/{of}."
+        )
     places = longest_row(args.model) or sys.maxsize
     new_tokens([prompt.ids for prompt in prompts], places, None, args.max_new_tokens)  # refuses the longest
     model = load(args.model, args)
@@ -65,14 +68,22 @@ def main(argv: list[str]) -> None:
     for number, batch in enumerate(track(batches, "batches written")):
         part = parts / f"{number:06d}.json"
         if not part.exists():
-            torch.manual_seed(args.seed * len(batches) + number)  # of this batch alone, in every run
+            seed = args.seed * len(batches) + number  # of this batch alone, in every run
+            torch.manual_seed(seed * of + first)
             write_json(part, written(model, stop, [prompts[n] for n in batch], places, args))
         done |= zip(batch, read_json(part), strict=True)
-    write_text(out, "".join(json.dumps(done[n]["row"], ensure_ascii=False) + "\n" for n in sorted(done)))
+    unfinished = sum(not each["finished"] for each in done.values())
+    kept = [done[n] for n in sorted(done) if done[n]["finished"] or not args.finished]
+    if not kept:
+        raise ConfigError(
+            f"--finished: none of the {len(done)} rows ended within {args.max_new_tokens} tokens. Raise "
+            f"--max-new-tokens, or leave --finished out."
+        )
+    write_text(out, "".join(json.dumps(each["row"], ensure_ascii=False) + "\n" for each in kept))
     figures = {
-        "rows": len(done),
-        "tokens": sum(each["tokens"] for each in done.values()),
-        "unfinished": sum(not each["finished"] for each in done.values()),
+        "rows": len(kept),
+        "tokens": sum(each["tokens"] for each in kept),
+        "unfinished": unfinished,
         "seconds": time.monotonic() - began,
     }
     write_json(record, settings | figures | provenance("generate", argv, model))
@@ -162,6 +173,18 @@ def _go_on(parts: Path, settings: dict[str, Any]) -> None:
         )
 
 
+def _part(text: str) -> tuple[int, int]:
+    """Return a part and the number of parts, as ``type`` of argparse.
+
+    Raises:
+        ArgumentTypeError: it is no such part.
+    """
+    first, slash, of = text.partition("/")
+    if not (slash and first.isdecimal() and of.isdecimal() and int(first) < int(of)):
+        raise argparse.ArgumentTypeError(f"'{text}' given; accepted: K/N with K from 0 to N - 1, such as 0/8")
+    return int(first), int(of)
+
+
 def _parse(argv: list[str]) -> argparse.Namespace:
     parser = Parser("generate", "Let a model write the answers to prompts, as rows to train on.")
     add = parser.add_argument
@@ -175,6 +198,8 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     add("--out", required=True, type=new_file, metavar="FILE", help="the rows, as JSONL")
     add_columns(parser)
     add("--limit", type=positive, metavar="N", help="the first N rows only")
+    add("--part", type=_part, default=(0, 1), metavar="K/N", help="of N parts of these, part K, from 0")
+    add("--finished", action="store_true", help="leave out rows that the model did not end")
     add("--start", type=positive, default=16, metavar="T", help="tokens given of a plain text (default: 16)")
     add("--max-new-tokens", type=positive, default=512, metavar="T", help="of a row (default: 512)")
     add("--batch-size", type=positive, default=32, metavar="B", help="rows at once (default: 32)")

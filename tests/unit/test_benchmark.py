@@ -88,3 +88,11 @@ def test_the_command_writes_every_phase_and_batch_size(tmp_path: Path) -> None:
     assert {"threads", "device", "dtype", "commit", "command", "repeats"} <= set(record)
     with pytest.raises(ConfigError, match="64 positions"):
         benchmark.main([*common, "--prompt-tokens", "63"])
+
+
+def test_speeds_on_different_devices_are_not_compared(tmp_path: Path, monkeypatch) -> None:
+    tiny_model("llama", **TINY).save_pretrained(tmp_path / "one")
+    names = iter(["NVIDIA H100", "cpu"])
+    monkeypatch.setattr(benchmark, "device_name", lambda _: next(names))
+    with pytest.raises(ConfigError, match="different devices are not compared: NVIDIA H100, cpu"):
+        benchmark.main(f"--model {tmp_path}/one --baseline {tmp_path}/one --device cpu,cpu".split())

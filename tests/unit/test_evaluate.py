@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import math
+import weakref
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from src import command
 from src.data.arithmetic import build_tokenizer, problems
 from src.data.documents import Columns
 from src.data.judging import batches, judged, read_rows
@@ -173,6 +176,32 @@ def test_the_command_writes_every_figure_beside_the_teachers(saved: Path) -> Non
     assert len(student["correct"]) == record["rows"] == 5
     assert {"lost", "gained", "p"} == set(student["flips"])
     assert {"command", "commit", "threads", "dtype"} <= set(record)
+
+
+def test_a_student_is_gone_before_the_next_is_loaded_and_the_teacher_stays(
+    saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So no more than two models need memory at a time, and each may have a device of its own."""
+    load, place = command.load_model, command.on_device
+    loaded, alive, placed = list[weakref.ref[Any]](), list[list[bool]](), list[str]()
+
+    def watched(name: str, **how: Any) -> PreTrainedModel:
+        alive.append([model() is not None for model in loaded])
+        model = load(name, **how)
+        loaded.append(weakref.ref(model))
+        return model
+
+    monkeypatch.setattr(command, "load_model", watched)
+    monkeypatch.setattr(
+        command, "on_device", lambda model, device: placed.append(device) or place(model, "cpu")
+    )
+    few = f"--data {saved}/test.jsonl --limit 2 --no-exact-match --device cuda:0,cuda:1".split()
+    main([*few, "--teacher", f"{saved}/teacher", "--model", *([f"{saved}/student"] * 3)])
+    assert alive == [[], [True], [True, False], [True, False, False]]
+    assert placed == ["cuda:0", "cuda:1", "cuda:1", "cuda:1"]
+    placed.clear()
+    main([*few, "--model", f"{saved}/student", "--device", "cpu"])
+    assert placed == ["cpu"]
 
 
 def test_plain_text_is_judged_without_a_task(saved: Path) -> None:

@@ -110,6 +110,61 @@ def test_a_file_that_is_there_is_kept_or_replaced_on_request(
     assert "written already" in capsys.readouterr().out
 
 
+def test_parts_hold_every_prompt_once(teacher_dir: str, corpus_file: str, tmp_path: Path) -> None:
+    """Part K of N is every N-th row from row K on, of the rows that --limit leaves."""
+    main(command(teacher_dir, corpus_file, tmp_path / "whole.jsonl"))
+    whole = rows_of(tmp_path / "whole.jsonl")
+    for part in range(3):
+        main(command(teacher_dir, corpus_file, tmp_path / f"{part}.jsonl", "--part", f"{part}/3"))
+        assert rows_of(tmp_path / f"{part}.jsonl") == whole[part::3]
+    main(command(teacher_dir, corpus_file, tmp_path / "alone.jsonl", "--part", "0/1"))
+    assert rows_of(tmp_path / "alone.jsonl") == whole
+    with pytest.raises(ConfigError, match="has 8 rows, none for part 8/9"):
+        main(command(teacher_dir, corpus_file, tmp_path / "none.jsonl", "--part", "8/9"))
+
+
+@pytest.mark.parametrize("part", ["3/3", "-1/3", "1", "1/0", "a/b", "/", "1/2/3"])
+def test_what_is_no_part_is_refused(part: str, teacher_dir: str, corpus_file: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"--part: .* accepted: K/N with K from 0 to N - 1"):
+        main(command(teacher_dir, corpus_file, tmp_path / "own.jsonl", f"--part={part}"))
+    assert not list(tmp_path.iterdir())
+
+
+def test_parts_draw_by_noise_of_their_own(
+    teacher_dir: str, corpus_file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seeds = list[int]()
+    monkeypatch.setattr(torch, "manual_seed", seeds.append)
+    for part in range(3):
+        main(
+            command(
+                teacher_dir, corpus_file, tmp_path / f"{part}.jsonl", "--part", f"{part}/3", "--seed", "2"
+            )
+        )
+    assert len(seeds) == len(set(seeds)) == 3
+
+
+def test_rows_that_the_model_did_not_end_can_be_left_out(
+    teacher_dir: str, corpus_file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A thought without its end is no answer; a template may render it as an answer without a thought."""
+    write, said = verb.written, list[verb.Written]()
+    monkeypatch.setattr(verb, "stop_tokens", lambda *_: frozenset(range(30)))  # some come, some do not
+    monkeypatch.setattr(verb, "written", lambda *args: said.extend(own := write(*args)) or own)
+    main(command(teacher_dir, corpus_file, tmp_path / "own.jsonl", "--finished"))
+    ended = [each for each in said if each["finished"]]
+    assert 0 < len(ended) < len(said) == 8
+    found = rows_of(tmp_path / "own.jsonl")
+    assert sorted(map(str, found)) == sorted(str(each["row"]) for each in ended)
+    record = json.loads((tmp_path / "own.jsonl.record.json").read_text())
+    assert (record["rows"], record["unfinished"]) == (len(ended), 8 - len(ended))
+    assert record["tokens"] == sum(each["tokens"] for each in ended)
+    monkeypatch.setattr(verb, "stop_tokens", lambda *_: frozenset([10**6]))
+    with pytest.raises(ConfigError, match="--finished: none of the 8 rows ended within 6 tokens"):
+        main(command(teacher_dir, corpus_file, tmp_path / "none.jsonl", "--finished"))
+    assert not (tmp_path / "none.jsonl").exists()
+
+
 def test_chats_texts_and_questions_become_rows_that_are_read_as_they_are(chatty: str, tmp_path: Path) -> None:
     """A chat is answered where its last answer began; a text goes on behind its first tokens."""
     turns = [("user", "1 + 1"), ("assistant", "2"), ("user", "2 + 3"), ("assistant", "5")]

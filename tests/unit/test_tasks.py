@@ -6,6 +6,7 @@ import importlib.util
 import json
 import math
 import sys
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from src import command
 from src.data.arithmetic import build_tokenizer
 from src.errors import ConfigError
 from src.evaluate.harness import ask, load_tasks
@@ -178,6 +180,93 @@ def test_the_shipped_tasks_ask_what_the_harness_asks(folder: Path, models, token
     assert len(judged["lambada_openai_local"]["acc"]["correct"]) == 2
 
 
+MATHS = [  # reference, what the model writes, whether that is right
+    (r"\frac{1}{2}", r"First \boxed{3}, no: \boxed{\dfrac{1}{2}}", True),
+    (r"\frac12", r"\boxed{ \tfrac{1}{2} }.", True),
+    ("2", r"\boxed{2}, or rather \boxed{3}", False),
+    ("10", "The answer is 10.", False),
+    ("10", r"\boxed{100}", False),
+    (r"\text{Evelyn}", r"\boxed{Evelyn}", True),
+    ("p - q", r"\boxed{p-q}", True),
+    (r"90^\circ", r"\boxed{90}", True),
+    (r"\left( 3, \frac{\pi}{2} \right)", r"\boxed{(3,\frac{\pi}{2})}", True),
+    (r"x^{2}", r"\boxed{x^2}", True),
+    (r"\sqrt{\frac{1}{2^{10}}}", r"\boxed{\sqrt{\frac{1}{2^{10}}}}", True),
+    ("32,348", r"\boxed{\$32{,}348}", False),  # compared as text: what is written otherwise is wrong
+    ("32348", r"\boxed{\$32,\!348}", True),
+    ("(1,2)", r"\boxed{(12)}", False),
+    ("1, 234", r"\boxed{1234}", False),
+    (r"\leftarrow", r"\boxed{arrow}", False),
+    ("4", r"never closed \boxed{4" + " x" * 20_000, False),
+]
+
+
+@needs_harness
+def test_the_last_box_of_a_chain_of_thought_is_the_answer(
+    folder: Path, models, tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lm_eval.models.huggingface import HFLM
+
+    lines(folder / "math_500.jsonl", [{"problem": str(n), "answer": a} for n, (a, _, _) in enumerate(MATHS)])
+    asked = list[Any]()
+
+    def writes(_: Any, requests: list[Any], **__: Any) -> list[str]:
+        asked.extend(request.args for request in requests)
+        return [MATHS[request.doc_id][1] for request in requests]
+
+    monkeypatch.setattr(HFLM, "generate_until", writes)
+    tasks = load_tasks(["math_500_local"], "configs/tasks", str(folder))
+    found = scores(ask(models[0], tokenizer, tasks))["math_500_local"]["exact_match,boxed"]
+    assert dict(zip((a for a, _, _ in MATHS), found["correct"], strict=True)) == {a: ok for a, _, ok in MATHS}
+    assert found["correct"] == [ok for _, _, ok in MATHS]
+    prompt, how = asked[0]
+    assert prompt == "0\n\nPut the final answer in \\boxed{}."
+    assert (how["until"], how["max_gen_toks"], how["do_sample"]) == ([], 8192, True)
+
+
+@needs_harness
+def test_a_chat_model_is_asked_by_its_template_and_stops_where_it_is_told(
+    folder: Path, models, tokenizer
+) -> None:
+    lines(folder / "math_500.jsonl", [{"problem": f"Half of {n}?", "answer": "1"} for n in (2, 4)])
+
+    def asked(**how: Any) -> list[dict[str, Any]]:
+        tasks = load_tasks(["math_500_local"], "configs/tasks", str(folder))
+        return ask(models[0], tokenizer, tasks, **how)["samples"]["math_500_local"]
+
+    with pytest.raises(ConfigError, match=r"--chat: .* no chat template"):
+        asked(chat=True)
+    tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<answer>"
+    try:
+        chats = asked(chat=True, new_tokens=3)
+    finally:
+        tokenizer.chat_template = None
+    plain = asked(new_tokens=5)
+    for chat, text in zip(chats, plain, strict=True):
+        question = text["arguments"][0][0]
+        assert chat["arguments"][0][0] == f"<user>{question}<answer>"
+    for samples, most in ((chats, 3), (plain, 5)):
+        lengths = [len(tokenizer(sample["resps"][0][0]).input_ids) for sample in samples]
+        assert 0 < max(lengths) <= most
+    with pytest.raises(ConfigError, match=r"refuses: .*maximum sequence length"):
+        asked(new_tokens=10_000)
+
+
+@needs_harness
+def test_two_models_are_never_held_at_a_time(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    load, loaded = command.load_model, list[weakref.ref[Any]]()
+
+    def watched(name: str, **how: Any) -> PreTrainedModel:
+        assert not [model for model in loaded if model() is not None], "the model before is still there"
+        model = load(name, **how)
+        loaded.append(weakref.ref(model))
+        return model
+
+    monkeypatch.setattr(command, "load_model", watched)
+    evaluate(folder, "teacher", "--limit", "1", "--device", "cpu")
+    assert len(loaded) == 2
+
+
 def test_a_teacher_that_scores_nothing_gives_no_ratio() -> None:
     student = {"t": {"acc": {"score": 0.5, "correct": [True, False]}, "perplexity": {"score": 6.0}}}
     compare(student, {"t": {"acc": {"score": 0.0, "correct": [False] * 2}, "perplexity": {"score": 4.0}}})
@@ -199,6 +288,7 @@ def test_a_teacher_that_scores_nothing_gives_no_ratio() -> None:
             "--data x.jsonl --num-fewshot 2 --data-dir y",
             "--data-dir, --num-fewshot: means nothing with --data",
         ),
+        ("--data x.jsonl --chat", "--chat: means nothing with --data"),
         ("--tasks piqa --prompt question", "--prompt: means nothing with --tasks"),
         ("--tasks piqa --num-fewshot -1", "whole number from 0"),
     ],
