@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from src.errors import ConfigError
 from src.policies.measuring import Probe
 from src.policies.one_shot import OneShot
 from src.units.spaces import Kept, Space
@@ -47,8 +48,18 @@ class Fisher(OneShot):
         """A rearranged set is of one count: it is no ranking of the units."""
 
     def score(self, probe: Probe) -> Tensor:
-        """Return ``I_i / sum of I`` ``[U]``; if rearranged, 2 more for each unit that is kept."""
+        """Return ``I_i / sum of I`` ``[U]``; if rearranged, 2 more for each unit that is kept.
+
+        Raises:
+            ConfigError: no batch has finite gradients.
+        """
         grads_BU = probe.gate_gradients().cpu()
+        grads_BU = grads_BU[grads_BU.isfinite().all(1)]  # a batch that overflowed tells nothing
+        if not len(grads_BU):
+            raise ConfigError(
+                "model.policy: the gradients of the gates are finite on no calibration batch. Compute in more "
+                "precise numbers: --trainer.precision 32-true, or --model.init_args.dtype float32."
+            )
         information_U = grads_BU.square().sum(0)
         share_U = information_U / information_U.sum().clamp_min(torch.finfo(information_U.dtype).tiny)
         if not self.rearranged:
@@ -75,11 +86,12 @@ def exchanged(grads_BU: Tensor, space: Space, kept: Kept) -> Kept:
         space: says which sets are legal, and which are neighbours.
         kept: a legal set.
     """
+    least = cost(grads_BU, kept)
     while True:
         best = min(space.neighbours(kept), key=lambda near: cost(grads_BU, near), default=kept)
-        if cost(grads_BU, best) >= cost(grads_BU, kept):
+        if not (found := cost(grads_BU, best)) < least:
             return kept
-        kept = best
+        kept, least = best, found
 
 
 def rearranged(grads_BGW: Tensor, remove: int) -> Tensor:

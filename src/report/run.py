@@ -126,5 +126,6 @@ def as_written(directory: Path) -> Iterator[None]:
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as e:
         raise ConfigError(
             f"run: the files of '{directory}' are not as the stages write them ({type(e).__name__}: {e}). "
-            f"Write evaluate.json and benchmark.json again, with evaluate --out and benchmark --out."
+            f"evaluate.json, tasks.json and benchmark.json are written again by evaluate --out and benchmark "
+            f"--out; config.yaml, record.json and mask.json by the stage itself."
         ) from e

@@ -71,7 +71,7 @@ def _siblings(root: Path, number: int) -> str:
 
 def _quotas(root: Path) -> Iterator[float]:
     """Yield the limits, in processors, of the control groups that the process is in (versions 1 and 2)."""
-    for line in _words(root / "proc/self/cgroup"):
+    for line in _text(root / "proc/self/cgroup").splitlines():
         _, controllers, path = line.split(":", 2)
         if controllers == "":
             for group in _up(root / "sys/fs/cgroup", path):
@@ -98,7 +98,11 @@ def _share(words: Sequence[str]) -> Iterator[float]:
 
 
 def _words(file: Path) -> list[str]:
+    return _text(file).split()
+
+
+def _text(file: Path) -> str:
     try:
-        return file.read_text().split()
+        return file.read_text()
     except OSError:
-        return []
+        return ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from typing import Any
 
 import pytest
@@ -84,6 +85,16 @@ def test_the_size_of_the_gradients_decides_nothing(scale: float) -> None:
 def test_units_without_any_gradient_are_removed_and_cause_no_fault() -> None:
     assert removed(Fisher(), torch.zeros(2, 4).double(), 2) == [0, 1]
     assert len(removed(Fisher(rearranged=True), torch.zeros(2, 4).double(), 2)) == 2
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("mode", [False, True])
+def test_a_batch_that_overflowed_counts_for_nothing(mode: bool, bad: float) -> None:
+    grads_BU = noise(6)
+    broken_BU = torch.cat([grads_BU, torch.full((1, 6), bad).double().index_fill(1, torch.arange(3), 1.0)])
+    assert removed(Fisher(mode), broken_BU, 2) == removed(Fisher(mode), grads_BU, 2)
+    with pytest.raises(ConfigError, match="finite on no calibration batch"):
+        removed(Fisher(mode), torch.full((2, 6), bad).double(), 2)
 
 
 # ---------------------------------------------------------------------- the terms off the diagonal

@@ -96,7 +96,10 @@ def test_the_least_important_of_those_that_are_left_goes_next() -> None:
 def test_layers_that_must_stay_stay_and_a_broken_gradient_counts_as_zero() -> None:
     policy = Grain(always_keep=[0, -1])
     policy.setup(12, 4)
-    policy.initialise(Known(noise(12)))
+    start_BU = noise(12)
+    start_BU[0, 5] = math.inf
+    policy.initialise(Known(start_BU))
+    assert not {0, 11} & closed(policy), "before any gradient too"
     told(policy, torch.full((1, 12), math.nan))
     assert policy.logits.isfinite().all()
     assert not {0, 11} & closed(policy)

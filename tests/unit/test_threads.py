@@ -56,6 +56,11 @@ def test_a_quota_of_version_two_limits_and_a_part_of_a_core_is_none(
     assert threads.usable(machine(tmp_path, monkeypatch, 8, **files))[0] == cores
 
 
+def test_the_name_of_a_group_may_hold_spaces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = {"proc__self__cgroup": V2.format("/my job/a"), "sys__fs__cgroup__my job__cpu_max": "300000 100000"}
+    assert threads.usable(machine(tmp_path, monkeypatch, 8, **files))[0] == 3
+
+
 def test_the_least_of_all_groups_above_limits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     files = {
         "proc__self__cgroup": V2.format("/a/b"), "sys__fs__cgroup__a__b__cpu_max": "600000 100000",
