@@ -57,8 +57,8 @@ class Fisher(OneShot):
         grads_BU = grads_BU[grads_BU.isfinite().all(1)]  # a batch that overflowed tells nothing
         if not len(grads_BU):
             raise ConfigError(
-                "model.policy: the gradients of the gates are finite on no calibration batch. Compute in more "
-                "precise numbers: --trainer.precision 32-true, or --model.init_args.dtype float32."
+                "model.policy: the gradients of the gates are finite on no calibration batch. Compute in "
+                "wider numbers: --trainer.precision 32-true, or --model.init_args.dtype float32."
             )
         information_U = grads_BU.square().sum(0)
         share_U = information_U / information_U.sum().clamp_min(torch.finfo(information_U.dtype).tiny)

@@ -57,7 +57,7 @@ def test_a_quota_of_version_two_limits_and_a_part_of_a_core_is_none(
 
 
 def test_the_name_of_a_group_may_hold_spaces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    files = {"proc__self__cgroup": V2.format("/my job/a"), "sys__fs__cgroup__my job__cpu_max": "300000 100000"}
+    files = {"proc__self__cgroup": V2.format("/a b/c"), "sys__fs__cgroup__a b__cpu_max": "300000 100000"}
     assert threads.usable(machine(tmp_path, monkeypatch, 8, **files))[0] == 3
 
 
