@@ -7,6 +7,7 @@ from src.callbacks.monitor import SearchMonitor, Throughput
 from src.callbacks.progress import ProgressBar, ProgressLines
 from src.callbacks.recompute import CheckpointActivations
 from src.callbacks.record import StageRecord
+from src.callbacks.sparsify import Sparsify
 from src.callbacks.stop import StopOnSignal
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "ProgressLines",
     "PruningCurriculum",
     "SearchMonitor",
+    "Sparsify",
     "StageRecord",
     "StopOnSignal",
     "TemperatureAnnealing",

@@ -17,8 +17,10 @@ from pathlib import Path
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from transformers import PreTrainedModel
 
 from src.command import Parser
+from src.errors import ConfigError
 from src.export import push
 from src.export.observe import Finding
 from src.export.parent import true_parent
@@ -27,6 +29,7 @@ from src.export.write import Parent, check_out, write
 from src.mask import Mask
 from src.models.cut import cut
 from src.models.loading import load_tokenizer
+from src.models.two_four import crowded, linear_maps
 from src.ranges import MOST, Range
 from src.repair.base import CutRepair
 from src.training import checkpoints
@@ -50,6 +53,7 @@ def export(mask: Mask, args: argparse.Namespace, repair: CutRepair | None = None
     record = checkpoints.record(args.checkpoint) if args.checkpoint else None
     made_for, mask = mask.model, true_parent(mask, name, record, args.any_parent)
     student = load_student(model, mask, args.checkpoint) if args.checkpoint else cut(model, mask)
+    sparse = two_of_four(student) if record and "sparse" in record else []
     student, rounding = stored_as_parent(student, model, mask, args.proof_tokens)
     folds = repair and repair(student, model, mask, load_tokenizer(name, parent.revision))
     return write(
@@ -60,12 +64,29 @@ def export(mask: Mask, args: argparse.Namespace, repair: CutRepair | None = None
         mask,
         args,
         changed=bool(args.checkpoint or folds),
-        known=rounding,
+        known=[*sparse, *rounding],
         recovery=record and record["recovery"],
         made_for=made_for,
         data=args.data if folds or repair is None else None,  # a repair without a gap used no rows
         repair=str(repair) if folds else None,
     )
+
+
+def two_of_four(student: PreTrainedModel) -> list[Finding]:
+    """Return the finding that the linear maps of a recovered model are 2:4 sparse.
+
+    Raises:
+        ConfigError: they are not, because the run that was to make them so has not ended.
+    """
+    if left := crowded(student):
+        raise ConfigError(
+            f"checkpoint: two of each four weights were to become zero, and {left:,} fours have more than "
+            f"two others: its run has not ended. Resume it, and give its last checkpoint."
+        )
+    maps = len(linear_maps(student))
+    return [
+        Finding("two of four", True, f"in {maps} linear maps no four weights have more than two nonzeros")
+    ]
 
 
 def main(argv: list[str]) -> None:

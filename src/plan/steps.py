@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from src.cache.teacher import CacheTeacher
+from src.callbacks import Sparsify
 from src.data.batches import Batch, Supervised
 from src.losses.signals import FLOOR, Signal, TopK, live_signal
 from src.models.head import OutputHead
@@ -103,6 +104,8 @@ def _recover(recovery: Recovery, batch: Batch, ledger: Ledger, gpu: bool) -> int
     """Run a second step, in which the optimiser's state and the gradients of the first are held already."""
     trained = [p for p in recovery.model.parameters() if p.requires_grad]
     optimizer = recovery.optimizer(trained)
+    for sparsify in (callback for callback in recovery.trainer.callbacks if isinstance(callback, Sparsify)):
+        sparsify.prepare(optimizer, recovery.model)
     for group in optimizer.param_groups:
         if gpu and group.get("foreach", False) is None and not group.get("fused"):
             group["foreach"] = True  # torch's choice on GPUs, at the price of temporaries

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 from src.mask import Mask
 from src.models.loading import load_model
+from src.models.two_four import linear_maps
 from src.training.scopes import load_student
 from tests.distributed.launch import STEPS, Bench, diary, drift, saver
 
@@ -173,6 +174,25 @@ def test_activations_are_counted_over_the_whole_batch(overlay: str, scope: str, 
     alone = diary(bench.fit("single", "recover", "single", 1, **keys))
     pair = diary(bench.fit(overlay, "recover", overlay, 2, **keys))
     assert drift(alone, pair, "loss")[0] <= MAX
+
+
+def test_two_ranks_choose_the_zeros_of_one_process(bench: Bench) -> None:
+    """Two of four under DDP: the same losses, the same weights at zero, and the ranks agree on the change."""
+    keys = {"model__init_args__optimizer": "src.optim.AdamS", "trainer__max_steps": 8}
+    keys |= {"model__init_args__optimizer__init_args__lr": 1e-3}
+    runs = [
+        bench.fit(name, "recover", name, ranks, **keys, callbacks=["src.callbacks.Sparsify"])
+        for name, ranks in (("single", 1), ("ddp", 2))
+    ]
+    alone, pair = (diary(run) for run in runs)
+    assert drift(alone, pair, "loss")[0] <= MAX
+    parent, mask = load_model(bench.teacher), Mask.load(bench.mask)
+    students = [load_student(parent, mask, str(next(run.rglob("last.ckpt")))) for run in runs]
+    one, other = (linear_maps(student) for student in students)
+    for name, (weight, _) in one.items():
+        assert (weight == 0).sum() >= weight.numel() // 2
+        assert torch.equal(weight == 0, other[name][0] == 0)
+        torch.testing.assert_close(weight, other[name][0], rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("overlay", ["ddp", "fsdp2"])
