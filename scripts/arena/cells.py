@@ -73,11 +73,11 @@ def removed(row: JSON) -> str:
     return ", ".join(f"{each} ({count}x)" if len(found) > 1 else each for each, count in found)
 
 
-def cost(stage: str, show: Callable[[JSON], float], form: Callable[[float], str]) -> Cell:
-    """Median of a cost over the seeds; nothing where there was no such stage."""
+def cost(stage: str, show: Callable[[JSON], float | None], form: Callable[[float], str]) -> Cell:
+    """Median of a cost over the seeds; nothing where there was no such stage, or it has no such cost."""
 
     def cell(row: JSON) -> str:
-        found = [show(run[stage]) for run in row["runs"] if stage in run]
+        found = [x for run in row["runs"] if stage in run and (x := show(run[stage])) is not None]
         return form(statistics.median(found)) if found else ""
 
     return cell

@@ -60,7 +60,8 @@ def collect(work: Work, run: Run, teacher: JSON) -> tuple[JSON, JSON] | None:
     told["search"] = {key: found[key] for key in ("tokens", "metrics", *COST)}
     told |= {stage: judgement(result, teacher) for stage, result in judged.items()}
     if recovered := judged.get("recovered"):
-        told["recovery"] = {key: recovered[key] for key in ("tokens", "steps", "fit_seconds", *COST)}
+        keys = ("tokens", "steps", "fit_seconds", "measured", *COST)
+        told["recovery"] = {key: recovered[key] for key in keys if key in recovered}
         files = [result["rows"] for result in (found, recovered) if "rows" in result]
         if len(files) == 2:  # what a search and its recovery share counts once
             told["distinct_tokens"] = Distinct().unite(load_file(file)["rows"] for file in files).tokens

@@ -91,13 +91,9 @@ def recover(at: str, model: str, removed: Gone, rows: str, configs: list[str], s
         run(["grow", "--force", *(f"--{key}={value}" for key, value in (where | text).items())])
         student = load_model(f"{at}/grown/{layers}-layers")
     record = json.loads(Path(at, "fit", "record.json").read_text())
-    return {
-        "tokens": module.tokens,
-        "steps": record["steps"],
-        "fit_seconds": record["seconds"],
-        "rows": f"{at}/{ROWS}",
-        **judge(student, model, rows),
-    }
+    measured = {key: float(x) for key, x in module.trainer.callback_metrics.items() if "val/" in key}
+    told = {"tokens": module.tokens, "steps": record["steps"], "fit_seconds": record["seconds"]}
+    return {**told, "measured": measured, "rows": f"{at}/{ROWS}", **judge(student, model, rows)}
 
 
 def command(at: str, verb: str, configs: list[str], settings: JSON) -> Any:

@@ -28,6 +28,7 @@ MASKS: dict[str, Cell] = {
     "agreement": cells.mean("cut", lambda judged: 100 * judged["agreement"], "{:.1f} %"),
     "plain KL": cells.nats("learned"),
 }
+ACTIVE = "active entries of feed-forwards"
 FORWARD: dict[str, Cell] = {
     "search, forward tokens": cells.cost("search", lambda s: s["metrics"]["forward_tokens"], tokens_text)
 }
@@ -41,6 +42,7 @@ RECOVERED: Sequence[Columns] = (
         "KL": cells.nats("recovered"),
         "KL before": cells.nats("cut"),
         "agreement": cells.mean("recovered", lambda judged: 100 * judged["agreement"], "{:.1f} %"),
+        ACTIVE: cells.cost("recovery", lambda s: s.get("measured", {}).get("val/active"), "{:.1%}".format),
     } | AGAINST,
     {"not recovered": cells.method} | MASKS,
     {"cost": cells.method} | FORWARD | {
@@ -102,4 +104,5 @@ def rank(row: JSON) -> tuple[float, float]:
 
 def table(rows: Sequence[JSON], columns: Columns) -> list[str]:
     """A Markdown table; the first column is words, the others are figures."""
-    return markdown(" | ".join(columns), ([cell(row) for cell in columns.values()] for row in rows), True)
+    shown = {name: cell for name, cell in columns.items() if name != ACTIVE or any(map(cell, rows))}
+    return markdown(" | ".join(shown), ([cell(row) for cell in shown.values()] for row in rows), True)
