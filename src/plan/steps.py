@@ -104,8 +104,9 @@ def _recover(recovery: Recovery, batch: Batch, ledger: Ledger, gpu: bool) -> int
     """Run a second step, in which the optimiser's state and the gradients of the first are held already."""
     trained = [p for p in recovery.model.parameters() if p.requires_grad]
     optimizer = recovery.optimizer(trained)
-    for sparsify in (callback for callback in recovery.trainer.callbacks if isinstance(callback, Sparsify)):
-        sparsify.prepare(optimizer, recovery.model)
+    for callback in getattr(recovery.trainer, "callbacks"):  # noqa: B009 (mypy)
+        if isinstance(callback, Sparsify):
+            callback.prepare(optimizer, recovery.model)
     for group in optimizer.param_groups:
         if gpu and group.get("foreach", False) is None and not group.get("fused"):
             group["foreach"] = True  # torch's choice on GPUs, at the price of temporaries

@@ -132,7 +132,7 @@ def test_kept_weights_make_adams_steps_beside_masked_ones() -> None:
         q.grad = grad
         adam.step()
     torch.testing.assert_close(p[kept], q[kept], rtol=1e-6, atol=1e-7)
-    assert (p[~kept] - q[~kept]).abs().min() > 1e-3
+    assert (p[~kept] - q[~kept]).abs().max() > 0.01
 
 
 def test_a_faded_gradient_moves_a_masked_weight_less_and_less() -> None:
