@@ -130,6 +130,22 @@ def test_fisher_scores_of_two_ranks_are_those_of_one_process(overlay: str, bench
     assert max(alone[0]["logits"]) > 2, "kept units have two more than their share"
 
 
+def test_what_grain_removes_on_two_ranks_is_what_it_removes_on_one(bench: Bench) -> None:
+    """The size is taken of the gradient of the whole batch, not of each rank's."""
+    curriculum = "src.callbacks.PruningCurriculum={until: 1.0, shape: cubic}"
+    keys = {"model__init_args__policy": "src.policies.Grain", "trainer__max_steps": 6}
+    keys["model__init_args__draws"] = 1
+    runs = [
+        bench.fit(name, "search", name, ranks, callbacks=[curriculum], **keys)
+        for name, ranks in (("single", 1), ("ddp", 2))
+    ]
+    alone, pair = (diary(run) for run in runs)
+    assert [step["gates"] for step in alone] == [step["gates"] for step in pair]
+    assert drift(alone, pair, "logits")[0] <= MAX
+    assert diary(runs[1], 1)[-1]["logits"] == pair[-1]["logits"]
+    assert len({str(step["gates"]) for step in alone}) > 1, "more go in the course of the run"
+
+
 def test_a_recovery_from_tuned_scales_starts_alike_on_all_ranks(bench: Bench) -> None:
     patch = {
         "class_path": "src.repair.mask_tuning.MaskTuning",

@@ -87,7 +87,7 @@ def lowest_turns(teacher_dir: str, corpus_file: str) -> list[int]:
     return sorted((total / count).topk(2, largest=False).indices.tolist())
 
 
-@pytest.mark.parametrize("name", ["bypass", "concave"])
+@pytest.mark.parametrize("name", ["bypass", "concave", pytest.param("grain", marks=pytest.mark.slow)])
 def test_a_killed_and_resumed_rival_equals_the_uninterrupted(
     name: str, tmp_path: Path, teacher_dir: str, corpus_file: str
 ) -> None:
