@@ -1,9 +1,9 @@
 """The embedded task: multi-step arithmetic word problems with worked solutions.
 
 GSM8K in miniature, in GSM8K's own format: a row is ``{"question", "answer"}`` and the answer ends in
-``#### <number>``. Every problem chains two to four operations on one running total, so each step of the
-solution depends on the one before it, and one slip makes the final answer wrong. Longer chains are harder:
-the embedded teacher has seen none, so a judge that asks for them does not saturate.
+``#### <number>``. Every problem chains operations on one running total, so each step of the solution
+depends on the one before it, and one slip makes the final answer wrong. The embedded teacher was trained on
+two to four operations; more can be asked for, of which it gets few right, so that a judge does not saturate.
 
 The split of a problem is a function of its text (a hash), so train, validation and test are disjoint by
 construction, whatever the seeds and sizes; :func:`write_splits` checks it all the same.
@@ -68,10 +68,7 @@ def _step(rng: random.Random, total: int, name: str, item: str) -> tuple[str, li
         product = boxes * each
         lines = [f"{boxes} * {each} = {product}.", f"{total} + {product} = {total + product}."]
         return f"{name} gets {boxes} boxes of {each}.", lines, total + product
-    if kind == "gain" and total + 60 < MAX_TOTAL:
-        n = rng.randint(2, 60)
-        return rng.choice(GAIN).format(name=name, n=n), [f"{total} + {n} = {total + n}."], total + n
-    if total < 3:
+    if total < 3 or (kind == "gain" and total + 60 < MAX_TOTAL):
         n = rng.randint(2, 60)
         return rng.choice(GAIN).format(name=name, n=n), [f"{total} + {n} = {total + n}."], total + n
     n = rng.randint(1, min(60, total - 1))

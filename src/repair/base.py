@@ -29,7 +29,8 @@ class CutRepair(ABC):
     ``python -m src.cli patch`` exports such a model; ``src.recover.Recovery(patch=...)`` starts from one.
 
     Args:
-        data: calibration rows: JSONL, Parquet, text or a Hub id.
+        data: calibration rows: JSONL, Parquet, text or a Hub id. None, in a recovery, is the first source of
+            the text that it trains on.
         rows: largest number of calibration rows that are read.
         columns: columns of these rows; None looks for well-known names.
         split: split of a Hub or saved dataset; None is the only one that it has.
@@ -44,7 +45,7 @@ class CutRepair(ABC):
     @checked
     def __init__(
         self,
-        data: str,
+        data: str | None,
         rows: Count = 256,
         columns: Columns | None = None,
         split: str | None = None,
@@ -128,6 +129,11 @@ class CutRepair(ABC):
         Raises:
             ConfigError: there are no rows.
         """
+        if self.data is None:
+            raise ConfigError(
+                "patch.data: null given, and this run reads no text that rows could be taken from, such as a "
+                "cache alone. Name a file: --model.init_args.patch.init_args.data train.jsonl."
+            )
         read = read_rows(self.data, self.rows, self.split)
         length = min(self.max_length, limit or self.max_length)
         rows = judged(tokenizer, read, self.columns, "all", length)

@@ -44,7 +44,8 @@ class LinearPatch(CutRepair):
     """Folds a repair of the residual stream into the layer before each gap.
 
     Args:
-        data: calibration rows: JSONL, Parquet, text or a Hub id.
+        data: calibration rows: JSONL, Parquet, text or a Hub id. None, in a recovery, is the first source of
+            the text that it trains on.
         goal: the stream that the layer before a gap should leave: the ``parent``'s own behind the gap, or
             LinearPatch's ``h P``, with the Hadamard rotation (``rotate``) or without (``diag``).
         ridge: pull towards the present weights, relative to the power of each feature.
@@ -56,7 +57,7 @@ class LinearPatch(CutRepair):
     @checked
     def __init__(
         self,
-        data: str,
+        data: str | None = None,
         goal: Goal = "parent",
         ridge: NonNegative = 0.1,
         distill_steps: Natural = 0,

@@ -51,7 +51,8 @@ class MaskTuning(CutRepair):
     """Scales attention heads and feed-forward channels of a cut model, in order of computation.
 
     Args:
-        data: calibration rows: JSONL, Parquet, text or a Hub id.
+        data: calibration rows: JSONL, Parquet, text or a Hub id. None, in a recovery, is the first source of
+            the text that it trains on.
         ridge: pull towards the scale 1, the paper's damp.
         normalise: whether it is relative to the mean power of a part's contribution.
         rows: largest number of calibration rows that are read; a scale needs fewer than a whole map.
@@ -60,7 +61,12 @@ class MaskTuning(CutRepair):
 
     @checked
     def __init__(
-        self, data: str, ridge: NonNegative = 0.1, normalise: bool = True, rows: Count = 64, **kwargs: Any
+        self,
+        data: str | None = None,
+        ridge: NonNegative = 0.1,
+        normalise: bool = True,
+        rows: Count = 64,
+        **kwargs: Any,
     ) -> None:
         super().__init__(data, rows, **kwargs)
         self.ridge, self.normalise = ridge, normalise

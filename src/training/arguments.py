@@ -17,6 +17,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
+from src.data.options import sources
 from src.errors import ConfigError, did_you_mean, first_line
 from src.mask import Mask
 from src.training import resuming, threads, watchdog
@@ -123,7 +124,7 @@ class PruneCLI(LightningCLI):
             config.trainer.callbacks = [callback for callback in listed if not _shows_progress(callback)]
 
     def before_instantiate_classes(self) -> None:
-        """Let the data use the model's tokenizer unless they name their own.
+        """Let the data use the model's tokenizer, and a repair the data's rows, unless they name their own.
 
         Raises:
             ConfigError: there are no data, or an engine of the strategy is not installed.
@@ -135,6 +136,9 @@ class PruneCLI(LightningCLI):
         model, data = config.model.init_args, config.data.init_args
         if "tokenizer" in data and data.tokenizer is None:
             data.tokenizer = model.get("model") or (Mask.load(model.mask).model if "mask" in model else None)
+        repair = getattr(model.get("patch"), "init_args", {})
+        if "data" in repair and repair.data is None and "tokenizer" in data:  # a cache holds no text
+            repair.data = next((source.path for source in sources(data.train, "data.train")), None)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Build the trainer, add the callbacks that every run has, and settle the number of threads.

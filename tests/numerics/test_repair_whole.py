@@ -89,16 +89,26 @@ def test_a_mask_without_an_inner_gap_records_no_repair(
     assert saved["recovery"]["patch"] is None
 
 
-def test_the_overlay_runs(mask_file: str, corpus_file: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("train", ["{}", "[{{path: {}, rows: 3}}]"])
+def test_the_overlay_runs_on_rows_that_train(
+    mask_file: str, corpus_file: str, tmp_path: Path, train: str
+) -> None:
     arguments = {
-        "model.init_args.mask": mask_file, "model.init_args.patch.init_args.data": corpus_file,
-        "data.init_args.train": corpus_file, "data.init_args.validation": corpus_file,
+        "model.init_args.mask": mask_file, "data.init_args.train": train.format(corpus_file),
+        "data.init_args.validation": corpus_file,
         "data.init_args.batch_size": 4, "trainer.max_steps": 1, "trainer.limit_val_batches": 0,
         "trainer.accelerator": "cpu", "trainer.logger.init_args.save_dir": tmp_path,
     }  # fmt: skip
     configs = ["configs/recover/entropy_kd.yaml", "configs/recover/linear_patch.yaml"]
     given = [f"--config={path}" for path in configs] + [f"--{k}={v}" for k, v in arguments.items()]
-    assert len(cli.run(["fit", *given]).model.patch.repairs) == 2
+    repair = cli.run(["fit", *given]).model.patch
+    assert len(repair.repairs) == 2
+    assert repair.data == corpus_file
+
+
+def test_without_rows_of_its_own_or_text_to_take_them_from_a_repair_is_refused(teacher_dir: str) -> None:
+    with pytest.raises(ConfigError, match=r"patch.data: null given.*patch.init_args.data"):
+        LinearPatch(None, device="cpu").calibration(load_tokenizer(teacher_dir))
 
 
 def test_a_gap_at_the_end_is_left_alone_with_a_warning(teacher_dir: str, corpus_file: str) -> None:
