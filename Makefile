@@ -11,7 +11,7 @@ export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo shorten test test-full headline mask-quality public-model budgets fair-fight width grow ablations search-step teacher-cache \
+.PHONY: help setup demo shorten test test-full headline mask-quality public-model budgets fair-fight width grow recovery ablations search-step teacher-cache \
 	data-pipeline linear-patch export-matrix other-engine plan-accuracy scale gpu-checks results lint types teacher \
 	tensorboard clean
 
@@ -80,7 +80,7 @@ $(RUN)/benchmark.json: $(RUN)/recovered/config.json
 
 option = $(if $($(1)),--$(2)='$($(1))')
 
-shorten: $(VENV)/.installed  ## a model of your own: MODEL=NAME TRAIN=TEXT [HELD_OUT=TEXT RATIO=0.25 UNIT=half METHOD=sleb TOKENS=5M OUT=DIR DRY=1]
+shorten: $(VENV)/.installed  ## a model of your own: MODEL=NAME TRAIN=TEXT [HELD_OUT=TEXT RATIO=0.25 or REMOVE=8 or TARGET={speedup: 1.3} UNIT=half METHOD=sleb TOKENS=5M OUT=DIR SEED=0 DRY=1]
 	$(if $(and $(MODEL),$(TRAIN)),,$(error give MODEL=NAME and TRAIN=TEXT, such as: make shorten MODEL=Qwen/Qwen3-0.6B TRAIN=my.jsonl))
 	@$(CLI) shorten --model '$(MODEL)' --train '$(TRAIN)' --seed $(SEED) $(call option,HELD_OUT,held-out) \
 	  $(call option,RATIO,ratio) $(call option,REMOVE,remove) $(call option,TARGET,target) $(call option,UNIT,unit) $(call option,METHOD,method) \
@@ -156,8 +156,8 @@ test-full: $(VENV)/.installed  ## the tests and the longer proofs
 	$(PY) -m pytest
 
 headline: $(VENV)/.installed  ## recovered accuracy against text read, 5 seeds -> results/headline.json, results/read_once.json (resumable)
-	$(PY) -m scripts.arena configs/arena/headline.yaml --jobs 2
-	$(PY) -m scripts.arena configs/arena/read_once.yaml --jobs 2
+	$(PY) -m scripts.arena configs/arena/headline.yaml --jobs $(JOBS)
+	$(PY) -m scripts.arena configs/arena/read_once.yaml --jobs $(JOBS)
 
 mask-quality: $(VENV)/.installed  ## learned masks against all C(16, 4) -> results/mask_quality.json
 	$(PY) -m scripts.mask_quality
@@ -166,19 +166,19 @@ budgets: $(VENV)/.installed  ## one search for several budgets against a search 
 	$(PY) -m scripts.budgets
 
 fair-fight: $(VENV)/.installed  ## every method under one recovery -> results/fair_fight.json, docs/fair_fight.md (resumable)
-	$(PY) -m scripts.arena configs/arena/fair_fight.yaml --jobs 2
+	$(PY) -m scripts.arena configs/arena/fair_fight.yaml --jobs $(JOBS)
 
 width: $(VENV)/.installed  ## KV groups and channels, learned and by three criteria -> results/width.json, docs/width.md (resumable)
-	$(PY) -m scripts.arena configs/arena/width.yaml --jobs 2
+	$(PY) -m scripts.arena configs/arena/width.yaml --jobs $(JOBS)
 
 grow: $(VENV)/.installed  ## layers put back into one recovered model, beside recoveries of each size -> results/grow.json (resumable)
-	$(PY) -m scripts.arena configs/arena/grow.yaml --jobs 2
+	$(PY) -m scripts.arena configs/arena/grow.yaml --jobs $(JOBS)
 
 recovery: $(VENV)/.installed  ## recoveries from half a percent of the text -> results/recovery.json, docs/recovery.md (resumable)
-	$(PY) -m scripts.arena configs/arena/recovery.yaml --jobs 2
+	$(PY) -m scripts.arena configs/arena/recovery.yaml --jobs $(JOBS)
 
 ablations: $(VENV)/.installed  ## every choice of search and recovery -> results/ablations.json, docs/ablations.md (resumable)
-	$(PY) -m scripts.arena configs/arena/ablations.yaml --jobs 2
+	$(PY) -m scripts.arena configs/arena/ablations.yaml --jobs $(JOBS)
 
 search-step: $(VENV)/.installed  ## one search step against the naive one -> results/search_step.json
 	$(PY) -m scripts.search_step
@@ -192,7 +192,7 @@ data-pipeline: $(VENV)/.installed  ## loader alone and waiting; real corpora fro
 	$(PY) -m scripts.bench_data --shared $(SHARED)
 
 linear-patch: $(VENV)/.installed  ## cuts repaired without training -> results/linear_patch.json, docs/linear_patch.md
-	$(PY) -m scripts.arena configs/arena/linear_patch.yaml --jobs 2
+	$(PY) -m scripts.arena configs/arena/linear_patch.yaml --jobs $(JOBS)
 
 export-matrix: $(VENV)/.installed  ## the proof of an export on every decoder family -> results/export_matrix.json, docs/export.md
 	$(PY) -m scripts.export_matrix

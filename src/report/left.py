@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -114,16 +115,27 @@ def _settings(stage: str, config: Record) -> Iterator[tuple[str, Any]]:
 
 
 def flat(value: Any, key: str) -> Iterator[tuple[str, Any]]:
-    """Yield the single values within a config, each with its key; a part of a list is named by its class."""
+    """Yield the single values within a config, each with its key.
+
+    A part of a list is named by its class, or by the class that it holds; a second one of the same class is
+    numbered.
+    """
     if isinstance(value, dict) and value:
         for name, part in value.items():
             yield from flat(part, f"{key}.{name}")
-    elif (
-        isinstance(value, list)
-        and value
-        and all(isinstance(part, dict) and "class_path" in part for part in value)
-    ):
+    elif isinstance(value, list) and value and all(map(_class_of, value)):
+        seen = Counter[str]()
         for part in value:
-            yield from flat(part, f"{key}.{part['class_path'].split('.')[-1]}")
+            name = _class_of(part)
+            seen[name] += 1
+            yield from flat(part, f"{key}.{name}{seen[name] if seen[name] > 1 else ''}")
     else:
         yield key, value
+
+
+def _class_of(part: Any) -> str:
+    """Return the name of the class that a part of a config names itself or one level below; empty if none."""
+    if not isinstance(part, dict):
+        return ""
+    paths = (inner.get("class_path") for inner in (part, *part.values()) if isinstance(inner, dict))
+    return next(filter(None, paths), "").split(".")[-1]

@@ -196,6 +196,17 @@ def test_keys_of_a_config_are_those_of_the_command_line_and_parts_of_lists_are_n
     }  # fmt: skip
 
 
+def test_no_part_of_a_list_hides_another() -> None:
+    """Two callbacks of one class are told apart, and terms are named by the class that they hold."""
+    terms = [{"term": {"class_path": "src.losses.Density", "init_args": {"eps": 1}}, "weight": 2}]
+    twice = [{"class_path": CALLBACK, "init_args": {"path": path}} for path in (1, 2)]
+    found = dict(flat({"parts": twice, "terms": terms}, "t"))
+    assert found["t.parts.HardenMask.init_args.path"] == 1
+    assert found["t.parts.HardenMask2.init_args.path"] == 2
+    assert found["t.terms.Density.weight"] == 2
+    assert found["t.terms.Density.term.init_args.eps"] == 1
+
+
 class Cells(HTMLParser):
     """The texts of all table cells."""
 
