@@ -190,7 +190,7 @@ def text_lines(results: JSON) -> list[str]:
     again = results["name"] == "headline"
     how = "Read again and again, the demo's recipe" if again else "Each row read once, by distillation alone"
     return [
-        f"**{how}.** Exact match on {teacher['problems']:,} problems; median over seeds. `make headline`.", "",
+        f"**{how}.** Exact match on {teacher['problems']:,} problems, median over seeds: `make headline`", "",
         *table("text read, of the teacher's training | recovered | teacher | cut, not recovered", rows),
     ]  # fmt: skip
 
