@@ -21,9 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from src.errors import ConfigError
 from src.policies.measuring import Probe
 from src.policies.one_shot import OneShot
+from src.policies.scores import finite_gradients
 from src.units.spaces import Kept, Space
 
 
@@ -48,18 +48,8 @@ class Fisher(OneShot):
         """A rearranged set is of one count: it is no ranking of the units."""
 
     def score(self, probe: Probe) -> Tensor:
-        """Return ``I_i / sum of I`` ``[U]``; if rearranged, 2 more for each unit that is kept.
-
-        Raises:
-            ConfigError: no batch has finite gradients.
-        """
-        grads_BU = probe.gate_gradients().cpu()
-        grads_BU = grads_BU[grads_BU.isfinite().all(1)]  # a batch that overflowed tells nothing
-        if not len(grads_BU):
-            raise ConfigError(
-                "model.policy: the gradients of the gates are finite on no calibration batch. Compute in "
-                "wider numbers: --trainer.precision 32-true, or --model.init_args.dtype float32."
-            )
+        """Return ``I_i / sum of I`` ``[U]``; if rearranged, 2 more for each unit that is kept."""
+        grads_BU = finite_gradients(probe).cpu()
         information_U = grads_BU.square().sum(0)
         share_U = information_U / information_U.sum().clamp_min(torch.finfo(information_U.dtype).tiny)
         if not self.rearranged:

@@ -56,7 +56,7 @@ class Grain(MaskPolicy):
 
     def initialise(self, probe: Probe) -> None:
         with torch.no_grad():
-            self.logits.copy_(salience(probe, self.units).nan_to_num(0.0, 0.0, 0.0))
+            self.logits.copy_(salience(probe, self.units))
 
     def sample(self, step: int, draw: int) -> Tensor:
         """Return gates ``[U]`` without the units that went before, and without as many more as are due."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from src.errors import ConfigError
 from src.policies.measuring import Probe
 
 
@@ -20,6 +21,22 @@ def unit_kl(probe: Probe, units: int) -> Tensor:
     return torch.tensor(probe.walk(list(1 - torch.eye(units)), "KL of each unit", quick=True))
 
 
+def finite_gradients(probe: Probe) -> Tensor:
+    """Return the gates' gradients ``[B, U]`` of the batches that did not overflow; the others tell nothing.
+
+    Raises:
+        ConfigError: all overflowed.
+    """
+    grads_BU = probe.gate_gradients()
+    grads_BU = grads_BU[grads_BU.isfinite().all(1)]
+    if not len(grads_BU):
+        raise ConfigError(
+            "model.policy: the gradients of the gates are finite on no calibration batch. Compute in wider "
+            "numbers: --trainer.precision 32-true, or --model.init_args.dtype float32."
+        )
+    return grads_BU
+
+
 def salience(probe: Probe, units: int) -> Tensor:
     """Return ``|gate dLoss/dgate|`` ``[U]`` of the cross-entropy at open gates, the mean over batches.
 
@@ -27,7 +44,7 @@ def salience(probe: Probe, units: int) -> Tensor:
     lowest where all gates are open. The absolute value is taken of each batch, because the mean gradient of a
     trained model is near zero (Molchanov et al., arXiv 1906.10771).
     """
-    grads_BU = probe.gate_gradients().float().abs()
+    grads_BU = finite_gradients(probe).float().abs()
     return sum(grads_BU, torch.zeros(units)) / len(grads_BU)
 
 

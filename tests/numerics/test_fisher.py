@@ -236,6 +236,14 @@ def test_a_batch_of_two_ranks_is_one_batch(teacher_dir: str, monkeypatch: pytest
     torch.testing.assert_close(ranks.gate_gradients(), expected)
 
 
+def test_salience_leaves_out_batches_that_overflowed() -> None:
+    """Whatever starts or sorts by it (GRAIN, Prune and Merge, Gumbel-TopK) is safe with it."""
+    broken_BU = torch.cat([noise(6), torch.full((2, 6), math.nan).double()])
+    assert torch.equal(salience(Known(broken_BU), 6), salience(Known(noise(6)), 6))
+    with pytest.raises(ConfigError, match="finite on no calibration batch"):
+        salience(Known(broken_BU[-2:]), 6)
+
+
 def test_salience_is_the_mean_over_batches_of_their_sizes() -> None:
     grads_BU = noise(7)
     torch.testing.assert_close(salience(Known(grads_BU), 7), grads_BU.abs().mean(0).float())
