@@ -136,8 +136,8 @@ class PruneCLI(LightningCLI):
         model, data = config.model.init_args, config.data.init_args
         if "tokenizer" in data and data.tokenizer is None:
             data.tokenizer = model.get("model") or (Mask.load(model.mask).model if "mask" in model else None)
-        repair = getattr(model.get("patch"), "init_args", {})
-        if "data" in repair and repair.data is None and "tokenizer" in data:  # a cache holds no text
+        repair = getattr(model.get("patch"), "init_args", Namespace())
+        if repair.get("data", "") is None and "tokenizer" in data:  # a cache holds no text
             repair.data = next((source.path for source in sources(data.train, "data.train")), None)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
