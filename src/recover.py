@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -146,6 +147,12 @@ class Recovery(Closing):
         self.teacher.setup(self)
         if self.opened is not None:
             self.opened.to(self.device)
+
+    def on_train_start(self) -> None:
+        """Leave the mask in the run's directory, wherever it came from."""
+        directory = self.trainer.log_dir  # asks all ranks
+        if directory and self.trainer.is_global_zero:
+            self.mask.save(Path(directory) / identity.RECOVERS)
 
     @cached_property
     def writers(self) -> tuple[str, ...]:

@@ -31,6 +31,8 @@ from src.models.loading import load_tokenizer, longest_row
 from src.ranges import SEED, Range, positive
 from src.training.progress import track
 
+COLDEST = 1e-3
+"""Least temperature that is drawn at; logits divided by much less than that would overflow float32."""
 Written = dict[str, Any]
 """``row``, the row of the corpus; ``tokens``, how many are new; ``finished``, whether the model ended it."""
 
@@ -205,7 +207,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     add("--batch-size", type=positive, default=32, metavar="B", help="rows at once (default: 32)")
     add(
         "--temperature",
-        type=Range(float, 0, 100),
+        type=Range(float, COLDEST, 100, also=(0,)),
         default=0.0,
         help="of sampling (default: 0, the likeliest token)",
     )

@@ -3,12 +3,14 @@
 ``python -m src.cli grow --model RECOVERED --data rows.jsonl --sizes 13 14 15 --out DIRECTORY``
 
 Each size is an export like any other, ``DIRECTORY/13-layers`` and so on: written under a temporary name,
-proven, then renamed. ``DIRECTORY/grow.json`` holds the curve of divergence against depth.
+proven, then renamed. ``DIRECTORY/grow.json`` holds the curve of divergence against depth. The same command
+after an interruption measures again, and writes the sizes that are missing.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -36,6 +38,9 @@ from src.models.loading import Dtype, load_config, load_model, load_tokenizer, l
 from src.ranges import positive
 from src.units.kinds import KINDS
 
+_GROWN = ", grown by KL"
+"""How the method of a grown size's mask ends."""
+
 
 def main(argv: list[str]) -> None:
     """Grow a model, write each size that is asked for, and print the curve."""
@@ -45,16 +50,19 @@ def main(argv: list[str]) -> None:
         raise ConfigError(f"--out: '{args.out}' given; {fault}.")
     sizes, parent = _sizes(args, mask), Parent.of(mask, args.parent or mask.model)
     for size in sizes:
-        check_out(_place(args, size), args.force, parent.name, args.model)
+        check_out(_place(args, size), args.force or _grown(_place(args, size)), parent.name, args.model)
     pair = Pair(args, parent, true_parent(mask, parent.name, None, any_parent=False))
     rows = _rows(args, parent)
     curve, origin = pair.measured(rows, steps=max(sizes) - mask.depth, argv=argv)
     first = {"layers": mask.depth, "put_back": "", "restored": "", "kl": curve[0].kl}
-    told: list[dict[str, Any]] = [first]
-    for grown in curve[1:]:
-        told.append(pair.told(grown))
-        if (size := told[-1]["layers"]) in sizes:
-            pair.write(grown, _place(args, size), told[-1], f"{rows} of {public_name(args.data)}")
+    told: list[dict[str, Any]] = [first, *map(pair.told, curve[1:])]
+    wanted = [
+        (grown, _place(args, size["layers"]), size)
+        for grown, size in zip(curve, told, strict=True)
+        if size["layers"] in sizes
+    ]
+    for grown, place, size in [each for each in wanted if pair.missing(*each[:2])]:
+        pair.write(grown, place, size, f"{rows} of {public_name(args.data)}")
     write_json(Path(args.out) / "grow.json", {"model": args.model, "sizes": told, **rows.record, **origin})
     show(_table(told, f"{args.model}, grown without training; KL on {rows} of {args.data}"))
 
@@ -97,14 +105,37 @@ class Pair:
             "kl": grown.kl,
         }
 
+    def of(self, grown: Grown) -> Mask:
+        """Return the mask of a size."""
+        method, metrics = f"{self.mask.method}{_GROWN}", {"kl": grown.kl}
+        return replace(self.mask, keep=grown.keep, method=method, metrics=metrics)
+
+    def missing(self, grown: Grown, out: Path) -> bool:
+        """Return whether a size is to be written; it is not where this command has left it before.
+
+        Raises:
+            ConfigError: what lies there was grown otherwise, and is not to be replaced.
+        """
+        if self.args.force or not out.exists():
+            return True
+        there, mask = Mask.load(out / "mask.json"), self.of(grown)
+        alike = math.isclose(
+            there.metrics.get("kl", math.nan), grown.kl, rel_tol=1e-3
+        )  # sums may be reordered
+        if not alike or replace(there, metrics=mask.metrics) != mask:
+            raise ConfigError(
+                f"--out: '{out}' was grown otherwise (of other rows, or from another model). Give another "
+                f"name, or --force to replace it."
+            )
+        return False
+
     def write(self, grown: Grown, out: Path, told: dict[str, Any], data: str) -> None:
         """Export a size: a cut of the parent that holds the recovered weights."""
         model, student = self.load()
         host = Host(model, student, self.mask)
         host.exchange(host.parts - grown.recovered)
         host.gates.remove()
-        method, metrics = f"{self.mask.method}, grown by KL", {"kl": grown.kl}
-        mask = replace(self.mask, keep=grown.keep, method=method, metrics=metrics)
+        mask = self.of(grown)
         words = (
             f"from `{public_name(self.args.model)}` ({self.mask.depth} layers) without training, by the KL "
         )
@@ -178,6 +209,12 @@ def _rows(args: argparse.Namespace, parent: Parent) -> Judged:
     if not rows.rows:
         raise ConfigError(f"--data: {rows} of '{args.data}' can be used. See --answer and --max-length.")
     return rows
+
+
+def _grown(place: Path) -> bool:
+    """Return whether a size lies there that this verb has written."""
+    file = place / "mask.json"
+    return file.is_file() and Mask.load(file).method.endswith(_GROWN)
 
 
 def _place(args: argparse.Namespace, size: int) -> Path:

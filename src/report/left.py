@@ -15,6 +15,7 @@ from src.errors import ConfigError
 from src.mask import Mask
 from src.report.run import STAGES, Record, read_record, read_rows
 from src.report.verb import judged, models_of
+from src.training.identity import RECOVERS
 from src.training.settings_file import read_settings
 
 PARTS = ("seed_everything", "model", "data", "trainer", "threads")
@@ -68,7 +69,7 @@ class Left:
             if (place / "config.yaml").is_file()
         }
         records = {stage: read_record(place / "record.json") for stage, place in stages.items()}
-        own = [place / "mask.json" for place in stages.values()]
+        own = [place / file for file in ("mask.json", RECOVERS) for place in stages.values()]
         mask = _first_mask([*own, *(config["model"]["init_args"].get("mask") for config in configs.values())])
         settings = dict(pair for stage, config in configs.items() for pair in _settings(stage, config))
         return cls(name, mask, settings, records, read_rows(stages), evaluate, tasks, benchmark)

@@ -19,6 +19,8 @@ from src.mask import Mask
 from src.models.fingerprint import differ
 
 MODEL, MASK, _TEACHER = (f"model.init_args.{key}" for key in ("model", "mask", "teacher"))
+RECOVERS = "recovers.json"
+"""File in the directory of a recovery with the mask that it recovers, so that the directory can be moved."""
 CONTENT = [
     MODEL,
     MASK,

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 from src.cli import main
+from src.errors import ConfigError
+from src.grow import verb
+from src.grow.growth import Grown
 from src.mask import Mask
 from tests.faults.runs import ended
 
@@ -81,3 +85,30 @@ def test_what_cannot_grow_is_told_in_one_message(
         assert message in error.replace("\n", " "), error
         assert error.count("error:") == 1
         assert not out.exists()
+
+
+@pytest.mark.slow
+def test_what_was_interrupted_goes_on_and_what_was_grown_otherwise_stays(
+    teacher_dir: str, corpus_file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small, out = cut_of(teacher_dir, tmp_path / "small", Mask(teacher_dir, 6, KEEP, "test")), tmp_path / "out"
+    given = ["grow", "--model", str(small), "--data", corpus_file, "--rows", "2", "--out", str(out)]
+    written, write = list[str](), verb.Pair.write
+
+    def ends(self: verb.Pair, grown: Grown, place: Path, *about: Any) -> None:
+        if len(written) == 1:
+            raise KeyboardInterrupt
+        written.append(place.name)
+        write(self, grown, place, *about)
+
+    monkeypatch.setattr(verb.Pair, "write", ends)
+    with pytest.raises(KeyboardInterrupt):
+        ended(given)
+    kept = (out / "4-layers" / "README.md").stat().st_mtime_ns
+    monkeypatch.setattr(verb.Pair, "write", write)
+    assert ended(given) == 0
+    assert (out / "4-layers" / "README.md").stat().st_mtime_ns == kept
+    assert {path.name for path in out.iterdir()} == {"4-layers", "5-layers", "grow.json"}
+    with pytest.raises(ConfigError, match="4-layers' was grown otherwise"):
+        verb.main([*given[1:], "--rows", "5"])
+    assert (out / "4-layers" / "README.md").stat().st_mtime_ns == kept

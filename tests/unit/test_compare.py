@@ -159,6 +159,18 @@ def test_a_single_stage_is_compared_by_its_name_and_a_recovery_has_its_searchs_m
     assert Left.read("b", runs[0]).mask == whole.mask, "a run's own mask comes first"
 
 
+def test_a_recovery_that_was_moved_has_the_mask_that_it_recovered(runs: list[Path]) -> None:
+    """By its own copy, though another mask lies now where its settings say."""
+    there, kept = runs[0] / "search" / "mask.json", runs[0] / "recover" / "recovers.json"
+    stage(runs[0] / "recover", "recover", 1000, mask=str(there))
+    mask = Mask.load(there)
+    mask.save(kept)
+    Mask("parent", 6, (0, 1, 2, 4), "Random").save(there)
+    moved = (runs[0] / "recover").rename(runs[0].parent / "moved")
+    assert Left.read("a", moved).mask == mask
+    assert Left.read("b", runs[0]).mask == Mask.load(there), "a search's own mask comes first"
+
+
 VALUES = st.sampled_from([None, True, False, 2, 3.5, "", "x", [], [2], [2, 3]])
 SETTINGS = st.dictionaries(st.sampled_from("abcdef"), VALUES, max_size=6)
 

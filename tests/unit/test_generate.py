@@ -97,6 +97,18 @@ def test_what_was_interrupted_goes_on_and_is_the_same(
     assert (tmp_path / "other.jsonl").read_text() != (tmp_path / "whole.jsonl").read_text()
 
 
+def test_the_coldest_draw_is_the_likeliest_token_and_a_colder_one_is_refused(
+    teacher_dir: str, corpus_file: str, tmp_path: Path
+) -> None:
+    """Logits divided by 1e-300 would be infinite, and their softmax NaN."""
+    for name, heat in (("likeliest", "0"), ("coldest", str(verb.COLDEST))):
+        main(command(teacher_dir, corpus_file, tmp_path / name, "--temperature", heat))
+    assert (tmp_path / "likeliest").read_text() == (tmp_path / "coldest").read_text()
+    for heat in ("1e-300", "0.0009", "-1"):
+        with pytest.raises(ConfigError, match=r"accepted: a number from 0\.001 to 100, or 0"):
+            main(command(teacher_dir, corpus_file, tmp_path / "x", "--temperature", heat))
+
+
 def test_a_file_that_is_there_is_kept_or_replaced_on_request(
     teacher_dir: str, corpus_file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
