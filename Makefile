@@ -99,7 +99,7 @@ PUBLIC_FIT = --data.init_args.tokenizer $(PARENT) --data.init_args.train $(PUBLI
   --trainer.logger.init_args.save_dir $(CUT) --trainer.logger.init_args.version "" --ckpt_path last
 PUBLIC_MODELS = --model $(CUT)/cut $(CUT)/recovered
 
-public-model: $(CUT)/held_out.json $(CUT)/tasks.json $(CUT)/benchmark.json  ## 22 of 30 layers of SmolLM2-135M-Instruct -> docs/public_model.md (hours; resumable)
+public-model: $(CUT)/held_out.json $(CUT)/tasks.json $(CUT)/benchmark.json $(CUT)/answers/recovered.jsonl  ## 22 of 30 layers of SmolLM2-135M-Instruct -> docs/public_model.md (hours; resumable)
 	$(CLI) report --run $(CUT)
 	$(PY) -m scripts.public_model page --run $(CUT)
 
@@ -143,6 +143,13 @@ $(CUT)/held_out.json: $(CUT)/evaluate.json
 $(CUT)/tasks.json: $(CUT)/evaluate.json | $(PUBLIC)/.installed
 	HF_HUB_OFFLINE=1 $(CLI) evaluate --teacher $(PARENT) $(PUBLIC_MODELS) --tasks piqa_local,arc_easy_local,lambada_openai_local \
 	  --include-path configs/tasks --data-dir $(SHARED)/data/eval --limit 500 --dtype bfloat16 --out $@
+
+ASKED = --prompts configs/public_model/prompts.jsonl --max-new-tokens 100 --batch-size 20 --dtype bfloat16 --force
+
+$(CUT)/answers/recovered.jsonl: configs/public_model/prompts.jsonl $(CUT)/evaluate.json
+	$(CLI) generate --model $(PARENT) $(ASKED) --out $(@D)/teacher.jsonl
+	$(CLI) generate --model $(CUT)/cut $(ASKED) --out $(@D)/cut.jsonl
+	$(CLI) generate --model $(CUT)/recovered $(ASKED) --out $@
 
 $(CUT)/benchmark.json: $(CUT)/evaluate.json
 	$(CLI) benchmark --baseline $(PARENT) $(PUBLIC_MODELS) --out $@

@@ -66,8 +66,9 @@ def shaped(row: dict[str, Any]) -> dict[str, Any]:
 def page(run: Path) -> None:
     """Publish the report of the commands."""
     write_json(Path("results/public_model.json"), read(run / "report.json"))
-    rows = [line for line in (run / "report.md").read_text().splitlines() if line[:1] in ("|", ">")]
-    fill(Path("docs/public_model.md"), rows)
+    lines = (run / "report.md").read_text().splitlines()
+    for name, begins in (("results", ("|", ">")), ("answers", ("<t", "</t"))):
+        fill(Path("docs/public_model.md"), [line for line in lines if line.startswith(begins)], name)
 
 
 if __name__ == "__main__":

@@ -62,10 +62,8 @@ def ladder(args: Namespace) -> dict[str, Step]:
         gates, head = GatedLayers(network, skip_closed_autograd=lean), OutputHead(network)
 
         def step() -> Tensor:
-            leaves, said = (
-                [mask.clone().requires_grad_() for mask in masks],
-                say(head) if teach_once else None,
-            )
+            leaves = [mask.clone().requires_grad_() for mask in masks]
+            said = say(head) if teach_once else None
             for leaf in leaves:
                 with gates.use(leaf):
                     loss(head, say(head) if said is None else said).backward()

@@ -33,7 +33,7 @@ class Page:
         tables: tables, each a list of rows of cells, the heading first.
         notes: what a reader of the figures should beware of.
         pictures: the figures.
-        example: texts to show: a prompt, then each model's answer, as (name, text).
+        answers: a table of prompts, and what each model answers; it may be empty.
         origin: facts on how the figures were made, such as commit and device, by name.
     """
 
@@ -41,7 +41,7 @@ class Page:
     tables: list[list[list[str]]]
     notes: list[str]
     pictures: list[Picture]
-    example: list[tuple[str, str]]
+    answers: list[list[str]]
     origin: dict[str, Any]
 
 
@@ -161,19 +161,14 @@ def markdown(page: Page) -> str:
     lines += [f"> {note}\n" for note in page.notes]
     for picture in page.pictures:
         lines += [f"![{picture.caption}](figures/{picture.name}.svg)", "", f"*{picture.caption}*", ""]
-    if page.example:
-        lines += ["## One of the problems", ""]
-        lines += [f"**{name}:** `{_one_line(text)}`\n" for name, text in page.example]
+    if page.answers:  # as HTML: whatever a model writes, no part of it is Markdown
+        lines += ["## Answers", "", _html_table(page.answers), ""]
     lines += ["---", "", "; ".join(f"{key} `{value}`" for key, value in page.origin.items())]
     return "\n".join(lines) + "\n"
 
 
 def _markdown_row(cells: list[str]) -> str:
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
-
-
-def _one_line(text: str) -> str:
-    return text.replace("\n", " ").replace("`", "'")[:500]
 
 
 def html(page: Page) -> str:
@@ -189,16 +184,15 @@ def html(page: Page) -> str:
             for picture, image in zip(page.pictures, images, strict=True)
         ),
     ]
-    if page.example:
-        parts += ["<h2>One of the problems</h2>", "<dl>"]
-        parts += [f"<dt>{escape(name)}</dt><dd>{escape(text[:500])}</dd>" for name, text in page.example]
-        parts += ["</dl>"]
+    if page.answers:
+        parts += ["<h2>Answers</h2>", _html_table(page.answers)]
     facts = [f"{key} <code>{escape(str(value))}</code>" for key, value in page.origin.items()]
     return _TEMPLATE.format(title=escape(page.title), body="\n".join(parts), origin=" &middot; ".join(facts))
 
 
 def _html_table(table: list[list[str]]) -> str:
-    head, *body = ("".join(f"<td>{escape(cell)}</td>" for cell in row) for row in table)
+    cells = ([escape(printable(cell)).replace("\n", "<br>") for cell in row] for row in table)
+    head, *body = ("".join(f"<td>{cell}</td>" for cell in row) for row in cells)
     rows = "\n".join(f"<tr>{row}</tr>" for row in body)
     return f"<table><thead><tr>{head}</tr></thead><tbody>\n{rows}\n</tbody></table>"
 
@@ -223,8 +217,7 @@ figure {{ margin: 2rem 0 }}
 img {{ width: 100% }}
 figcaption {{ color: #64748b; font-size: .9rem }}
 .note {{ border-left: 4px solid #d97706; background: #fffbeb; padding: .5rem 1rem }}
-dt {{ font-weight: 600; margin-top: .7rem }}
-dd {{ margin: 0; font-family: ui-monospace, monospace; font-size: .88rem; white-space: pre-wrap }}
+h2 + table td {{ font-size: .85rem; text-align: left; vertical-align: top; white-space: pre-wrap }}
 footer {{ margin-top: 3rem; padding-top: 1rem; border-top: 1px solid #e2e8f0;
          color: #64748b; font-size: .85rem }}
 </style>

@@ -8,6 +8,7 @@
 ``evaluate.json``        ``evaluate --teacher T --model RUN/cut RUN/recovered ... --out`` (needed)
 ``tasks.json``           ``evaluate --teacher T --model RUN/cut RUN/recovered --tasks ... --out``
 ``benchmark.json``       ``benchmark --baseline T --model RUN/cut RUN/recovered ... --out``
+``answers/NAME.jsonl``   ``generate --model NAME --prompts FILE --out``: of ``teacher`` and each model
 ``training.json``        in the teacher's own directory: tokens and seconds of its training
 =======================  ===========================================================================
 """
@@ -27,6 +28,7 @@ from torch import Tensor
 from src.errors import ConfigError
 from src.files import read_json
 from src.mask import Mask
+from src.report.answers import Answers, read_answers
 
 Record = dict[str, Any]
 STAGES = ("search", "recover")
@@ -40,6 +42,7 @@ class Run:
     Attributes:
         mask: the mask that the search learned.
         evaluate, tasks, training, search, gates, recover, benchmark: content of the files in the table above.
+        answers: prompts and answers of each model that ``generate`` has asked.
         rows: of ``search`` and ``recover``, hash and number of tokens of each row that the stage has read.
     """
 
@@ -51,6 +54,7 @@ class Run:
     gates: Record
     recover: Record
     benchmark: Record
+    answers: dict[str, Answers]
     rows: dict[str, Tensor]
 
     @classmethod
@@ -75,6 +79,7 @@ class Run:
             gates=read_record(directory / "search" / "gates.json"),
             recover=read_record(directory / "recover" / "record.json"),
             benchmark=read_record(directory / "benchmark.json"),
+            answers=read_answers(directory / "answers"),
             rows=read_rows({stage: directory / stage for stage in STAGES}),
         )
 
@@ -127,5 +132,5 @@ def as_written(directory: Path) -> Iterator[None]:
         raise ConfigError(
             f"run: the files of '{directory}' are not as the stages write them ({type(e).__name__}: {e}). "
             f"evaluate.json, tasks.json and benchmark.json are written again by evaluate --out and benchmark "
-            f"--out; config.yaml, record.json and mask.json by the stage itself."
+            f"--out; answers by generate --out; config.yaml, record.json and mask.json by the stage itself."
         ) from e

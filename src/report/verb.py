@@ -20,6 +20,7 @@ from src.errors import ConfigError
 from src.files import write_json, write_text
 from src.mask import git_sha
 from src.report import figures
+from src.report.answers import answers_of
 from src.report.pages import (
     Page,
     Picture,
@@ -190,17 +191,16 @@ def assemble(run: Run, origin: Record) -> tuple[Record, Page]:
         ConfigError: ``benchmark.json`` and ``evaluate.json`` compare with different teachers.
     """
     report = gather(run) | origin
-    models = judged(run.evaluate)
-    samples = [(m["name"], own["samples"][0]) for m, own in zip(report["models"], models, strict=True)
-               if own.get("samples")]  # fmt: skip
-    prompts = [("prompt", prompt) for prompt in run.evaluate.get("prompts", [])[:1]]
+    names = [model["name"] for model in report["models"]]
+    said = {n: m["samples"] for n, m in zip(names, judged(run.evaluate), strict=True) if m.get("samples")}
+    first = {n: [(asked, own[0]) for asked in run.evaluate.get("prompts", [])[:1]] for n, own in said.items()}
     facts = {key: run.evaluate[key] for key in ("device", "dtype", "threads", "torch")}
     page = Page(
         title=headline(report),
         tables=[table_of(report), *([budgets_of(report)] if report["budgets"] else [])],
         notes=notes(report),
         pictures=draw(run, report),
-        example=[(name, printable(text)) for name, text in prompts + samples] if samples else [],
+        answers=answers_of(run.answers or first, names),
         origin=facts | origin,
     )
     return report, page

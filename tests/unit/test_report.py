@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,9 @@ from src.data.judging import content, read_rows
 from src.errors import ConfigError
 from src.evaluate import verb as evaluate
 from src.files import write_json
+from src.generate import verb as generate
 from src.mask import Mask
-from src.report import figures
+from src.report import answers, figures
 from src.report import verb as report
 from tests.tiny import tiny_model
 
@@ -101,11 +103,58 @@ def test_the_judged_rows_are_noted_by_what_they_hold(finished: Path) -> None:
 def test_the_table_is_the_same_everywhere(finished: Path, gathered: dict[str, Any]) -> None:
     rows = report.table_of(gathered)
     assert rows[0] == ["", "teacher", "cut, no recovery", "recovered"]
+    record = json.loads((finished / "evaluate.json").read_text())
+    samples = [model["samples"][0] for model in (record["teacher"], *record["models"])]
+    rows_of_answers = ["prompt", "teacher", *STUDENTS], [record["prompts"][0], *samples]
     page = Cells()
     page.feed((finished / "report.html").read_text())
-    assert page.cells == [cell for row in rows for cell in row]
+    assert page.cells == [cell for row in (*rows, *rows_of_answers) for cell in row]
     markdown = (finished / "report.md").read_text()
     assert all("| " + " | ".join(row) + " |" in markdown for row in rows)
+
+
+@pytest.fixture
+def asked(tmp_path: Path, finished: Path) -> Path:
+    """The run, whose three models have answered the same questions."""
+    shutil.copytree(finished, tmp_path / "run")
+    for name in ("teacher", *STUDENTS):
+        out = f"--max-new-tokens 9 --out {tmp_path}/run/answers/{name}.jsonl"
+        generate.main(f"--model {finished}/{name} --prompts {finished}/test.jsonl {out}".split())
+    return tmp_path / "run"
+
+
+def test_what_models_wrote_stands_side_by_side(asked: Path) -> None:
+    """The teacher's column comes first, as in the table; the page holds every answer to its end."""
+    report.main(["--run", str(asked)])
+    written = [[json.loads(line) for line in (asked / f"answers/{name}.jsonl").read_text().splitlines()]
+               for name in ("teacher", *STUDENTS)]  # fmt: skip
+    page = Cells()
+    page.feed((asked / "report.md").read_text())
+    lines = [[row[0]["prompt"], *(each["completion"] for each in row)] for row in zip(*written, strict=True)]
+    assert len(lines) == 4
+    assert page.cells == ["prompt", "teacher", *STUDENTS, *(cell for line in lines for cell in line)]
+
+
+def test_answers_to_other_prompts_are_refused(asked: Path) -> None:
+    lines = (asked / "answers/cut.jsonl").read_text().splitlines(keepends=True)
+    (asked / "answers/cut.jsonl").write_text("".join(lines[1:]))
+    with pytest.raises(ConfigError, match=r"answers' answer different prompts \(cut, recovered, teacher\)"):
+        report.main(["--run", str(asked)])
+    (asked / "answers/cut.jsonl").write_text('{"problem": "?"}\n')
+    with pytest.raises(ConfigError, match=r"not as the stages write them.*answers by generate"):
+        report.main(["--run", str(asked)])
+
+
+def test_chats_and_texts_are_answers_too() -> None:
+    chat = [("system", "s"), ("user", "q\n?"), ("assistant", "a")]
+    row = {"messages": [{"role": role, "content": said} for role, said in chat]}
+    assert answers._answer(row) == ("s\nq\n?", "a")
+    assert answers._answer({"text": "once upon"}) == ("", "once upon")
+    found = {"other": [("q", "1")], "cut": [("q", "2")], "teacher": [("q", "3")]}
+    assert answers.answers_of(found, ["teacher", "cut"]) == [
+        ["prompt", "teacher", "cut", "other"], ["q", "3", "2", "1"],
+    ]  # fmt: skip
+    assert answers.answers_of({}, ["teacher"]) == []
 
 
 class Cells(HTMLParser):
@@ -117,6 +166,9 @@ class Cells(HTMLParser):
         self.inside = False
 
     def handle_starttag(self, tag: str, attrs: Any) -> None:
+        if tag == "br":
+            self.cells[-1] += "\n"
+            return
         self.inside = tag == "td"
         self.cells += [""] * self.inside
 
@@ -159,7 +211,7 @@ def test_what_was_generated_is_shown_as_text_not_as_markup(tmp_path: Path, finis
     write_json(tmp_path / "evaluate.json", record)
     Mask("parent", 7, (0, 1, 2), "Random").save(tmp_path / "search/mask.json")
     report.main(["--run", str(tmp_path)])
-    assert "<script>" not in (tmp_path / "report.html").read_text()
+    assert "<script>" not in (tmp_path / "report.html").read_text() + (tmp_path / "report.md").read_text()
 
 
 def test_missing_and_broken_pieces_are_named(tmp_path: Path, finished: Path) -> None:

@@ -98,13 +98,16 @@ def test_budgets_have_a_row_each() -> None:
 
 
 class Read(HTMLParser):
-    """The texts of cells, and everything that would be loaded."""
+    """The texts of cells, with their line breaks, and everything that would be loaded."""
 
     def __init__(self) -> None:
         super().__init__()
         self.cells, self.loaded, self.texts, self.inside = list[str](), list[str](), list[str](), False
 
     def handle_starttag(self, tag: str, attrs: Any) -> None:
+        if tag == "br":
+            self.cells[-1] += "\n"
+            return
         self.inside = tag == "td"
         self.cells += [""] * self.inside
         self.loaded += [value for name, value in attrs if name in ("src", "href")]
@@ -118,9 +121,9 @@ class Read(HTMLParser):
             self.cells[-1] += data
 
 
-def page(table: list[list[str]]) -> Page:
+def page(table: list[list[str]], answers: list[list[str]] | None = None) -> Page:
     pictures = [Picture("layers", ODD, "<svg/>")]
-    return Page(ODD, [table], [ODD], pictures, [("prompt", ODD + "\n" + ODD)], {"command": ODD})
+    return Page(ODD, [table], [ODD], pictures, answers or [], {"command": ODD})
 
 
 @settings(max_examples=40)
@@ -140,11 +143,21 @@ def test_cells_come_back_from_both_pages_whatever_they_hold(row: list[str]) -> N
     ]
 
 
-def test_samples_are_one_short_line_in_markdown() -> None:
-    shown = markdown(page([["", "a"]]))
-    (line,) = [line for line in shown.splitlines() if line.startswith("**prompt:**")]
-    assert line.count("`") == 2
-    assert "![" + ODD + "](figures/layers.svg)" in shown
+@settings(max_examples=40)
+@given(st.lists(st.text(st.sampled_from("ab |&<>\"'`*_#\n"), max_size=12), min_size=2, max_size=2))
+def test_answers_come_back_from_both_pages_as_they_were_written(row: list[str]) -> None:
+    """In Markdown they stand in one HTML block: such a block ends at the first blank line."""
+    answers = [["prompt", "recovered"], row, ["<b>", "\n\n| a |\n# b"]]
+    whole, marked = Read(), Read()
+    whole.feed(html(page([["", "a"]], answers)))
+    text = markdown(page([["", "a"]], answers))
+    block = text[text.index("<table>") : text.index("</table>")]
+    marked.feed(block)
+    cells = [cell for line in answers for cell in line]
+    assert whole.cells == ["", "a", *cells]
+    assert marked.cells == cells
+    assert "\n\n" not in block
+    assert "![" + ODD + "](figures/layers.svg)" in text
 
 
 def test_unprintable_characters_are_shown_and_not_obeyed() -> None:
