@@ -109,7 +109,7 @@ class Recovery(Closing):
 
     def refuse(self, trainer: Trainer, data: object) -> None:
         check_device(trainer)
-        self.teacher.refuse(trainer, data)
+        self.teacher.refuse(trainer, data, self.distillation)
         if self.adapters is not None:
             check_saved(self.adapters, self.mask)
         patched = self.patch is not None or self.adapters is not None
@@ -219,11 +219,10 @@ class Recovery(Closing):
         return not (alone or self.trainer.strategy.handles_gradient_accumulation)
 
     def validation_step(self, batch: Batch, _: int) -> None:
-        plain = Distillation(k=self.distillation.k, rule=self.distillation.rule, weight="none")
         rows = Supervised.of(batch)
         whole = WholeBatch(len(rows), real_tokens(batch), self.device)
         step = self.step(rows, whole)
-        figures = {"kl": plain.loss(step)["kd"], **self.objective.measured(step)}
+        figures = {"kl": self.distillation.measured(step), **self.objective.measured(step)}
         logged = {f"val/{key}": value for key, value in figures.items()}
         self.log_dict(logged, prog_bar=True, batch_size=whole.positions, sync_dist=True)
 

@@ -115,7 +115,7 @@ class MaskSearch(Sized):
         check_quantised(trainer, quantize, "FSDP2")
         self.policy.refuse(quantize, adapted=self.adapters is not None, in_parts=strategy == "fsdp2")
         if self.teacher is not None:
-            self.teacher.refuse(trainer, data)
+            self.teacher.refuse(trainer, data, self.distillation)
         if self.adapters is not None:
             self.adapters.refuse(quantize)
         if self.race is not None:
@@ -179,7 +179,7 @@ class MaskSearch(Sized):
         if self.teacher is not None:
             return self.teacher.signal(rows.batch, rows.index_N)
         hidden_NH = self.teacher_hidden(rows.batch).flatten(0, 1)[rows.index_N]
-        return live_signal(self.head, hidden_NH, self.distillation.k)
+        return live_signal(self.head, hidden_NH, self.distillation.asks)
 
     def divergence(
         self,

@@ -23,7 +23,7 @@ from src.cache.corpus import CachedCorpus
 from src.cache.origin import check_origin
 from src.data.batches import Batch
 from src.errors import ConfigError
-from src.losses.distill import Distillation
+from src.losses.distill import TAIL, Distillation
 from src.losses.signals import Signal, TopK, live_signal
 from src.models.fingerprint import weights_fingerprint
 from src.models.gated import freeze
@@ -53,7 +53,7 @@ class Learner(Protocol):
 
     @property
     def distillation(self) -> Distillation:
-        """The divergence from the signal; its ``k`` says how many tokens the signal must hold."""
+        """The divergence from the signal, which says how many tokens the signal must hold."""
 
     @property
     def head(self) -> OutputHead:
@@ -79,8 +79,8 @@ class TeacherSource(Protocol):
     def weights(self) -> str | None:
         """Fingerprint of a model of its own; None if it is the parent, or a cache."""
 
-    def refuse(self, trainer: Trainer, data: object) -> None:
-        """Refuse a trainer or data that this source cannot work with, before anything is loaded.
+    def refuse(self, trainer: Trainer, data: object, distillation: Distillation) -> None:
+        """Refuse a trainer, data or a loss that this source cannot work with, before anything is loaded.
 
         Raises:
             ConfigError: it cannot work with them; names the key to change.
@@ -142,7 +142,7 @@ class LiveTeacher:
         """Fingerprint of a model other than the parent, else None."""
         return weights_fingerprint(self.name, self.loading.revision) if self.name else None
 
-    def refuse(self, trainer: Trainer, data: object) -> None:
+    def refuse(self, trainer: Trainer, data: object, distillation: Distillation) -> None:
         """Refuse ``shard`` where it cannot be followed.
 
         Raises:
@@ -171,7 +171,7 @@ class LiveTeacher:
         Raises:
             ConfigError: the model cannot be loaded, or its vocabulary does not fit the data's tokenizer.
         """
-        self.k = learner.distillation.k
+        self.k = learner.distillation.asks
         if not self._model:
             revision = self.loading.revision if self.name else learner.revision
             self._model = (replace(self.loading, revision=revision).load(self.name or learner.name),)
@@ -223,12 +223,14 @@ class CachedTeacher:
     def __init__(self, any_teacher: bool = False) -> None:
         self.any_teacher = any_teacher
 
-    def refuse(self, trainer: Trainer, data: object) -> None:
-        """Refuse data that are no cache.
+    def refuse(self, trainer: Trainer, data: object, distillation: Distillation) -> None:
+        """Refuse data that are no cache, and a loss that reads more than a cache holds.
 
         Raises:
-            ConfigError: the data are no cache.
+            ConfigError: the data are no cache, or the loss reads the distribution within the tail.
         """
+        if distillation.tail:
+            raise ConfigError(TAIL)
         self.corpus(data)
 
     def adopt(self, parent: PreTrainedModel) -> None:

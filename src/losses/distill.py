@@ -16,6 +16,7 @@ Shapes: N supervised positions of a batch, n positions of a chunk, H hidden, V v
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, get_args
 
 import torch
@@ -24,12 +25,17 @@ from torch.nn import functional as F
 
 from src.errors import ConfigError, did_you_mean
 from src.losses.entropy import Weight, check_weight, token_weights
-from src.losses.kl import Rule, kl
-from src.losses.signals import Signal, live_signal
+from src.losses.kl import Rule, kl, tailed_kl
+from src.losses.signals import Dense, Signal, live_signal
 from src.losses.terms import Step, Term
 from src.models.head import OutputHead
 from src.ranges import Count, NonNegative, Positive, Share, checked
 from src.training.ranks import WholeBatch
+
+TAIL = (
+    "distillation.tail: it reads the teacher's whole distribution, of which a cache holds the likeliest "
+    "tokens alone. Use src.teachers.LiveTeacher, or set it to 0."
+)
 
 
 class Distillation(Term):
@@ -48,6 +54,8 @@ class Distillation(Term):
         mean_entropy: mean entropy of the teacher over the corpus, nats, which a cache prints when it is
             complete. With it a token weighs the same in every batch; None makes each batch's mean weight 1.
         reverse_below: entropy of the teacher in nats; a token below it has the reverse divergence. 0: none.
+        tail: weight of the distribution within the tail, outside the k, beside the ``bucket`` divergence,
+            which knows its mass alone; 1 is the full divergence. Above 0 it needs a live teacher.
     """
 
     @checked
@@ -62,6 +70,7 @@ class Distillation(Term):
         chunk_tokens: Count = 256,
         mean_entropy: Positive | None = None,
         reverse_below: NonNegative = 0.0,
+        tail: NonNegative = 0.0,
     ) -> None:
         if rule not in get_args(Rule):
             accepted = get_args(Rule)
@@ -69,7 +78,17 @@ class Distillation(Term):
         check_weight(weight)
         self.k, self.rule, self.weight, self.weight_lambda = k, rule, weight, weight_lambda
         self.temperature, self.alpha, self.chunk_tokens = temperature, alpha, chunk_tokens
-        self.mean_entropy, self.reverse_below = mean_entropy, reverse_below
+        self.mean_entropy, self.reverse_below, self.tail = mean_entropy, reverse_below, tail
+        if tail and (k is None or rule != "bucket"):
+            raise ConfigError(
+                f"tail: {tail:g} given with k: {k} and rule: {rule}. It weighs what the rule 'bucket' leaves "
+                f"out of the full divergence: give k and rule: bucket, or tail: 0."
+            )
+
+    @property
+    def asks(self) -> int | None:
+        """How many of its likeliest tokens the teacher's signal must hold; None is the whole distribution."""
+        return None if self.tail else self.k
 
     def __call__(
         self,
@@ -97,8 +116,7 @@ class Distillation(Term):
 
         def chunk(h_nH: Tensor, at: slice, into: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
             logits = head.logits(h_nH, into)
-            kd = kl(logits, signal.select(at), self.rule, self.temperature, self.reverse_below)
-            kd = kd * self.temperature**2
+            kd = self._divergence(logits, signal.select(at)) * self.temperature**2
             if self.alpha == 1:
                 return _sum(weights_N[at], kd), kd.detach()[None]
             ce = F.cross_entropy(logits.float(), labels_N[at], reduction="none")
@@ -117,6 +135,19 @@ class Distillation(Term):
         gradient.
         """
         return self(step.head, step.hidden_NH, step.labels_N, step.signal, step.whole)
+
+    def measured(self, step: Step) -> Tensor:
+        """Return the mean divergence of validation: at temperature 1, unweighted, without the tail's own."""
+        signal = step.signal.truncate(self.k) if self.tail and self.k else step.signal
+        plain = Distillation(k=self.k, rule=self.rule, weight="none")
+        return plain.loss(replace(step, signal=signal))["kd"]
+
+    def _divergence(self, logits_nV: Tensor, signal: Signal) -> Tensor:
+        if not self.tail or self.k is None:
+            return kl(logits_nV, signal, self.rule, self.temperature, self.reverse_below)
+        if not isinstance(signal, Dense):
+            raise ConfigError(TAIL)
+        return tailed_kl(logits_nV, signal, self.k, self.tail, self.temperature, self.reverse_below)
 
     def _weights(
         self, head: OutputHead, hidden_NH: Tensor, signal: Signal, whole: WholeBatch | None

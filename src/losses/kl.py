@@ -18,6 +18,13 @@ same rule with the two exchanged (p for q, r for s); it holds the student to wha
 Forward where the teacher is uncertain and reverse where it is sure is the split by entropy of arXiv
 2603.07079; the threshold in nats is ours.
 
+The distribution *within* the tail, the tokens outside the k, is what ``bucket`` leaves out. By the chain rule
+
+    full KL = bucket + r KL(p / r || q / s within the tail),
+
+and arXiv 2602.20816 gives the second summand more weight than its small mass r does. :func:`tailed_kl` weighs
+it: 0 is ``bucket``, 1 the full KL. The same holds of the reverse divergence, whose mass is s.
+
 A rule is a formula on ``[n, K]``, differentiated by autograd. :class:`_LogProbs` carries its gradient to the
 logits with one buffer ``[n, V]`` in each direction: with gradients g for log q and g_s for log s, and G the
 sum of all of them, the logits receive ``g - G q`` inside the top-k and ``(g_s / s - G) q`` outside.
@@ -55,24 +62,61 @@ def kl(
         reverse_below: entropy of the teacher (nats) below which a token's divergence is the reverse one.
     """
     logits_nV = logits_nV.float() if temperature == 1 else logits_nV.float() / temperature
+    reverse_n = signal.entropy < reverse_below if reverse_below else None
     if isinstance(signal, Dense):
-        log_p = signal.log_probs
-        if temperature != 1:
-            log_p = (log_p / temperature).log_softmax(-1).clamp_min_(FLOOR)
-        dense: Callable[..., Tensor] = _DenseKL.apply
-        forward = dense(logits_nV, log_p)
-        if reverse_below == 0:
-            return forward
-        log_q = logits_nV.log_softmax(-1).clamp_min(FLOOR)
-        reverse = (log_q.exp() * (log_q - log_p)).sum(-1)
-        return torch.where(signal.entropy < reverse_below, reverse, forward)
+        return _dense(logits_nV, signal.tempered(temperature), reverse_n)
     log_p, log_r = signal.tempered(temperature, logits_nV.shape[-1])
-    log_probs: Callable[..., tuple[Tensor, Tensor]] = _LogProbs.apply
-    log_q, log_s = log_probs(logits_nV, signal.ids)
-    forward = RULES[rule](log_p, log_r, log_q, log_s)
-    if reverse_below == 0:
+    return _classes(logits_nV, signal.ids, log_p, log_r, rule, reverse_n)
+
+
+def tailed_kl(
+    logits_nV: Tensor,
+    signal: Dense,
+    k: int,
+    tail: float,
+    temperature: float = 1.0,
+    reverse_below: float = 0.0,
+) -> Tensor:
+    """Return ``[n]``: the divergence by ``bucket``, and ``tail`` times that within the tail with its mass.
+
+    It is exact at every temperature, because the whole distribution is at hand.
+
+    Args:
+        logits_nV: the student's logits, as of :func:`kl`.
+        signal: the teacher's whole distribution.
+        k: likeliest tokens of the teacher; all others are the tail.
+        tail: weight of the tail's own summand.
+        temperature: as of :func:`kl`.
+        reverse_below: as of :func:`kl`.
+    """
+    logits_nV = logits_nV.float() if temperature == 1 else logits_nV.float() / temperature
+    reverse_n = signal.entropy < reverse_below if reverse_below else None
+    whole = signal.tempered(temperature)
+    top = whole.truncate(k)
+    bucket = _classes(logits_nV, top.ids, top.log_probs, top.log_rest, "bucket", reverse_n)
+    return bucket + tail * (_dense(logits_nV, whole, reverse_n) - bucket)
+
+
+def _dense(logits_nV: Tensor, signal: Dense, reverse_n: Tensor | None) -> Tensor:
+    """Return the full divergence, of the tokens ``reverse_n`` the reverse one."""
+    dense: Callable[..., Tensor] = _DenseKL.apply
+    forward = dense(logits_nV, signal.log_probs)
+    if reverse_n is None:
         return forward
-    return torch.where(signal.entropy < reverse_below, RULES[rule](log_q, log_s, log_p, log_r), forward)
+    log_q = logits_nV.log_softmax(-1).clamp_min(FLOOR)
+    return torch.where(reverse_n, (log_q.exp() * (log_q - signal.log_probs)).sum(-1), forward)
+
+
+def _classes(
+    logits_nV: Tensor, ids_nK: Tensor, log_p: Tensor, log_r: Tensor, rule: Rule, reverse_n: Tensor | None
+) -> Tensor:
+    """Return the divergence of K tokens and the mass outside, of the tokens ``reverse_n`` the reverse one."""
+    log_probs: Callable[..., tuple[Tensor, Tensor]] = _LogProbs.apply
+    log_q, log_s = log_probs(logits_nV, ids_nK)
+    forward = RULES[rule](log_p, log_r, log_q, log_s)
+    if reverse_n is None:
+        return forward
+    return torch.where(reverse_n, RULES[rule](log_q, log_s, log_p, log_r), forward)
 
 
 def _bucket(log_p: Tensor, log_r: Tensor, log_q: Tensor, log_s: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ Shapes: N tokens, V vocabulary, K tokens kept.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -112,6 +113,16 @@ class Dense:
         """Return the signal of some positions of the first dimension."""
         return Dense(self.log_probs[index])
 
+    def tempered(self, temperature: float) -> Dense:
+        """Return the distribution ``p_T ~ p^(1/T)``."""
+        if temperature == 1:
+            return self
+        return Dense((self.log_probs / temperature).log_softmax(-1).clamp_min_(FLOOR))
+
+    def truncate(self, k: int) -> TopK:
+        """Return the signal with the ``k`` likeliest tokens; the mass of the others is its rest."""
+        return _joined([topk_signal(part, k) for part in self.log_probs.split(256) or (self.log_probs,)])
+
 
 Signal = TopK | Dense
 
@@ -171,5 +182,9 @@ def live_signal(
         logits = logits_of(h).float()
         buffer = buffer if len(buffer) >= len(h) > 0 else torch.empty_like(logits)
         tops.append(_topk(logits, k, buffer[: len(h)]))
+    return _joined(tops)
+
+
+def _joined(tops: Sequence[TopK]) -> TopK:
     fields = ("ids", "log_probs", "entropy", "log_rest")
     return TopK(*(torch.cat([getattr(top, field) for top in tops]) for field in fields))

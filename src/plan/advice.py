@@ -85,7 +85,7 @@ def advise(planner: Planner, disk: float | None = None) -> Advice:
         disk: bytes that a cache may take; None is no limit.
     """
     stage = planner.experiment.stage
-    cached = not planner.reads_streams and (disk is None or planner.cache.expected <= disk)
+    cached = not planner.needs_live and (disk is None or planner.cache.expected <= disk)
     refused: list[Estimate] = []
     for mode, strategy, checkpoint, offload in ways(stage, planner.ranks, cached):
         estimate = planner.way(mode, strategy, checkpoint, offload)

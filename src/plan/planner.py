@@ -10,6 +10,7 @@ from typing import cast
 
 import torch
 import yaml
+from jsonargparse import Namespace
 
 from src.errors import ConfigError
 from src.losses.terms import Term
@@ -208,17 +209,24 @@ class Planner:
         return stream_bytes(config, dtype, rows.count * rows.length)
 
     @property
-    def reads_streams(self) -> bool:
-        """Whether some term compares inner layers with the parent's, which no cache holds."""
-        paths = (each.term.class_path.rpartition(".") for each in self.experiment.model.get("terms") or ())
-        return any(getattr(import_module(path), name).pairs is not Term.pairs for path, _, name in paths)
+    def terms(self) -> list[Namespace]:
+        """The terms of the loss, each with its ``class_path`` and ``init_args``."""
+        model = self.experiment.model
+        terms = (model.get("distillation"), *(each.term for each in model.get("terms") or ()))
+        return [term for term in terms if term]
+
+    @property
+    def needs_live(self) -> bool:
+        """Whether some term reads what no cache holds: inner layers, or the distribution within the tail."""
+        paths = (term.class_path.rpartition(".") for term in self.terms)
+        compares = any(getattr(import_module(path), name).pairs is not Term.pairs for path, _, name in paths)
+        return compares or any((term.get("init_args") or {}).get("tail") for term in self.terms)
 
     @property
     def cache(self) -> CacheSize:
         """Size of a cache of the run's tokens."""
         model, rows = self.experiment.model, self.experiment.rows
-        terms = (model.get("distillation"), *(each.term for each in model.get("terms") or ()))
-        asked = [model.get("k"), *((term.get("init_args") or {}).get("k") for term in terms if term)]
+        asked = [model.get("k"), *((term.get("init_args") or {}).get("k") for term in self.terms)]
         k = next(filter(None, asked), 10)
         positions = self.tokens * rows.positions // (rows.count * rows.length)
         return cache_size(self.tokens, positions, k, model.get("precision") or "float16")

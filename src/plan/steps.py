@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from src.cache.teacher import CacheTeacher
 from src.callbacks import Sparsify
 from src.data.batches import Batch, Supervised
+from src.losses.distill import Distillation
 from src.losses.signals import FLOOR, Signal, TopK, live_signal
 from src.models.head import OutputHead
 from src.models.streams import streams
@@ -55,7 +56,7 @@ class PlannedTeacher:
             model = parent if self.source.adopts else plain.load(name)
             self.head = OutputHead(model.eval().requires_grad_(False))
 
-    def refuse(self, trainer: Trainer, data: object) -> None:
+    def refuse(self, trainer: Trainer, data: object, distillation: Distillation) -> None:
         """Refuse nothing: a plan runs on no trainer and reads no data."""
 
     def setup(self, learner: Learner) -> None:

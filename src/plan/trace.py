@@ -127,7 +127,7 @@ def _build(stage: Stage) -> tuple[PlannedTeacher | None, PreTrainedModel]:
     teacher = None
     if isinstance(stage, MaskSearch | Recovery) and stage.teacher is not None:
         teacher = stage.teacher = PlannedTeacher(stage.teacher, (stage.name, stage.revision))
-        teacher.k = stage.distillation.k
+        teacher.k = stage.distillation.asks
     if isinstance(stage, MaskSearch) and stage.unit == "half":
         # Halves are found by running a model; a step of halves costs what one of whole layers does.
         stage.unit = "layer"

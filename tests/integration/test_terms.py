@@ -20,7 +20,7 @@ from src.models.loading import load_model
 from src.recover import Recovery
 from src.teachers import CachedTeacher, LiveTeacher
 from src.training.scopes import load_student
-from tests.planning import LENGTH, MLP, RECOVER, H, L, planner_of
+from tests.planning import LENGTH, MLP, RECOVER, ROWS, H, L, V, planner_of
 from tests.tiny import problem_rows
 
 STATES = {"term": {"class_path": "src.losses.HiddenStates"}, "weight": 10.0}
@@ -97,11 +97,14 @@ def test_density_falls_is_logged_and_exports(
     assert torch.equal(load_model(str(tmp_path / "out"))(ids).logits, back(ids).logits)
 
 
-def test_a_recovery_with_reverse_divergence_is_logged_and_exports(
-    tmp_path: Path, teacher_dir: str, corpus_file: str, mask_file: str
+@pytest.mark.parametrize(
+    ("overlay", "key", "value"), [("reverse_kl", "reverse_below", 0.5), ("tail", "tail", 1.0)]
+)
+def test_a_recovery_with_another_divergence_is_logged_and_exports(
+    overlay: str, key: str, value: float, tmp_path: Path, teacher_dir: str, corpus_file: str, mask_file: str
 ) -> None:
-    done = fit(tmp_path, teacher_dir, corpus_file, mask_file, "--config", "configs/recover/reverse_kl.yaml")
-    assert (done.model.distillation.reverse_below, done.model.distillation.weight) == (0.5, "linear")
+    done = fit(tmp_path, teacher_dir, corpus_file, mask_file, "--config", f"configs/recover/{overlay}.yaml")
+    assert (getattr(done.model.distillation, key), done.model.distillation.weight) == (value, "linear")
     checkpoint = str(tmp_path / "recover" / "run" / "checkpoints" / "last.ckpt")
     export(["--mask", mask_file, "--checkpoint", checkpoint, "--out", str(tmp_path / "out")])
     ids, trained = torch.arange(3, 23)[None], done.model.model.eval()
@@ -137,6 +140,10 @@ def test_the_loss_falls_on_the_streams_too(
         (
             [f"--model.init_args.terms=[{STATES}]", "--model.init_args.teacher=src.teachers.CachedTeacher"],
             "CachedTeacher",
+        ),
+        (
+            ["--config=configs/recover/tail.yaml", "--model.init_args.teacher=src.teachers.CachedTeacher"],
+            "distillation.tail: it reads the teacher's whole distribution",
         ),
         ([f"--model.init_args.terms=[{REMOVED}]"], "layers that the mask keeps"),
         (["--model.init_args.terms=[{term: src.losses.HidenStates}]"], "HidenStates"),
@@ -201,7 +208,24 @@ def test_a_plan_asks_the_k_of_the_terms(tmp_path: Path) -> None:
     assert own.cache.raw < default.cache.raw
 
 
-def test_a_plan_refuses_what_the_run_would(tmp_path: Path) -> None:
-    keys = {"model.init_args.terms": f"[{STATES}]", "model.init_args.teacher": "src.teachers.CachedTeacher"}
+LIVE = [{"model.init_args.terms": f"[{STATES}]"}, {"model.init_args.distillation.init_args.tail": 2.0}]
+
+
+@pytest.mark.parametrize("keys", LIVE)
+def test_a_plan_refuses_what_the_run_would(keys: dict[str, Any], tmp_path: Path) -> None:
+    """And it recommends no cache, which would not do."""
+    assert planner_of(tmp_path, RECOVER, **keys).needs_live
+    assert not planner_of(tmp_path, RECOVER).needs_live
+    keys = {**keys, "model.init_args.teacher": "src.teachers.CachedTeacher"}
     with pytest.raises(ConfigError, match=r"src\.teachers\.LiveTeacher"):
         planner_of(tmp_path, RECOVER, **keys).trace()
+
+
+def test_a_plan_counts_the_whole_distribution(tmp_path: Path) -> None:
+    """The teacher's log-probabilities of all positions, and no operation more."""
+    plain, tailed = (
+        planner_of(tmp_path, RECOVER, **{"model.init_args.distillation.init_args.tail": tail}).trace()
+        for tail in (0, 1)
+    )
+    assert tailed.peak["loss chunk"] - plain.peak["loss chunk"] >= 4 * ROWS * (LENGTH - 1) * V
+    assert tailed.flops == plain.flops
