@@ -173,8 +173,8 @@ def written(data: bytes) -> Iterator[bytes]:
             entry = b""
 
 
-@pytest.mark.skipif("wandb" not in INSTALLED, reason="needs the extra wandb")
-def test_wandb_holds_it_in_its_offline_directory(out: Path) -> None:
+def of_wandb(out: Path) -> tuple[Curves, dict[str, Any], Path]:
+    """Metrics, settings, and the directory of the run."""
     from wandb.proto.wandb_internal_pb2 import Record
 
     (folder,) = (out / "wandb").glob("offline-run-*")
@@ -185,11 +185,31 @@ def test_wandb_holds_it_in_its_offline_directory(out: Path) -> None:
         settings |= {item.key: json.loads(item.value_json) for item in entry.run.config.update}
         settings |= {item.key: json.loads(item.value_json) for item in entry.config.update}
         row = {
-            item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in entry.history.item
+            item.key or item.nested_key[0]: json.loads(item.value_json)
+            for item in entry.history.item
+            if len(item.nested_key) < 2  # else it tells of a picture
         }
         for tag, value in row.items():
             if isinstance(value, int | float) and "trainer/global_step" in row:
                 curves[tag][row["trainer/global_step"]] = value
+    return curves, settings, folder
+
+
+def of_mlflow(out: Path) -> tuple[Curves, Any, set[str]]:
+    """Metrics, the run, and the names of its files."""
+    from mlflow.tracking import MlflowClient
+
+    client = MlflowClient(f"file:{out}/mlruns")
+    experiment = client.get_experiment_by_name("e3pruner")
+    (found,) = client.search_runs([experiment.experiment_id])
+    histories = {tag: client.get_metric_history(found.info.run_id, tag) for tag in found.data.metrics}
+    curves = {tag: {point.step: point.value for point in points} for tag, points in histories.items()}
+    return curves, found, {item.path for item in client.list_artifacts(found.info.run_id)}
+
+
+@pytest.mark.skipif("wandb" not in INSTALLED, reason="needs the extra wandb")
+def test_wandb_holds_it_in_its_offline_directory(out: Path) -> None:
+    curves, settings, folder = of_wandb(out)
     run = out / "search" / "logged"
     alike(of_events(run)[0], curves)
     results(run, curves)
@@ -202,19 +222,29 @@ def test_wandb_holds_it_in_its_offline_directory(out: Path) -> None:
 
 @pytest.mark.skipif("mlflow" not in INSTALLED, reason="needs the extra mlflow")
 def test_mlflow_holds_it_in_its_file_store(out: Path) -> None:
-    from mlflow.tracking import MlflowClient
-
-    client, run = MlflowClient(f"file:{out}/mlruns"), out / "search" / "logged"
-    experiment = client.get_experiment_by_name("e3pruner")
-    (found,) = client.search_runs([experiment.experiment_id])
-    histories = {tag: client.get_metric_history(found.info.run_id, tag) for tag in found.data.metrics}
-    curves = {tag: {point.step: point.value for point in points} for tag, points in histories.items()}
+    curves, found, kept = of_mlflow(out)
+    run = out / "search" / "logged"
     alike(of_events(run)[0], curves)
     results(run, curves)
     assert found.data.params["model/init_args/policy/init_args/form"] == "softmax"
     assert found.info.status == "FINISHED"
-    kept = {item.path for item in client.list_artifacts(found.info.run_id)}
     assert kept == {*loggers.RESULTS, "mask.png"}
+
+
+@pytest.mark.skipif(EXTRAS.keys() - {*INSTALLED} != set(), reason="needs the extras wandb and mlflow")
+def test_one_run_has_equal_figures_in_all_four(out: Path) -> None:
+    """The same metrics at the same steps, bit for bit in float32, which is what TensorBoard keeps."""
+    held = [of_csv(out), of_events(out / "tensorboard" / "version_0")[0], of_wandb(out)[0], of_mlflow(out)[0]]
+    plain = [
+        {
+            tag: {step: np.float32(value) for step, value in curve.items()}
+            for tag, curve in curves.items()
+            if "/" in tag and not tag.startswith("trainer/")
+        }
+        for curves in held
+    ]
+    assert len({tag for tag in plain[0] if tag.startswith("final/")}) >= 5
+    assert plain[0] == plain[1] == plain[2] == plain[3]
 
 
 class Recorded:
