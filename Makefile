@@ -13,7 +13,7 @@ export TOKENIZERS_PARALLELISM := false
 .DELETE_ON_ERROR:
 .PHONY: help setup demo shorten test test-full headline mask-quality public-model budgets fair-fight width grow recovery ablations search-step teacher-cache \
 	data-pipeline linear-patch export-matrix other-engine plan-accuracy scale gpu-checks results lint types teacher \
-	tensorboard clean
+	tensorboard schema clean
 
 help:  ## show the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -242,6 +242,9 @@ teacher: $(VENV)/.installed  ## train the embedded teacher again (about an hour 
 
 tensorboard: $(VENV)/.installed  ## watch the runs under logs/
 	$(VENV)/bin/tensorboard --logdir logs
+
+schema: $(VENV)/.installed  ## describe the YAML of fit to editors -> schema.json (docs/editors.md)
+	@$(CLI) schema --out schema.json
 
 clean:  ## delete all runs under logs/
 	find logs -mindepth 1 ! -name .gitkeep -delete

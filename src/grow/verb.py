@@ -57,12 +57,12 @@ def main(argv: list[str]) -> None:
     first = {"layers": mask.depth, "put_back": "", "restored": "", "kl": curve[0].kl}
     told: list[dict[str, Any]] = [first, *map(pair.told, curve[1:])]
     wanted = [
-        (grown, _place(args, size["layers"]), size)
-        for grown, size in zip(curve, told, strict=True)
-        if size["layers"] in sizes
+        (grown, _place(args, facts["layers"]), facts)
+        for grown, facts in zip(curve, told, strict=True)
+        if facts["layers"] in sizes
     ]
-    for grown, place, size in [each for each in wanted if pair.missing(*each[:2])]:
-        pair.write(grown, place, size, f"{rows} of {public_name(args.data)}")
+    for grown, place, facts in [each for each in wanted if pair.missing(*each[:2])]:
+        pair.write(grown, place, facts, f"{rows} of {public_name(args.data)}")
     write_json(Path(args.out) / "grow.json", {"model": args.model, "sizes": told, **rows.record, **origin})
     show(_table(told, f"{args.model}, grown without training; KL on {rows} of {args.data}"))
 

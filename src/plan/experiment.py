@@ -26,25 +26,11 @@ from src.models.loading import load_config, numbers
 from src.plan.shapes import Rows
 from src.recover import Recovery
 from src.search import MaskSearch
-from src.training.arguments import PruneCLI, ShortErrors
+from src.training.parsing import parsed
 from src.training.stage import Stage
 from src.units.amount import Amount, Budget
 from src.units.kinds import width_of
 from src.units.targets import Target, spread
-
-
-class _ParseOnly(PruneCLI):
-    """Parses a command line, builds its module on demand, and runs nothing."""
-
-    def before_instantiate_classes(self) -> None:
-        """Do nothing, so that tokenizers and masks stay unread."""
-
-    def instantiate_classes(self) -> None:
-        """Instantiate nothing yet; keep the parser, by which the module alone can be made later."""
-        self.fit = self._parser("fit")
-
-    def _run_subcommand(self, subcommand: str) -> None:
-        """Run nothing."""
 
 
 class Experiment:
@@ -60,16 +46,7 @@ class Experiment:
     """
 
     def __init__(self, argv: Sequence[str], ratio: float | None = None, length: int | None = None) -> None:
-        logging.getLogger("lightning.fabric.utilities.seed").setLevel(logging.ERROR)
-        self._cli = _ParseOnly(
-            args=["fit", *argv],
-            parser_class=ShortErrors,
-            auto_configure_optimizers=False,
-            subclass_mode_model=True,
-            subclass_mode_data=True,
-            save_config_callback=None,
-            seed_everything_default=False,
-        )
+        self._cli = parsed(argv)
         config: Namespace = self._cli.config["fit"]
         self.config, self.trainer = config, config.trainer
         self.model = config.model.init_args

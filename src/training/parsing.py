@@ -1,0 +1,44 @@
+"""Parse command lines of ``fit`` as ``fit`` does, and start nothing."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+from src.training.arguments import PruneCLI, ShortErrors
+
+
+class ParseOnly(PruneCLI):
+    """Parses a command line, and builds and runs nothing.
+
+    Attributes:
+        fit: the parser, by which a part can be made later.
+    """
+
+    def before_instantiate_classes(self) -> None:
+        """Do nothing, so that tokenizers and masks stay unread."""
+
+    def instantiate_classes(self) -> None:
+        """Instantiate nothing; keep the parser."""
+        self.fit = self._parser("fit")
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Run nothing."""
+
+
+def parsed(argv: Sequence[str]) -> ParseOnly:
+    """Parse and check the arguments of ``fit``.
+
+    Raises:
+        ConfigError: ``fit`` would refuse them.
+    """
+    logging.getLogger("lightning.fabric.utilities.seed").setLevel(logging.ERROR)
+    return ParseOnly(
+        args=["fit", *argv],
+        parser_class=ShortErrors,
+        auto_configure_optimizers=False,
+        subclass_mode_model=True,
+        subclass_mode_data=True,
+        save_config_callback=None,
+        seed_everything_default=False,
+    )
