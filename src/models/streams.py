@@ -44,7 +44,7 @@ def inputs(model: PreTrainedModel, paths: Mapping[int, str]) -> Iterator[dict[in
 
     Args:
         model: a decoder, with or without adapters.
-        paths: of the modules inside their layers, by the layer's number.
+        paths: of the modules inside their layers, by the layer's number; "" is the layer itself.
 
     Yields:
         ``[B, T, features]`` by layer, of the last pass so far; empty before the first.
@@ -54,11 +54,11 @@ def inputs(model: PreTrainedModel, paths: Mapping[int, str]) -> Iterator[dict[in
     with ExitStack() as hooks:
         for index, path in paths.items():
 
-            def keep(_module: nn.Module, args: Any, index: int = index) -> None:
-                collected[index] = args[0]
+            def keep(_module: nn.Module, args: Any, kwargs: Any, index: int = index) -> None:
+                collected[index] = args[0] if args else kwargs["hidden_states"]
 
             module = modules[index].get_submodule(path)
-            hooks.callback(module.register_forward_pre_hook(keep).remove)
+            hooks.callback(module.register_forward_pre_hook(keep, with_kwargs=True).remove)
         yield collected
 
 

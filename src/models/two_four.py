@@ -29,15 +29,18 @@ def linear_maps(model: PreTrainedModel) -> dict[str, tuple[nn.Parameter, int]]:
 
 def two_of_four(weight: Tensor, axis: int) -> Tensor:
     """Return which entries of a matrix are among the two largest of their four along an axis, as bool."""
-    fours = weight.detach().abs().movedim(axis, -1).unflatten(-1, (-1, OF))
+    fours = _fours(weight.detach().abs(), axis)
     kept = torch.zeros_like(fours, dtype=torch.bool).scatter_(-1, fours.topk(KEPT, -1).indices, True)
     return kept.flatten(-2).movedim(-1, axis)
 
 
 def crowded(model: PreTrainedModel) -> int:
     """Return how many fours in the linear maps of a model have more than two entries that are not zero."""
-    fours = (
-        (weight != 0).movedim(axis, -1).unflatten(-1, (-1, OF))
-        for weight, axis in linear_maps(model).values()
-    )
-    return sum(int((each.sum(-1) > KEPT).sum()) for each in fours)
+    counts = (_fours(weight != 0, axis).sum(-1) for weight, axis in linear_maps(model).values())
+    return sum(int((count > KEPT).sum()) for count in counts)
+
+
+def _fours(matrix: Tensor, axis: int) -> Tensor:
+    """Return a matrix with the axis last and divided into fours, ``[..., inputs / 4, 4]``."""
+    fours: Tensor = matrix.movedim(axis, -1).unflatten(-1, (-1, OF))
+    return fours

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cached_property
-from importlib import import_module
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import cast
 
 import torch
@@ -218,8 +218,7 @@ class Planner:
     @property
     def needs_live(self) -> bool:
         """Whether some term reads what no cache holds: inner layers, or the distribution within the tail."""
-        paths = (term.class_path.rpartition(".") for term in self.terms)
-        compares = any(getattr(import_module(path), name).pairs is not Term.pairs for path, _, name in paths)
+        compares = any(resolve_name(term.class_path).pairs is not Term.pairs for term in self.terms)
         return compares or any((term.get("init_args") or {}).get("tail") for term in self.terms)
 
     @property

@@ -29,10 +29,11 @@ from src.losses.distill import Distillation
 from src.losses.signals import live_signal
 from src.mask import WIDE, Mask
 from src.models.head import OutputHead
+from src.models.streams import inputs
 from src.ranges import Natural, NonNegative, Positive, checked
 from src.repair.base import CutRepair
 from src.repair.fold import Repair, fold
-from src.repair.stream import Junction, Mode, StreamRepair, inputs, junctions, matrices, repaired, run
+from src.repair.stream import Junction, Mode, StreamRepair, junctions, matrices, repaired, run
 from src.training.progress import track
 
 Goal = Literal["parent", "rotate", "diag"]
@@ -160,7 +161,7 @@ class LinearPatch(CutRepair):
         """
         folds = []
         for number, place in enumerate(places):
-            with inputs(parent, [place.end]) as entering:
+            with inputs(parent, {place.end: ""}) as entering:
 
                 def target(batch: Batch, h_BTH: Tensor, number: int = number) -> Tensor:
                     if repairs:

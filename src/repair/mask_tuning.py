@@ -164,13 +164,14 @@ def places(student: PreTrainedModel, mask: Mask, batch: Batch) -> Iterator[Place
     """
     differs = mask.wide
     for index, (attention, feed_forward) in enumerate(zip(mask.attention, mask.feed_forward, strict=True)):
+        inside = differs or attention != index or feed_forward != index
+        differs = inside or mask.reads[index] != index + 1
+        if not differs:  # of what is as in the parent no writer is looked for, which takes passes
+            continue
         last = stream_writer(student, index, batch)
-        differs = differs or attention != index or feed_forward != index
-        if differs and index and (early := _earlier(student, index, batch, last)):
+        if inside and index and (early := _earlier(student, index, batch, last)):
             yield Place(index, early, feed_forward, last.name)
-        differs = differs or mask.reads[index] != index + 1
-        if differs:
-            yield Place(index, last, mask.reads[index] - 1, None)
+        yield Place(index, last, mask.reads[index] - 1, None)
 
 
 def _earlier(student: PreTrainedModel, index: int, batch: Batch, last: Writer) -> Writer | None:

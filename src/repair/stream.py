@@ -27,6 +27,7 @@ from transformers import PreTrainedModel
 from src.data.batches import Batch, real
 from src.mask import Mask
 from src.models.layers import decoder_layers, text_config
+from src.models.streams import inputs
 from src.repair.hadamard import hadamard
 from src.training.progress import track
 
@@ -95,25 +96,6 @@ def repaired(
         yield
 
 
-@contextmanager
-def inputs(model: PreTrainedModel, layers: Iterable[int]) -> Iterator[dict[int, Tensor]]:
-    """Collect the stream that enters each of ``layers`` when the model runs in the block.
-
-    Yields:
-        ``[B, T, H]`` by layer, of the last pass so far; empty before the first.
-    """
-    streams: dict[int, Tensor] = {}
-    _, modules = decoder_layers(model)
-    with ExitStack() as stack:
-        for index in set(layers):
-
-            def keep(_: nn.Module, args: Any, kwargs: Any, index: int = index) -> None:
-                streams[index] = (args[0] if args else kwargs["hidden_states"]).detach()
-
-            stack.callback(modules[index].register_forward_pre_hook(keep, with_kwargs=True).remove)
-        yield streams
-
-
 class _Reached(Exception):
     """Ends a pass behind the last layer that is wanted."""
 
@@ -159,7 +141,7 @@ def scales(
     """
     ends = [(p.start, p.end) for p in places]
     sums_2JH = torch.zeros((), dtype=torch.float64)
-    with inputs(parent, [i for pair in ends for i in pair]) as streams:
+    with inputs(parent, {i: "" for pair in ends for i in pair}) as streams:
         for batch in track(batches, "calibration batches"):
             real_N = run(parent, batch)
 

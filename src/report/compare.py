@@ -19,9 +19,9 @@ from src.evaluate.flips import flips
 from src.files import write_json, write_text
 from src.mask import git_sha
 from src.report import figures
-from src.report.left import Left
 from src.report.pages import Page, Picture, html, printable, table_of
 from src.report.run import Record, as_written
+from src.report.run_files import RunFiles
 from src.report.verb import distinct
 
 Settings = dict[str, dict[str, Any]]
@@ -52,7 +52,7 @@ def _equal(values: Iterable[Any]) -> bool:
     return all(other == first for other in others)
 
 
-def pair(one: Left, other: Left) -> Record:
+def pair(one: RunFiles, other: RunFiles) -> Record:
     """Compare two runs item by item and unit by unit.
 
     Returns:
@@ -71,7 +71,7 @@ def pair(one: Left, other: Left) -> Record:
     return found
 
 
-def compare(runs: Sequence[Left]) -> Record:
+def compare(runs: Sequence[RunFiles]) -> Record:
     """Return the comparison as plain values: figures of each run, settings that differ, and all pairs."""
     return {
         "runs": [run.figures for run in runs],
@@ -122,7 +122,7 @@ def main(argv: list[str]) -> None:
     runs = []
     for name, path in zip(distinct(args.runs), args.runs, strict=True):
         with as_written(Path(path)):
-            runs.append(Left.read(name, Path(path)))
+            runs.append(RunFiles.read(name, Path(path)))
     compared = compare(runs)
     origin = {
         "commit": git_sha(),

@@ -25,9 +25,8 @@ from src.report.run import read_record
 RESULTS = ("config.yaml", "mask.json", "record.json", "gates.json")
 """Files of a run that go along, where a logger keeps files."""
 _PLAIN = int | float
-os.environ.setdefault(
-    "MLFLOW_ALLOW_FILE_STORE", "true"
-)  # or MLflow wants a data base in place of a directory
+# Without it MLflow wants a data base in place of a directory.
+os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
 
 
 class AlsoLog(Callback):

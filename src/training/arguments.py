@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import errno
-import importlib
 import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any, NoReturn, cast
 
 import lightning
@@ -227,8 +227,7 @@ def _unbuilt(error: BaseException) -> ConfigError:
 
 
 def _shows_progress(callback: Any) -> bool:
-    module, _, name = callback.class_path.rpartition(".")
-    return issubclass(getattr(importlib.import_module(module), name), ProgressBar)
+    return issubclass(resolve_name(callback.class_path), ProgressBar)
 
 
 def user_fault(error: BaseException | None) -> ConfigError | None:

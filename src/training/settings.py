@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from importlib import import_module
 from inspect import isroutine
+from pkgutil import resolve_name
 from typing import Any
 
 import torch
@@ -115,8 +115,7 @@ def _faults(path: str, value: Any) -> Iterator[str]:
 
 
 def _component(path: str, value: Namespace) -> Iterator[str]:
-    module, _, name = value.class_path.rpartition(".")
-    component, arguments = getattr(import_module(module), name), value.get("init_args") or Namespace()
+    component, arguments = resolve_name(value.class_path), value.get("init_args") or Namespace()
     optimiser = isinstance(component, type) and issubclass(component, Optimizer)
     if not isinstance(component, type) or (path.endswith(".optimizer") and not optimiser):
         kind = "an optimiser, such as torch.optim.AdamW" if path.endswith(".optimizer") else "a class"

@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import torch
@@ -61,8 +61,7 @@ def check_installed(strategy: Any) -> None:
         ConfigError: the engine is not installed; the message names its extra.
     """
     if "class_path" in strategy:
-        module, _, name = strategy.class_path.rpartition(".")
-        getattr(getattr(import_module(module), name), "check_installed", lambda: None)()
+        getattr(resolve_name(strategy.class_path), "check_installed", lambda: None)()
 
 
 SHARDED = ("fsdp", "fsdp2", "deepspeed")

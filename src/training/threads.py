@@ -66,7 +66,7 @@ def usable(root: Path = _ROOT) -> tuple[int, str]:
 def _siblings(root: Path, number: int) -> str:
     """Return the hyperthreads of the core of a processor, as the kernel lists them; itself if it does not."""
     file = root / f"sys/devices/system/cpu/cpu{number}/topology/thread_siblings_list"
-    return _words(file)[0] if _words(file) else str(number)
+    return next(iter(_words(file)), str(number))
 
 
 def _quotas(root: Path) -> Iterator[float]:

@@ -13,10 +13,11 @@ from transformers import PreTrainedModel
 from src.errors import ConfigError
 from src.models.cut import cut
 from src.models.layers import decoder_layers
+from src.models.streams import inputs
 from src.repair import stream as streams
 from src.repair.experts import Mixture, last_weights
 from src.repair.fold import fold
-from src.repair.stream import StreamRepair, inputs, matrices
+from src.repair.stream import StreamRepair, matrices
 from src.repair.writers import stream_writer
 from tests.numerics.test_repair import MASK, PLACE, batch_of, logits, stream
 from tests.tiny import MOE, tiny_model
@@ -97,7 +98,7 @@ def test_the_fold_finds_a_map_that_experts_can_hold(family: str) -> None:
     student = cut(tiny(family), MASK)
     other = copy.deepcopy(student)
     mixture(other).add(0.3 * random_map())
-    with inputs(other, [PLACE.before + 1]) as seen:
+    with inputs(other, dict.fromkeys([PLACE.before + 1], "")) as seen:
 
         def target(batch: dict[str, Tensor], _: Tensor) -> Tensor:
             streams.run(other, batch)
@@ -126,7 +127,7 @@ def test_the_error_of_the_stream_falls_to_what_is_told(family: str, goal: Any) -
     def target(batch: dict[str, Tensor], h_BTH: Tensor) -> Tensor:
         if goal != "parent":
             return repair_of_stream(h_BTH)
-        with inputs(parent, [PLACE.end]) as seen:
+        with inputs(parent, dict.fromkeys([PLACE.end], "")) as seen:
             streams.run(parent, batch)
             return seen[PLACE.end]
 
@@ -142,7 +143,7 @@ def test_a_student_that_misses_nothing_is_not_changed(family: str) -> None:
     """Its stream is the parent's already."""
     parent = tiny(family)
     student = copy.deepcopy(parent)
-    with inputs(parent, [PLACE.before + 1]) as seen:
+    with inputs(parent, dict.fromkeys([PLACE.before + 1], "")) as seen:
 
         def target(batch: dict[str, Tensor], _: Tensor) -> Tensor:
             streams.run(parent, batch)

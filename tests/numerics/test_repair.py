@@ -14,11 +14,12 @@ from src.errors import ConfigError
 from src.models.cut import cut
 from src.models.layers import decoder_layers
 from src.models.loading import load_model, load_tokenizer
+from src.models.streams import inputs
 from src.repair import stream as streams
 from src.repair.fold import Regression, fold
 from src.repair.hadamard import hadamard
 from src.repair.linear_patch import LinearPatch
-from src.repair.stream import Junction, StreamRepair, inputs, junctions, matrices, repaired, scales
+from src.repair.stream import Junction, StreamRepair, junctions, matrices, repaired, scales
 from src.repair.writers import Linear, stream_writer
 from tests.tiny import VOCAB, mask_of, tiny_ids, tiny_model
 
@@ -35,7 +36,7 @@ def batch_of(rows: int = 4, seed: int = 0) -> dict[str, Tensor]:
 
 def stream(model: PreTrainedModel, layer: int, batch: dict[str, Tensor]) -> Tensor:
     """Real tokens of what enters a layer, ``[N, H]`` float64."""
-    with inputs(model, [layer]) as seen:
+    with inputs(model, dict.fromkeys([layer], "")) as seen:
         real_N = streams.run(model, batch)
         return seen[layer].flatten(0, 1)[real_N].double()
 
@@ -170,7 +171,7 @@ def test_the_fold_is_exact_where_the_correction_is_in_the_span(family: str) -> N
         for parameter in writer.module.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
     path, _ = decoder_layers(other)
-    with inputs(other, [PLACE.before + 1]) as seen:
+    with inputs(other, dict.fromkeys([PLACE.before + 1], "")) as seen:
 
         def target(batch: dict[str, Tensor], _: Tensor) -> Tensor:
             streams.run(other, batch)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,8 @@ from src.files import write_json
 from src.mask import Mask
 from src.report import compare as verb
 from src.report.compare import differences, tables
-from src.report.left import Left, flat
+from src.report.run_files import RunFiles, flat
+from tests.pages import Cells
 
 ROWS = torch.tensor([[5, 10], [7, 20], [9, 40]])
 CALLBACK = "src.callbacks.HardenMask"
@@ -88,11 +88,11 @@ def runs(tmp_path: Path) -> list[Path]:
 
 
 def compared(*runs: Path) -> dict[str, Any]:
-    return verb.compare([Left.read(run.name, run) for run in runs])
+    return verb.compare([RunFiles.read(run.name, run) for run in runs])
 
 
 def test_a_run_is_equal_to_itself(runs: list[Path]) -> None:
-    found = verb.compare([Left.read("a", runs[0]), Left.read("b", runs[0])])
+    found = verb.compare([RunFiles.read("a", runs[0]), RunFiles.read("b", runs[0])])
     assert found["settings"] == {}
     assert found["pairs"] == [
         {"runs": ["a", "b"], "removed_by_both": 2, "removed_by_either": 2, "lost": 0, "gained": 0, "p": 1.0}
@@ -150,13 +150,15 @@ def test_items_of_other_rows_and_units_of_other_kinds_are_not_compared(runs: lis
 
 
 def test_a_single_stage_is_compared_by_its_name_and_a_recovery_has_its_searchs_mask(runs: list[Path]) -> None:
-    search, whole = (Left.read(name, place) for name, place in (("a", runs[0] / "search"), ("b", runs[0])))
+    search, whole = (
+        RunFiles.read(name, place) for name, place in (("a", runs[0] / "search"), ("b", runs[0]))
+    )
     assert search.settings == {k: v for k, v in whole.settings.items() if k.startswith("search: ")}
     assert search.mask == whole.mask
     stage(runs[0] / "recover", "recover", 1000, mask=str(runs[1] / "search" / "mask.json"))
-    alone = Left.read("c", runs[0] / "recover")
-    assert alone.mask == Left.read("d", runs[1]).mask
-    assert Left.read("b", runs[0]).mask == whole.mask, "a run's own mask comes first"
+    alone = RunFiles.read("c", runs[0] / "recover")
+    assert alone.mask == RunFiles.read("d", runs[1]).mask
+    assert RunFiles.read("b", runs[0]).mask == whole.mask, "a run's own mask comes first"
 
 
 def test_a_recovery_that_was_moved_has_the_mask_that_it_recovered(runs: list[Path]) -> None:
@@ -167,8 +169,8 @@ def test_a_recovery_that_was_moved_has_the_mask_that_it_recovered(runs: list[Pat
     mask.save(kept)
     Mask("parent", 6, (0, 1, 2, 4), "Random").save(there)
     moved = (runs[0] / "recover").rename(runs[0].parent / "moved")
-    assert Left.read("a", moved).mask == mask
-    assert Left.read("b", runs[0]).mask == Mask.load(there), "a search's own mask comes first"
+    assert RunFiles.read("a", moved).mask == mask
+    assert RunFiles.read("b", runs[0]).mask == Mask.load(there), "a search's own mask comes first"
 
 
 VALUES = st.sampled_from([None, True, False, 2, 3.5, "", "x", [], [2], [2, 3]])
@@ -217,26 +219,6 @@ def test_no_part_of_a_list_hides_another() -> None:
     assert found["t.parts.HardenMask2.init_args.path"] == 2
     assert found["t.terms.Density.weight"] == 2
     assert found["t.terms.Density.term.init_args.eps"] == 1
-
-
-class Cells(HTMLParser):
-    """The texts of all table cells."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.cells: list[str] = []
-        self.inside = False
-
-    def handle_starttag(self, tag: str, attrs: Any) -> None:
-        self.inside = tag == "td"
-        self.cells += [""] * self.inside
-
-    def handle_endtag(self, tag: str) -> None:
-        self.inside &= tag != "td"
-
-    def handle_data(self, data: str) -> None:
-        if self.inside:
-            self.cells[-1] += data
 
 
 def test_screen_page_and_json_say_the_same(

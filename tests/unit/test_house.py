@@ -71,6 +71,13 @@ def functions() -> Iterator[tuple[str, ast.FunctionDef | ast.AsyncFunctionDef]]:
                 yield f"{path}:{node.lineno} {node.name}", node
 
 
+def test_tests_and_scripts_are_read_at_one_sitting_too() -> None:
+    files = [path for folder in ("tests", "scripts") for path in Path(folder).rglob("*.py")]
+    long = {str(path): count for path in files if (count := len(path.read_text().splitlines())) > 300}
+    assert files
+    assert not long
+
+
 def test_every_module_has_its_storey() -> None:
     for module in MODULES.keys() - {"src"}:
         assert storey(module) >= 0, module

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -15,20 +14,16 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from src.mask import Unit
 from src.models.loading import load_config
 from src.plan.advice import advise
 from src.plan.experiment import Experiment
 from src.plan.ledger import Ledger
 from src.plan.memory import OVERHEAD, Setting, memory
 from src.plan.planner import Planner
-from src.plan.toy import CountingProbe, Toy
 from src.plan.trace import Trace
 from src.plan.verb import summary
 from src.plan.weights import Weights
-from src.plan.work import cache_size, calibration
-from src.policies import Fisher, GumbelTopK
-from src.search import MaskSearch
+from src.plan.work import cache_size
 from tests.planning import (
     CACHE,
     HEADS,
@@ -152,43 +147,6 @@ def test_operations_are_those_of_the_real_model(plan: Make) -> None:
     assert plan(CACHE).trace().flops == counter.get_total_flops() - projection
 
 
-def test_calibration_counts_what_the_policy_asks(tmp_path: Path) -> None:
-    rows, model = 8, write_config(tmp_path / "model.json")
-
-    def passes(init: Any, polish: bool = False, streams: int = 0, **keys: Any) -> float:
-        policy = GumbelTopK(init=init, candidates=1, polish=polish)
-        counted = calibration(MaskSearch(model, policy, calibration_batches=rows, **keys), streams)
-        assert counted is not None
-        return counted
-
-    signals, soft, hard = rows, rows, rows * (L - 1) / L
-    assert passes("zeros", remove=1) == pytest.approx(signals + soft + hard)
-    quick = 2 + L * 2 * (L - 1) / L  # the signal, and each layer bypassed, on a quarter of the rows
-    assert passes("kl", remove=1) == pytest.approx(signals + quick + soft + hard)
-    halves = 2 + 2 * L * 2 * (2 * L - 1) / (2 * L)  # each half: twice as many, each nearly a whole pass
-    assert passes("kl", remove=1, unit="half") == pytest.approx(signals + halves + soft + hard)
-    shared = 2 + 2 * sum(range(L)) / L  # each begins where the open model's stream is remembered
-    after = passes("kl", remove=1, streams=10**6) - signals - shared - soft
-    assert after in [pytest.approx(rows * left / L) for left in range(L)], "what lies behind its layer"
-    several = {"budgets": [1 / L, 2 / L]}
-    both = soft + hard + soft + rows * (L - 2) / L  # of each budget the soft mask and the hard one
-    assert passes("kl", **several) == pytest.approx(signals + quick + both)
-    assert passes("kl", True, **several, nested=True) < passes("kl", True, **several), "fewer neighbours"
-
-
-@pytest.mark.parametrize("unit", ["layer", "half", "channel"])
-def test_calibration_counts_the_one_backward_pass_of_fisher_scores(unit: Unit, tmp_path: Path) -> None:
-    """As many passes as batches there, and back as many; then the final mask is measured."""
-    search = MaskSearch(
-        write_config(tmp_path / "model.json"), Fisher(rearranged=True), unit=unit, remove=1,
-        calibration_batches=8,
-    )  # fmt: skip
-    hard = (
-        8 if unit == "channel" else 8 * (L - 1) / L
-    )  # the soft mask of a policy that is sure is the hard one
-    assert calibration(search, 0) == pytest.approx(2 * 8 + 8 + hard)
-
-
 def test_a_repair_changes_no_size_and_a_plan_says_that_it_is_not_counted(tmp_path: Path) -> None:
     """Its rows and its tokenizer are not read: neither is there."""
     plans = []
@@ -204,16 +162,6 @@ def test_a_step_of_halves_costs_what_one_of_layers_does(plan: Make) -> None:
     assert halves.trace().peak == layers.trace().peak
     assert halves.trace().flops == layers.trace().flops
     assert halves.calibration > layers.calibration
-
-
-def test_the_toy_is_the_formula() -> None:
-    toy = Toy(3, strength=2.0, reach=0.5)
-    a, _, c = toy.cost_L.tolist()
-    assert float(toy.divergence(torch.tensor([1.0, 1, 1]))) == 0
-    assert float(toy.divergence(torch.tensor([0.0, 1, 1]))) == pytest.approx(a)
-    both = a + c + 2.0 * 0.5**2 * math.sqrt(a * c)
-    assert float(toy.divergence(torch.tensor([0.0, 1, 0]))) == pytest.approx(both)
-    assert CountingProbe(3, 4).divergence(torch.tensor([1.0, 0, 1])) == pytest.approx(float(Toy(3).cost_L[1]))
 
 
 def test_the_ledger_sees_tensors_come_and_go() -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -22,6 +21,7 @@ from src.generate import verb as generate
 from src.mask import Mask
 from src.report import answers, figures
 from src.report import verb as report
+from tests.pages import Cells
 from tests.tiny import tiny_model
 
 STUDENTS = ("cut", "recovered")
@@ -155,29 +155,6 @@ def test_chats_and_texts_are_answers_too() -> None:
         ["prompt", "teacher", "cut", "other"], ["q", "3", "2", "1"],
     ]  # fmt: skip
     assert answers.answers_of({}, ["teacher"]) == []
-
-
-class Cells(HTMLParser):
-    """The texts of all table cells."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.cells: list[str] = []
-        self.inside = False
-
-    def handle_starttag(self, tag: str, attrs: Any) -> None:
-        if tag == "br":
-            self.cells[-1] += "\n"
-            return
-        self.inside = tag == "td"
-        self.cells += [""] * self.inside
-
-    def handle_endtag(self, tag: str) -> None:
-        self.inside &= tag != "td"
-
-    def handle_data(self, data: str) -> None:
-        if self.inside:
-            self.cells[-1] += data
 
 
 def test_the_pages_need_nothing_from_elsewhere(finished: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from html.parser import HTMLParser
 from typing import Any
 
 import pytest
@@ -22,6 +21,7 @@ from src.report.pages import (
     table_of,
 )
 from src.report.verb import distinct
+from tests.pages import Cells
 
 SPEED = {"tokens_per_s": 1234.5, "speedup": 1.25, "ideal": 1.3}
 FULL: dict[str, Any] = {
@@ -97,28 +97,20 @@ def test_budgets_have_a_row_each() -> None:
     assert budgets_of(report(FULL, budgets=curve))[1:] == [["0.125", "2 of 16", "0.0123", "mask-0.125.json"]]
 
 
-class Read(HTMLParser):
-    """The texts of cells, with their line breaks, and everything that would be loaded."""
+class Read(Cells):
+    """The texts of cells, with their line breaks, all texts, and everything that would be loaded."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.cells, self.loaded, self.texts, self.inside = list[str](), list[str](), list[str](), False
+        self.loaded, self.texts = list[str](), list[str]()
 
     def handle_starttag(self, tag: str, attrs: Any) -> None:
-        if tag == "br":
-            self.cells[-1] += "\n"
-            return
-        self.inside = tag == "td"
-        self.cells += [""] * self.inside
+        super().handle_starttag(tag, attrs)
         self.loaded += [value for name, value in attrs if name in ("src", "href")]
 
-    def handle_endtag(self, tag: str) -> None:
-        self.inside &= tag != "td"
-
     def handle_data(self, data: str) -> None:
+        super().handle_data(data)
         self.texts.append(data)
-        if self.inside:
-            self.cells[-1] += data
 
 
 def page(table: list[list[str]], answers: list[list[str]] | None = None) -> Page:

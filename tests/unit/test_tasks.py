@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
-import sys
 import weakref
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from src import command
 from src.data.arithmetic import build_tokenizer
 from src.errors import ConfigError
 from src.evaluate.harness import ask, load_tasks
-from src.evaluate.tasks import compare, scores
+from src.evaluate.tasks import scores
 from src.evaluate.verb import main
 from tests.tiny import tiny_model
 
@@ -103,9 +102,6 @@ def evaluate(folder: Path, teacher: str, *more: str) -> dict[str, Any]:
     argv = f"--tasks tiny_choice --include-path {folder}/yaml --data-dir {folder} --out {folder}/out.json"
     main([*argv.split(), "--teacher", f"{folder}/{teacher}", "--model", f"{folder}/student", *more])
     return json.loads((folder / "out.json").read_text())
-
-
-# ---------------------------------------------------------------------- figures
 
 
 @needs_harness
@@ -265,44 +261,6 @@ def test_two_models_are_never_held_at_a_time(folder: Path, monkeypatch: pytest.M
     monkeypatch.setattr(command, "load_model", watched)
     evaluate(folder, "teacher", "--limit", "1", "--device", "cpu")
     assert len(loaded) == 2
-
-
-def test_a_teacher_that_scores_nothing_gives_no_ratio() -> None:
-    student = {"t": {"acc": {"score": 0.5, "correct": [True, False]}, "perplexity": {"score": 6.0}}}
-    compare(student, {"t": {"acc": {"score": 0.0, "correct": [False] * 2}, "perplexity": {"score": 4.0}}})
-    assert student["t"]["acc"] == {
-        "score": 0.5, "correct": [True, False], "flips": {"lost": 0, "gained": 1, "p": 1.0},
-    }  # fmt: skip
-    assert student["t"]["perplexity"] == {"score": 6.0, "ratio": 1.5}
-
-
-# ---------------------------------------------------------------------- faults
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ("", "neither given"),
-        ("--data x.jsonl --tasks piqa", "both given"),
-        (
-            "--data x.jsonl --num-fewshot 2 --data-dir y",
-            "--data-dir, --num-fewshot: means nothing with --data",
-        ),
-        ("--data x.jsonl --chat", "--chat: means nothing with --data"),
-        ("--tasks piqa --prompt question", "--prompt: means nothing with --tasks"),
-        ("--tasks piqa --num-fewshot -1", "whole number from 0"),
-    ],
-)
-def test_one_kind_of_judgement_at_a_time(arguments: str, message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        main(["--model", "nothing", *arguments.split()])
-
-
-def test_without_the_extra_the_command_to_install_it_is_named(monkeypatch) -> None:
-    for module in ("lm_eval", "lm_eval.tasks"):
-        monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(ConfigError, match=r"pip install -e '\.\[tasks\]'"):
-        main(["--model", "nothing", "--tasks", "piqa"])
 
 
 @needs_harness

@@ -25,7 +25,7 @@ _OF_A_STAGE = ("config.yaml", "record.json", "mask.json")
 
 
 @dataclass(frozen=True)
-class Left:
+class RunFiles:
     """Holds what a run has left; what is absent is empty.
 
     Attributes:
@@ -47,7 +47,7 @@ class Left:
     benchmark: Record
 
     @classmethod
-    def read(cls, name: str, directory: Path) -> Left:
+    def read(cls, name: str, directory: Path) -> RunFiles:
         """Read the files of a run: its stages in ``search`` and ``recover``, or one in the directory itself.
 
         Raises:
