@@ -16,6 +16,7 @@ from src.errors import ConfigError
 from src.files import whole, write_json, write_text
 from src.mask import Mask
 from tests.faults.runs import Files, apart, ended, forked, state, status
+from tests.marks import slow
 
 STEPS_OF_WRITING = [("os.fsync", n) for n in (1, 2, 3, 4)] + [("pathlib.Path.rename", n) for n in (1, 2)]
 
@@ -170,7 +171,7 @@ def test_verbs_that_write_figures_leave_no_litter_on_a_full_disk(
         assert sorted(files.out.iterdir()) == before
 
 
-@pytest.mark.parametrize("stage", ["search", "recover"])
+@pytest.mark.parametrize("stage", [slow("search"), "recover"])
 def test_a_checkpoint_that_does_not_fit_stops_the_run_and_keeps_the_one_before(
     stage: str, files: Files, tmp_path: Path
 ) -> None:

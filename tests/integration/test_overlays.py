@@ -19,6 +19,7 @@ from src.data import Corpus
 from src.mask import Mask
 from src.recover import Recovery
 from tests.integration.test_resume import broken_and_resumed
+from tests.marks import slow
 
 OVERLAYS = sorted(Path("configs/policy").glob("*.yaml"))
 SEARCH = "configs/search/gumbel_topk.yaml"
@@ -87,7 +88,7 @@ def lowest_turns(teacher_dir: str, corpus_file: str) -> list[int]:
     return sorted((total / count).topk(2, largest=False).indices.tolist())
 
 
-@pytest.mark.parametrize("name", ["bypass", "concave", pytest.param("grain", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["bypass", slow("concave"), slow("grain")])
 def test_a_killed_and_resumed_rival_equals_the_uninterrupted(
     name: str, tmp_path: Path, teacher_dir: str, corpus_file: str
 ) -> None:

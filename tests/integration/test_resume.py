@@ -11,6 +11,7 @@ from lightning import Callback, LightningModule, Trainer
 from safetensors.torch import load_file
 
 from src.cli import run
+from tests.marks import slow
 
 STEPS, SAVED, KILLED = 8, 4, 6
 
@@ -69,10 +70,7 @@ def broken_and_resumed(config: str, out: Path, *extra: str, **paths: str) -> Non
     same(whole, fit(config, out / "broken", False, *extra, saved, **paths))
 
 
-SLOW = pytest.param("search with Scales", marks=pytest.mark.slow)
-
-
-@pytest.mark.parametrize("stage", ["search", "search with LoRA", SLOW, "recover"])
+@pytest.mark.parametrize("stage", ["search", slow("search with LoRA"), slow("search with Scales"), "recover"])
 def test_killed_and_resumed_equals_uninterrupted(
     stage: str, tmp_path: Path, teacher_dir: str, corpus_file: str, mask_file: str
 ) -> None:

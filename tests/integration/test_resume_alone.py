@@ -15,6 +15,7 @@ from src.callbacks import LastCheckpoint
 from src.training.resuming import with_settings
 from tests.faults.runs import Files, ended
 from tests.integration.test_resume import same
+from tests.marks import slow
 
 
 @pytest.fixture
@@ -56,7 +57,7 @@ def state(run: Path) -> dict[str, Any]:
     return content
 
 
-@pytest.mark.parametrize("stage", ["search", "recover"])
+@pytest.mark.parametrize("stage", ["search", slow("recover")])
 def test_it_equals_a_resume_by_the_whole_command_and_goes_on_in_its_directory(
     stage: str, files: Files
 ) -> None:

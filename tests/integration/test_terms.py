@@ -20,6 +20,7 @@ from src.models.loading import load_model
 from src.recover import Recovery
 from src.teachers import CachedTeacher, LiveTeacher
 from src.training.scopes import load_student
+from tests.marks import slow
 from tests.planning import LENGTH, MLP, RECOVER, ROWS, H, L, V, planner_of
 from tests.tiny import problem_rows
 
@@ -40,7 +41,7 @@ def fit(out: Path, teacher: str, corpus: str, mask: str, *more: str) -> Any:
     return run([*given, *more])
 
 
-@pytest.mark.parametrize("scope", ["full", "cut_adjacent", "lora"])
+@pytest.mark.parametrize("scope", ["full", slow("cut_adjacent"), slow("lora")])
 def test_in_every_scope_it_trains_is_logged_and_exports(
     scope: str, tmp_path: Path, teacher_dir: str, corpus_file: str, mask_file: str
 ) -> None:
@@ -62,7 +63,7 @@ def test_in_every_scope_it_trains_is_logged_and_exports(
     assert torch.equal(load_model(str(tmp_path / "out"))(ids).logits, back(ids).logits)
 
 
-@pytest.mark.parametrize("scope", ["full", "lora"])
+@pytest.mark.parametrize("scope", ["full", slow("lora")])
 def test_density_falls_is_logged_and_exports(
     scope: str, tmp_path: Path, teacher_dir: str, corpus_file: str, mask_file: str
 ) -> None:

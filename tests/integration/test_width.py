@@ -17,6 +17,7 @@ from src.data.arithmetic import build_tokenizer
 from src.mask import Mask
 from src.policies import MaskPolicy
 from tests.integration.test_overlays import SEARCH, arguments
+from tests.marks import slow
 
 LAYERS, CHANNELS, GROUPS = 6, 24, 4
 
@@ -88,7 +89,7 @@ def random_mask(teacher: str, unit: str, width: int, keep: int) -> Mask:
     return Mask(teacher, LAYERS, units, "by hand", unit=unit, width=width)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize(("unit", "scope"), [("channel", "full"), ("kv_group", "lora")])
+@pytest.mark.parametrize(("unit", "scope"), [("channel", "full"), slow("kv_group", "lora")])
 def test_a_narrower_model_is_recovered_exported_and_judged(
     unit: str, scope: str, tmp_path: Path, llama_dir: str, corpus_file: str
 ) -> None:

@@ -18,10 +18,11 @@ from src.models.gated import freeze
 from src.models.head import OutputHead
 from src.teachers import LiveTeacher
 from tests.cached import Workspace, small, tokenizer, workspace
+from tests.marks import slow
 
 torch.set_num_threads(1)
 Batch = dict[str, torch.Tensor]
-FAMILIES = ["llama", "gemma2"]  # gemma2 caps its logits
+FAMILIES = ["llama", slow("gemma2")]  # gemma2 caps its logits
 
 
 @pytest.fixture(scope="module", params=FAMILIES)

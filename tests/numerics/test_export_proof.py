@@ -63,6 +63,7 @@ def test_a_fresh_process_comes_to_the_same_verdict(tmp_path: Path) -> None:
     assert [f.check for f in findings] == [f.check for f in verify(tmp_path, expected)]
 
 
+@pytest.mark.slow
 def test_what_a_library_prints_does_not_disturb_the_fresh_process(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

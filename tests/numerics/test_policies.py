@@ -15,6 +15,7 @@ from src.policies import relaxations as R
 from src.policies.angular import AngularDistance
 from src.policies.measuring import Probe
 from src.units.spaces import AnyOf
+from tests.marks import slow
 
 FORMS = ("softmax", "successive", "simple", "sigmoid", "identity")
 
@@ -194,7 +195,7 @@ class Toy:
         return best
 
 
-@pytest.mark.parametrize("form", ["softmax", "successive", "simple"])
+@pytest.mark.parametrize("form", ["softmax", "successive", slow("simple")])
 def test_the_search_ends_near_the_optimum_of_a_toy(form: str) -> None:
     from src.optim import SharedAdam
 

@@ -21,6 +21,7 @@ from src.policies import SLEB, Exhaustive, GumbelTopK, LayerKL, MaskPolicy
 from src.policies.polish import settle
 from src.policies.probe import CalibrationProbe
 from src.search import MaskSearch
+from tests.marks import slow
 
 BATCHES, PLENTY = 6, 10**6
 
@@ -81,7 +82,7 @@ def work(policy: MaskPolicy, probe: Any, name: str) -> tuple[Any, ...]:
 
 
 @pytest.mark.parametrize("unit", ["layer", "half"])
-@pytest.mark.parametrize("name", ["start", "polish", "sleb", "exhaustive"])
+@pytest.mark.parametrize("name", ["start", "polish", "sleb", slow("exhaustive")])
 def test_shared_prefixes_change_no_bit_and_a_plan_counts_their_layers(
     name: str, unit: Unit, teacher_dir: str
 ) -> None:
@@ -151,7 +152,7 @@ def test_memory_is_counted_in_streams(teacher_dir: str) -> None:
 
 @pytest.mark.parametrize(
     ("name", "layers", "remove", "fewer"),
-    [("start", 16, 4, 1.8), ("sleb", 16, 4, 1.8), ("exhaustive", 16, 4, 2.5), ("start", 30, 8, 1.8),
+    [("start", 16, 4, 1.8), ("sleb", 16, 4, 1.8), slow("exhaustive", 16, 4, 2.5), ("start", 30, 8, 1.8),
      ("polish", 30, 8, 1.5), ("sleb", 30, 8, 1.8)],
 )  # fmt: skip
 def test_how_many_fewer_layers_run(name: str, layers: int, remove: int, fewer: float) -> None:

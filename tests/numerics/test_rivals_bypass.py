@@ -85,6 +85,7 @@ def test_the_projection_is_the_nearest_point_of_the_budget() -> None:
     assert torch.equal(project(inside, 4), inside)
 
 
+@pytest.mark.slow
 def test_policy_gradient_finds_the_best_layers_of_a_toy() -> None:
     value, cost = additive(12)
     asked = BypassBP(init="uniform", always_keep=[int(value.argmin())])

@@ -64,6 +64,7 @@ def test_a_cache_has_several_shards_and_every_document_once(ws: Workspace, whole
     assert [part.tolist() for part in np.split(rows.tokens, rows.lengths.cumsum()[:-1])] == documents
 
 
+@pytest.mark.slow
 def test_twenty_kills_leave_the_rows_of_an_uninterrupted_write(
     ws: Workspace, whole: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -19,6 +19,7 @@ from src.data.judging import batches, judged, read_rows
 from src.errors import ConfigError
 from src.evaluate.generate import greedy, stop_tokens
 from src.evaluate.verb import exact_match, flips, held_out, main
+from tests.marks import slow
 from tests.tiny import tiny_ids, tiny_model
 
 QA = Columns(prompt="question", answer="answer")
@@ -48,7 +49,7 @@ def models(tokenizer: PreTrainedTokenizerFast) -> tuple[PreTrainedModel, PreTrai
 # ---------------------------------------------------------------------- generation
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3_text", "gpt2", "bloom", "qwen3_next"])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3_text", "gpt2", "bloom", slow("qwen3_next")])
 def test_padded_batches_generate_what_each_prompt_alone_generates(family: str) -> None:
     model = tiny_model(family)
     prompts = [tiny_ids(1, length, seed=length)[0].tolist() for length in (11, 3, 7, 11, 5)]

@@ -44,6 +44,7 @@ def test_without_a_gpu_it_says_so_in_one_line_and_writes_nothing(tmp_path, monke
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_the_script_lists_its_parts() -> None:
     run = ["bash", "scripts/gpu_checks.sh", "stages/8b", "--list"]
     done = subprocess.run(run, capture_output=True, text=True, check=True, env=ENV)
@@ -111,6 +112,7 @@ def test_the_last_words_are_the_error_not_the_command_that_failed() -> None:
     assert stages.last_words("") == "it said nothing"
 
 
+@pytest.mark.slow
 def test_sections_are_merged_in_the_order_of_the_parts(tmp_path, monkeypatch) -> None:
     for name in ("speed", "laws"):
         monkeypatch.setitem(PARTS, name, ("", where_am_i))

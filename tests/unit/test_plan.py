@@ -147,6 +147,7 @@ def test_operations_are_those_of_the_real_model(plan: Make) -> None:
     assert plan(CACHE).trace().flops == counter.get_total_flops() - projection
 
 
+@pytest.mark.slow
 def test_a_repair_changes_no_size_and_a_plan_says_that_it_is_not_counted(tmp_path: Path) -> None:
     """Its rows and its tokenizer are not read: neither is there."""
     plans = []
@@ -182,6 +183,7 @@ def test_the_ledger_sees_tensors_come_and_go() -> None:
 # ---------------------------------------------------------------- laws
 
 
+@pytest.mark.slow
 def test_more_costs_more(plan: Make) -> None:
     base = plan(SEARCH).configured
     for keys in ({"data.init_args.batch_size": 2 * ROWS}, {"data.init_args.max_length": 2 * LENGTH}):
@@ -193,6 +195,7 @@ def test_more_costs_more(plan: Make) -> None:
     assert more_draws.flops > base.flops
 
 
+@pytest.mark.slow
 def test_recomputing_saves_memory_and_costs_work(plan: Make) -> None:
     planner = plan(RECOVER)
     plain, recomputed = planner.trace(False), planner.trace(True)

@@ -68,6 +68,7 @@ def test_a_recovery_without_room_reads_a_cache(plan: Make) -> None:
     assert cached.hours < plain.hours, "the teacher's pass is saved"
 
 
+@pytest.mark.slow
 def test_a_cache_is_no_way_out_where_streams_are_compared(plan: Make) -> None:
     """A cache holds the teacher's distribution alone; the run would refuse it."""
     term = "{term: {class_path: src.losses.%s}, weight: 1}"

@@ -6,6 +6,8 @@ import logging
 import subprocess
 import sys
 
+import pytest
+
 PROGRAM = """
 import warnings
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
@@ -21,6 +23,7 @@ warnings.warn("the loss is not finite")
 """
 
 
+@pytest.mark.slow
 def test_only_what_matters_is_shown_and_each_on_one_line() -> None:
     shown = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=True)
     assert (shown.stdout + shown.stderr).splitlines() == [

@@ -25,6 +25,7 @@ from src.shorten.settings import choose
 from src.shorten.stages import Stage, digests
 from src.shorten.text import SHARE, Text, hold_out, look
 from tests.faults.directories import refused
+from tests.marks import slow
 
 
 def chosen(model: str, text: Text, tokens: int | None = None) -> dict[tuple[str, str], settings.Choice]:
@@ -106,6 +107,7 @@ def lined(args: argparse.Namespace, tmp_path: Path) -> dict[str, Stage]:
     return {stage.name: stage for stage in made}
 
 
+@pytest.mark.slow
 def test_settings_are_chosen_once_and_again_when_something_else_is_asked_for(
     tmp_path: Path, teacher_dir: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -205,7 +207,9 @@ def test_an_unknown_method_is_refused_before_anything_is_written(tmp_path: Path,
     assert not (tmp_path / "r").exists()
 
 
-@pytest.mark.parametrize(("more", "depth"), [((), 4), (("--remove", "1"), 5), (("--ratio", "0.5"), 3)])
+@pytest.mark.parametrize(
+    ("more", "depth"), [((), 4), slow(("--remove", "1"), 5), slow(("--ratio", "0.5"), 3)]
+)
 def test_both_stages_are_planned_for_what_goes(
     more: tuple[str, ...],
     depth: int,

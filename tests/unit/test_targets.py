@@ -23,10 +23,11 @@ from src.units.amount import Amount
 from src.units.kinds import width_of
 from src.units.targets import GIB, Target, spread
 from src.units.width import Width
+from tests.marks import slow
 from tests.planning import L, planner_of, write_config
 from tests.tiny import LAYERS, mask_of, tiny_config, tiny_model
 
-FAMILIES = ["gemma2", "mixtral", "deepseek_v3", "lfm2"]
+FAMILIES = ["gemma2", slow("mixtral"), slow("deepseek_v3"), slow("lfm2")]
 """Tied embeddings; experts; layers that differ in size."""
 LIMITS: dict[str, Any] = {"max_position_embeddings": 256}
 
@@ -55,7 +56,7 @@ def test_the_count_is_the_smallest_whose_cut_model_reaches_the_target(family: st
         least(config, parameters=sizes[most] - 1)
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma2"])
+@pytest.mark.parametrize("family", [slow("llama"), "gemma2"])
 def test_a_speedup_is_the_ideal_of_a_benchmark(family: str) -> None:
     model, config = tiny_model(family, **LIMITS), tiny_config(family, **LIMITS)
     limits = constraints(config)
@@ -129,7 +130,7 @@ def test_memory_counts_the_type_of_the_parents_weights(tmp_path: Path) -> None:
     assert [budget.remove for budget in search.budgets] == [1]
 
 
-@pytest.mark.parametrize("unit", ["layer", "half"])
+@pytest.mark.parametrize("unit", [slow("layer"), "half"])
 def test_a_target_is_told_and_planned(unit: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     keys = {
         "model.init_args.ratio": "null",
