@@ -39,7 +39,7 @@ from src.training.adapters import beside, check_saved, merged
 from src.training.closing import Closing
 from src.training.ranks import MicroBatches, WholeBatch
 from src.training.schedules import Decay, with_warmup
-from src.training.scopes import Scope, check_scope, check_units, recompute, scoped
+from src.training.scopes import Scope, check_scope, check_units, confine, recompute, scoped
 from src.training.strategies import check_device
 from src.units.width import feed_forward_writers
 
@@ -97,7 +97,8 @@ class Recovery(Closing):
         self.objective = Objective(distillation, terms)
         self.distillation = self.objective.distillation
         self.scope, self.lora_rank = scope, lora_rank
-        check_scope(scope, loaded)
+        self.compared = [own for own, _ in self.objective.pairs(loaded)] if self.objective.local else None
+        check_scope(scope, loaded, self.compared)
         self.patch = None if isinstance(patch, str) else patch
         if self.patch is not None:
             self.patch.refuse(loaded)
@@ -128,6 +129,8 @@ class Recovery(Closing):
         if self.patch is not None:
             self.patch(student, parent, self.mask, load_tokenizer(self.name, self.revision))
         self.model = scoped(student, self.mask, self.scope, self.lora_rank)
+        if self.compared is not None:
+            confine(self.model, self.compared)
         self.frozen = out_of_reach(self.model) if self.scope == "lora" else ""
         if self.checkpoint_activations:
             recompute(self.model)
@@ -176,14 +179,16 @@ class Recovery(Closing):
             pairs: layers of student and parent whose streams are collected, for terms that compare them.
         """
         batch, index_N = rows.batch, rows.index_N
+        local = self.objective.local and bool(pairs)  # no logits of any position
         with self.teacher.states([theirs for _, theirs in pairs]) as parent:
-            signal = self.teacher.signal(batch, index_N)
+            signal = self.teacher.signal(batch, index_N[:0] if local else index_N)
         opened = self.opened if self.training else None  # validation judges the cut
         runs = opened or self.head
         places = {own: own if opened is None else theirs for own, theirs in pairs}
         homes = range(len(self.writers)) if opened is None else self.mask.feed_forward
         ends = dict(zip(homes, self.writers, strict=False))
-        with streams(runs.model, places.values()) as collected, inputs(runs.model, ends) as entering:
+        behind = streams(runs.model, places.values(), apart=local)
+        with behind as collected, inputs(runs.model, ends) as entering:
             hidden_NH = runs.hidden(batch).flatten(0, 1)[index_N]
         student = {own: collected[place] for own, place in places.items()}
         own = {position: entering[home] for position, home in enumerate(ends)}

@@ -10,6 +10,12 @@ Here s is the student's stream and t the parent's. The error is relative at each
 stream grows with depth; and at a few positions (attention sinks) it is a hundred times larger than at others.
 Divided by a mean over the batch, these positions would dominate the loss, and micro-batches would change it.
 
+The error may be *local*: its gradient ends where a layer begins, so that each layer learns its own target
+from the stream that it is given, and no pass runs back through the model. Nothing needs logits then, and a
+frozen layer keeps nothing for the backward pass. For masks of width such reconstruction needs little memory
+and few rows (arXiv 2510.14444). Here each layer reads the student's own stream, not the parent's, and so
+repairs what those before it have left.
+
 The term reads inner layers of the parent, so the teacher must run live. It holds ``[N, H]`` for each layer.
 TinyBERT (arXiv 1909.10351) and Minitron (arXiv 2407.14679) compare a pruned student's layers with the
 parent's, too. The target behind the gap and the relative error are ours.
@@ -35,10 +41,12 @@ class HiddenStates(Term):
     Args:
         layers: kept layers that are compared: ``all``; ``gaps``, those right before a gap; or a list of their
             numbers in the parent, where a negative number counts from the parent's end.
+        local: whether each of them is trained by its own error alone. What is not compared is then frozen,
+            and no other term has a part in the loss.
     """
 
-    def __init__(self, layers: Literal["all", "gaps"] | list[int] = "all") -> None:
-        self.layers = layers
+    def __init__(self, layers: Literal["all", "gaps"] | list[int] = "all", local: bool = False) -> None:
+        self.layers, self.local = layers, local
 
     def pairs(self, mask: Mask) -> tuple[Pair, ...]:
         kept = mask.feed_forward  # what leaves a layer is written by its feed-forward

@@ -45,8 +45,8 @@ class Objective:
             reports its divergence, and its ``k`` says how many tokens the teacher's signal holds.
 
     Raises:
-        ConfigError: two terms are of the same class, so their figures would have the same names; or all
-            weights are 0.
+        ConfigError: two terms are of the same class, so their figures would have the same names; all weights
+            are 0; or a local term is not the only one.
     """
 
     def __init__(self, distillation: Distillation | None, terms: Sequence[Weighted] | None = None) -> None:
@@ -60,12 +60,22 @@ class Objective:
             )
         if not any(each.weight for each in self.terms):
             raise ConfigError("terms: weight: 0 given to every term, so nothing trains. Give one above 0.")
+        if self.local and len(names) > 1:
+            raise ConfigError(
+                f"terms: a local term ends every gradient between two layers, so that {' and '.join(names)} "
+                f"cannot be one loss. Give it alone, with model.distillation null, or set its local to false."
+            )
         divergences = (each.term for each in self.terms if isinstance(each.term, Distillation))
         self.distillation = next(divergences, Distillation())
 
     def pairs(self, mask: Mask) -> tuple[Pair, ...]:
         """Return, each once, the pairs (student's layer, parent's layer) whose streams some term compares."""
         return tuple(dict.fromkeys(pair for each in self.terms for pair in each.term.pairs(mask)))
+
+    @property
+    def local(self) -> bool:
+        """Whether gradients stay within the layers that are compared."""
+        return any(each.term.local for each in self.terms)
 
     @property
     def activations(self) -> bool:

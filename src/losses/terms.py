@@ -69,6 +69,8 @@ class Term(ABC):
 
     activations = False
     """Whether the term reads what the student's feed-forwards compute."""
+    local = False
+    """Whether its gradient stays within each layer that it compares, and reaches none before."""
 
     def pairs(self, mask: Mask) -> tuple[Pair, ...]:
         """Return the pairs of layers whose streams the term compares; none by default.

@@ -14,12 +14,20 @@ from src.models.layers import decoder_layers, first, with_first
 
 
 @contextmanager
-def streams(model: PreTrainedModel, layers: Iterable[int]) -> Iterator[dict[int, Tensor]]:
+def streams(
+    model: PreTrainedModel, layers: Iterable[int], apart: bool = False
+) -> Iterator[dict[int, Tensor]]:
     """Collect the stream that leaves each of ``layers`` when the model runs in the block.
 
     What leaves the last layer is what the final norm reads. The tensors are those of the pass itself, so a
     loss on them has gradients, even where activations are recomputed in the backward pass; the block must end
     before that pass.
+
+    Args:
+        model: a decoder, with or without adapters.
+        layers: numbers of the layers.
+        apart: whether the layer behind each of them reads its stream without a gradient. The stream is cut
+            where it leaves a layer, so that a layer that is recomputed is given the same input again.
 
     Yields:
         ``[B, T, H]`` by layer, of the last pass so far; empty before the first.
@@ -29,8 +37,9 @@ def streams(model: PreTrainedModel, layers: Iterable[int]) -> Iterator[dict[int,
     with ExitStack() as hooks:
         for index in set(layers):
 
-            def keep(_module: nn.Module, _args: Any, out: Any, index: int = index) -> None:
+            def keep(_module: nn.Module, _args: Any, out: Any, index: int = index) -> Any:
                 collected[index] = first(out)
+                return with_first(out, first(out).detach()) if apart else None
 
             hooks.callback(modules[index].register_forward_hook(keep).remove)
         yield collected

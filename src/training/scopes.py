@@ -6,6 +6,7 @@ A *scope* is ``full`` (all weights), ``cut_adjacent`` (the layers next to remove
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any, Literal
 
 import torch
@@ -44,17 +45,27 @@ def check_units(recovery: dict[str, Any], mask: Mask) -> None:
         )
 
 
-def check_scope(scope: Scope, mask: Mask) -> None:
+def check_scope(scope: Scope, mask: Mask, compared: Collection[int] | None = None) -> None:
     """Refuse a scope that trains nothing under this mask.
+
+    Args:
+        scope: which weights train.
+        mask: the mask of the cut.
+        compared: layers of the cut model outside of which nothing trains; None if there is no such limit.
 
     Raises:
         ConfigError: the layers next to removed ones are asked for, and the mask removes none, but KV groups
-            or channels.
+            or channels; or none of these layers is compared.
     """
     if scope == "cut_adjacent" and mask.wide:
         raise ConfigError(
             f"model.scope: 'cut_adjacent' trains the blocks beside removed layers, and a mask of "
             f"{WIDE[mask.unit]} removes none. Accepted here: full, lora."
+        )
+    if scope == "cut_adjacent" and compared is not None and not cut_adjacent(mask) & set(compared):
+        raise ConfigError(
+            "model.scope: 'cut_adjacent' trains none of the layers that the local term compares. Accepted: "
+            "layers: all or gaps, or scope: full."
         )
 
 
@@ -94,6 +105,14 @@ def scoped(student: PreTrainedModel, mask: Mask, scope: Scope, rank: int) -> Pre
     if scope == "lora":
         return adapted(student, rank)
     return student
+
+
+def confine(student: PreTrainedModel, layers: Collection[int]) -> None:
+    """Freeze what lies outside of some layers of a cut model, with or without adapters."""
+    chosen = [decoder_layers(student)[1][index] for index in layers]
+    inside = {id(parameter) for layer in chosen for parameter in layer.parameters()}
+    for parameter in student.parameters():
+        parameter.requires_grad_(parameter.requires_grad and id(parameter) in inside)
 
 
 def recompute(student: PreTrainedModel) -> None:

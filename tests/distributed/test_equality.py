@@ -146,6 +146,20 @@ def test_what_grain_removes_on_two_ranks_is_what_it_removes_on_one(bench: Bench)
     assert len({str(step["gates"]) for step in alone}) > 1, "more go in the course of the run"
 
 
+@pytest.mark.parametrize("overlay", ["ddp", "fsdp2"])
+def test_layers_that_learn_one_by_one_do_so_alike_on_all_ranks(overlay: str, bench: Bench) -> None:
+    """Those around the gaps train, and every one of their weights has a gradient on every rank."""
+    term = {"class_path": "src.losses.HiddenStates", "init_args": {"local": True}}
+    keys = {
+        "model__init_args__distillation": "null", "model__init_args__terms": [{"term": term}],
+        "model__init_args__scope": "cut_adjacent", "trainer__max_steps": 8,
+    }  # fmt: skip
+    runs = [bench.fit(name, "recover", name, ranks, **keys) for name, ranks in (("single", 1), (overlay, 2))]
+    alone, pair = (diary(run) for run in runs)
+    assert drift(alone, pair, "loss")[0] <= MAX
+    assert alone[-1]["loss"] < alone[0]["loss"]
+
+
 def test_a_recovery_from_tuned_scales_starts_alike_on_all_ranks(bench: Bench) -> None:
     patch = {
         "class_path": "src.repair.mask_tuning.MaskTuning",

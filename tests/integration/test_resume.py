@@ -70,13 +70,18 @@ def broken_and_resumed(config: str, out: Path, *extra: str, **paths: str) -> Non
     same(whole, fit(config, out / "broken", False, *extra, saved, **paths))
 
 
-@pytest.mark.parametrize("stage", ["search", slow("search with LoRA"), slow("search with Scales"), "recover"])
+SLOW = map(slow, ("search with LoRA", "search with Scales", "recover locally"))
+
+
+@pytest.mark.parametrize("stage", ["search", "recover", *SLOW])
 def test_killed_and_resumed_equals_uninterrupted(
     stage: str, tmp_path: Path, teacher_dir: str, corpus_file: str, mask_file: str
 ) -> None:
     config, extra = "configs/search/gumbel_topk.yaml", ["--model.init_args.calibration_batches=2"]
-    if stage == "recover":
+    if "recover" in stage:
         config, extra = "configs/recover/entropy_kd.yaml", [f"--model.init_args.mask={mask_file}"]
+    if stage == "recover locally":
+        extra += ["--config", "configs/recover/local.yaml"]
     if "with" in stage:
         pytest.importorskip("peft")
         adapters = f"src.training.adapters.{stage.split()[-1]}"

@@ -16,6 +16,7 @@ from src.losses.density import Density
 from src.losses.hidden_states import HiddenStates
 from src.losses.objective import Weighted
 from src.mask import Mask
+from src.models.cut import cut
 from src.models.loading import load_model
 from src.recover import Recovery
 from src.teachers import CachedTeacher, LiveTeacher
@@ -61,6 +62,39 @@ def test_in_every_scope_it_trains_is_logged_and_exports(
     torch.testing.assert_close(back(ids).logits, done.model.model.eval()(ids).logits, rtol=1e-4, atol=1e-5)
     export(["--mask", mask_file, "--checkpoint", checkpoint, "--out", str(tmp_path / "out")])
     assert torch.equal(load_model(str(tmp_path / "out"))(ids).logits, back(ids).logits)
+
+
+@pytest.mark.slow
+def test_layers_that_learn_one_by_one_export_and_the_others_stay_the_parents(
+    tmp_path: Path, teacher_dir: str, corpus_file: str
+) -> None:
+    """By the overlay: of five layers the two around the gap move, and nothing else does."""
+    mask = tmp_path / "mask.json"
+    Mask(teacher_dir, 6, (0, 1, 2, 4, 5), "test").save(mask)
+    done = fit(
+        tmp_path, teacher_dir, corpus_file, str(mask), "--config", "configs/recover/local.yaml",
+        "--trainer.max_steps=20", "--trainer.limit_val_batches=1", "--trainer.val_check_interval=10",
+    )  # fmt: skip
+    figures = done.trainer.callback_metrics
+    assert {"train/states", "val/kl"} <= figures.keys()
+    assert "train/kd" not in figures
+    checkpoint = str(tmp_path / "recover" / "run" / "checkpoints" / "last.ckpt")
+    export(["--mask", str(mask), "--checkpoint", checkpoint, "--out", str(tmp_path / "out")])
+    loaded, plain = load_model(str(tmp_path / "out")), cut(load_model(teacher_dir), Mask.load(mask))
+    ids = torch.arange(3, 23)[None]
+    torch.testing.assert_close(loaded(ids).logits, done.model.model.eval()(ids).logits)
+    moved = {n for n, p in loaded.named_parameters() if not torch.equal(p, plain.get_parameter(n))}
+    assert moved == {n for n, _ in loaded.named_parameters() if ".layers.2." in n or ".layers.3." in n}
+    rows, before = (
+        Supervised.of(problem_rows(5, prompt=3)),
+        Recovery(str(mask), terms=[Weighted(HiddenStates())]),
+    )
+    before.configure_model()
+    before.teacher.setup(before)
+    states = [float(before.losses(rows)["states"])]
+    before.model.load_state_dict(loaded.state_dict())
+    states.append(float(before.losses(rows)["states"]))
+    assert states[1] < 0.9 * states[0], "it learns what it is for"
 
 
 @pytest.mark.parametrize("scope", ["full", slow("lora")])
