@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from lightning import Trainer
@@ -40,6 +40,7 @@ from src.training.closing import Closing
 from src.training.ranks import MicroBatches, WholeBatch
 from src.training.schedules import Decay, with_warmup
 from src.training.scopes import Scope, check_scope, check_units, confine, recompute, scoped
+from src.training.start import check_start, started
 from src.training.strategies import check_device
 from src.units.width import feed_forward_writers
 
@@ -58,8 +59,9 @@ class Recovery(Closing):
             ``lora`` adapters on all linear maps (needs the extra ``lora``), which the export merges. Linear
             maps that adapters cannot reach stay frozen, and are named in the record.
         lora_rank: rank of the adapters.
-        patch: repair of the cut model before it trains; ``adapters`` merges in those that the mask's search
-            trained and left beside the mask; None starts from the parent's weights.
+        patch: what changes the cut model before it trains: a repair; ``adapters``, those that the mask's
+            search trained and left beside the mask; or the checkpoint of an earlier recovery of this mask,
+            whose weights it starts from. None starts from the parent's.
         optimizer: optimiser of the weights that train.
         warmup: share of the run during which the learning rate rises.
         final_lr: learning rate at the end, as a share of the highest.
@@ -78,7 +80,7 @@ class Recovery(Closing):
         terms: list[Weighted] | None = None,
         scope: Scope = "full",
         lora_rank: Count = 16,
-        patch: CutRepair | Literal["adapters"] | None = None,
+        patch: CutRepair | str | None = None,
         optimizer: OptimizerCallable = torch.optim.AdamW,
         warmup: Share = 0.05,
         final_lr: Share = 0.1,
@@ -99,7 +101,10 @@ class Recovery(Closing):
         self.scope, self.lora_rank = scope, lora_rank
         self.compared = [own for own, _ in self.objective.pairs(loaded)] if self.objective.local else None
         check_scope(scope, loaded, self.compared)
+        self.start = patch if isinstance(patch, str) and patch != "adapters" else None
         self.patch = None if isinstance(patch, str) else patch
+        self.before: str | None = None
+        """What changed the cut model before its first step, in words."""
         if self.patch is not None:
             self.patch.refuse(loaded)
         self.micro = MicroBatches()
@@ -113,7 +118,9 @@ class Recovery(Closing):
         self.teacher.refuse(trainer, data, self.distillation)
         if self.adapters is not None:
             check_saved(self.adapters, self.mask)
-        patched = self.patch is not None or self.adapters is not None
+        if self.start is not None:
+            check_start(self.start, self.mask)
+        patched = any(each is not None for each in (self.patch, self.adapters, self.start))
         self.check_closing(trainer, self.mask, self.scope, patched)
         self.teacher.states([theirs for _, theirs in self.objective.pairs(self.mask)])
         _ = self.writers  # found now, so that a family without them is refused before it is loaded
@@ -123,11 +130,15 @@ class Recovery(Closing):
             return
         parent = self.load()
         identity.check_parent(self.mask, self.name, self.weights, self.parent_key)
-        student = cut(parent, self.mask)
+        if self.start is None:
+            student = cut(parent, self.mask)
+        else:
+            student, self.before = started(parent, self.mask, self.start, self.weights)
         if self.adapters is not None:
             student = merged(student, self.mask, self.adapters)
         if self.patch is not None:
             self.patch(student, parent, self.mask, load_tokenizer(self.name, self.revision))
+            self.before = str(self.patch) if self.patch.repairs else None
         self.model = scoped(student, self.mask, self.scope, self.lora_rank)
         if self.compared is not None:
             confine(self.model, self.compared)
@@ -249,7 +260,7 @@ class Recovery(Closing):
         checkpoint["recovery"] = {
             "tokens": self.tokens, "scope": self.scope, "rank": self.lora_rank, "keep": list(self.mask.keep),
             "unit": self.mask.unit,
-            "patch": str(self.patch) if self.patch and self.patch.repairs else None, "frozen": self.frozen,
+            "patch": self.before, "frozen": self.frozen,
         }  # fmt: skip
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

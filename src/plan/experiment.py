@@ -83,7 +83,8 @@ class Experiment:
     @property
     def repairs(self) -> bool:
         """Whether a repair changes the cut model before its first step."""
-        return bool(self.model.get("patch")) and self.model.patch != "adapters"
+        patch = self.model.get("patch")  # text names adapters or a checkpoint
+        return patch is not None and not isinstance(patch, str)
 
     @property
     def callbacks(self) -> dict[str, Any]:
