@@ -14,7 +14,7 @@ from src.data.judging import batches, judged
 from src.evaluate.text import held_out
 from src.models.loading import Quantization, load_model, load_tokenizer
 
-FORMS: tuple[Quantization | None, ...] = (None, "int8", "nf4")
+FORMS: tuple[Quantization | None, ...] = (None, "int8")
 
 
 def measure(work: Path) -> dict[str, Any]:
@@ -28,9 +28,8 @@ def measure(work: Path) -> dict[str, Any]:
     found = fight("configs/arena/teachers.yaml", "teachers", work)
     runs = [
         {"seed": run["seed"], "teacher": row["variant"], "exact_match": run["recovered"]["exact_match"]}
-        for row in found["rows"]
-        for run in row["runs"]
-    ]
+        for row in found["rows"] for run in row["runs"]
+    ]  # fmt: skip
     means = {
         name: statistics.mean(run["exact_match"] for run in runs if run["teacher"] == name)
         for name in dict.fromkeys(run["teacher"] for run in runs)

@@ -33,6 +33,7 @@ from transformers.utils import logging
 from src.errors import ConfigError
 from src.models import claims
 from src.models.layers import num_layers
+from src.models.packed import settle
 from src.models.positions import guard, position_limit
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
@@ -122,7 +123,8 @@ def load_model(
         attention: attention implementation (``sdpa``, ``eager``, ...); None lets transformers choose.
 
     Raises:
-        ConfigError: see :func:`load_config`; or the weights are missing or do not fit.
+        ConfigError: see :func:`load_config` and :func:`~src.models.packed.settle`; or the weights are missing
+            or do not fit.
     """
     config = _read_config(name, revision)
     kind = _torch_dtype(name, config, dtype)
@@ -150,11 +152,7 @@ def load_model(
             f"model: '{name}' says tie_word_embeddings and holds an output head that differs from its "
             f"embeddings. The head is kept, and an export says tie_word_embeddings: false."
         )
-    module: Any
-    for module in model.modules():
-        # On some CPUs bitsandbytes would repack weights for a kernel that passes no gradient on.
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
+    settle(model, name)
     return guard(model.eval())
 
 

@@ -36,6 +36,7 @@ def quieten() -> None:
     for name in (lightning.pytorch.__name__, "lightning.fabric"):
         for handler in logging.getLogger(name).handlers:
             handler.addFilter(advice)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it tells each matrix product that it rounds
     for notice in NOTICES:
         warnings.filterwarnings("ignore", message=notice)
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"

@@ -10,13 +10,14 @@ import pytest
 import torch
 from safetensors import safe_open
 from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from src.cli import main, run
 from src.data.batches import Supervised
 from src.export.verb import main as export
 from src.mask import Mask
 from src.models.cut import cut
-from src.models.loading import load_model
+from src.models.loading import load_model, load_tokenizer
 from src.policies import GumbelTopK, RandomSearch
 from src.recover import Recovery
 from src.search import MaskSearch
@@ -194,7 +195,12 @@ def test_lora_learns_on_quantised_weights_and_goes_into_a_recovery(
     quantize: str, tmp_path: Path, teacher_dir: str, corpus_file: str
 ) -> None:
     """The one copy of the weights stays quantised; the recovery merges the adapters into float weights."""
-    pytest.importorskip("bitsandbytes")
+    if quantize == "nf4":  # whose rows are whole blocks of 64
+        config = AutoConfig.from_pretrained(teacher_dir)
+        config.update({"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 8})
+        tokenizer, teacher_dir = load_tokenizer(teacher_dir), str(tmp_path / "wide")
+        AutoModelForCausalLM.from_config(config).save_pretrained(teacher_dir)
+        tokenizer.save_pretrained(teacher_dir)
     more = {"model.init_args.adapters.init_args.lr": 0.005, "trainer.max_steps": 4}
     given = arguments(tmp_path, teacher_dir, corpus_file, **MORE, **more)
     done = run([*TINY, *given, f"--model.init_args.quantize={quantize}"])

@@ -9,6 +9,7 @@ import sys
 import pytest
 
 PROGRAM = """
+import logging
 import warnings
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from src.training.quiet import quieten
@@ -18,6 +19,7 @@ rank_zero_info("GPU available: False, used: False")
 rank_zero_info("the layers that go are 2 and 3")
 rank_zero_warn("The 'train_dataloader' does not have many workers which may be a bottleneck.")
 rank_zero_warn("data: a document was truncated.")
+logging.getLogger("bitsandbytes.autograd._functions").warning("MatMul8bitLt: inputs will be cast")
 warnings.warn("`isinstance(treespec, LeafSpec)` is deprecated", FutureWarning)
 warnings.warn("the loss is not finite")
 """
