@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shlex
 import subprocess
 from pathlib import Path
 from pkgutil import resolve_name
@@ -11,35 +10,25 @@ from pkgutil import resolve_name
 import pytest
 
 from src.cli import TOOLS, VERBS, main, run
+from tests.blocks import PAGES, blocks, run_by
 
-README = Path("README.md").read_text()
-PAGES = [Path("README.md"), Path("CONTRIBUTING.md"), *sorted(Path("docs").glob("*.md"))]
+HERE = "tests/integration/test_readme.py"
 SHORT = {
     "configs/search": ["--trainer.max_steps=4", "--model.init_args.calibration_batches=1"],
     "configs/recover": ["--trainer.max_steps=4", "--trainer.limit_val_batches=1"],
 }  # fmt: skip
 
 
-def words(blocks: list[str]) -> list[list[str]]:
-    """The lines of fenced blocks that call the product, in words."""
-    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
-    return [shlex.split(line, comments=True) for line in lines if "src.cli" in line]
-
-
-def marked_commands() -> list[list[str]]:
-    """Command lines of the blocks after ``<!-- run -->``."""
-    return words(re.findall(r"<!-- run -->\s*```bash\n(.*?)```", README, re.S))
-
-
 def shown_commands() -> list[list[str]]:
-    """Arguments of each command line in the fenced blocks of all pages, without those that are run."""
-    shown, run_already = {}, marked_commands()
-    for page in PAGES:
-        blocks = re.findall(r"^```(\w*)\n(.*?)^```", page.read_text(), re.S | re.M)
-        for command in words([block for language, block in blocks if language in ("", "bash")]):
-            given = [word for word in command[command.index("src.cli") + 1 :] if word != "..."]
-            if command not in run_already:
-                shown[" ".join(given)] = given
+    """Arguments of each command line in the fenced blocks of all pages, without those that are run here."""
+    shown = {
+        " ".join(given): given
+        for page in PAGES
+        for block in blocks(page)
+        if block.how != HERE
+        for command in block.commands
+        if (given := [word for word in command if word != "..."])
+    }
     return list(shown.values())
 
 
@@ -50,11 +39,10 @@ def test_the_commands_of_the_readme_run(
         "MODEL": teacher_dir, "train.jsonl": corpus_file, "held_out.jsonl": corpus_file,
         "my-shorter-model": str(tmp_path / "short"),
     }  # fmt: skip
-    commands = marked_commands()
-    assert [command[3] for command in commands] == ["fit", "fit", "export", "evaluate", "benchmark"]
-    for command in commands:
-        assert command[:3] == ["python", "-m", "src.cli"]
-        argv = [places.get(word, word) for word in command[3:]]
+    (block,) = run_by(HERE)
+    assert [command[0] for command in block.commands] == ["fit", "fit", "export", "evaluate", "benchmark"]
+    for command in block.commands:
+        argv = [places.get(word, word) for word in command]
         argv = [re.sub(r"^logs/", f"{tmp_path}/logs/", word) for word in argv]
         for folder, shorter in SHORT.items():
             if any(word.startswith(folder) for word in argv):

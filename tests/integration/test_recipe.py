@@ -21,24 +21,21 @@ from src.cache import Cache
 from src.cli import run
 from src.mask import Mask
 from src.models.loading import load_config, load_model
+from tests.blocks import run_by
 from tests.data_tools import THINKING, byte_tokenizer, write_rows
 from tests.distributed.launch import in_a_group
-from tests.integration.test_readme import words
 from tests.tiny import tiny_model
 
-PAGE = Path("docs/recipe_qwen3_32b.md").read_text()
+PATH = Path("docs/recipe_qwen3_32b.md")
+PAGE = PATH.read_text()
 ROOT, RANKS, LAYERS = Path.cwd(), 2, 8
 GIB, GB = 2**30, 1e9
 
 
-def commands(block: str) -> list[list[str]]:
-    """Arguments of the commands in the page's blocks of that kind."""
-    lines = words(re.findall(block, PAGE, re.S))
-    return [[word for word in line[line.index("src.cli") + 1 :] if word != "&"] for line in lines]
-
-
-RECIPE = commands(r"<!-- recipe -->\s*```bash\n(.*?)```")
-PLANS = commands(r"<!-- /plan -->.*?```bash\n(.*?)```")
+BLOCKS = run_by("tests/integration/test_recipe.py", [PATH])
+COMMANDS = [command for block in BLOCKS for command in block.commands]
+RECIPE = [command for command in COMMANDS if command[0] != "plan"]
+PLANS = [command for command in COMMANDS if command[0] == "plan"]
 
 
 def test_the_recipe_is_what_the_page_plans() -> None:
