@@ -42,6 +42,7 @@ TOOLS = {
     "report": ("src.report.verb", "gather a run's figures into a table, JSON, Markdown and HTML"),
     "compare": ("src.report.compare", "runs side by side: settings that differ, scores, costs, flips, masks"),
     "shorten": ("src.shorten.verb", "all of it with one command: shorten --model M --train FILE"),
+    "sweep": ("src.sweep.verb", "try settings of fit with Optuna: sweep --config FILE, resumable"),
     "schema": ("src.schema", "describe the YAML of fit to editors, which then complete its keys"),
     "preview": ("src.data.preview", "print a few rows of a corpus with what is supervised"),
 }

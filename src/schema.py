@@ -37,7 +37,7 @@ class ShippedSchema(ParserJsonschema):
     """Describes the classes that a key accepts, of those that are shipped."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # it has no annotation
 
     def subclass_def(self, class_type: type, action: Any) -> Schema:
         """Return the schema of a class: its path, or a path with arguments, for each class that fits."""

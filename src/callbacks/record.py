@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -36,7 +37,8 @@ def check_path(callback: Callback, path: str | None) -> None:
 class StageRecord(Callback):
     """Writes tokens, distinct tokens, seconds, steps and the course of a metric to a file when a stage ends.
 
-    Figures that the stage found stand beside these, such as the KL of each size that a search learned.
+    Figures that the stage found stand beside these, such as the KL of each size that a search learned, and
+    ``metrics``, the last value of every metric that was logged.
     ``tokens`` counts a row each time it is read, ``distinct_tokens`` once. Hashes of the rows lie beside the
     file, in ``record.rows.safetensors``: with them the report counts a row once that two stages read.
 
@@ -70,12 +72,14 @@ class StageRecord(Callback):
         read = Distinct().unite(from_all(stage.read.sample))
         if trainer.interrupted or not trainer.is_global_zero:
             return
+        last = {name: float(value) for name, value in trainer.callback_metrics.items()}
         record = {
             "tokens": stage.tokens,
             "distinct_tokens": read.tokens,
             "seconds": time.monotonic() - self._since,
             "steps": trainer.global_step,
             "history": self.history,
+            "metrics": {name: value for name, value in last.items() if math.isfinite(value)},
             "commit": git_sha(),
             **stage.figures,
         }

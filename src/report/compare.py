@@ -24,6 +24,8 @@ from src.report.run import Record, as_written
 from src.report.run_files import RunFiles
 from src.report.verb import distinct
 
+MANY = 6
+"""Most runs that are shown as columns; more are rows."""
 Settings = dict[str, dict[str, Any]]
 """Values of settings: of each key, by the name of the run; a run without the key is missing."""
 
@@ -96,12 +98,22 @@ def tables(compared: Record) -> list[list[list[str]]]:
     return [scores, *([found] if len(found) > 1 else []), pairs]
 
 
+def turned(shown: Sequence[list[list[str]]]) -> list[list[str]]:
+    """Return one table with a row for each run, of the tables of figures and of settings."""
+    figures, *settings, _ = shown
+    rows = figures + [row for table in settings for row in table[1:]]
+    return [list(column) for column in zip(*rows, strict=True)]
+
+
 def _more(runs: Sequence[Record]) -> Iterator[list[str]]:
     """Yield the rows that a report of one run does not need."""
     for label, key, form in (("KL of the mask, nats", "mask_kl", "{:.4f}"), ("removed", "removed", "{}"),
                              ("steps", "steps", "{:,}"), ("code", "commit", "{}")):  # fmt: skip
         if any(key in run for run in runs):
             yield [label, *(form.format(run[key]) if key in run else "-" for run in runs)]
+    held_out = [run.get("validation", {}) for run in runs]
+    for name in dict.fromkeys(name for own in held_out for name in own):
+        yield [name, *(f"{own[name]:.4f}" if name in own else "-" for own in held_out)]
 
 
 def _text(value: Any) -> str:
@@ -129,6 +141,7 @@ def main(argv: list[str]) -> None:
         "command": printable(shlex.join(["python", "-m", "src.cli", "compare", *argv])),
     }
     shown = tables(compared)
+    shown = shown if len(runs) <= MANY else [turned(shown)]
     for table in shown:
         show(rich_table(table))
     if not compared["settings"]:

@@ -9,7 +9,6 @@ import io
 import os
 from functools import singledispatch
 from pathlib import Path
-from typing import Any
 
 import yaml
 from lightning import Callback, LightningModule, Trainer
@@ -20,11 +19,10 @@ from PIL import Image
 from src.errors import ConfigError
 from src.mask import Mask
 from src.report.figures import mask_strip
-from src.report.run import read_record
+from src.report.run import figures_of
 
 RESULTS = ("config.yaml", "mask.json", "record.json", "gates.json")
 """Files of a run that go along, where a logger keeps files."""
-_PLAIN = int | float
 # Without it MLflow wants a data base in place of a directory.
 os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
 
@@ -69,12 +67,9 @@ class AlsoLog(Callback):
         """Log what the run has found, once all callbacks have written it."""
         if stage != "fit" or not trainer.is_global_zero or trainer.interrupted:
             return
-        record, mask = read_record(self._directory / "record.json"), self._directory / "mask.json"
-        found: dict[str, Any] = {key: value for key, value in record.items() if isinstance(value, _PLAIN)}
+        found, mask = figures_of(self._directory), self._directory / "mask.json"
         if mask.is_file():
-            learned = Mask.load(mask)
-            found |= learned.metrics
-            show(self.logger, mask_strip(learned), "mask", trainer.global_step)
+            show(self.logger, mask_strip(Mask.load(mask)), "mask", trainer.global_step)
         self.logger.log_metrics({f"final/{key}": value for key, value in found.items()}, trainer.global_step)
         for name in RESULTS:
             if (self._directory / name).is_file():

@@ -101,6 +101,17 @@ def read_record(path: Path) -> Record:
     return content
 
 
+def figures_of(stage: Path) -> dict[str, float]:
+    """Return the figures of a stage's directory by their names: those of its record, and those of its mask.
+
+    Raises:
+        ConfigError: a file cannot be read.
+    """
+    record, mask = read_record(stage / "record.json"), stage / "mask.json"
+    found = {key: value for key, value in record.items() if isinstance(value, int | float)}
+    return found | (Mask.load(mask).metrics if mask.is_file() else {})
+
+
 def read_rows(stages: Mapping[str, Path]) -> dict[str, Tensor]:
     """Return hashes of the rows that stages have read, by the stage's name, of those that noted them.
 

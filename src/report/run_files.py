@@ -88,6 +88,9 @@ class RunFiles:
         for key in ("tokens", "seconds", "steps"):
             if spent := [record[key] for record in self.records.values() if key in record]:
                 found |= {key: sum(spent)}
+        for record in self.records.values():  # of a metric of two stages the later one's
+            held_out = {k: v for k, v in record.get("metrics", {}).items() if k.startswith("val/")}
+            found |= {"validation": found.get("validation", {}) | held_out} if held_out else {}
         if self.rows:
             found |= {"distinct_tokens": Distinct().unite(self.rows.values()).tokens}
         if commits := [record["commit"] for record in self.records.values() if record.get("commit")]:

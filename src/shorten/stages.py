@@ -8,18 +8,20 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shlex
 import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from src.errors import ConfigError
 from src.files import read_json, write_json
-from src.training import stopping
+from src.training import stopping, watchdog
 
 DONE, BEGUN = "done", "begun"
 
@@ -55,6 +57,10 @@ class Stage:
     def command(self) -> str:
         """The command as a user types it."""
         return shlex.join(["python", "-m", "src.cli", *self.argv])
+
+    def run(self) -> int:
+        """Run the command and return its status."""
+        return finish(self.argv, self.name)
 
 
 def digests(stages: Sequence[Stage]) -> dict[str, str]:
@@ -92,7 +98,7 @@ def work_through(stages: Sequence[Stage], log: Path) -> None:
             shutil.rmtree(stage.place, ignore_errors=True)
         write_json(log, done := {**done, stage.name: [BEGUN, digest, place]})
         print(f"\n{stage.name}: {stage.command}", flush=True)
-        if status := _status(stage):
+        if status := stage.run():
             print(f"{stage.name} has failed; the same command goes on here.", file=sys.stderr)
             raise SystemExit(status)
         write_json(log, done := {**done, stage.name: [DONE, digest, place]})
@@ -125,13 +131,25 @@ def foreign(path: Path) -> ConfigError:
     )
 
 
-def _status(stage: Stage) -> int:
-    """Run a stage and return its status; a signal to this process ends it first.
+def finish(argv: Sequence[str], name: str, log: Path | None = None) -> int:
+    """Run a command of ``src.cli`` in a process of its own and return its status.
 
-    It is told by SIGTERM whatever the signal was: SIGINT would be a traceback while it starts.
+    A signal to this process ends the command first. It is told by SIGTERM whatever the signal was: SIGINT
+    would be a traceback while it starts. If this process is killed, the command ends by itself soon after.
+
+    Args:
+        argv: arguments of the command.
+        name: what it is, for the message of a stop.
+        log: file for what it prints; None is the screen.
+
+    Raises:
+        Stopped: a signal has ended this process.
     """
     stopping.patient(True)  # until there is a child that can be told
-    child = subprocess.Popen([sys.executable, "-m", "src.cli", *stage.argv])
+    with nullcontext() if log is None else open(log, "w") as said:
+        watched = {**os.environ, watchdog.PARENT: str(os.getpid())}
+        command = [sys.executable, "-m", "src.cli", *argv]
+        child = subprocess.Popen(command, env=watched, stdout=said, stderr=said)
     try:
         stopping.patient(False)
         status = child.wait()
@@ -139,4 +157,4 @@ def _status(stage: Stage) -> int:
     except stopping.Stopped as stop:
         child.terminate()
         child.wait()
-        raise stopping.Stopped(stop.number, f"stopped in {stage.name}; the same command goes on") from stop
+        raise stopping.Stopped(stop.number, f"stopped in {name}; the same command goes on") from stop

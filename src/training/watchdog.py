@@ -29,6 +29,8 @@ LOST = (
     "killed, often for memory. Resume with the same command; a fit also with "
     "--ckpt_path <run>/checkpoints/last.ckpt."
 )
+PARENT = "E3PRUNER_PARENT"
+"""Environment variable with the number of the process that a command is to end with."""
 GRACE = 20.0
 """Seconds that a process has to end by itself after a signal."""
 _OUT = ("can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
@@ -52,9 +54,9 @@ def _says(error: BaseException, phrases: Iterable[str]) -> bool:
 
 
 def watch_parent(period: float = 2.0) -> None:
-    """Watch, from a rank, the process that launched it, and end soon after that process has ended.
+    """Watch, from a rank or a stage, the process that launched it, and end soon after that process has ended.
 
-    A launcher that is killed cannot tell its ranks to end.
+    A launcher that is killed cannot tell what it launched to end.
 
     Args:
         period: seconds between two looks.
@@ -64,7 +66,8 @@ def watch_parent(period: float = 2.0) -> None:
     def gone() -> str | None:
         return None if os.getppid() == parent else f"the process {parent} that started this one was lost"
 
-    if "LOCAL_RANK" in os.environ:  # set by what launches ranks: torchrun, or rank 0
+    launched = "LOCAL_RANK" in os.environ  # set by what launches ranks: torchrun, or rank 0
+    if launched or os.environ.get(PARENT) == str(parent):
         _watch(gone, [], period)
 
 

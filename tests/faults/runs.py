@@ -139,7 +139,7 @@ def stages_in_forks() -> None:
 class Fork:
     """A command of ``src.cli`` in a fork of this process, waited for and ended as a ``Popen`` is."""
 
-    def __init__(self, command: list[str]) -> None:
+    def __init__(self, command: list[str], **_: Any) -> None:
         def work() -> None:
             raise SystemExit(ended(command[3:]))
 

@@ -85,6 +85,7 @@ NEEDED = {
     "benchmark": ["--model", "m", "--baseline", "b"],
     "report": ["--run", "r"],
     "shorten": ["--model", "m", "--train", "t", "--dry-run"],
+    "sweep": ["--config", "c"],
     "schema": [],
     "preview": ["--config", SEARCH],
 }

@@ -52,7 +52,9 @@ def test_there_are_configs() -> None:
 def test_experiment_runs(
     config: Path, tmp_path: Path, teacher_dir: str, corpus_file: str, mask_file: str
 ) -> None:
-    run(["fit", "--config", str(config), *arguments(config, tmp_path, teacher_dir, corpus_file, mask_file)])
+    cli = run(
+        ["fit", "--config", str(config), *arguments(config, tmp_path, teacher_dir, corpus_file, mask_file)]
+    )
     loaded = yaml.safe_load(config.read_text())
     if loaded["model"]["class_path"] == "src.search.MaskSearch":
         (found,) = (tmp_path / "logs").rglob("mask.json")
@@ -61,7 +63,9 @@ def test_experiment_runs(
         assert len(Mask.load(found).removed) == expected
     if "StageRecord" in config.read_text():
         (record,) = (tmp_path / "logs").rglob("record.json")
-        assert json.loads(record.read_text())["steps"] == 4
+        noted = json.loads(record.read_text())
+        assert noted["steps"] == 4
+        assert noted["metrics"] == {name: float(last) for name, last in cli.trainer.callback_metrics.items()}
 
 
 @pytest.mark.parametrize("config", EXPERIMENTS, ids=str)

@@ -137,6 +137,32 @@ def test_what_a_run_does_not_have_is_a_dash(runs: list[Path]) -> None:
     assert [row[2:] for row in pairs[1:]] == [["1 / 3", "1 / 1  (p = 1)"], ["-", "-"], ["-", "-"]]
 
 
+def test_many_runs_are_rows_with_the_cells_that_few_have_as_columns(
+    runs: list[Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    few = tables(compared(*runs))
+    rows = verb.turned(few)
+    assert [row[0] for row in rows[1:]] == ["one", "two", "three"]
+    assert [list(column) for column in zip(*rows, strict=True)] == [*few[0], *few[1][1:]]
+    capsys.readouterr()
+    verb.main([str(runs[0])] * (verb.MANY + 1))
+    assert "against" not in capsys.readouterr().out, "21 pairs"
+
+
+def test_held_out_metrics_are_the_later_stages(runs: list[Path]) -> None:
+    for name, values in (
+        ("search", {"val/kl": 3.0, "val/a": 1.0}),
+        ("recover", {"val/kl": 2.0, "train/x": 5}),
+    ):
+        file = runs[0] / name / "record.json"
+        write_json(file, json.loads(file.read_text()) | {"metrics": values})
+    found = compared(*runs[:2])
+    assert found["runs"][0]["validation"] == {"val/kl": 2.0, "val/a": 1.0}
+    cells = {row[0]: row[1:] for row in tables(found)[0]}
+    assert (cells["val/kl"], cells["val/a"]) == (["2.0000", "-"], ["1.0000", "-"])
+    assert "train/x" not in cells
+
+
 def test_items_of_other_rows_and_units_of_other_kinds_are_not_compared(runs: list[Path]) -> None:
     for about in ("others", None):
         judgement(runs[1], "0111", about)

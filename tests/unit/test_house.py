@@ -19,7 +19,7 @@ STOREYS = [
     ("policies",),
     ("search", "recover", "pretrain", "teachers", "callbacks", "repair", "linear_patch"),
     ("command", "export", "grow", "evaluate", "plan", "report", "benchmark", "generate", "schema"),
-    ("shorten",),
+    ("shorten", "sweep"),
     ("cli",),
 ]
 """From the ground up: a module imports from its own storey and from those below (DESIGN.md, section 6)."""

@@ -10,6 +10,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -36,7 +37,7 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         stage.product.touch()
         return 0
 
-    monkeypatch.setattr(stages, "_status", status)
+    monkeypatch.setattr(Stage, "run", status)
     return names
 
 
@@ -141,9 +142,9 @@ def test_a_signal_ends_the_stage_at_hand_and_then_the_command(
     """Also one that comes while the stage starts."""
     noted, starts = child(tmp_path, monkeypatch, "exec sleep 99"), subprocess.Popen
 
-    def told(command: list[str]) -> subprocess.Popen[bytes]:
+    def told(command: list[str], **keys: Any) -> subprocess.Popen[bytes]:
         os.kill(os.getpid(), number)
-        return starts(command)
+        return starts(command, **keys)
 
     def work() -> None:
         with stopping.heeded():

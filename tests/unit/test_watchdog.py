@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -78,6 +79,48 @@ def test_a_lost_connection_counts_only_among_ranks(monkeypatch: pytest.MonkeyPat
     assert watchdog.explain(error) is None
     monkeypatch.setenv("LOCAL_RANK", "1")
     assert "--ckpt_path" in str(watchdog.explain(error))
+
+
+@pytest.mark.parametrize(
+    ("given", "watches"),
+    [
+        ({}, False),
+        ({watchdog.PARENT: "own"}, True),
+        ({watchdog.PARENT: "1"}, False),
+        ({"LOCAL_RANK": "1"}, True),
+    ],
+)
+def test_a_parent_is_watched_by_what_it_launched_alone(
+    given: dict[str, str], watches: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a stage starts itself has another parent, and what a user starts has none to end with."""
+    for name in ("LOCAL_RANK", watchdog.PARENT):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, str(os.getppid()) if value == "own" else value)
+    watched: list[object] = []
+    monkeypatch.setattr(watchdog, "_watch", lambda gone, *_: watched.append(gone()))
+    watchdog.watch_parent()
+    assert watched == ([None] if watches else []), "and it has not gone"
+
+
+@pytest.mark.slow
+def test_a_stage_ends_after_the_command_that_started_it_is_killed(tmp_path: Path) -> None:
+    done = tmp_path / "done"
+    watched = (
+        "import pathlib, sys, time; from src.training import watchdog\n"
+        f"watchdog.watch_parent(0.1); pathlib.Path({str(done)!r}).touch(); time.sleep(60)"
+    )
+    starter = (
+        "import os, subprocess, sys, time; from src.training import watchdog\n"
+        f"child = subprocess.Popen([sys.executable, '-c', {watched!r}], stderr=2,\n"
+        "    env={**os.environ, watchdog.PARENT: str(os.getpid())})\n"
+        f"while not os.path.exists({str(done)!r}): time.sleep(0.05)\n"
+        "os.kill(os.getpid(), 9)"
+    )
+    killed = subprocess.run([sys.executable, "-c", starter], capture_output=True, text=True, timeout=300)
+    assert killed.returncode == -9
+    assert "that started this one was lost" in killed.stderr, "it held the stream until it ended"
 
 
 def test_a_rank_that_dies_ends_the_one_that_waits() -> None:

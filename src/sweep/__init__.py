@@ -1,0 +1,1 @@
+"""Sweep over settings of ``fit`` with Optuna; the verb is ``sweep``."""
