@@ -144,16 +144,13 @@ def test_many_runs_are_rows_with_the_cells_that_few_have_as_columns(
     rows = verb.turned(few)
     assert [row[0] for row in rows[1:]] == ["one", "two", "three"]
     assert [list(column) for column in zip(*rows, strict=True)] == [*few[0], *few[1][1:]]
-    capsys.readouterr()
     verb.main([str(runs[0])] * (verb.MANY + 1))
     assert "against" not in capsys.readouterr().out, "21 pairs"
 
 
 def test_held_out_metrics_are_the_later_stages(runs: list[Path]) -> None:
-    for name, values in (
-        ("search", {"val/kl": 3.0, "val/a": 1.0}),
-        ("recover", {"val/kl": 2.0, "train/x": 5}),
-    ):
+    noted = {"search": {"val/kl": 3.0, "val/a": 1.0}, "recover": {"val/kl": 2.0, "train/x": 5}}
+    for name, values in noted.items():
         file = runs[0] / name / "record.json"
         write_json(file, json.loads(file.read_text()) | {"metrics": values})
     found = compared(*runs[:2])
