@@ -87,7 +87,7 @@ class Recovery(Closing):
         decay: Decay = "cosine",
         **kwargs: Any,
     ) -> None:
-        loaded = Mask.load(mask)
+        loaded = self.begin(mask)
         super().__init__(model or loaded.model, quantize=None, **kwargs)
         self.mask = loaded
         self.parent_key = identity.MODEL if model else identity.MASK
@@ -110,6 +110,10 @@ class Recovery(Closing):
         self.micro = MicroBatches()
         self.optimizer = optimizer
         self.warmup, self.final_lr, self.decay = warmup, final_lr, decay
+
+    def begin(self, mask: str) -> Mask:
+        """Return the mask by which the student is cut before its first step."""
+        return Mask.load(mask)
 
     # ------------------------------------------------------------------ model
 

@@ -65,7 +65,8 @@ class Experiment:
     def stage(self) -> str:
         """The stage of the config: ``search``, ``recover`` or ``cache``; else the name of its class."""
         name: str = self.config.model.class_path.split(".")[-1]
-        return {"MaskSearch": "search", "Recovery": "recover", "CacheTeacher": "cache"}.get(name, name)
+        stages = {"MaskSearch": "search", "Recovery": "recover", "CacheTeacher": "cache"}
+        return {**stages, "Interleaved": "recover"}.get(name, name)
 
     @property
     def accumulate(self) -> int:
@@ -121,7 +122,7 @@ class Experiment:
         given = Path(self.model.get("mask") or "")
         if given.is_file() and self.ratio is None:
             return Mask.load(given)
-        if self.ratio is None and self.stage == "recover":
+        if self.ratio is None and self.stage == "recover" and "stages" not in self.model:
             raise ConfigError(f"{self._missing} --ratio 0.25 to plan without it.")
         config = load_config(self.name, self.model.get("revision"))
         layers, limits = num_layers(config), constraints(config)
@@ -202,6 +203,8 @@ class Experiment:
             if "mask" in model.init_args and self.mask is not None:
                 model.init_args.mask = str(Path(folder) / "mask.json")
                 self.mask.save(model.init_args.mask)
+                for key in {"remove", "ratio"} & {*vars(model.init_args)}:  # the mask says how much goes
+                    model.init_args[key] = None
             if model.init_args.get("target") is not None:  # resolved once
                 model.init_args.target, model.init_args.remove = None, self.budgets[-1].remove
             module: LightningModule = self._cli.fit.instantiate(Namespace(model=model)).model

@@ -257,6 +257,23 @@ def test_removed_units_close_alike_on_all_ranks(bench: Bench) -> None:
     assert drift(alone, pair, "loss")[0] <= MAX
 
 
+@pytest.mark.parametrize("unit", ["half", "channel"])
+def test_units_go_in_turns_alike_on_all_ranks(unit: str, bench: Bench) -> None:
+    """The ranks choose by the rows of both, and average the gradients of what is left."""
+    own = {"mask": "null", "unit": unit, "ratio": 0.5, "amplitude": 0.1}
+    given = {f"model__init_args__{key}": value for key, value in own.items()}
+    keys = {"model": "src.training.interleaved.Interleaved", **given, "trainer__max_steps": 8}
+    runs = [bench.fit(name, "recover", name, ranks, **keys) for name, ranks in (("single", 1), ("ddp", 2))]
+    alone, pair = (diary(run) for run in runs)
+    assert drift(alone, pair, "loss")[0] <= MAX
+    one, other = (Mask.load(next(run.rglob("mask.json"))) for run in runs)
+    assert one.keep == other.keep
+    parent = load_model(bench.teacher)
+    students = [load_student(parent, one, str(next(run.rglob("last.ckpt")))).state_dict() for run in runs]
+    for name, weight in students[0].items():
+        torch.testing.assert_close(students[1][name], weight, rtol=0, atol=1e-4)
+
+
 def test_a_race_on_two_ranks_has_the_winner_of_one(bench: Bench) -> None:
     """Students learn from the rows of all ranks, and are judged by all."""
     race = {"class_path": "src.policies.race.Race", "init_args": {"runners": 3, "steps": 2}}

@@ -29,6 +29,7 @@ HIGHER = {
     "training.arguments": 4,
     "training.parsing": 4,
     "training.trainer": 3,
+    "training.interleaved": 3,
 }
 """Modules that live in a package of a lower storey: the verb of a package, and what builds all parts."""
 
