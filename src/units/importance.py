@@ -1,16 +1,12 @@
 """Score the units of a student as it is now, and divide a removal of width among its layers.
 
-What Adapt-Pruner (arXiv 2502.03460) computes before each of its removals. A layer matters by how far it turns
-the residual stream:
+As Adapt-Pruner (arXiv 2502.03460). Layer l matters by how far it turns the stream, ``I_l = - mean cos(h_l,
+h_{l+1})`` over tokens, centred over layers and divided by ``max |I|``. It loses the share s_l of its width:
 
-    I_l  =  - mean over tokens of cos(h_l, h_{l+1}),    then centred over layers and divided by max |I|
+    s_l  <-  clip(s_l + (S - mean s) - A I_l),    S the next mean,
 
-and layer l loses the share s_l of its width, to which a step on the way to the mean ``S`` adds
-
-    s_l  <-  clip(s_l + (S - mean s) - A I_l).
-
-Within a layer those KV groups or channels go whose weights have the smallest sum of ``|w dLoss/dw|``. *Ours*:
-the similarity of a half; and clipping changes the mean, so all shares are shifted until it is S.
+in those KV groups or channels whose weights have the smallest sum of ``|w dLoss/dw|``. *Ours*: the similarity
+of halves; and as clipping changes the mean, all shares are shifted until it is S.
 
 Shapes: B batch, T tokens, L layers, U units, W units of width in each layer.
 """
@@ -36,7 +32,7 @@ from src.units.width import Width
 
 @torch.no_grad()
 def turns(student: PreTrainedModel, unit: Unit, real_BT: Tensor, run: Callable[[], Any]) -> Tensor:
-    """Return ``1 - cos`` of the stream in front of each unit and behind it, the mean over all ranks' tokens.
+    """Return ``1 - cos`` ``[U]`` of the stream before and behind each unit, the mean over all ranks' tokens.
 
     Args:
         student: a decoder.
@@ -44,9 +40,6 @@ def turns(student: PreTrainedModel, unit: Unit, real_BT: Tensor, run: Callable[[
             gives when its feed-forward adds nothing.
         real_BT: false at padding.
         run: runs the student on the batch, without a cache.
-
-    Returns:
-        ``[U]``, float64.
     """
     layers = decoder_layers(student)[1]
     halves = find_halves(student) if unit == "half" else []
@@ -88,31 +81,28 @@ def sparsities(before_L: Tensor, importance_L: Tensor, mean: float, amplitude: f
         most: largest share, at least ``mean``. At ``mean`` all shares are equal.
     """
     aimed_L = before_L + (mean - before_L.mean()) - amplitude * importance_L
-    low, high = before_L.min() - aimed_L.max(), most - aimed_L.min()
+    low, high, most_L = before_L.min() - aimed_L.max(), most - aimed_L.min(), torch.full_like(before_L, most)
     for _ in range(80):
         shift = (low + high) / 2
-        under = (aimed_L + shift).clamp(before_L, torch.full_like(before_L, most)).mean() < mean
+        under = (aimed_L + shift).clamp(before_L, most_L).mean() < mean
         low, high = (shift, high) if under else (low, shift)
-    return (aimed_L + high).clamp(before_L, torch.full_like(before_L, most))
+    return (aimed_L + high).clamp(before_L, most_L)
 
 
 def salience(student: PreTrainedModel, width: Width, loss: Tensor) -> Tensor:
-    """Return the sum of ``|w dLoss/dw|`` over the weights, without biases, of each KV group or channel.
+    """Return the sum ``[L, W]`` of ``|w dLoss/dw|`` over each unit's weights, without biases.
 
     Args:
         student: a decoder.
         width: where its units lie.
         loss: of this rank's rows, with its graph; the mean over the ranks is differentiated.
-
-    Returns:
-        ``[L, W]``, float64.
     """
     layers = decoder_layers(student)[1]
     weights = [
-        (index, block, weight)
-        for index, (layer, blocks) in enumerate(zip(layers, width.blocks, strict=True))
-        for name, weight in layer.named_parameters()
-        if (block := blocks.get(name)) is not None and not name.endswith("bias")
+        (index, block, layers[index].get_parameter(name))
+        for index, blocks in enumerate(width.blocks)
+        for name, block in blocks.items()
+        if name in dict(layers[index].named_parameters()) and not name.endswith("bias")
     ]
     grads = torch.autograd.grad(loss, [weight for _, _, weight in weights])
     scores_LW = torch.zeros(len(layers), width.count, dtype=torch.float64)
