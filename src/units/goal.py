@@ -87,7 +87,7 @@ class Goal:
         units = layers * (width.count if width else cast(int, KINDS[unit].each))
         commit = revision or getattr(config, "_commit_hash", None)
         whole = Mask(model, layers, tuple(range(units)), "Interleaved", commit, git_sha=git_sha(), unit=unit,
-                     width=width and width.count)  # fmt: skip
+                     width=width.count if width else None)  # fmt: skip
         return cls(whole, remove, limits, config, width)
 
     def best(self, kept: Kept, scores_U: Tensor, share: float) -> Kept:

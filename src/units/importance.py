@@ -66,8 +66,7 @@ def turns(student: PreTrainedModel, unit: Unit, real_BT: Tensor, run: Callable[[
 def centred(importance_L: Tensor) -> Tensor:
     """Return importances with mean 0 and largest size 1; zeros if all are equal."""
     from_mean_L = importance_L - importance_L.mean()
-    largest = from_mean_L.abs().max()
-    return from_mean_L / largest if largest > 0 else from_mean_L
+    return from_mean_L / from_mean_L.abs().max().clamp_min(torch.finfo(from_mean_L.dtype).tiny)
 
 
 def sparsities(before_L: Tensor, importance_L: Tensor, mean: float, amplitude: float, most: float) -> Tensor:
@@ -107,6 +106,5 @@ def salience(student: PreTrainedModel, width: Width, loss: Tensor) -> Tensor:
     grads = torch.autograd.grad(loss, [weight for _, _, weight in weights])
     scores_LW = torch.zeros(len(layers), width.count, dtype=torch.float64)
     for (index, block, weight), grad in zip(weights, grads, strict=True):
-        product = weight.detach().double() * total(grad).double() / world()
-        scores_LW[index] += block.sums(product.abs()).cpu()
+        scores_LW[index] += block.sums((weight.detach().double() * total(grad) / world()).abs()).cpu()
     return scores_LW
