@@ -12,7 +12,7 @@ export TOKENIZERS_PARALLELISM := false
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help setup demo shorten test test-full headline mask-quality public-model budgets fair-fight width grow recovery ablations search-step teacher-cache \
-	data-pipeline linear-patch export-matrix other-engine plan-accuracy scale gpu-checks results lint types teacher \
+	data-pipeline linear-patch export-matrix other-engine plan-accuracy scale gpu-checks results docs lint types teacher \
 	tensorboard schema clean
 
 help:  ## show the targets
@@ -229,6 +229,10 @@ gpu-checks: $(VENV)/.installed  ## what only a GPU can show -> results/gpu.json;
 results: $(VENV)/.installed  ## fill the tables and draw the figures of README and docs from results/*.json
 	$(PY) -m scripts.readme_results
 	$(PY) -m scripts.cache_results
+
+docs: $(VENV)/.installed  ## the pages as a site, with a reference from the docstrings -> logs/site
+	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --config-file docs/site/mkdocs.yml
 
 lint: $(VENV)/.installed  ## ruff
 	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .

@@ -13,8 +13,7 @@ from src.policies.one_shot import OneShot
 class Magnitude(OneShot):
     """Scores a unit by the sum of the absolute values of its weights without biases.
 
-    Args:
-        kwargs: ``seed``, ``candidates``, ``polish`` of the base class.
+    It takes ``seed``, ``candidates`` and ``polish`` as the base class does.
     """
 
     works_on = ("layer", "half", "kv_group", "channel")

@@ -12,10 +12,8 @@ class MeanActivation(OneShot):
     """Scores a KV group or a channel by the mean absolute activation that goes into its output projection.
 
     That map writes to the residual stream: a channel is one of its inputs, and of a KV group all inputs are
-    added up. It takes one forward pass and no gradient.
-
-    Args:
-        kwargs: ``seed``, ``candidates``, ``polish`` of the base class.
+    added up. It takes one forward pass and no gradient, and ``seed``, ``candidates`` and ``polish`` as the
+    base class does.
     """
 
     works_on = ("kv_group", "channel")

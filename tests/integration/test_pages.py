@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from src.cli import run
 from src.data.arithmetic import build_tokenizer
@@ -134,3 +137,36 @@ def test_the_commands_of_a_page_run(page: Path, place: Path, monkeypatch: pytest
         else:
             assert line[:2] == ["python", "-c"], line
             exec(line[2], {})
+
+
+# ---------------------------------------------------------------------- the site
+
+SITE = Path("docs/site/mkdocs.yml")
+
+
+def entries(nav: Any) -> list[str]:
+    """Files of a menu, however deep."""
+    if isinstance(nav, str):
+        return [nav]
+    return [name for part in (nav.values() if isinstance(nav, dict) else nav) for name in entries(part)]
+
+
+def test_every_page_is_in_the_menu_of_the_site_once() -> None:
+    ours = {"README.md": "index.md", "CONTRIBUTING.md": "contributing.md"}
+    pages = [ours.get(page.name, page.name) for page in PAGES]
+    assert sorted(entries(yaml.safe_load(SITE.read_text())["nav"])) == sorted(pages)
+
+
+@pytest.mark.slow
+def test_the_site_is_built_without_a_warning(tmp_path: Path) -> None:
+    pytest.importorskip("mkdocstrings", reason="needs the extra docs")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "-f", str(SITE), "-d", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    front = (tmp_path / "index.html").read_text()
+    assert 'href="export/#to-the-hub"' in front
+    assert "GumbelTopK" in (tmp_path / "reference/policies/index.html").read_text()
+    assert "class_path: src.policies" in re.sub(
+        "<.*?>", "", (tmp_path / "files/configs/policy/index.html").read_text()
+    )
+    assert "No test runs this: vLLM" in (tmp_path / "export/index.html").read_text()
