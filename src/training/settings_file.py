@@ -36,9 +36,12 @@ def check_settings_files(argv: Sequence[str]) -> None:
 
 
 def is_experiment(settings: Mapping[str, Any]) -> bool:
-    """Return whether settings name a model's class, as an experiment does and an overlay does not."""
-    model = settings.get("model")
-    return isinstance(model, str) or "class_path" in (model or {})
+    """Return whether settings name classes of a model and of data, as an experiment does.
+
+    An overlay may replace one of the two.
+    """
+    parts = (settings.get(key) for key in ("model", "data"))
+    return all(isinstance(part, str) or "class_path" in (part or {}) for part in parts)
 
 
 def _named(argv: Sequence[str]) -> Iterator[tuple[str, str]]:

@@ -123,7 +123,11 @@ def test_what_is_no_nested_report_stays() -> None:
 
 
 def test_an_overlay_follows_its_experiment(told: Any) -> None:
-    for overlay in ("configs/policy/sleb.yaml", "configs/strategy/ddp.yaml"):
+    for overlay in (
+        "configs/policy/sleb.yaml",
+        "configs/strategy/ddp.yaml",
+        "configs/recover/interleaved.yaml",
+    ):
         message = told("fit", "--config", overlay, "--config", SEARCH)
         assert f"Give the experiment first: --config {SEARCH} --config {overlay}" in message
 
