@@ -28,7 +28,12 @@ class Distinct:
         self._tokens: dict[int, int] = {}
 
     def add(self, batch: Batch) -> None:
-        """Count the documents of a batch. A padded row is one document; a packed row holds several."""
+        """Count the documents of a batch. A padded row is one document; a packed row holds several.
+
+        Soft prompts, which have no tokens, are none.
+        """
+        if "input_ids" not in batch:
+            return
         ids_BT, real_BT = batch["input_ids"].cpu(), real(batch).cpu()
         first_BT = torch.zeros_like(real_BT)
         if "position_ids" in batch:

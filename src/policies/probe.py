@@ -109,7 +109,7 @@ def prefix_memory(head: OutputHead, gates: Gates, rows: Sequence[Supervised], gi
         rows: the batches, of which the largest counts.
         gib: memory for the streams (GiB).
     """
-    largest = max(each.batch["input_ids"].numel() for each in rows)
+    largest = max(each.batch["labels"].numel() for each in rows)
     stream = stream_bytes(head.model.config, head.model.dtype, largest)
     allowed = resumes(gates, lambda: head.hidden(head.few))
     return PrefixMemory(len(gates), int(gib * 2**30 // stream) if allowed else 0)

@@ -13,8 +13,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from src.data.batches import Batch
 from src.data.columns import Columns
 from src.data.judging import batches, judged, read_rows
+from src.data.soft import SUFFIX, SoftPrompts
 from src.errors import ConfigError
 from src.mask import Mask
+from src.models.fingerprint import weights_fingerprint
 from src.models.positions import position_limit
 from src.ranges import Count, checked
 from src.repair.fold import Repair
@@ -29,9 +31,9 @@ class CutRepair(ABC):
     ``python -m src.cli patch`` exports such a model; ``src.recover.Recovery(patch=...)`` starts from one.
 
     Args:
-        data: calibration rows: JSONL, Parquet, text or a Hub id. None, in a recovery, is the first source of
-            the text that it trains on.
-        rows: largest number of calibration rows that are read.
+        data: calibration rows: JSONL, Parquet, text or a Hub id; or a file of soft prompts
+            (:mod:`src.data.soft`). None, in a recovery, is the first source of the text that it trains on.
+        rows: largest number of calibration rows that are read; of soft prompts all are.
         columns: columns of these rows; None looks for well-known names.
         split: split of a Hub or saved dataset; None is the only one that it has.
         max_length: tokens after which a row is cut off.
@@ -107,7 +109,10 @@ class CutRepair(ABC):
         Raises:
             ConfigError: the rows cannot be read, or a layer of this family has no weights to fold into.
         """
-        calibration = self.calibration(tokenizer, position_limit(parent))
+        if self.data is not None and self.data.endswith(SUFFIX):
+            calibration = self.prompts(self.data, parent)
+        else:
+            calibration = self.calibration(tokenizer, position_limit(parent))
         models = (student, parent)
         homes = [model.device for model in models]
         try:
@@ -118,6 +123,22 @@ class CutRepair(ABC):
             for model, home in zip(models, homes, strict=True):
                 nn.Module.to(model, home)
         return self.repairs
+
+    def prompts(self, path: str, parent: PreTrainedModel) -> list[Batch]:
+        """Return soft prompts as batches: all of them, as they are.
+
+        Args:
+            path: their file.
+            parent: the model that they must have been made with.
+
+        Raises:
+            ConfigError: the file holds none, or they were made with other weights.
+        """
+        prompts = SoftPrompts.load(path, "patch.data")
+        revision = getattr(parent.config, "_commit_hash", None)
+        prompts.check(weights_fingerprint(str(parent.name_or_path), revision), "patch.data")
+        self.used = f"{len(prompts.mask_MT)} soft prompts ({int(prompts.mask_MT.sum()):,} positions)"
+        return prompts.batches(self.batch_size, parent.dtype)
 
     def calibration(self, tokenizer: PreTrainedTokenizerBase, limit: int | None = None) -> list[Batch]:
         """Return the calibration rows as padded batches, every token supervised.

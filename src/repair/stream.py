@@ -14,7 +14,7 @@ Shapes: B batch, T tokens, H hidden, N tokens that are not padding, J junctions.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -71,7 +71,7 @@ class StreamRepair(nn.Module):
 
 @contextmanager
 def repaired(
-    student: PreTrainedModel, places: Sequence[Junction], repairs: Iterable[StreamRepair]
+    student: PreTrainedModel, places: Sequence[Junction], repairs: Iterable[Callable[[Tensor], Tensor]]
 ) -> Iterator[None]:
     """Apply repairs of the residual stream at the junctions, whenever the cut model runs in the block.
 
@@ -80,13 +80,15 @@ def repaired(
     Args:
         student: the cut model.
         places: junctions of its mask.
-        repairs: one for each junction.
+        repairs: what the stream becomes, one for each junction, such as a :class:`StreamRepair`.
     """
     _, layers = decoder_layers(student)
     with ExitStack() as stack:
         for place, repair in zip(places, repairs, strict=True):
 
-            def enter(_: nn.Module, args: Any, kwargs: Any, repair: StreamRepair = repair) -> Any:
+            def enter(
+                _: nn.Module, args: Any, kwargs: Any, repair: Callable[[Tensor], Tensor] = repair
+            ) -> Any:
                 if args:
                     return (repair(args[0]), *args[1:]), kwargs
                 return args, {**kwargs, "hidden_states": repair(kwargs["hidden_states"])}

@@ -124,7 +124,7 @@ class PruneCLI(LightningCLI):
             config.trainer.callbacks = [callback for callback in listed if not _shows_progress(callback)]
 
     def before_instantiate_classes(self) -> None:
-        """Let the data use the model's tokenizer, and a repair the data's rows, unless they name their own.
+        """Let data use the model's tokenizer, repairs and prompts the data's rows, if they name no others.
 
         Raises:
             ConfigError: there are no data, or an engine of the strategy is not installed.
@@ -135,10 +135,12 @@ class PruneCLI(LightningCLI):
         check_installed(config.trainer.strategy)
         model, data = config.model.init_args, config.data.init_args
         if "tokenizer" in data and data.tokenizer is None:
-            data.tokenizer = model.get("model") or (Mask.load(model.mask).model if "mask" in model else None)
+            mask = model.get("mask")
+            data.tokenizer = model.get("model") or (Mask.load(mask).model if mask else None)
         repair = getattr(model.get("patch"), "init_args", Namespace())
-        if repair.get("data", "") is None and "tokenizer" in data:  # a cache holds no text
-            repair.data = next((source.path for source in sources(data.train, "data.train")), None)
+        for part, key in ((repair, "data"), (model, "rows")):
+            if part.get(key, "") is None and "tokenizer" in data:  # a cache holds no text
+                part[key] = next((source.path for source in sources(data.train, "data.train")), None)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Build the trainer, add the callbacks that every run has, and settle the number of threads.

@@ -12,7 +12,11 @@ from pathlib import Path
 from subprocess import PIPE
 from typing import Any
 
-CONFIGS = {"search": "configs/search/gumbel_topk.yaml", "recover": "configs/recover/entropy_kd.yaml"}
+CONFIGS = {
+    "search": "configs/search/gumbel_topk.yaml",
+    "recover": "configs/recover/entropy_kd.yaml",
+    "prompts": "configs/prompts/distilled_calibration.yaml",
+}
 STEPS = 50
 LIMIT = 600.0
 """Seconds of one command; alone on two cores each takes less than 60."""
@@ -41,7 +45,7 @@ class Bench:
         self, name: str, stage: str, overlay: str, ranks: int, **extra: Any
     ) -> subprocess.CompletedProcess[str]:
         """Train with the same global batches on any number of ranks; return the ended process."""
-        model = {"mask": self.mask} if stage == "recover" else {"draws": 2, "calibration_batches": 2}
+        model = {"draws": 2, "calibration_batches": 2} if stage == "search" else {"mask": self.mask}
         keys = {
             "data": "tests.distributed.rows.GlobalRows",
             "data.init_args.train": self.corpus,

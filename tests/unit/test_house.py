@@ -17,7 +17,7 @@ STOREYS = [
     ("errors", "files", "ranges", "mask"),
     ("units", "models", "data", "losses", "training", "cache", "optim"),
     ("policies",),
-    ("search", "recover", "pretrain", "teachers", "callbacks", "repair", "linear_patch"),
+    ("search", "recover", "pretrain", "teachers", "callbacks", "repair", "prompts", "linear_patch"),
     ("command", "export", "grow", "evaluate", "plan", "report", "benchmark", "generate", "schema"),
     ("shorten", "sweep"),
     ("cli",),
