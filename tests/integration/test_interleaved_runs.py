@@ -26,7 +26,7 @@ from src.training.interleaved import Interleaved
 from src.training.schedules import warmup_decay
 from src.training.strategies import FSDP2
 from tests.faults.runs import ended
-from tests.integration.test_resume import SAVED, STEPS, broken_and_resumed, fit
+from tests.integration.test_resume import SAVED, STEPS, broken_and_resumed, fit, same
 from tests.planning import LAYER, MLP, PLENTY, RECOVER, H, L, write_config
 
 OVERLAY = "configs/recover/interleaved.yaml"
@@ -130,6 +130,48 @@ def test_scores_are_those_of_the_present_student(
     )  # fmt: skip
     assert [layers for layers, _ in seen] == [6, 5, 4]
     assert len({weight for _, weight in seen}) == 3, "it has trained between the scores"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("unit", ["half", "channel"])
+def test_terms_read_the_student_of_the_moment(
+    unit: str, tmp_path: Path, parent_dir: str, corpus_file: str
+) -> None:
+    """Streams of the layers that are left, and what enters their down projections."""
+    more = [*given(unit), "--config=configs/recover/density.yaml"]
+    term = "{term: {class_path: src.losses.HiddenStates}, weight: 1.0}"
+    more.append(f"--model.init_args.terms+={term}")
+    fit("configs/recover/entropy_kd.yaml", tmp_path, False, *more, teacher=parent_dir, corpus=corpus_file)
+    mask = Mask.load(tmp_path / "recover" / "run" / "mask.json")
+    assert len(mask.keep) == mask.units // 2
+
+
+@pytest.mark.slow
+def test_activations_that_are_recomputed_meet_the_same_gates(
+    tmp_path: Path, parent_dir: str, corpus_file: str
+) -> None:
+    config, keys = "configs/recover/entropy_kd.yaml", {"teacher": parent_dir, "corpus": corpus_file}
+    plain, again = (
+        fit(config, tmp_path / str(asked), False, *given("channel", checkpoint_activations=asked), **keys)
+        for asked in ("false", "true")
+    )
+    same(plain, again)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("unit", ["layer", "channel"])
+def test_it_learns_from_a_cache(unit: str, tmp_path: Path, parent_dir: str, corpus_file: str) -> None:
+    cache = tmp_path / "cache"
+    quick = ["--trainer.accelerator=cpu", f"--trainer.logger.init_args.save_dir={tmp_path}"]
+    quick += [f"--model.init_args.model={parent_dir}", f"--data.init_args.tokenizer={parent_dir}"]
+    text = [f"--data.init_args.train={corpus_file}", f"--model.init_args.out={cache}"]
+    main(["predict", "--config", "configs/cache/topk.yaml", *quick, *text])
+    configs = ("configs/recover/entropy_kd.yaml", "configs/cache/recover.yaml", OVERLAY)
+    argv = [word for config in configs for word in ("--config", config)]
+    argv += ["--data.init_args.batch_size=4", f"--data.init_args.train={cache}", "--trainer.max_steps=6"]
+    main(["fit", *argv, *quick, f"--model.init_args.unit={unit}", "--trainer.limit_val_batches=0"])
+    (found,) = tmp_path.rglob("mask.json")
+    assert len(Mask.load(found).removed) == {"layer": 2, "channel": 36}[unit]
 
 
 def test_a_mask_says_how_many_and_not_which(
