@@ -9,6 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from src.data.batches import Supervised, real_tokens
+from src.data.distinct import Distinct
 from src.data.soft import SoftPrompts
 from src.errors import ConfigError
 from src.mask import Mask
@@ -24,7 +26,7 @@ from src.prompts.tiny import TinyRepair, lesson
 from src.prompts.unroll import descend, unroll
 from src.prompts.windows import Inner
 from src.repair.mask_tuning import MaskTuning
-from tests.tiny import mask_of, tiny_ids, tiny_model
+from tests.tiny import KV_SHARED, mask_of, tiny_ids, tiny_model
 
 MASK_MT = torch.tensor([[1] * 9, [1] * 6 + [0] * 3])
 
@@ -177,3 +179,21 @@ def test_drawn_masks_keep_both_ends_and_every_other_one_is_drawn() -> None:
     assert cuts.drawn(7) == DrawnCuts("m", config, 2, seed=3).drawn(7)
     with pytest.raises(ConfigError, match=r"model\.remove: 4 given; .* at most 3 can go"):
         DrawnCuts("m", config, 4, seed=0)
+
+
+# ---------------------------------------------------------------------- what reads prompts
+
+
+def test_a_model_whose_layers_read_the_tokens_themselves_is_refused() -> None:
+    head = OutputHead(freeze(tiny_model("gemma3n_text", **KV_SHARED)))
+    with pytest.raises(ConfigError, match="reads tokens otherwise than their embeddings"):
+        embedded(head, tiny_ids(2, 9), MASK_MT)
+
+
+def test_prompts_are_no_documents_and_all_their_positions_are_read() -> None:
+    made = SoftPrompts(torch.rand(2, 9, 4), MASK_MT, torch.where(MASK_MT.bool(), 5, -100))
+    (batch,), read = made.batches(8, torch.bfloat16), Distinct()
+    read.add(batch)
+    assert (read.documents, real_tokens(batch)) == (0, 15)
+    assert batch["inputs_embeds"].dtype is torch.bfloat16
+    assert len(Supervised.of(batch)) == 8 + 5
