@@ -160,6 +160,8 @@ def rich_table(rows: Sequence[Sequence[str]]) -> Table:
     """Return a table of cells, the heading first; all columns but the first stand on the right."""
     heading, *lines = rows
     table = Table(*heading)
+    for column in table.columns:
+        column.overflow = "fold"
     for column in table.columns[1:]:
         column.justify = "right"
     for line in lines:

@@ -99,10 +99,13 @@ def tables(compared: Record) -> list[list[list[str]]]:
 
 
 def turned(shown: Sequence[list[list[str]]]) -> list[list[str]]:
-    """Return one table with a row for each run, of the tables of figures and of settings."""
-    figures, *settings, _ = shown
-    rows = figures + [row for table in settings for row in table[1:]]
-    return [list(column) for column in zip(*rows, strict=True)]
+    """Return one table with a row for each run: the figures that are not equal in all, and the settings."""
+    (names, *figures), *settings, _ = shown
+    differ = [row for row in figures if len({*row[1:]}) > 1]
+    words = [
+        [row[0].replace(".init_args", "").replace(".", " "), *row[1:]] for t in settings for row in t[1:]
+    ]
+    return [list(column) for column in zip(names, *differ, *words, strict=True)]
 
 
 def _more(runs: Sequence[Record]) -> Iterator[list[str]]:
