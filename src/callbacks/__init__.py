@@ -7,12 +7,14 @@ from src.callbacks.monitor import SearchMonitor, Throughput
 from src.callbacks.progress import ProgressBar, ProgressLines
 from src.callbacks.recompute import CheckpointActivations
 from src.callbacks.record import StageRecord
+from src.callbacks.router import KeepRouter
 from src.callbacks.sparsify import Sparsify
 from src.callbacks.stop import StopOnSignal
 
 __all__ = [
     "CheckpointActivations",
     "HardenMask",
+    "KeepRouter",
     "LastCheckpoint",
     "ProgressBar",
     "ProgressLines",

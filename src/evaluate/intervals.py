@@ -10,8 +10,9 @@ Shapes: R resamples, S seeds, I items (problems).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -57,6 +58,12 @@ def interval(sums_SI: Array, sizes_I: Array, resamples: int = RESAMPLES) -> Inte
     values = (pooled_RI * items_RI).sum(1) / (items_RI @ sizes_I)
     low, high = np.quantile(values, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return {"value": float(value), "low": float(low), "high": float(high)}
+
+
+def matched(correct: Sequence[bool]) -> dict[str, Any]:
+    """Return the share of right answers as ``exact_match``, and its interval of 95 %."""
+    ends = interval(np.array([correct], dtype=float), np.ones(len(correct)))
+    return {"exact_match": sum(correct) / len(correct), "exact_match_interval": [ends["low"], ends["high"]]}
 
 
 def verdict(difference: Interval, higher_is_better: bool) -> Verdict:

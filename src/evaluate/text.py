@@ -50,7 +50,20 @@ def held_out(
     Raises:
         ConfigError: nothing is supervised.
     """
-    sums_RC = row_sums(student, teacher, batches, chunk)
+    return figures(row_sums(student, teacher, batches, chunk), student.name_or_path, teacher is not None)
+
+
+def figures(sums_RC: Tensor, name: str, beside: bool) -> dict[str, Any]:
+    """Return the figures of :func:`held_out` from the sums over each row.
+
+    Args:
+        sums_RC: from :func:`row_sums`.
+        name: of the model, for messages.
+        beside: whether the sums compare with a teacher.
+
+    Raises:
+        ConfigError: nothing is supervised, or the loss is too large for a perplexity.
+    """
     sums = sums_RC.sum(0)
     tokens = int(sums[-1])
     if tokens == 0:
@@ -58,15 +71,15 @@ def held_out(
     loss, teacher_loss, kl, agreement = (sums[:-1] / tokens).tolist()
     if not (loss < LARGEST_LOSS and math.isfinite(teacher_loss) and math.isfinite(kl)):
         raise ConfigError(
-            f"--model: '{student.name_or_path}' has a loss of {loss} nats per token (its teacher "
+            f"--model: '{name}' has a loss of {loss} nats per token (its teacher "
             f"{teacher_loss}), of which there is no perplexity. Its values overflow: try --dtype float32."
         )
-    figures = {"loss": loss, "perplexity": math.exp(loss), "tokens": tokens}
-    if teacher is None:
-        return figures
+    alone = {"loss": loss, "perplexity": math.exp(loss), "tokens": tokens}
+    if not beside:
+        return alone
     ends = interval(sums_RC[None, :, 2].numpy(), sums_RC[:, -1].numpy())
-    figures |= {"kl": kl, "agreement": agreement, "teacher_loss": teacher_loss}
-    return {**figures, "kl_interval": [ends["low"], ends["high"]]}
+    compared = {"kl": kl, "agreement": agreement, "teacher_loss": teacher_loss}
+    return {**alone, **compared, "kl_interval": [ends["low"], ends["high"]]}
 
 
 @torch.inference_mode()

@@ -20,8 +20,8 @@ import sys
 import time
 from typing import Any
 
-import numpy as np
 from rich.table import Table
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from src.command import Parser, each_model, new_file, provenance, show
@@ -34,8 +34,9 @@ from src.errors import ConfigError
 from src.evaluate import tasks
 from src.evaluate.flips import flips
 from src.evaluate.generate import greedy, new_tokens, stop_tokens
-from src.evaluate.intervals import interval
-from src.evaluate.text import held_out
+from src.evaluate.intervals import matched
+from src.evaluate.routed import Turn, home, joined, turns
+from src.evaluate.text import row_sums
 from src.files import write_json
 from src.models.loading import load_tokenizer, shared_positions
 from src.ranges import natural, positive
@@ -88,15 +89,8 @@ def exact_match(
     new = greedy(model, prompts, limit, stop_tokens(model, tokenizer), batch_size)
     texts = tokenizer.batch_decode(new, skip_special_tokens=True)
     correct = [final_answer(text) == want for text, want in zip(texts, wanted, strict=True)]
-    ends = interval(np.array([correct], dtype=float), np.ones(len(correct)))
-    return {
-        "exact_match": sum(correct) / len(correct),
-        "exact_match_interval": [ends["low"], ends["high"]],
-        "correct": correct,
-        "texts": texts,
-        "new_tokens": sum(map(len, new)),
-        "seconds": time.monotonic() - began,
-    }
+    spent = {"new_tokens": sum(map(len, new)), "seconds": time.monotonic() - began}
+    return matched(correct) | {"correct": correct, "texts": texts} | spent
 
 
 # ---------------------------------------------------------------------- command
@@ -117,8 +111,9 @@ def main(argv: list[str]) -> None:
     if args.tasks is not None:
         tasks.main(args, argv)
         return
-    columns, tokenizer = read_columns(args), load_tokenizer(args.teacher or args.model[0])
-    positions = shared_positions([*([args.teacher] if args.teacher else []), *args.model], args.max_length)
+    homes = [*([args.teacher] if args.teacher else []), *map(home, args.model)]
+    columns, tokenizer = read_columns(args), load_tokenizer(homes[0])
+    positions = shared_positions(homes, args.max_length)
     read = read_rows(args.data, args.limit, args.split)
     encoded = judged(tokenizer, read, columns, args.supervise, min(args.max_length, positions))
     if not encoded.rows:
@@ -126,16 +121,23 @@ def main(argv: list[str]) -> None:
     rows = [read[number] for number in encoded.numbers]
     task = not args.no_exact_match and _reference(rows[0], columns) is not None
     teacher, results, origin = None, list[dict[str, Any]](), dict[str, Any]()
-    for result, model in each_model(args, tokenizer):
-        text = batches(encoded.rows, args.batch_size, tokenizer.pad_token_id or 0)
-        result |= held_out(model, teacher, text)
+    asked = turns(args.model, [prompt(row) for row in encoded.rows])
+    args.model, everything = [turn.path for turn in asked], list(range(len(rows)))
+    all_turns = [*([Turn(args.teacher, args.teacher, everything)] if args.teacher else []), *asked]
+    parts = list[tuple[Turn, dict[str, Any], Tensor]]()
+    for turn, (result, model) in zip(all_turns, each_model(args, tokenizer), strict=True):
+        mine = [encoded.rows[number] for number in turn.numbers]
+        text = batches(mine, args.batch_size, tokenizer.pad_token_id or 0)
+        parts.append((turn, result, row_sums(model, teacher, text)))
         if task:
-            new, size = args.max_new_tokens, args.batch_size
-            result |= exact_match(model, tokenizer, rows, columns, new, size, positions)
+            new, size, own = args.max_new_tokens, args.batch_size, [rows[number] for number in turn.numbers]
+            result |= exact_match(model, tokenizer, own, columns, new, size, positions)
+        if turn.last:
+            results.append(joined(parts, teacher is not None))
+            parts = []
         if args.teacher and teacher is None:
             teacher = model
-            result |= {"kl": 0.0, "agreement": 1.0}
-        results.append(result)
+            results[0] |= {"kl": 0.0, "agreement": 1.0}
         origin = provenance("evaluate", argv, model)
         del model
     if task and teacher is not None:

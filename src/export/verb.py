@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 from src.command import Parser
 from src.errors import ConfigError
-from src.export import push
+from src.export import clusters, push
 from src.export.observe import Finding
 from src.export.parent import true_parent
 from src.export.proof import stored_as_parent
@@ -30,7 +30,7 @@ from src.mask import Mask
 from src.models.cut import cut
 from src.models.loading import load_tokenizer
 from src.models.two_four import crowded, linear_maps
-from src.ranges import MOST, Range
+from src.ranges import MOST, Range, positive
 from src.repair.base import CutRepair
 from src.training import checkpoints
 from src.training.scopes import load_student
@@ -93,6 +93,11 @@ def main(argv: list[str]) -> None:
     """Export a cut model, print its proof, and send it to the Hub if asked."""
     args = _parse(argv)
     mask = Mask.load(args.mask)
+    if args.clusters is not None:
+        clusters.refuse(args)
+        for one, findings in clusters.export_clusters(mask, args):
+            show(one, args.out, findings)
+        return
     if args.push is not None:
         push.check(args.push, args.force, args.report)
     show(mask, args.out, export(mask, args))
@@ -116,6 +121,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     add("--data", metavar="TEXT", help="what the model was trained on, for the card")
     add("--push", metavar="USER/NAME", help="send the export to the Hugging Face Hub, once it is proven")
     push.add_options(parser)
+    add("--clusters", type=positive, metavar="K", help="of a search of prompts: K checkpoints and a router")
     return parser.parse_args(argv)
 
 

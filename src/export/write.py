@@ -30,6 +30,7 @@ from src.models.cut_rules import extra_layers
 from src.models.layers import num_layers
 from src.models.loading import Dtype, load_config, load_model
 from src.models.positions import position_limit, too_long
+from src.routing.router import CARD
 
 
 @dataclass(frozen=True)
@@ -193,7 +194,7 @@ def check_out(out: Path, force: bool, *sources: str) -> None:
 def _check_free(out: Path, force: bool) -> None:
     if out.exists() and not force:
         raise ConfigError(f"--out: '{out}' exists. Give another name, or --force to replace it.")
-    if out.exists() and not (out / "config.json").is_file():
+    if out.exists() and not any((out / name).is_file() for name in ("config.json", CARD)):
         raise ConfigError(
             f"--out: '{out}' holds no model (no config.json); it is not replaced, even by --force."
         )

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from src.errors import ConfigError
 from src.models.layers import (
     Arguments,
     decoder_layers,
@@ -95,14 +96,16 @@ class Gates:
         """Apply gates, within the block, to every pass of the model.
 
         Args:
-            gates_U: values in [0, 1], one for each unit; None leaves all open.
+            gates_U: values in [0, 1], one for each unit; or ``[B, U]``, such a row for each row of the batch;
+                None leaves all open.
             observer: called as ``observer(layer, h_in_BTH, h_out_BTH)`` after each layer, with its number and
                 the stream before and after it. A gate on the whole layer is not applied yet.
         """
-        assert gates_U is None or gates_U.shape == (len(self),), "one gate for each unit"
+        assert gates_U is None or gates_U.shape[-1] == len(self), "one gate for each unit"
         before = self._gates, self._values, self._observer, self._prefixes
         self._gates, self._observer = gates_U, observer
-        self._values = [] if gates_U is None else gates_U.tolist()
+        # Of rows the mean: exactly 0 for a unit that is closed in all of them, 1 for one that is open in all.
+        self._values = [] if gates_U is None else gates_U.reshape(-1, len(self)).mean(0).tolist()
         self._prefixes = self._remembered if observer is None else None
         if self._prefixes is not None:
             self._prefixes.begin(self._values or [1.0] * len(self))
@@ -110,6 +113,23 @@ class Gates:
             yield
         finally:
             self._gates, self._values, self._observer, self._prefixes = before
+
+    def _gate(self, unit: int | slice, x: Tensor) -> Tensor:
+        """Return the gate of a unit, or those of several, as a factor of ``x [B, T, ...]``.
+
+        Raises:
+            ConfigError: the rows have gates of their own, and ``x`` has lost its rows.
+        """
+        assert self._gates is not None
+        gates = self._gates[..., unit].to(x.dtype)
+        if self._gates.ndim == 1:
+            return gates
+        if x.ndim != 3 or len(x) != len(gates):
+            raise ConfigError(
+                f"model.unit: a module of this family takes all rows as one, {tuple(x.shape)}, so each "
+                "cannot have a mask of its own. Set it to layer, or choose a policy of one mask."
+            )
+        return gates[:, None, None] if gates.ndim == 1 else gates[:, None]
 
     @contextmanager
     def remember(self, prefixes: Prefixes | None) -> Iterator[None]:
@@ -209,7 +229,7 @@ class GatedLayers(Gates):
                 out = forward(*args, **kwargs)
             self._observe(index, h_in, out)
             h_out = first(out)
-            mixed = torch.lerp(h_in, h_out, gates[index].to(h_out.dtype))
+            mixed = torch.lerp(h_in, h_out, self._gate(index, h_out))
             return with_first(out, mixed)
 
         return gated

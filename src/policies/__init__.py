@@ -16,6 +16,7 @@ from src.policies.magnitude import Magnitude
 from src.policies.mean_activation import MeanActivation
 from src.policies.measuring import Probe
 from src.policies.perplexity import OneShotPerplexity
+from src.policies.prompt_masks import PromptMasks
 from src.policies.prune_merge import PruneMerge
 from src.policies.random_search import RandomSearch
 from src.policies.segment_evolution import SegmentEvolution
@@ -42,6 +43,7 @@ __all__ = [
     "MeanActivation",
     "OneShotPerplexity",
     "Probe",
+    "PromptMasks",
     "PruneMerge",
     "RandomSearch",
     "SLEB",

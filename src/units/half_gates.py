@@ -122,7 +122,7 @@ class HalfGates(Gates):
                 return with_first(out, torch.zeros_like(first(out)))
             if self._gates is None or (self._values[unit] == 1.0 and not self._gates.requires_grad):
                 return out
-            return with_first(out, first(out) * self._gates[unit].to(first(out).dtype))
+            return with_first(out, first(out) * self._gate(unit, first(out)))
 
         return gated
 

@@ -118,8 +118,8 @@ class WidthGates(Gates):
             if self._watcher is not None:
                 self._watcher(index, x)
             if self._gates is not None:
-                gates = self._gates[index * count : (index + 1) * count].to(x.dtype)
-                x = x * gates.repeat_interleave(x.shape[-1] // count)
+                gates = self._gate(slice(index * count, (index + 1) * count), x)
+                x = x * gates.repeat_interleave(x.shape[-1] // count, -1)
             return forward(x, *args, **kwargs)
 
         return gated

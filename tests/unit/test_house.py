@@ -16,7 +16,7 @@ TREES = {path: ast.parse(path.read_text()) for path in SOURCES}
 STOREYS = [
     ("errors", "files", "ranges", "mask"),
     ("units", "models", "data", "losses", "training", "cache", "optim"),
-    ("policies",),
+    ("policies", "routing"),
     ("search", "recover", "pretrain", "teachers", "callbacks", "repair", "prompts", "linear_patch"),
     ("command", "export", "grow", "evaluate", "plan", "report", "benchmark", "generate", "schema"),
     ("shorten", "sweep"),

@@ -1,0 +1,180 @@
+"""Instruction-following pruning: a predictor reads the prompt and gives one mask for the whole response.
+
+*The paper's* (arXiv 2501.02086, ICML 2025): a predictor of two linear maps without a non-linearity between
+them, hidden width 128, behind a small language model that reads the prompt; SoftTopK; masks of feed-forward
+channels ``soft * [among the top k]``; joint training with the weights. The code of its training is not
+public. *Ours*: the predictor reads the mean of the parent's own token embeddings, centred and scaled by those
+of the calibration prompts. Then all that it does is linear, and folds into one small vector for each token
+(:mod:`src.routing.router`). Layers, halves and KV groups as units; a bias that starts from scores of the
+units; the distillation as the loss; hard gates with the gradient of SoftTopK (``gates_are: hard``), because
+that is what a plain checkpoint computes.
+
+Shapes: B prompts, H hidden size of the parent, D hidden width of the predictor, U units, G groups of F free
+units.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from src.errors import ConfigError
+from src.policies.gumbel_topk import GumbelTopK
+from src.policies.relaxations import straight_through
+from src.policies.soft_topk import soft_topk
+from src.ranges import Count, NonNegative, Positive, Seed, checked
+from src.routing.router import Router
+
+
+class PromptMasks(GumbelTopK):
+    """Predicts the logits of a mask from a prompt: ``logits + W2 W1 (e - mean) / scale / D``.
+
+    ``e`` is the mean embedding of the prompt. ``logits`` start as those of Gumbel-TopK, and ``W2`` is zero at
+    first: so all prompts begin with one mask. As the embeddings are centred, ``logits`` stay the mean of
+    those of the calibration prompts. The division by D makes a step of Adam move a logit by about the same
+    amount through either. Nothing is drawn at random.
+
+    Args:
+        hidden: hidden width D.
+        gates_are: ``soft`` runs the model under the soft shares of the kept units, as in the paper; ``hard``
+            under ones and zeros, with the gradient of the shares.
+        init: start of ``logits``, as for :class:`src.policies.GumbelTopK`.
+        init_scale: their standard deviation at the start.
+        temperature: softness of SoftTopK; :class:`src.callbacks.TemperatureAnnealing` moves it.
+        always_keep: layers that no mask removes, such as ``[0, -1]``.
+        seed: seed of the predictor's first values.
+    """
+
+    any_count = False
+
+    @checked
+    def __init__(
+        self,
+        hidden: Count = 128,
+        gates_are: Literal["soft", "hard"] = "hard",
+        init: Literal["kl", "block_influence", "salience", "zeros", "random"] = "kl",
+        init_scale: NonNegative = 1.0,
+        temperature: Positive = 1.0,
+        always_keep: Iterable[int] = (),
+        seed: Seed = 0,
+    ) -> None:
+        start = {"init": init, "init_scale": init_scale, "temperature": temperature}
+        super().__init__(**start, always_keep=always_keep, seed=seed, candidates=1, polish=False)
+        self.hidden, self.gates_are = hidden, gates_are
+        self.down: nn.Linear | None = None
+        self.prompts: Tensor | None = None
+        """Mean embeddings ``[P, H]`` of the calibration prompts."""
+
+    def reads(self, size: int) -> None:
+        """Create the predictor for embeddings of a size; the search calls this after :meth:`setup`."""
+        self.down, self.up = (
+            nn.Linear(size, self.hidden, bias=False),
+            nn.Linear(self.hidden, self.units, bias=False),
+        )
+        with torch.no_grad():
+            self.down.weight.copy_(
+                torch.randn(self.hidden, size, generator=self.generator(-1, 0)) / size**0.5
+            )
+            self.up.weight.zero_()
+
+    def refuse(self, quantize: str | None, adapted: bool, in_parts: bool) -> None:
+        """Refuse what the base class refuses, and a search that hands no prompts to its policy.
+
+        Raises:
+            ConfigError: see the base class; or the search is a plain one, or the weights lie in parts, where
+                nothing averages the predictor's gradients.
+        """
+        super().refuse(quantize, adapted, in_parts)
+        if self.down is None:
+            raise ConfigError(
+                "model.policy: PromptMasks reads prompts, which src.search.MaskSearch does not hand to it. "
+                "Set model.class_path to src.prompt_search.PromptSearch (configs/search/prompts.yaml)."
+            )
+        if in_parts:
+            raise ConfigError(
+                "trainer.strategy: under FSDP2 nothing averages the gradients of a predictor over the "
+                "ranks. Use configs/strategy/ddp.yaml."
+            )
+
+    def meet(self, prompts_PH: Tensor) -> None:
+        """Take the calibration prompts' mean embeddings: they centre and scale what the predictor reads.
+
+        All ranks must be given the same.
+        """
+        self.prompts = prompts_PH
+        self.centre = prompts_PH.mean(0)
+        self.scale = (prompts_PH - self.centre).square().mean().sqrt().clamp_min(1e-8)
+
+    # ------------------------------------------------------------------ masks
+
+    def scores(self, prompts_BH: Tensor) -> Tensor:
+        """Return the logits ``[B, U]`` of prompts by their mean embeddings."""
+        assert self.down is not None, "reads() came first"
+        read_BD = self.down((prompts_BH - self.centre) / self.scale) / self.hidden
+        out: Tensor = self.logits + self.up(read_BD)
+        return out
+
+    def shares(self, scores_BU: Tensor) -> Tensor:
+        """Return shares ``[B, U]`` that sum, in each group of units, to as many as a mask keeps of it."""
+        space = self.spare(self.remove)
+        free_BGF = scores_BU[:, self.free].unflatten(1, (space.groups, -1))
+        keep = (space.keep - len(space.pinned)) // space.groups
+        shares_BU = torch.ones_like(scores_BU)
+        shares_BU[:, self.free] = soft_topk(free_BGF, keep, self.temperature).flatten(1)
+        return shares_BU
+
+    def hard(self, scores_BU: Tensor) -> Tensor:
+        """Return the best legal mask ``[B, U]`` of each row of scores, as ones and zeros."""
+        return self.spare(self.remove).argmax(scores_BU.detach())
+
+    def masks(self, prompts_BH: Tensor) -> Tensor:
+        """Return the gates ``[B, U]`` of prompts, with their graph; exactly ``closed`` of a row are zero."""
+        scores_BU = self.scores(prompts_BH)
+        soft_BU, hard_BU = self.shares(scores_BU), self.hard(scores_BU)
+        return soft_BU * hard_BU if self.gates_are == "soft" else straight_through(hard_BU, soft_BU)
+
+    def sample(self, step: int, draw: int) -> Tensor:
+        """Return the one mask of :meth:`harden`: that of ``logits``, the mean of the calibration prompts.
+
+        A search of prompts asks :meth:`masks` in its place.
+        """
+        return self.gates(self.harden())
+
+    # ------------------------------------------------------------------ use
+
+    @torch.no_grad()
+    def router(self, embeddings_VH: Tensor, fingerprint: str | None) -> Router:
+        """Return the predictor folded into one vector for each token.
+
+        Args:
+            embeddings_VH: the parent's.
+            fingerprint: of its weights.
+        """
+        assert self.down is not None, "reads() came first"
+        assert self.prompts is not None, "meet() came first"
+        down_DH = self.down.weight / (self.scale * self.hidden)
+        return Router(
+            table_VD=embeddings_VH.to(down_DH) @ down_DH.T,
+            weight_UD=self.up.weight,
+            bias_U=self.logits - self.up.weight @ (down_DH @ self.centre),
+            prompts_PD=self.prompts @ down_DH.T,
+            pinned=tuple(sorted(self.pinned)),
+            fingerprint=fingerprint,
+        )
+
+
+def mean_jaccard(masks_PU: Tensor) -> float:
+    """Return the mean Jaccard index of the kept units of two different prompts; 1 if all masks are equal.
+
+    Args:
+        masks_PU: ones and zeros; of one prompt alone the index is 1.
+    """
+    kept_PU = masks_PU.float()
+    both_PP = kept_PU @ kept_PU.T
+    count_P = kept_PU.sum(1)
+    index_PP = both_PP / (count_P[:, None] + count_P - both_PP)
+    pairs = len(masks_PU) * (len(masks_PU) - 1)
+    return float((index_PP.sum() - index_PP.trace()) / pairs) if pairs else 1.0

@@ -1,0 +1,1 @@
+"""Few masks for many prompts, and the router that names one of them for a prompt."""
