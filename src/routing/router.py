@@ -81,7 +81,7 @@ class Router:
         }
         about = {"pinned": json.dumps(list(self.pinned)), "fingerprint": json.dumps(self.fingerprint)}
         with whole(path) as partial:
-            save_file({k: v.detach().cpu().float().contiguous() for k, v in tensors.items()}, partial, about)
+            save_file({k: v.detach().cpu().float().clone() for k, v in tensors.items()}, partial, about)
 
     @classmethod
     def load(cls, path: Path) -> Router:
