@@ -134,7 +134,7 @@ def test_a_routed_export_of_equal_checkpoints_is_judged_as_one_of_them(
 def test_prompts_of_one_mask_are_a_collapse_and_no_clusters(
     tmp_path: Path, teacher_dir: str, corpus_file: str
 ) -> None:
-    """With a rate of nearly zero all keep one mask: a warning, and an export that says so and writes nothing."""
+    """With a rate of nearly zero all keep one mask: there is a warning, and an export is refused."""
     rate = {"model.init_args.optimizer.init_args.lr": 1e-12, "trainer.max_steps": 1}
     with pytest.warns(UserWarning, match="the masks have collapsed to one: 1 different masks for 12 prompts"):
         mask_file = searched(tmp_path, teacher_dir, corpus_file, **rate)
