@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, cast
 
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import nn
 
 from src.callbacks.record import check_path
 from src.mask import Mask
@@ -15,7 +16,7 @@ from src.ranges import Share, checked
 from src.routing.router import ADAPTERS, FILE
 
 if TYPE_CHECKING:
-    from src.prompt_search import PromptSearch
+    from src.routing.search import PromptSearch
 
 
 class KeepRouter(Callback):
@@ -42,7 +43,8 @@ class KeepRouter(Callback):
             return
         search = cast("PromptSearch", module)
         path = Path(self.path or Path(trainer.log_dir or ".") / FILE)  # log_dir asks all ranks
-        router = search.policy.router(search.head.model.get_input_embeddings().weight, search.weights)
+        embeddings = cast(nn.Embedding, search.head.model.get_input_embeddings())
+        router = search.policy.router(embeddings.weight, search.weights)
         masks_PU = search.policy.hard(router.scores(router.prompts_PD)).cpu()
         jaccard, different = mean_jaccard(masks_PU), len(masks_PU.unique(dim=0))
         search.figures["prompts"] = {"prompts": len(masks_PU), "masks": different, "jaccard": jaccard}

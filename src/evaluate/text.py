@@ -50,7 +50,7 @@ def held_out(
     Raises:
         ConfigError: nothing is supervised.
     """
-    return figures(row_sums(student, teacher, batches, chunk), student.name_or_path, teacher is not None)
+    return figures(row_sums(student, teacher, batches, chunk), str(student.name_or_path), teacher is not None)
 
 
 def figures(sums_RC: Tensor, name: str, beside: bool) -> dict[str, Any]:

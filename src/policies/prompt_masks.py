@@ -61,8 +61,9 @@ class PromptMasks(GumbelTopK):
         always_keep: Iterable[int] = (),
         seed: Seed = 0,
     ) -> None:
-        start = {"init": init, "init_scale": init_scale, "temperature": temperature}
-        super().__init__(**start, always_keep=always_keep, seed=seed, candidates=1, polish=False)
+        super().__init__(
+            "softmax", "prune", init, init_scale, temperature, always_keep, seed, 1, polish=False
+        )
         self.hidden, self.gates_are = hidden, gates_are
         self.down: nn.Linear | None = None
         self.prompts: Tensor | None = None
@@ -91,7 +92,7 @@ class PromptMasks(GumbelTopK):
         if self.down is None:
             raise ConfigError(
                 "model.policy: PromptMasks reads prompts, which src.search.MaskSearch does not hand to it. "
-                "Set model.class_path to src.prompt_search.PromptSearch (configs/search/prompts.yaml)."
+                "Set model.class_path to src.routing.search.PromptSearch (configs/search/prompts.yaml)."
             )
         if in_parts:
             raise ConfigError(

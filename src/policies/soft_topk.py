@@ -38,7 +38,7 @@ class _SoftTopK(torch.autograd.Function):
         return soft.to(z)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]  # torch declares no type
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (soft,) = ctx.saved_tensors
         v = soft * (1 - soft)

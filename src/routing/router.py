@@ -92,9 +92,10 @@ class Router:
         """
         try:
             with safe_open(path, framework="pt") as file:
-                tensors = [file.get_tensor(key) for key in ("table", "weight", "bias", "prompts")]
-                about = file.metadata()
-            return cls(*tensors, tuple(json.loads(about["pinned"])), json.loads(about["fingerprint"]))
+                keys, about = ("table", "weight", "bias", "prompts"), file.metadata()
+                table, weight, bias, prompts = (file.get_tensor(key) for key in keys)
+            pinned, fingerprint = tuple(json.loads(about["pinned"])), json.loads(about["fingerprint"])
+            return cls(table, weight, bias, prompts, pinned, fingerprint)
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as e:
             raise ConfigError(
                 f"router: '{path}' cannot be read ({e}). A search by configs/search/prompts.yaml writes one "

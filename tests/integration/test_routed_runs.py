@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig
 
-from src.cli import main, run
+from src.cli import run
 from src.data.judging import judged, prompt, read_rows
 from src.errors import ConfigError
 from src.evaluate.verb import QUESTIONS
@@ -66,7 +67,7 @@ def test_prompts_are_routed_to_proven_cuts(
     assert told["masks"] >= 2
     assert told["jaccard"] < 1
     out = tmp_path / "routed"
-    main(["export", "--mask", str(mask_file), "--clusters=2", "--out", str(out)])
+    run(["export", "--mask", str(mask_file), "--clusters=2", "--out", str(out)])
     card = json.loads((out / "router.json").read_text())
     assert [each["directory"] for each in card["models"]] == ["0", "1"]
     assert sum(each["share"] for each in card["models"]) == pytest.approx(1)
@@ -81,7 +82,7 @@ def test_prompts_are_routed_to_proven_cuts(
 
     judge = ["evaluate", "--teacher", teacher_dir, "--data", corpus_file, "--no-exact-match"]
     whole, parts = tmp_path / "whole.json", tmp_path / "parts.json"
-    main([*judge, "--model", str(out), "--out", str(whole)])
+    run([*judge, "--model", str(out), "--out", str(whole)])
     rows = judged(load_tokenizer(teacher_dir), read_rows(corpus_file), QUESTIONS).rows
     chosen = Router.load(out / "router.safetensors").route([prompt(row) for row in rows])
     (routed,) = json.loads(whole.read_text())["models"]
@@ -92,7 +93,7 @@ def test_prompts_are_routed_to_proven_cuts(
         lines = Path(corpus_file).read_text().splitlines(keepends=True)
         own.write_text("".join(line for line, at in zip(lines, chosen, strict=True) if at == number))
         argv = ["evaluate", "--teacher", teacher_dir, "--data", str(own), "--no-exact-match"]
-        main([*argv, "--model", str(out / str(number)), "--out", str(parts)])
+        run([*argv, "--model", str(out / str(number)), "--out", str(parts)])
         (part,) = json.loads(parts.read_text())["models"]
         total += part["kl"] * part["tokens"]
         parts.unlink()
@@ -104,30 +105,30 @@ def test_a_routed_export_of_equal_checkpoints_is_judged_as_one_of_them(
 ) -> None:
     """Answers, verdicts and sums come back in the order of the rows; damage is one message."""
     out = tmp_path / "routed"
-    main(["export", "--mask", mask_file, "--out", str(out / "0")])
+    run(["export", "--mask", mask_file, "--out", str(out / "0")])
     shutil.copytree(out / "0", out / "1")
-    noise = torch.Generator().manual_seed(0)
-    size = load_model(teacher_dir).config.vocab_size
-    weight, none = torch.tensor([[1.0], [-1.0]]), torch.zeros(2)
-    Router(torch.randn(size, 1, generator=noise), weight, none, none[:, None]).save(
-        out / "router.safetensors"
-    )
+    tokenizer = load_tokenizer(teacher_dir)
+    table = torch.randn(len(tokenizer), 1, generator=torch.Generator().manual_seed(0))
+    router = Router(table, torch.tensor([[1.0], [-1.0]]), torch.zeros(2), table[:3])
+    rows = judged(tokenizer, read_rows(corpus_file, 12), QUESTIONS).rows
+    middle = router.read([prompt(row) for row in rows]).quantile(0.5)
+    replace(router, bias_U=torch.stack([-middle, middle])).save(out / "router.safetensors")
     card = out / "router.json"
     card.write_text(json.dumps({"models": [{"directory": "0"}, {"directory": "1"}]}))
     argv = ["evaluate", "--data", corpus_file, "--limit=12", "--max-new-tokens=3"]
-    main([*argv, "--model", str(out), str(out / "0"), str(out), "--out", str(tmp_path / "figures.json")])
+    run([*argv, "--model", str(out), str(out / "0"), str(out), "--out", str(tmp_path / "figures.json")])
     first, plain, again = json.loads((tmp_path / "figures.json").read_text())["models"]
-    assert len(first["routed"]) == 2
+    assert {*first["routed"].values()} == {6}
     assert "routed" not in plain
     for key in ("exact_match", "correct", "samples", "tokens", "new_tokens", "layers", "parameters"):
         assert first[key] == plain[key] == again[key], key
     assert first["loss"] == pytest.approx(plain["loss"], rel=1e-5)
     card.write_text(json.dumps({"models": [{"directory": "0"}]}))
     with pytest.raises(ConfigError, match="names 1 checkpoints, and its router 2"):
-        main([*argv, "--model", str(out)])
+        run([*argv, "--model", str(out)])
     card.write_text("{}")
     with pytest.raises(ConfigError, match=r"--model: '.*router.json' cannot be read"):
-        main([*argv, "--model", str(out)])
+        run([*argv, "--model", str(out)])
 
 
 @pytest.mark.slow
@@ -140,15 +141,15 @@ def test_prompts_of_one_mask_are_a_collapse_and_no_clusters(
         mask_file = searched(tmp_path, teacher_dir, corpus_file, **rate)
     out, argv = tmp_path / "routed", ["export", "--mask", str(mask_file)]
     with pytest.raises(ConfigError, match="--clusters: 2 given"):
-        main([*argv, "--clusters=2", "--out", str(out)])
+        run([*argv, "--clusters=2", "--out", str(out)])
     with pytest.raises(ConfigError, match="--checkpoint: belongs to one checkpoint"):
-        main([*argv, "--clusters=1", "--out", str(out), "--checkpoint=last.ckpt"])
+        run([*argv, "--clusters=1", "--out", str(out), "--checkpoint=last.ckpt"])
     assert not out.exists()
 
 
 def test_a_plan_says_that_it_does_not_know_a_search_of_prompts(teacher_dir: str) -> None:
     with pytest.raises(ConfigError, match=r"'PromptSearch' cannot be planned; accepted: MaskSearch"):
-        main(["plan", "--config", SEARCH, "--config", OVERLAY, "--model.init_args.model", teacher_dir])
+        run(["plan", "--config", SEARCH, "--config", OVERLAY, "--model.init_args.model", teacher_dir])
 
 
 @pytest.mark.slow
@@ -160,7 +161,7 @@ def test_adapters_train_beside_the_predictor_and_are_merged_into_each_cut(
     adapters = "{class_path: src.training.adapters.LoRA, init_args: {lr: 0.01}}"
     mask_file = searched(tmp_path, teacher_dir, corpus_file, **{"model.init_args.adapters": adapters})
     out = tmp_path / "routed"
-    main(["export", "--mask", str(mask_file), "--clusters=2", "--out", str(out)])
+    run(["export", "--mask", str(mask_file), "--clusters=2", "--out", str(out)])
     for name in "01":
         mask, own = Mask.load(out / name / "mask.json"), load_model(str(out / name)).state_dict()
         parent = load_model(teacher_dir).state_dict()

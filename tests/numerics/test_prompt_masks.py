@@ -17,7 +17,7 @@ from src.models.gated import freeze
 from src.models.head import OutputHead
 from src.policies import GumbelTopK, PromptMasks
 from src.policies.prompt_masks import mean_jaccard
-from src.prompt_search import PromptSearch
+from src.routing.search import PromptSearch
 from src.search import MaskSearch
 from src.units.kinds import KINDS
 from tests.numerics.test_grain import SIZES
@@ -213,7 +213,7 @@ def test_a_step_has_the_gradient_of_the_loss_through_the_shares(teacher_dir: str
 
 
 def test_what_a_search_of_prompts_cannot_use_is_refused(teacher_dir: str) -> None:
-    with pytest.raises(ConfigError, match=r"model.class_path to src.prompt_search.PromptSearch"):
+    with pytest.raises(ConfigError, match=r"model.class_path to src.routing.search.PromptSearch"):
         MaskSearch(teacher_dir, PromptMasks(), remove=2).policy.refuse(None, False, False)
     with pytest.raises(ConfigError, match=r"Set model.draws to 1"):
         PromptSearch(teacher_dir, PromptMasks(), remove=2, draws=4)

@@ -18,7 +18,8 @@ from src.data.documents import Columns
 from src.data.judging import batches, judged, read_rows
 from src.errors import ConfigError
 from src.evaluate.generate import greedy, stop_tokens
-from src.evaluate.verb import exact_match, flips, held_out, main
+from src.evaluate.text import held_out
+from src.evaluate.verb import exact_match, flips, main
 from tests.marks import slow
 from tests.tiny import tiny_ids, tiny_model
 

@@ -96,7 +96,8 @@ class PromptSearch(MaskSearch):
             )
         embedded_BTH = self.head.model.get_input_embeddings()(batch["input_ids"]).float()
         inside_BT = torch.arange(embedded_BTH.shape[1], device=length_B.device) < length_B[:, None]
-        return (embedded_BTH * inside_BT[..., None]).sum(1) / length_B[:, None]
+        mean_BH: Tensor = (embedded_BTH * inside_BT[..., None]).sum(1) / length_B[:, None]
+        return mean_BH
 
     def on_fit_start(self) -> None:
         """Prepare as every search does, and hand the calibration prompts of all ranks to the predictor."""
