@@ -123,9 +123,10 @@ def main(argv: list[str]) -> None:
     teacher, results, origin = None, list[dict[str, Any]](), dict[str, Any]()
     asked = turns(args.model, [prompt(row) for row in encoded.rows])
     args.model, everything = [turn.path for turn in asked], list(range(len(rows)))
-    all_turns = [*([Turn(args.teacher, args.teacher, everything)] if args.teacher else []), *asked]
+    order = iter([*([Turn(args.teacher, args.teacher, everything)] if args.teacher else []), *asked])
     parts = list[tuple[Turn, dict[str, Any], Tensor]]()
-    for turn, (result, model) in zip(all_turns, each_model(args, tokenizer), strict=True):
+    for result, model in each_model(args, tokenizer):  # in a zip, a model would outlive its turn
+        turn = next(order)
         mine = [encoded.rows[number] for number in turn.numbers]
         text = batches(mine, args.batch_size, tokenizer.pad_token_id or 0)
         parts.append((turn, result, row_sums(model, teacher, text)))

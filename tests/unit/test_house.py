@@ -25,6 +25,7 @@ STOREYS = [
 """From the ground up: a module imports from its own storey and from those below (DESIGN.md, section 6)."""
 HIGHER = {
     "repair.verb": 4,
+    "routing.search": 3,
     "data.preview": 4,
     "training.arguments": 4,
     "training.parsing": 4,
