@@ -1,8 +1,7 @@
 """What the teacher's cache costs and saves: ``python -m scripts.bench_teacher_cache [bytes|write|recover]``.
 
 * ``bytes``: bytes for each supervised position, by column, and the divergence that rounding adds; on the
-  demo's teacher, and on 151,936 classes with the skew of English text (``--text``: an n-gram teacher over
-  BPE, whose entropy is above a language model's: its ids compress worse).
+  demo's teacher, and on a language model that reads English text (``--text`` and ``--model``).
 * ``write``: ``predict``, to the complete cache on disk, against the bare forward pass of the same teacher.
 * ``recover``: one step of a recovery, 16 layers cut to 12, with the signal from a cache, from a live teacher
   and from a live 8-bit teacher; chunked projection and whole.
@@ -23,6 +22,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 from typing import Any, cast
 
@@ -36,7 +36,6 @@ from scripts.cache_sizes import sizes
 from scripts.lab.benches import BARE, Clock, forget_peak, in_turns, memory, qwen
 from scripts.lab.jobs import isolated
 from scripts.lab.results import JSON, TEACHER, add, options, origin, read
-from scripts.ngram_teacher import ngram_rows
 from src.cache import Cache, CacheTeacher
 from src.cache.loader import collate
 from src.cache.shards import Rows, decode, encode, rows_of
@@ -53,23 +52,26 @@ from src.models.loading import load_model
 
 # ---------------------------------------------------------------------- bytes
 
+TEXTS = 40
+
 
 def section_bytes(args: argparse.Namespace) -> JSON:
+    """Of the demo's teacher on its problems, and of a language model on text."""
+    found = {}
     with tempfile.TemporaryDirectory() as folder:
-        teacher = CacheTeacher(TEACHER, f"{folder}/cache", precision="float32", count_seconds=0)
-        Trainer(**BARE).predict(teacher, datamodule=_demo(Path(folder), 1000))
-        cache = Cache(f"{folder}/cache")
-        demo = Rows.concatenate([cache.read(i) for i in range(len(cache.shards))])
-    found = {"demo": {"vocabulary": teacher.head.vocabulary, **sizes(demo)}}
-    if args.text:
-        with gzip.open(args.text, "rt") as lines:
-            texts = [json.loads(line)["text"] for line in lines]
-        wide = {**origin(), "vocabulary": 151_936, "text": Path(args.text).name}
-        found["wide"] = {**wide, **sizes(ngram_rows(texts, 151_936))}
-    elif args.out.exists():  # a row says itself where it comes from
-        found["wide"] = read(args.out)["bytes"]["wide"]
-        print("bytes: without --text the wide vocabulary is not measured again", flush=True)
-    return found
+        corpora = {"demo": (TEACHER, _demo(Path(folder), 1000))}
+        if args.text:
+            few = Path(folder, "few.jsonl")
+            with gzip.open(args.text, "rt") as texts:
+                few.write_text("".join(islice(texts, TEXTS)))
+            corpora["wide"] = args.model, Corpus(args.model, train=str(few), max_length=800, batch_size=4)
+        for name, (model, corpus) in corpora.items():
+            teacher = CacheTeacher(model, f"{folder}/{name}", precision="float32", count_seconds=0)
+            Trainer(**BARE).predict(teacher, datamodule=corpus)
+            cache = Cache(f"{folder}/{name}")
+            rows = Rows.concatenate([cache.read(i) for i in range(len(cache.shards))])
+            found[name] = {**origin(), "vocabulary": teacher.head.vocabulary, **sizes(rows)}
+    return {"wide": read(args.out).get("bytes", {}).get("wide"), **found}  # a row says where it comes from
 
 
 def _demo(folder: Path, count: int, batch_size: int = 32) -> Corpus:
@@ -213,7 +215,8 @@ SECTIONS = {"bytes": section_bytes, "write": section_write, "recover": section_r
 
 def main() -> None:
     args = options(
-        __doc__, parts=SECTIONS, text=("", "gzipped JSONL with a 'text' column, for the wide vocabulary"),
+        __doc__, parts=SECTIONS, text=("", "gzipped JSONL with a 'text' column"),
+        model=("logs/public-model/parent", "the language model that reads it"),
         vocabularies=([1_000, 32_000, 151_936], "classes"), repeats=(5, "of each timing"),
         rows=(8, "of a batch"), length=(128, "tokens of a row"), hidden=(256, "size of the hidden states"),
         out=(Path("results/teacher_cache.json"), "results"),

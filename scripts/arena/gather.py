@@ -73,14 +73,11 @@ def judgement(result: JSON, teacher: JSON) -> JSON:
     own, other = ([mark == "1" for mark in judged["correct"]] for judged in (result, teacher))
     tokens = sum(result["sums"]["tokens"])
     means = {key: sum(result["sums"][key]) / tokens for key in ("kl", "agreement", "loss")}
+    ratio = sum(own) / sum(other) if any(other) else None
     return {
-        "exact_match": sum(own) / len(own),
-        "ratio": sum(own) / sum(other) if any(other) else None,
-        "flips": flips(own, other),
-        **means,
-        "perplexity": float(np.exp(means["loss"])),
-        "parameters": result["parameters"],
-    }
+        "exact_match": sum(own) / len(own), "ratio": ratio, "flips": flips(own, other), **means,
+        "perplexity": float(np.exp(means["loss"])), "parameters": result["parameters"],
+    }  # fmt: skip
 
 
 def figures(judged: dict[int, JSON], stage: str) -> dict[str, Interval]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Container, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +11,7 @@ from scripts.arena.gather import gather, judgement
 from scripts.arena.plan import Plan
 from scripts.arena.work import Work
 from scripts.lab.results import origin
+from scripts.lab.results import read as results
 from src.errors import ConfigError
 from src.models.layers import num_layers
 from src.models.loading import load_config
@@ -44,17 +44,15 @@ def record(work: Work, plan: Plan, asked: Container[Name], failed: Sequence[str]
         **made,
         "name": plan.name,
         "teacher": {
-            "path": plan.teacher,
-            "problems": len(teacher["correct"]),
+            "path": plan.teacher, "problems": len(teacher["correct"]),
             "layers": num_layers(load_config(plan.teacher)),
-            "training_tokens": json.loads(trained.read_text())["tokens"] if trained.exists() else None,
-            **judgement(teacher, teacher),
+            "training_tokens": results(trained).get("tokens"), **judgement(teacher, teacher),
         },
         "data": dict(plan.data),
         "settings": {"cache": plan.cache and plan.cache.content, "recover": recover and recover.content},
         "failed": list(failed),
         "rows": [(kept | new)[key] for key in order if key in kept | new],
-    }
+    }  # fmt: skip
 
 
 def place(row: JSON) -> tuple[str, str, float]:

@@ -54,14 +54,11 @@ def search(at: str, configs: list[str], settings: JSON) -> JSON:
     """Find a mask."""
     module = command(at, "fit", configs, settings).model
     found = Mask.load(f"{at}/fit/mask.json")
+    learned = named(found, sorted({*range(found.units)} - {*module.policy.harden()}))
     return {
-        "removed": named(found, found.removed),
-        "learned": named(found, sorted({*range(found.units)} - {*module.policy.harden()})),
-        "method": found.method,
-        "tokens": found.tokens_seen,
-        "rows": f"{at}/{ROWS}",
-        "metrics": found.metrics,
-    }
+        "removed": named(found, found.removed), "learned": learned, "method": found.method,
+        "tokens": found.tokens_seen, "rows": f"{at}/{ROWS}", "metrics": found.metrics,
+    }  # fmt: skip
 
 
 def given(at: str, removed: Gone) -> JSON:

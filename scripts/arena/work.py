@@ -61,19 +61,18 @@ class Work:
             "teacher", "teacher", "teacher", None, model=self.plan.teacher, rows=self._rows("test")
         )
 
+    def _seeded(self, seed: int) -> dict[str, Any]:
+        """Settings of a stage on the teacher."""
+        keys = {"model.init_args.model": self.plan.teacher, "data.init_args.tokenizer": self.plan.teacher}
+        return {"seed_everything": seed, "data.init_args.seed": seed, **keys}
+
     def search(self, run: Run) -> Job:
         """The search of a run, or the mask it is given."""
         if run.removed is not None:
             gone = list(run.removed)
             return self.job(f"mask {run}", "given", _dashed(gone), gone, removed=gone)
-        own = {
-            "seed_everything": run.search_seed,
-            "model.init_args.model": self.plan.teacher,
-            "model.init_args.ratio": run.ratio,
-            "model.init_args.policy.init_args.seed": run.search_seed,
-            "data.init_args.tokenizer": self.plan.teacher,
-            "data.init_args.seed": run.search_seed,
-        }
+        own = self._seeded(run.search_seed)
+        own |= {"model.init_args.ratio": run.ratio, "model.init_args.policy.init_args.seed": run.search_seed}
         told = run.search.settings
         where = {key: self._part(told.get(key), split) for split, key in TEXT.items()}
         settings = {**told, **own, **where}
@@ -93,12 +92,7 @@ class Work:
         """A mask, recovered and judged; the same mask under the same recovery is the same job."""
         assert run.recover is not None
         gone = list(removed)
-        own: dict[str, Any] = {
-            "seed_everything": run.seed,
-            "model.init_args.model": self.plan.teacher,
-            "data.init_args.tokenizer": self.plan.teacher,
-            "data.init_args.seed": run.seed,
-        }
+        own = self._seeded(run.seed)
         cache, repair = self.cache, self._repair(run)
         if repair:
             path = "src.repair.linear_patch.LinearPatch"

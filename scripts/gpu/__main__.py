@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -30,16 +31,11 @@ LIMIT = 470
 PARTS: dict[str, tuple[str, Callable[[argparse.Namespace], dict[str, Any]]]] = {
     "laws": ("open gates = teacher, hard gates = cut, in bf16", laws.measure),
     "speed": ("prefill and decode of 36 -> 27 layers against the ideal", speed.measure),
-    **{
-        f"stages/{shape}/{variant}": (
-            "search, cache and recovery, a minute each",
-            partial(stages.measure, shape=shape, variant=variant, limit=LIMIT - 15),
-        )
-        for shape in stages.SHAPES
-        for variant in stages.VARIANTS
-    },
 }
 """What each part shows, and the function that measures it."""
+for shape, variant in product(stages.SHAPES, stages.VARIANTS):
+    measured = partial(stages.measure, shape=shape, variant=variant, limit=LIMIT - 15)
+    PARTS[f"stages/{shape}/{variant}"] = "search, cache and recovery, a minute each", measured
 
 
 def main() -> int:

@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from scripts.gpu.shapes import directory, middle_mask, rows
+from scripts.lab.benches import BARE
 from src.files import write_text
 
 STAGES = {
@@ -85,15 +86,9 @@ def settings(args: argparse.Namespace, shape: str, variant: str, stage: str) -> 
     meter = {"class_path": "scripts.gpu.meter.Meter", "init_args": {"path": str(result(work, name))}}
     quantize = variant if variant in QUANTISED else None
     anneal = {"class_path": "src.callbacks.TemperatureAnnealing"}
-    trainer: dict[str, Any] = {
-        "callbacks": [meter],
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "logger": False,
-        "default_root_dir": str(work / "runs" / name),
-        "limit_predict_batches": 3 if args.tiny else how.rate * args.seconds // (how.batch * how.length),
-    }
+    batches = 3 if args.tiny else how.rate * args.seconds // (how.batch * how.length)
+    trainer = {**BARE, "callbacks": [meter], "limit_predict_batches": batches}
+    trainer["default_root_dir"] = str(work / "runs" / name)
     if stage != "cache":
         trainer |= {"max_steps": 4 if args.tiny else 100_000, "limit_val_batches": 0}
         trainer["max_time"] = {"seconds": args.seconds}

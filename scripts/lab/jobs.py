@@ -166,11 +166,6 @@ def perform(job: Job) -> None:
     """Do one job in this process, and write its result with its cost."""
     wall, cpu = time.monotonic(), time.process_time()
     out = job.function(str(job.at), **job.arguments)
-    cost = {
-        "label": job.label,
-        "seconds": time.monotonic() - wall,
-        "cpu_seconds": time.process_time() - cpu,
-        "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10,
-        "commit": origin()["commit"],
-    }
-    write_json(job.result, {**cost, **out})
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+    cost = {"seconds": time.monotonic() - wall, "cpu_seconds": time.process_time() - cpu, "peak_mib": peak}
+    write_json(job.result, {"label": job.label, "commit": origin()["commit"], **cost, **out})

@@ -32,13 +32,10 @@ ROOT = Path(__file__).parents[2]
 DRIVER = "import json, sys; from src.cli import main; [main(line) for line in json.loads(sys.argv[1])]"
 SETTINGS: dict[str, dict[str, Any]] = {
     "demo": {"rows": (40000, 256, 500), "search": [], "recover": [], "short": 40},
-    "quick": {
-        "rows": (300, 32, 24),
-        "search": ["--trainer.max_steps=6", "--model.init_args.calibration_batches=2"],
-        "recover": ["--trainer.max_steps=8", "--data.init_args.batch_size=8"],
-        "short": 4,
-    },
-}
+    "quick": {"rows": (300, 32, 24),
+              "search": ["--trainer.max_steps=6", "--model.init_args.calibration_batches=2"],
+              "recover": ["--trainer.max_steps=8", "--data.init_args.batch_size=8"], "short": 4},
+}  # fmt: skip
 """Rows (train, validation, test), overrides of the demo's configs, steps of the side runs."""
 NOT_NUMBERS = {"git_sha", "commit", "command", "seconds", "path", "torch"}
 """Fields of JSON files that say where and how fast they were made."""

@@ -18,11 +18,7 @@ from scripts.scale import converge, equality, grow, plans, teachers
 from scripts.scale.page import write
 
 PARTS: dict[str, Callable[[Path], dict[str, Any]]] = {
-    "converge": converge.measure,
-    "grow": grow.measure,
-    "plans": plans.measure,
-    "teachers": teachers.measure,
-    "equality": equality.measure,
+    part.__name__.rpartition(".")[2]: part.measure for part in (converge, grow, plans, teachers, equality)
 }
 
 

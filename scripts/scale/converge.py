@@ -53,13 +53,12 @@ def fight(plan: str, name: str, work: Path, *more: str) -> dict[str, Any]:
 def row_of(row: dict[str, Any]) -> dict[str, Any]:
     """One length of the search: KL on problems it has not seen, and its cost, for each seed."""
     word = row["variant"].removeprefix("steps_")
+    searches, kl = [run["search"] for run in row["runs"]], [run["cut"]["kl"] for run in row["runs"]]
     return {
-        "title": row["title"],
-        "steps": int(word) if word.isdigit() else None,
-        "kl": [run["cut"]["kl"] for run in row["runs"]],
-        "forward_tokens": statistics.median(r["search"]["metrics"]["forward_tokens"] for r in row["runs"]),
-        "cpu_seconds": statistics.median(r["search"]["cpu_seconds"] for r in row["runs"]),
-    }
+        "title": row["title"], "steps": int(word) if word.isdigit() else None, "kl": kl,
+        "forward_tokens": statistics.median(search["metrics"]["forward_tokens"] for search in searches),
+        "cpu_seconds": statistics.median(search["cpu_seconds"] for search in searches),
+    }  # fmt: skip
 
 
 def teach(work: Path, depth: int) -> Path:

@@ -12,11 +12,9 @@ from scripts.search_step import ladder
 
 BASE = {"layers": 12, "hidden": 256, "rows": 2, "tokens": 128}
 SWEEPS: dict[str, tuple[int, ...]] = {
-    "layers": (6, 12, 24, 48),
-    "hidden": (64, 128, 256, 512),
-    "rows": (1, 2, 4, 8),
+    "layers": (6, 12, 24, 48), "hidden": (64, 128, 256, 512), "rows": (1, 2, 4, 8),
     "tokens": (64, 128, 256, 512),
-}
+}  # fmt: skip
 REPEATS = 5
 OURS = "+ supervised positions, chunked KL, shared teacher"
 
