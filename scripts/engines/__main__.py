@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 
 import torch
@@ -120,6 +121,7 @@ def main() -> None:
         __doc__, exports=([at / "22/recovered"], "to serve"), parent=(at / "parent", "they were cut from it"),
         prompts=("configs/public_model/prompts.jsonl", "chats, questions, texts"), repeats=(15, "of timings"),
     )  # fmt: skip
+    get_context("forkserver").set_forkserver_preload(["scripts.engines.kinds"])
     wrong = []
     for export in args.exports:
         found = compare([args.parent, export], args.prompts, args.repeats)
