@@ -12,15 +12,12 @@ Writes a section for each export into ``results/other_engine.json``, and the tab
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 
 import torch
 
-from scripts.engines.kinds import ENGINES, Tokens, Transformers
-from scripts.lab.benches import in_turns
+from scripts.engines.kinds import ENGINES, Said, Seconds, Tokens, Transformers, serve
 from scripts.lab.jobs import Failure, isolated
 from scripts.lab.pages import fill, table
 from scripts.lab.results import JSON, add, options, read
@@ -38,20 +35,6 @@ ROUNDING = {"float32": 1e-3, "F32": 1e-3, "F16": 3e-2}
 """Largest difference of log-probabilities, in nats, by type of the weights; 8 bits have no bar."""
 OUT = Path("results/other_engine.json")
 SPEED = "{parent_tokens_per_s:,.0f} -> {tokens_per_s:,.0f}, {speedup:.2f}x of {ideal:.2f}x"
-Said = list[tuple[Tokens, list[float]]]
-"""For each prompt its continuation, and the log-probabilities of its own tokens."""
-Seconds = Mapping[tuple[int, int], list[float]]
-"""Of each repeat, by model (the export last) and number of new tokens."""
-
-
-def serve(name: str, models: list[Path], prompts: list[Tokens], repeats: int) -> tuple[Said, Seconds]:
-    """What an engine says of the export, the last of ``models``, and how long each takes, in turns."""
-    torch.set_num_threads(1)
-    engines = [ENGINES[name](directory, name.split()[1]) for directory in models]
-    said = [(engines[-1].continued(prompt, NEW), engines[-1].scored(prompt)) for prompt in prompts]
-    text = [token for prompt in prompts for token in prompt][:PROMPT]
-    lengths = ((at, new) for at in range(len(engines)) for new in (1, 1 + NEW))
-    return said, in_turns({(at, n): partial(engines[at].continued, text, n) for at, n in lengths}, repeats)
 
 
 def agreement(model: Transformers, prompts: list[Tokens], own: Said, other: Said) -> JSON:

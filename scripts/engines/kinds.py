@@ -8,6 +8,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from scripts.lab.benches import in_turns
 from src.errors import ConfigError
 from src.evaluate.generate import greedy
+from src.models.costs import NEW, PROMPT
 from src.models.loading import load_model, load_tokenizer
 
 Tokens = list[int]
+Said = list[tuple[Tokens, list[float]]]
+"""For each prompt its continuation, and the log-probabilities of its own tokens."""
+Seconds = Mapping[tuple[int, int], list[float]]
+"""Of each repeat, by model (the export last) and number of new tokens."""
 
 
 class Transformers:
@@ -109,3 +116,13 @@ ENGINES: dict[str, type[Any]] = {
     "llama.cpp F32": LlamaCpp, "llama.cpp F16": LlamaCpp, "llama.cpp Q8_0": LlamaCpp,
 }  # fmt: skip
 """Engine by its name and the type of its weights; the first is the one that the others are compared with."""
+
+
+def serve(name: str, models: list[Path], prompts: list[Tokens], repeats: int) -> tuple[Said, Seconds]:
+    """What an engine says of the export, the last of ``models``, and how long each takes, in turns."""
+    torch.set_num_threads(1)
+    engines = [ENGINES[name](directory, name.split()[1]) for directory in models]
+    said = [(engines[-1].continued(prompt, NEW), engines[-1].scored(prompt)) for prompt in prompts]
+    text = [token for prompt in prompts for token in prompt][:PROMPT]
+    lengths = ((at, new) for at in range(len(engines)) for new in (1, 1 + NEW))
+    return said, in_turns({(at, n): partial(engines[at].continued, text, n) for at, n in lengths}, repeats)
