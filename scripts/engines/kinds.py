@@ -20,7 +20,7 @@ from scripts.lab.benches import in_turns
 from src.errors import ConfigError
 from src.evaluate.generate import greedy
 from src.models.costs import NEW, PROMPT
-from src.models.loading import load_model, load_tokenizer
+from src.models.loading import Dtype, load_model, load_tokenizer
 
 Tokens = list[int]
 Said = list[tuple[Tokens, list[float]]]
@@ -32,7 +32,7 @@ Seconds = Mapping[tuple[int, int], list[float]]
 class Transformers:
     """The model as the product loads it; the other engines are compared with it."""
 
-    def __init__(self, directory: Path, form: str = "float32") -> None:
+    def __init__(self, directory: Path, form: Dtype = "float32") -> None:
         self.model = load_model(str(directory), dtype=form)
 
     def continued(self, prompt: Tokens, new: int) -> Tokens:
