@@ -34,8 +34,7 @@ def searched(run: Path, seed: int, way: str, held_out: HeldOut) -> list[JSON]:
 
 
 def main() -> None:
-    out = Path("results/budgets.json"), "results"
-    args = options(__doc__, seeds=([0, 1, 2], "of the searches"), out=out)
+    args = options(__doc__, seeds=([0, 1, 2], "of searches"), out=(Path("results/budgets.json"), "results"))
     work, rows = Path("logs/budgets"), list[JSON]()
     held_out = HeldOut(384, 78, work / "measured.json")
     for seed in args.seeds:

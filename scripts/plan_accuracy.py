@@ -121,15 +121,12 @@ def measure(case: Case, work: Path) -> dict[str, float]:
 def planned(case: Case, work: Path) -> dict[str, Any]:
     """What the planner says of the same arguments."""
     experiment = Experiment(arguments(case, work, case.model), length=case.length)
-    planner = Planner(
-        experiment, device("cpu"), tokens=2 * case.rows * case.length if case.stage == "cache" else None
-    )
-    found = planner.configured
-    traced = planner.trace()
-    flops = traced.flops * planner.steps
+    tokens = 2 * case.rows * case.length if case.stage == "cache" else None
+    planner = Planner(experiment, device("cpu"), tokens=tokens)
+    found, traced = planner.configured, planner.trace()
     return {
         "parameters": traced.parent, "parts": found.parts, "planned": found.total,
-        "planned_cpu_seconds": planner.device.seconds(flops, "float32"),
+        "planned_cpu_seconds": planner.device.seconds(traced.flops * planner.steps, "float32"),
     }  # fmt: skip
 
 
@@ -154,8 +151,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         prepare(Path(folder))
         for case in CASES:
-            row = compare(case, Path(folder))
-            cases.append(row)
+            cases.append(row := compare(case, Path(folder)))
             print(
                 f"{row['case']:36} {row['malloc']:8} planned {row['planned'] / 1e6:7.1f} MB, measured "
                 f"{row['measured'] / 1e6:7.1f} MB, {row['error']:+.1%}", flush=True,

@@ -77,10 +77,12 @@ def main() -> None:
     example = Mask("any", 12, HALVES, "by hand", unit="half")
     write_text("docs/figures/recombined.svg", svg(half_strip(example)))
     fill(Path("README.md"), [line for part in lines for line in part][1:])
-    if pipeline := read("data_pipeline"):
-        fill(Path("docs/data.md"), data_lines(pipeline))
-    if matrix := read("export_matrix"):
-        fill(Path("docs/export.md"), matrix_lines(matrix), "matrix")
+    for name, make, about, part in (
+        ("data_pipeline", data_lines, "data", "results"), ("export_matrix", matrix_lines, "export", "matrix"),
+        ("interop", judged_lines, "interop", "results"),
+    ):  # fmt: skip
+        if found := read(name):
+            fill(Path(f"docs/{about}.md"), make(found), part)
     for name in ("fair_fight", "ablations", "linear_patch"):
         if isinstance((results := read(name)).get("rows"), list):
             page(Path(f"docs/{name}.md"), results, draw(results, Path("docs/figures")))
@@ -133,6 +135,14 @@ def data_lines(pipeline: JSON) -> list[str]:
         f"{pipeline['loader_over_recovery']:.0f} times as fast; of its time the recovery waits {waits}. "
         + made(pipeline),
     ]
+
+
+def judged_lines(found: JSON) -> list[str]:
+    """What ``evaluate --out`` wrote: each model beside the teacher."""
+    judged = (found["teacher"], *found["models"])
+    keys = [key for key in ("exact_match", "agreement", "kl") if key in judged[0]]
+    rows = ([row["path"], *(f"{row[key]:.4g}" for key in keys)] for row in judged)
+    return [*table(" | ".join(["model", *keys]), rows), "", f"`{found['command']}`"]
 
 
 def counted(matrix: JSON) -> str:
