@@ -167,8 +167,8 @@ class Recovery(Closing):
             self.opened.to(self.device)
 
     def on_train_start(self) -> None:
-        """Leave the mask in the run's directory, wherever it came from."""
-        directory = self.trainer.log_dir  # asks all ranks
+        """Leave the mask in the run's directory, wherever it came from; a run without a logger has none."""
+        directory = self.trainer.log_dir if self.trainer.loggers else None  # log_dir asks all ranks
         if directory and self.trainer.is_global_zero:
             self.mask.save(Path(directory) / identity.RECOVERS)
 

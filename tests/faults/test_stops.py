@@ -123,7 +123,7 @@ def tools(files: Files) -> dict[str, tuple[list[str], str]]:
             ["--mask", files.mask, "--data", files.corpus, "--rows", "4", "--out", out],
             "src.export.write.prove",
         ),
-        "evaluate": ([*judged, "--teacher", files.teacher, "--out", out], "src.evaluate.verb.held_out"),
+        "evaluate": ([*judged, "--teacher", files.teacher, "--out", out], "src.evaluate.verb.row_sums"),
         "benchmark": (
             ["--baseline", files.teacher, "--model", files.teacher, "--out", out],
             "src.benchmark.compare",

@@ -53,6 +53,7 @@ TAKERS = {
     unit: sorted(
         name for name, each in vars(policies).items()
         if isinstance(each, type) and issubclass(each, MaskPolicy) and unit in each.works_on
+        and name != "PromptMasks"  # of another search
     )
     for unit in ("kv_group", "channel")
 }  # fmt: skip
