@@ -44,7 +44,8 @@ def fails(
     return check
 
 
-def test_unknown_model(fails: Any) -> None:
+def test_unknown_model(fails: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # else it is asked five times
     message = fails(SEARCH, **{"model.init_args.model": "no/such-directory"})
     assert "no/such-directory" in message
     assert "Hub id" in message
