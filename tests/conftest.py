@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 import torch
 from jsonargparse import _typehints
-from transformers import AutoConfig, AutoModelForCausalLM
 
-from src.data.arithmetic import build_tokenizer, problems
+from src.data.arithmetic import problems
 from src.export import proof
 from src.export.fresh import verify
+from tests.tiny import save_arithmetic
 
 LAYERS = 6
 
@@ -64,17 +64,8 @@ def _proven_here(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 @pytest.fixture(scope="session")
 def teacher_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A random 6-layer Qwen3 with the arithmetic tokenizer, as a Hugging Face directory."""
-    path = tmp_path_factory.mktemp("teacher")
-    tokenizer = build_tokenizer()
-    config = AutoConfig.for_model(
-        "qwen3", vocab_size=len(tokenizer), hidden_size=16, intermediate_size=24, num_hidden_layers=LAYERS,
-        num_attention_heads=2, num_key_value_heads=1, head_dim=8, tie_word_embeddings=True,
-        initializer_range=0.2, pad_token_id=0, eos_token_id=1, bos_token_id=None,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(config).save_pretrained(path)
-    tokenizer.save_pretrained(path)
-    return str(path)
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}
+    return save_arithmetic(tmp_path_factory.mktemp("teacher"), num_hidden_layers=LAYERS, **heads)
 
 
 @pytest.fixture(scope="session")

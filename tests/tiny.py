@@ -9,6 +9,7 @@ a wrong layer type costs 1e-4 in logits.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -158,3 +159,21 @@ def problem_rows(count: int, prompt: int = 0) -> dict[str, torch.Tensor]:
     labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
     labels[:, :prompt] = -100
     return {**batch, "labels": labels}
+
+
+def save_arithmetic(path: Path, **keys: Any) -> str:
+    """Write a random Qwen3 with the arithmetic tokenizer as a Hugging Face directory, and return its path.
+
+    Args:
+        path: the directory.
+        keys: further settings of its config: layers and heads.
+    """
+    tokenizer = build_tokenizer()
+    config = AutoConfig.for_model(
+        "qwen3", vocab_size=len(tokenizer), hidden_size=16, intermediate_size=24, tie_word_embeddings=True,
+        initializer_range=0.2, pad_token_id=0, eos_token_id=1, bos_token_id=None, **keys,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return str(path)

@@ -19,6 +19,11 @@ JUDGES = 2
 _JUDGES_FROM = 2**40
 
 
+def seeded(seed: int, number: int) -> torch.Generator:
+    """Return a generator that depends on (seed, number) only."""
+    return torch.Generator().manual_seed((seed * 1_000_003 + number) % 2**63)
+
+
 class OneCut:
     """The cut of one mask, at every step."""
 
@@ -79,8 +84,7 @@ class DrawnCuts(OneCut):
 
     def drawn(self, number: int) -> Mask:
         """Return the mask of a number, each legal one equally likely; it depends on (seed, number) only."""
-        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + number) % 2**63)
-        scores = torch.rand(self.space.units, generator=generator, dtype=torch.float64)
+        scores = torch.rand(self.space.units, generator=seeded(self.seed, number), dtype=torch.float64)
         return Mask.by_hand(
             self.name, self.space.units, self.space.argmax(scores).nonzero().flatten().tolist()
         )

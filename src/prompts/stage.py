@@ -29,7 +29,7 @@ from src.mask import Mask
 from src.models.gated import freeze
 from src.models.head import OutputHead
 from src.models.loading import load_config, load_tokenizer
-from src.prompts.cuts import DrawnCuts, OneCut
+from src.prompts.cuts import DrawnCuts, OneCut, seeded
 from src.prompts.judging import Judging
 from src.prompts.rows import embedded, row_sets
 from src.prompts.tiny import lesson, signal
@@ -145,7 +145,7 @@ class DistilledCalibration(Judging):
             self.log("val/kl", kl, prog_bar=True)
         whole = WholeBatch(len(rows), real_tokens(batch), self.device)
         repair, data = self.cuts.at(step), lesson(self.head, self.prompts, self.mask_MT)
-        draws = torch.Generator().manual_seed((self.seed * 1_000_003 + step) % 2**63)
+        draws = seeded(self.seed, step)
         if self.windows.reads_norms:
             path, norms_T = descend(repair.imitate, repair.start, data, inner.rate, inner.steps)
             first, size = self.windows.choose(norms_T, draws)

@@ -40,7 +40,7 @@ from src.training.schedules import share_done, total_steps
 from src.training.scopes import recompute, scoped
 from src.training.strategies import SHARDED, kind
 from src.units.goal import Goal
-from src.units.importance import salience, turns
+from src.units.importance import block_influence, taylor
 from src.units.kinds import KINDS
 from src.units.spaces import Kept
 
@@ -60,8 +60,7 @@ class Interleaved(Recovery):
         ratio: the same number as a share, in (0, 1).
         stages: number of removals, T. The t-th comes at the share ``until (t - 1) / T`` of the run.
         until: share of the run that the stages divide among them.
-        amplitude: of width, by how much the share that the most important layer has lost lags behind the mean
-            at each stage; 0 narrows all layers alike.
+        amplitude: of width, how far the most important layer lags behind the mean at each stage; 0: not.
         kwargs: of a recovery; see :class:`src.recover.Recovery`.
     """
 
@@ -132,18 +131,19 @@ class Interleaved(Recovery):
         self.model.eval()
         try:
             with self.trainer.precision_plugin.forward_context():
-                turns_U = turns(self.model, self.mask.unit, real(batch), lambda: self.head.hidden(batch))
+                unit, run = self.mask.unit, lambda: self.head.hidden(batch)
+                influence_U = block_influence(self.model, unit, real(batch), run)
                 if (width := self.goal.width) is None:
-                    return self.goal.best(self.kept, turns_U, share)
+                    return self.goal.best(self.kept, influence_U, share)
                 rows = Supervised.of(batch)
                 step = self.step(rows, WholeBatch(len(rows), real_tokens(batch), self.device))
                 own = replace(width, count=len(self.mask.keep) // self.mask.num_layers)
-                scores_LW = salience(self.model, own, LABELS.loss(step)["loss"])
+                scores_LW = taylor(self.model, own, LABELS.loss(step)["loss"])
         finally:
             self.model.train()
         scores_U = torch.zeros(self.mask.units, dtype=scores_LW.dtype)
         scores_U[list(self.mask.keep)] = scores_LW.flatten()
-        return self.goal.narrower(self.kept, scores_U, turns_U, share, self.amplitude)
+        return self.goal.narrower(self.kept, scores_U, influence_U, share, self.amplitude)
 
     def shrink(self, kept: Kept, mask: Mask, optimizer: Optimizer | None = None) -> None:
         """Cut the student to a mask that holds the units ``kept``; an optimiser then trains what is left."""

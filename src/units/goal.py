@@ -105,7 +105,7 @@ class Goal:
         space = kind.spaces(len(kept), each * (layers - gone), held)
         return tuple(kept[at] for at in space.argmax(scores_U).nonzero().flatten().tolist())
 
-    def narrower(self, kept: Kept, scores_U: Tensor, turns_L: Tensor, share: float, amplitude: float) -> Kept:
+    def narrower(self, kept: Kept, scores_U: Tensor, bi_L: Tensor, share: float, amplitude: float) -> Kept:
         """Return the KV groups or channels of ``kept`` that stay when a share of all has gone.
 
         Layers lose different numbers (:func:`src.units.importance.sparsities`), in the end all the same.
@@ -114,7 +114,7 @@ class Goal:
             kept: units that are there.
             scores_U: how much each of the parent's units matters within its layer; those that are gone count
                 for nothing.
-            turns_L: how far each layer turns the stream.
+            bi_L: block influence of each layer.
             share: in (0, 1].
             amplitude: how unequal the layers' numbers are.
         """
@@ -123,7 +123,7 @@ class Goal:
         scores_LW = scores_LW.view(-1, width)
         before_L = (scores_LW < 0).double().mean(1)
         most = self.remove / width
-        lost_L = sparsities(before_L, centred(turns_L), most * share, amplitude, most)
+        lost_L = sparsities(before_L, centred(bi_L), most * share, amplitude, most)
         counts = (lost_L * width).round().long().tolist()
         order_LW = scores_LW.argsort(stable=True)
         gone = {layer * width + int(u) for layer, n in enumerate(counts) for u in order_LW[layer, :n]}

@@ -31,7 +31,7 @@ from src.units.width import Width
 
 
 @torch.no_grad()
-def turns(student: PreTrainedModel, unit: Unit, real_BT: Tensor, run: Callable[[], Any]) -> Tensor:
+def block_influence(student: PreTrainedModel, unit: Unit, real_BT: Tensor, run: Callable[[], Any]) -> Tensor:
     """Return ``1 - cos`` ``[U]`` of the stream before and behind each unit, the mean over all ranks' tokens.
 
     Args:
@@ -88,7 +88,7 @@ def sparsities(before_L: Tensor, importance_L: Tensor, mean: float, amplitude: f
     return (aimed_L + high).clamp(before_L, most_L)
 
 
-def salience(student: PreTrainedModel, width: Width, loss: Tensor) -> Tensor:
+def taylor(student: PreTrainedModel, width: Width, loss: Tensor) -> Tensor:
     """Return the sum ``[L, W]`` of ``|w dLoss/dw|`` over each unit's weights, without biases.
 
     Args:

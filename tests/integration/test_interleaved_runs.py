@@ -9,11 +9,9 @@ from typing import Any, cast
 import pytest
 import torch
 from lightning import Callback, LightningModule, Trainer
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from src.callbacks import Sparsify
 from src.cli import main
-from src.data.arithmetic import build_tokenizer
 from src.errors import ConfigError
 from src.losses import HiddenStates
 from src.losses.objective import Weighted
@@ -28,6 +26,7 @@ from src.training.strategies import FSDP2
 from tests.faults.runs import ended
 from tests.integration.test_resume import SAVED, STEPS, broken_and_resumed, fit, same
 from tests.planning import LAYER, MLP, PLENTY, RECOVER, H, L, write_config
+from tests.tiny import save_arithmetic
 
 OVERLAY = "configs/recover/interleaved.yaml"
 UNITS = ("layer", "half", "channel", "kv_group")
@@ -36,16 +35,8 @@ UNITS = ("layer", "half", "channel", "kv_group")
 @pytest.fixture(scope="module")
 def parent_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A tiny decoder of six layers with four KV groups in each."""
-    path, tokenizer = tmp_path_factory.mktemp("parent"), build_tokenizer()
-    config = AutoConfig.for_model(
-        "qwen3", vocab_size=len(tokenizer), hidden_size=16, intermediate_size=24, num_hidden_layers=6,
-        num_attention_heads=4, num_key_value_heads=4, head_dim=4, tie_word_embeddings=True,
-        initializer_range=0.2, pad_token_id=0, eos_token_id=1, bos_token_id=None,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(config).save_pretrained(path)
-    tokenizer.save_pretrained(path)
-    return str(path)
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 4}
+    return save_arithmetic(tmp_path_factory.mktemp("parent"), num_hidden_layers=6, **heads)
 
 
 def given(unit: str, **keys: Any) -> list[str]:
@@ -115,15 +106,15 @@ def test_killed_and_resumed_equals_uninterrupted(
 def test_scores_are_those_of_the_present_student(
     tmp_path: Path, parent_dir: str, corpus_file: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from src.training.interleaved import turns
+    from src.training.interleaved import block_influence
 
     seen: list[tuple[int, float]] = []
 
     def spied(student: Any, *rest: Any) -> torch.Tensor:
         seen.append((len(student.model.layers), float(student.model.norm.weight.sum())))
-        return turns(student, *rest)
+        return block_influence(student, *rest)
 
-    monkeypatch.setattr("src.training.interleaved.turns", spied)
+    monkeypatch.setattr("src.training.interleaved.block_influence", spied)
     fit(
         "configs/recover/entropy_kd.yaml", tmp_path, False, *given("layer", stages=3), teacher=parent_dir,
         corpus=corpus_file,

@@ -16,7 +16,7 @@ from src.models.constraints import Constraints
 from src.models.cut import cut
 from src.training.carry import carry
 from src.units.goal import Goal
-from src.units.importance import centred, salience, sparsities, turns
+from src.units.importance import block_influence, centred, sparsities, taylor
 from src.units.kinds import KINDS
 from src.units.width import find_width
 from tests.tiny import LAYERS, tiny_config, tiny_ids, tiny_model
@@ -130,7 +130,7 @@ def test_layers_are_cut_to_the_widest_and_filled_up() -> None:
 
 
 @pytest.mark.parametrize("family", ["llama", "granite"])
-def test_turns_of_layers_and_halves_by_hand(family: str) -> None:
+def test_block_influence_of_layers_and_halves_by_hand(family: str) -> None:
     """The second scales what a half adds; the last tokens of a row are padding."""
     model, ids = tiny_model(family), tiny_ids()
     real = torch.ones_like(ids, dtype=torch.bool)
@@ -153,16 +153,16 @@ def test_turns_of_layers_and_halves_by_hand(family: str) -> None:
             cosines = [nn.functional.cosine_similarity(a[real], b[real], dim=-1).mean() for a, b in both]
             expected[unit] += [1 - cosine for cosine in cosines]
     for unit in ("layer", "half"):
-        found = turns(model, unit, real, lambda: model(**run))
+        found = block_influence(model, unit, real, lambda: model(**run))
         torch.testing.assert_close(found.float(), torch.stack(expected[unit]), rtol=1e-4, atol=1e-6)
 
 
-def test_salience_by_hand() -> None:
+def test_taylor_by_hand() -> None:
     """A channel: rows of gate and up, a column of down. A KV group: a key and a value head, two queries."""
     model, ids = tiny_model("llama"), tiny_ids()
     loss = model(input_ids=ids, labels=ids).loss
-    channels = salience(model, find_width(model.config, "channel"), loss)
-    groups = salience(model, find_width(model.config, "kv_group"), model(input_ids=ids, labels=ids).loss)
+    channels = taylor(model, find_width(model.config, "channel"), loss)
+    groups = taylor(model, find_width(model.config, "kv_group"), model(input_ids=ids, labels=ids).loss)
     model(input_ids=ids, labels=ids).loss.backward()
     layer = model.model.layers[2]
     product = {name: (p * p.grad).abs() for name, p in layer.named_parameters()}
