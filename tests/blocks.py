@@ -7,7 +7,7 @@ import shlex
 from pathlib import Path
 from typing import NamedTuple
 
-PAGES = [Path("README.md"), Path("CONTRIBUTING.md"), *sorted(Path("docs").glob("*.md"))]
+PAGES = [Path("README.md"), Path("CONTRIBUTING.md"), *sorted(Path("docs").rglob("*.md"))]
 FENCE = re.compile(r"^(?:<!-- (run|not run): (.+?) -->\n)?```(\w*)\n(.*?)^```$", re.S | re.M)
 
 

@@ -38,6 +38,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """Turn links out of docs/ to what :func:`on_files` made of them; tell which commands nothing runs."""
     markdown = re.sub(r"^<!-- not run: (.+) -->$", r"*No test runs this: \1.*\n", markdown, flags=re.M)
+    if "/" in page.file.src_uri:  # a page of a system links no file outside docs/
+        return markdown
     return OUTSIDE.sub(lambda found: f"]({PAGES.get(found[1], f'files/{found[1]}.md')}", markdown)
 
 
