@@ -6,7 +6,7 @@ A colour is a kind of method; the reference is teal. The methods stand in the sa
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import groupby
 from typing import Any
 
@@ -20,6 +20,7 @@ from matplotlib.transforms import Bbox
 from scripts.arena.cells import JSON
 from src.report.figures import AMBER, INK, PALE, SLATE, TEAL, styled
 
+Point = tuple[float, float]
 KINDS = {"learned": "#7c3aed", "searched": AMBER, "scored": "#0369a1", "fixed": SLATE, "": INK}
 """Colour of each ``kind``: learned by gradients, searched mask by mask, scored layer by layer, fixed."""
 
@@ -32,8 +33,7 @@ def colour(row: JSON) -> str:
 def methods(rows: Sequence[JSON]) -> list[JSON]:
     """One row of each method, the reference first, then by kind in the order of the plan."""
     found = {row["variant"]: row for row in rows}
-    order = {kind: place for place, kind in enumerate(KINDS)}
-    return sorted(found.values(), key=lambda row: (row["variant"] != row["reference"], order[row["kind"]]))
+    return sorted(found.values(), key=lambda r: (r["variant"] != r["reference"], [*KINDS].index(r["kind"])))
 
 
 def panels(rows: Sequence[JSON], height: float, **keys: Any) -> tuple[Figure, list[tuple[Axes, list[JSON]]]]:
@@ -43,9 +43,7 @@ def panels(rows: Sequence[JSON], height: float, **keys: Any) -> tuple[Figure, li
     axes = figure.subplots(1, len(ratios), squeeze=False, **keys)[0]
     shown = {row["kind"]: KINDS[row["kind"]] for row in methods(rows)[1:] if row["kind"]}
     marks = {methods(rows)[0]["title"]: TEAL, **shown}
-    handles = [
-        Line2D([], [], color=shade, marker="o", linestyle="", label=name) for name, shade in marks.items()
-    ]
+    handles = [Line2D([], [], color=c, marker="o", linestyle="", label=name) for name, c in marks.items()]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), fontsize=9)
     each = [[row for row in rows if row["ratio"] == ratio] for ratio in ratios]
     for axis, own in zip(axes, each, strict=True):
@@ -76,39 +74,53 @@ def retention(rows: Sequence[JSON]) -> Figure:
         for line, row in placed(own, names):
             shade = colour(row)
             cut, healed = (row[stage]["exact_match"] for stage in ("cut", "recovered"))
-            axis.plot(
-                [100 * cut["value"], 100 * healed["value"]], [line] * 2, color=PALE, linewidth=1.2, zorder=1
-            )
+            ends = [100 * match["value"] for match in (cut, healed)]
+            axis.plot(ends, [line] * 2, color=PALE, linewidth=1.2, zorder=1)
             for match, fill in ((cut, "white"), (healed, shade)):
                 axis.plot([100 * match["low"], 100 * match["high"]], [line] * 2, color=shade, linewidth=1.4)
                 axis.plot(100 * match["value"], line, "o", color=shade, markerfacecolor=fill, markersize=5.5)
         axis.set(xlim=(-4, 104), xticks=range(0, 101, 25), xlabel="exact match, %")
         axis.grid(visible=True, axis="x")
     name_lines(each[0][0], names)
-    figure.suptitle(
-        "hollow: cut; filled: cut and recovered; bars: 95 % intervals", fontsize=9, x=0.01, ha="left"
-    )
+    figure.suptitle("hollow: cut; filled: recovered; bars: 95 % intervals", fontsize=9, x=0.01, ha="left")
     return figure
+
+
+def across(rows: Sequence[JSON]) -> tuple[str, str, Callable[[JSON], Point]]:
+    """What recoveries are drawn against, and what of them; those of one cut by what they differ in."""
+    runs = [run for row in rows for run in row["runs"]]
+    if len({run["cut"]["kl"] for run in runs}) > 1:
+        both = "KL of the cut, nats", "exact match after recovery, %"
+        return *both, lambda run: (run["cut"]["kl"], 100 * run["recovered"]["exact_match"])
+    left = "KL after recovery, nats"
+    if all("val/active" in run["recovery"].get("measured", {}) for run in runs):
+        active = "active entries of feed-forwards, %"
+        return active, left, lambda r: (100 * r["recovery"]["measured"]["val/active"], r["recovered"]["kl"])
+    return "steps of recovery", left, lambda run: (run["recovery"]["steps"], run["recovered"]["kl"])
 
 
 @styled
 def before_and_after(rows: Sequence[JSON]) -> Figure:
-    """Does the mask's own divergence tell what recovery makes of it? Means over the seeds of each method."""
+    """Does the mask's own divergence tell what recovery makes of it? Means over the seeds of each method.
+
+    Of one mask it is a curve: points are joined whose titles agree up to a comma.
+    """
     figure, each = panels(rows, 4.2)
+    below, beside, show = across(rows)
     marked = []
     for axis, own in each:
-        points: dict[tuple[float, float], list[JSON]] = {}
+        points, curves = dict[Point, list[JSON]](), dict[str, list[Point]]()
         for row in methods(own):
-            kl = statistics.mean(run["cut"]["kl"] for run in row["runs"])
-            match = statistics.mean(run["recovered"]["exact_match"] for run in row["runs"])
-            points.setdefault((round(kl, 5), round(100 * match, 2)), []).append(row)
-        for (kl, match), same in points.items():
-            axis.plot(kl, match, "o", color=colour(same[0]), markersize=6)
+            at, value = (round(statistics.mean(x), 5) for x in zip(*map(show, row["runs"]), strict=True))
+            points.setdefault((at, value), []).append(row)
+            curves.setdefault(row["title"].partition(",")[0], []).append((at, value))
+        for (at, value), same in points.items():
+            axis.plot(at, value, "o", color=colour(same[0]), markersize=6)
+        for curve in curves.values() if "cut" not in below else ():
+            axis.plot(*zip(*sorted(curve), strict=True), color=PALE, zorder=1)
         log_nats(axis)
         axis.margins(x=0.12, y=0.12)
-        axis.set(
-            xlabel="KL of the cut, nats", ylabel="exact match after recovery, %" if axis is each[0][0] else ""
-        )
+        axis.set(xlabel=below, ylabel=beside if axis is each[0][0] else "")
         axis.grid(visible=True, axis="both")
         marked.append((axis, points))
     FigureCanvasAgg(figure).draw()  # settles the layout, so that labels can be measured

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from scripts.arena import cells
 from scripts.arena.cells import JSON, Cell
-from scripts.arena.defaults import defaults
+from scripts.arena.defaults import defaults, rank
 from scripts.lab.pages import fill
 from scripts.lab.pages import table as markdown
 from src.report.figures import tokens_text
@@ -30,7 +30,7 @@ MASKS: dict[str, Cell] = {
 }
 ACTIVE = "active entries of feed-forwards"
 FORWARD: dict[str, Cell] = {
-    "search, forward tokens": cells.cost("search", lambda s: s["metrics"]["forward_tokens"], tokens_text)
+    "search, forward tokens": cells.cost("search", lambda s: s["metrics"].get("forward_tokens"), tokens_text)
 }
 PLAIN: dict[str, Cell] = {"plain KL - reference": cells.difference("learned", 1, 4)}
 CUT: Sequence[Columns] = ({"variant": cells.method} | SEEDS | MASKS | PLAIN | AGAINST | FORWARD,)
@@ -93,13 +93,6 @@ def origins(rows: Sequence[JSON]) -> list[str]:
     """Which command at which commit measured how many rows."""
     counts = Counter((row["command"], row["commit"]) for row in rows)
     return [f"`{command}`, commit {commit}: {count} rows." for (command, commit), count in counts.items()]
-
-
-def rank(row: JSON) -> tuple[float, float]:
-    """Best first: exact match where models are recovered, then divergence."""
-    if "recovered" in row:
-        return -row["recovered"]["exact_match"]["value"], row["recovered"]["kl"]["value"]
-    return 0.0, row["cut"]["kl"]["value"]
 
 
 def table(rows: Sequence[JSON], columns: Columns) -> list[str]:

@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 
+from scripts.arena.contest import across
 from scripts.arena.defaults import defaults
 from scripts.arena.gather import gather
 from scripts.arena.plan import Plan, Run
 from scripts.arena.record import only, record
 from scripts.arena.stages import mask, named
-from scripts.arena.table import page
+from scripts.arena.table import FORWARD, page
 from scripts.arena.work import Work
 from scripts.lab.jobs import Job
 from src.errors import ConfigError
@@ -149,6 +150,29 @@ def test_a_default_stands_beside_the_best_of_the_others(
     assert "| last layers | 25.0 % [" in row, "the best of the others, not the first"
     assert "| -62.5 [" in row
     assert row.endswith("| +0.2000 [+0.2000, +0.2000] worse |")
+
+
+def test_a_mask_that_was_given_cost_no_search(rows: dict[tuple[str, float], dict[str, Any]]) -> None:
+    row, (cell,) = rows["ours", 0.25], FORWARD.values()
+    assert cell(row) == "1.5 k"
+    for run in row["runs"]:
+        run["search"]["metrics"] = {}
+    assert cell(row) == ""
+
+
+def test_recoveries_of_one_cut_are_drawn_against_what_they_differ_in() -> None:
+    def row(cut: float, **recovery: Any) -> dict[str, Any]:
+        recovered = {"kl": 0.01, "exact_match": 0.5}
+        return {"runs": [{"cut": {"kl": cut}, "recovered": recovered, "recovery": {"steps": 6, **recovery}}]}
+
+    active = {"measured": {"val/active": 0.25}}
+    for rows, below, point in (
+        ([row(0.1), row(0.2)], "KL of the cut, nats", (0.1, 50.0)),
+        ([row(0.1, **active), row(0.1, **active)], "active entries of feed-forwards, %", (25.0, 0.01)),
+        ([row(0.1), row(0.1, **active)], "steps of recovery", (6, 0.01)),
+    ):
+        found, _, show = across(rows)
+        assert (found, show(rows[0]["runs"][0])) == (below, point)
 
 
 @pytest.mark.parametrize("removed", [[1, 4], ["2f", "3a", "5a", "5f"]])
