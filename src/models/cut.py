@@ -26,6 +26,7 @@ from src.models.layers import decoder_layers, num_layers
 from src.models.positions import guard
 from src.models.structure import Sources, structural_changes
 from src.units.halves import find_halves
+from src.units.narrower import fault
 from src.units.width import find_width
 from src.units.width_gates import tried_width
 
@@ -70,21 +71,9 @@ def cut(model: PreTrainedModel, mask: Mask) -> PreTrainedModel:
     if model.can_generate():
         new.generation_config = copy.deepcopy(model.generation_config)
     new = guard(new.to(model.device).train(model.training))
-    if mask.wide:
-        _check_runs(new, mask)
+    if mask.wide and (why := fault(new)):
+        raise ConfigError(f"keep: a '{config.model_type}' does not run without {mask.missing}: {why}")
     return new
-
-
-@torch.no_grad()
-def _check_runs(narrow: PreTrainedModel, mask: Mask) -> None:
-    """Refuse a narrower model that its own code cannot run: some code reads another setting for a size."""
-    try:
-        narrow(input_ids=torch.arange(3, 11, device=narrow.device)[None])
-    except Exception as e:  # whatever a family's own code raises
-        raise ConfigError(
-            f"keep: the code of a '{narrow.config.model_type}' does not run without {mask.missing}: "
-            f"{str(e).splitlines()[0]}."
-        ) from e
 
 
 def shortened(model: PreTrainedModel, new: PreTrainedModel, mask: Mask) -> dict[str, Tensor]:

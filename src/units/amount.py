@@ -11,8 +11,9 @@ from transformers import PretrainedConfig
 
 from src.errors import ConfigError
 from src.mask import WIDE
-from src.models.constraints import constraints
+from src.models.constraints import Constraints, constraints
 from src.models.layers import num_layers
+from src.units.narrower import try_narrower
 from src.units.targets import Target
 from src.units.width import Width
 
@@ -82,13 +83,15 @@ class Amount:
             width: where its KV groups or channels lie, if these are removed; None if layers or halves are.
 
         Raises:
-            ConfigError: two shares are the same count, the target is out of reach, or the config class of the
-                model can hold no such number of KV groups or channels.
+            ConfigError: two shares are the same count, the target is out of reach, or the model's class can
+                hold no such number of KV groups or channels.
         """
         if self.target is not None:
-            remove, told = self.target.resolve(config, constraints(config), stored, width)
-            return (Budget(remove, told=told),)
-        budgets = self._counted(num_layers(config) if width is None else width.count)
+            limits = Constraints() if width else constraints(config)
+            remove, told = self.target.resolve(config, limits, stored, width)
+            budgets: tuple[Budget, ...] = (Budget(remove, told=told),)
+        else:
+            budgets = self._counted(num_layers(config) if width is None else width.count)
         if width is not None:
             for budget in budgets:
                 _check_width(config, width, budget.remove)
@@ -110,13 +113,16 @@ class Amount:
 
 
 def _check_width(config: PretrainedConfig, width: Width, remove: int) -> None:
-    """Refuse a number of units of width that no config of the model's class can hold.
+    """Refuse a number of units of width that no config of the model's class can hold, or its code run.
 
     Raises:
-        ConfigError: it cannot; the message names the numbers nearby that it can.
+        ConfigError: it cannot; the message names the numbers nearby that a config can hold.
+        Misfit: as of :func:`src.units.narrower.try_narrower`.
     """
     kept, counted = width.count - remove, width.counted
-    if 0 < kept < width.count and (why := counted.refusal(config, kept)):
+    if not 0 < kept < width.count:  # the policy refuses it, by name
+        return
+    if why := counted.refusal(config, kept):
         fewer = next((n for n in range(kept + 1, width.count) if not counted.refusal(config, n)), None)
         more = next((n for n in range(kept - 1, 0, -1) if not counted.refusal(config, n)), None)
         accepted = " or ".join(str(width.count - n) for n in (fewer, more) if n) or "none"
@@ -124,6 +130,7 @@ def _check_width(config: PretrainedConfig, width: Width, remove: int) -> None:
             f"model.remove: {remove} of {width.count} {WIDE[width.unit]} would go from each layer, but {why} "
             f"Accepted nearby: {accepted}."
         )
+    try_narrower(config, width, kept)
 
 
 def _count(every: int, share: float) -> int:

@@ -230,7 +230,7 @@ def _heads(config: PretrainedConfig, _: nn.ModuleList) -> Iterator[Counted]:
     yield Counted(each, {text.attribute_map.get("head_dim", "head_dim"): head})
 
 
-def _tensors(model: PreTrainedModel) -> dict[str, Tensor]:
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
     parameters = model.named_parameters(remove_duplicate=False)
     return {**dict(parameters), **dict(model.named_buffers(remove_duplicate=False))}
 
@@ -272,11 +272,11 @@ def _writer(layer: nn.Module, blocks: Mapping[str, Block], unit: Unit) -> str:
     writers = [
         name.rpartition(".")[0]
         for name, block in blocks.items()
-        if INPUT.get(type(owners[name])) == block.axis and owners[name].get_parameter("weight").ndim == 2
-        and name.endswith("weight")
+        if INPUT.get(type(owners[name])) == block.axis and name.endswith("weight")
     ]  # fmt: skip
     if not writers:
-        name = max(blocks, key=lambda name: layer.get_parameter(name).numel())
+        tensors = _tensors(layer)
+        name = max(blocks, key=lambda name: tensors[name].numel())
         raise Misfit(f"holds them in '{name}', which is no linear map of its own")
     if len(writers) > 1:
         raise Misfit(f"writes them through several linear maps ({', '.join(writers)})")

@@ -9,13 +9,17 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from src.errors import ConfigError
 from src.mask import Mask, Unit
 from src.models.cut import cut
 from src.models.structure import Misfit
+from src.units.amount import Amount
 from src.units.kinds import KINDS
+from src.units.narrower import try_narrower
+from src.units.targets import Target
 from src.units.width import find_width
 from src.units.width_gates import WidthGates
 from tests import families
@@ -187,6 +191,41 @@ def test_a_count_that_a_family_cannot_hold_is_refused_by_its_own_words() -> None
     model = tiny_model("llama", num_attention_heads=8, num_key_value_heads=4, head_dim=8)
     with pytest.raises(ConfigError, match=r"'llama' config cannot hold this mask.*multiple"):
         cut(model, width_mask("kv_group", 4))
+
+
+@pytest.mark.parametrize(
+    "amount", [Amount(ratio=0.25), Amount(budgets=[0.1, 0.25]), Amount(target=Target(parameters=6e4))]
+)
+def test_a_family_that_does_not_run_narrower_is_refused_by_its_config(amount: Amount) -> None:
+    """RWKV keeps a state as wide as another setting says."""
+    config = families.tiny_config("rwkv")
+    with pytest.raises(Misfit, match=r"'rwkv' does not work with \d+ of 32 channels in each layer: "):
+        amount.of(config, width=find_width(config, "channel"))
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_family_that_runs_narrower_or_cannot_run_without_values_is_not(family: str) -> None:
+    config = tiny_config(family)
+    assert Amount(ratio=0.25).of(config, width=find_width(config, "channel"))[0].remove == 12
+
+
+def test_a_layer_that_reads_its_width_from_its_position_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = tiny_config("llama")
+    width, built = find_width(config, "channel"), LlamaDecoderLayer.__init__
+
+    def odd(self: LlamaDecoderLayer, config: LlamaConfig, layer_idx: int) -> None:
+        built(self, config, layer_idx)
+        self.scale = config.intermediate_size % 5
+
+    monkeypatch.setattr(LlamaDecoderLayer, "__init__", odd)
+    with pytest.raises(Misfit, match="scale is 1 instead of 3"):
+        try_narrower(config, width, 36)
+
+
+def test_counts_of_experts_are_no_channels_whatever_holds_them() -> None:
+    """One setting of this family changes a buffer too."""
+    with pytest.raises(Misfit, match="no linear map of its own"):
+        find_width(families.tiny_config("kolibri1"), "channel")
 
 
 def test_a_mask_of_another_width_is_refused() -> None:
