@@ -15,7 +15,7 @@ The paper's are the sum, its mean over layers and the weight 1. Ours are three t
 
 SiLU and GELU give no exact zeros, so ``active`` counts the entries above a threshold in size. Fewer active
 entries are no speed by themselves: the export is an ordinary dense model. ADA-DEFT, which also drops
-feed-forwards, is not built: a layer without one is no layer that stock transformers loads.
+feed-forwards, is :class:`src.training.weighed.Weighed`.
 
 Shapes: N supervised positions, F channels of a feed-forward.
 """

@@ -66,7 +66,7 @@ class Experiment:
         """The stage of the config: ``search``, ``recover`` or ``cache``; else the name of its class."""
         name: str = self.config.model.class_path.split(".")[-1]
         stages = {"MaskSearch": "search", "Recovery": "recover", "CacheTeacher": "cache"}
-        return {**stages, "Interleaved": "recover"}.get(name, name)
+        return {**stages, "Interleaved": "recover", "Weighed": "recover"}.get(name, name)
 
     @property
     def accumulate(self) -> int:

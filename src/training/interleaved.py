@@ -184,7 +184,8 @@ class Interleaved(Recovery):
         if (came := len(self.history)) < self.stages:
             rank_zero_warn(f"no mask: stage {came} of {self.stages} was the last. Resume the run.")
         else:
-            replace(self.mask, fingerprint=self.weights, tokens_seen=self.tokens).save(path)
+            method = type(self).__name__
+            replace(self.mask, method=method, fingerprint=self.weights, tokens_seen=self.tokens).save(path)
             rank_zero_info(f"{self.mask}; written to {path}")
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -257,12 +257,19 @@ def test_removed_units_close_alike_on_all_ranks(bench: Bench) -> None:
     assert drift(alone, pair, "loss")[0] <= MAX
 
 
-@pytest.mark.parametrize("unit", ["half", "channel"])
-def test_units_go_in_turns_alike_on_all_ranks(unit: str, bench: Bench) -> None:
+TURNS: dict[str, tuple[str, dict[str, Any]]] = {
+    "half": ("interleaved.Interleaved", {"unit": "half", "amplitude": 0.1}),
+    "channel": ("interleaved.Interleaved", {"unit": "channel", "amplitude": 0.1}),
+    "weights": ("weighed.Weighed", {"pull": 1e-3, "within": 0.3}),
+}
+
+
+@pytest.mark.parametrize("case", TURNS)
+def test_units_go_in_turns_alike_on_all_ranks(case: str, bench: Bench) -> None:
     """The ranks choose by the rows of both, and average the gradients of what is left."""
-    own = {"mask": "null", "unit": unit, "ratio": 0.5, "amplitude": 0.1}
-    given = {f"model__init_args__{key}": value for key, value in own.items()}
-    keys = {"model": "src.training.interleaved.Interleaved", **given, "trainer__max_steps": 8}
+    path, keys = TURNS[case]
+    given = {f"model__init_args__{k}": v for k, v in {"mask": "null", "ratio": 0.5, **keys}.items()}
+    keys = {"model": f"src.training.{path}", **given, "trainer__max_steps": 8}
     runs = [bench.fit(name, "recover", name, ranks, **keys) for name, ranks in (("single", 1), ("ddp", 2))]
     alone, pair = (diary(run) for run in runs)
     assert drift(alone, pair, "loss")[0] <= MAX

@@ -31,6 +31,7 @@ HIGHER = {
     "training.parsing": 4,
     "training.trainer": 3,
     "training.interleaved": 3,
+    "training.weighed": 3,
 }
 """Modules that live in a package of a lower storey: the verb of a package, and what builds all parts."""
 
