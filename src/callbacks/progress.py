@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import RichProgressBar
+from rich.progress import TaskID
 
-from src.training.progress import Lines
+from src.training.progress import Lines, on_terminal
 from src.training.schedules import total_steps
-
-
-def on_terminal() -> bool:
-    """Return whether a person sees what is printed as it is printed."""
-    return sys.stdout.isatty() and sys.stderr.isatty()
 
 
 class ProgressBar(RichProgressBar):
     """Shows Lightning's bar on a terminal, and nothing anywhere else.
 
-    It counts steps. Lightning would name the bar after the epoch, and a streamed corpus has no last one.
+    It counts the steps of the whole run. Lightning would begin anew in each epoch, and a streamed corpus has
+    no last one.
     """
 
     def __init__(self) -> None:
@@ -29,6 +25,18 @@ class ProgressBar(RichProgressBar):
     @property
     def is_enabled(self) -> bool:
         return super().is_enabled and on_terminal()
+
+    @property
+    def total_train_batches(self) -> float:
+        return total_steps(self.trainer)
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.train_progress_bar_id is None:
+            super().on_train_epoch_start(trainer, pl_module)
+
+    def _update(self, progress_bar_id: TaskID | None, current: int, *args: Any, **keys: Any) -> None:
+        steps = self.trainer.global_step if progress_bar_id == self.train_progress_bar_id else current
+        super()._update(progress_bar_id, steps, *args, **keys)
 
     def _get_train_description(self, current_epoch: int) -> str:
         return f"{'steps':{len(self.validation_description)}}"
@@ -44,13 +52,12 @@ class ProgressLines(Callback):
         self.wanted = trainer.progress_bar_callback is not None and not on_terminal()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.lines, self.before = Lines("steps"), trainer.global_step
+        self.lines = Lines("steps", trainer.global_step)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         if self.wanted:
             figures = [f"{key} {float(value):.4g}" for key, value in trainer.progress_bar_metrics.items()]
-            steps = total_steps(trainer) - self.before
-            self.lines.tell(trainer.global_step - self.before, steps, "".join(f", {f}" for f in figures))
+            self.lines.tell(trainer.global_step, total_steps(trainer), "".join(f", {f}" for f in figures))
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.lines = Lines("batches")

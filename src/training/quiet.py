@@ -6,9 +6,11 @@ import logging
 import sys
 import warnings
 
+from huggingface_hub.utils import enable_progress_bars
 from transformers.utils import logging as transformers_logging
 
-ADVICE = ("💡", "GPU available:", "TPU available:", "HPU available:", "Seed set to", "`Trainer.fit` stopped:")
+ADVICE = ("💡", "GPU available:", "TPU available:", "HPU available:", "Seed set to", "`Trainer.fit` stopped:",
+          "Restoring states from")  # fmt: skip
 """Beginnings of messages of Lightning that say nothing about the run."""
 NOTICES = (
     r".*does not have many workers.*",  # on the small machines that the demo is made for, they only cost
@@ -20,6 +22,13 @@ NOTICES = (
 """Warnings that libraries address to their developers, or that warn of what is done on purpose."""
 
 
+class Screen(logging.Handler):
+    """Writes records to the error stream of the moment, as a progress bar may have taken its place."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(self.format(record), file=sys.stderr)
+
+
 def advice(record: logging.LogRecord) -> bool:
     """Return whether a log record should be shown: it is not one of those in :data:`ADVICE`."""
     return not record.getMessage().lstrip().startswith(ADVICE)
@@ -28,17 +37,19 @@ def advice(record: logging.LogRecord) -> bool:
 def quieten() -> None:
     """Hide some messages of Lightning (:data:`ADVICE`) and some Python warnings (:data:`NOTICES`).
 
-    Every other warning is shown as one line, without the source line that raised it. Where stderr is no
-    terminal, the progress bars of transformers are off. All this holds for the whole process.
+    Every other warning is shown as one line, without the source line that raised it. The bars of transformers
+    are off, and on a terminal those of downloads are on. All this holds for the whole process.
     """
     import lightning.pytorch  # makes its handlers, if nothing has yet
 
+    screen = Screen()
+    screen.addFilter(advice)
     for name in (lightning.pytorch.__name__, "lightning.fabric"):
-        for handler in logging.getLogger(name).handlers:
-            handler.addFilter(advice)
+        logging.getLogger(name).handlers = [screen]
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it tells each matrix product that it rounds
     for notice in NOTICES:
         warnings.filterwarnings("ignore", message=notice)
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
-    if not sys.stderr.isatty():  # a bar that is no terminal's is a heap of its states
-        transformers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
+    if sys.stderr.isatty():  # elsewhere a bar is a heap of its states
+        enable_progress_bars()

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import io
-import sys
+import logging
+import re
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from lightning import LightningModule, Trainer
+import rich
+from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.utilities import rank_zero_only
 
 from src.callbacks import ProgressBar, ProgressLines
 from src.training import progress
 from src.training.progress import Lines, track, waiting
+from src.training.quiet import Screen, advice
 
 
 @pytest.fixture
@@ -41,15 +45,57 @@ def test_a_long_step_has_lines(clock: list[float], capsys: pytest.CaptureFixture
     ]
 
 
+def test_lines_of_a_longer_step_are_rarer_and_never_more_than_ten_minutes_apart(
+    clock: list[float], capsys: pytest.CaptureFixture[str]
+) -> None:
+    for _ in track(range(3000), "masks"):
+        clock[0] += 1.0
+    told = [int(line.split()[1]) for line in capsys.readouterr().err.splitlines()]
+    assert told == [10, 40, 70, 105, 158, 237, 356, 534, 801, 1202, 1802, 2402]
+
+
 def test_a_quick_step_has_none(clock: list[float], capsys: pytest.CaptureFixture[str]) -> None:
     assert list(track(range(100), "masks")) == list(range(100))
     assert capsys.readouterr().err == ""
 
 
-def test_a_terminal_has_a_bar(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
-    assert list(track(iter("abc"), "letters", 3)) == ["a", "b", "c"]
-    assert "letters" in capsys.readouterr().err
+def remains(shown: str) -> list[str]:
+    """The lines that stay on a terminal to which ``shown`` is written; colours are left out."""
+    rows, at = [""], 0
+    for part in re.findall(r"\x1b\[[?\d;]*[A-Za-z]|\r|\n|[^\x1b\r\n]+", shown):
+        if part == "\n":
+            at += 1
+            rows += [""] * (at == len(rows))
+        elif up := re.fullmatch(r"\x1b\[(\d+)A", part):
+            at -= int(up.group(1))
+        elif part == "\x1b[2K":
+            rows[at] = ""
+        elif part[0] not in "\x1b\r":
+            rows[at] += part
+    return [row for row in rows if row]
+
+
+@pytest.fixture
+def screen(monkeypatch: pytest.MonkeyPatch) -> Iterator[io.StringIO]:
+    """What a person sees on a terminal."""
+    file, console = io.StringIO(), rich.get_console()
+    monkeypatch.setattr("src.training.progress.on_terminal", lambda: True)
+    monkeypatch.setattr("src.callbacks.progress.on_terminal", lambda: True)
+    own = dict(console.__dict__)
+    rich.reconfigure(file=file, force_terminal=True, width=120)
+    yield file
+    console.__dict__ = own
+
+
+def test_a_terminal_has_a_bar_that_leaves_nothing(
+    screen: io.StringIO, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(progress, "REDRAWN", 0.0)
+    assert list(track(iter("abc"), "[letters]", 3)) == ["a", "b", "c"]
+    assert "[letters]" in screen.getvalue()
+    assert "2/3" in screen.getvalue()
+    assert remains(screen.getvalue()) == []
+    assert capsys.readouterr().err == ""
 
 
 def test_other_ranks_are_silent(
@@ -103,22 +149,46 @@ def test_a_run_whose_bar_nobody_sees_has_lines(
         trainer.global_step = 9
         clock[0] += 20.0
         shown.on_train_batch_end(trainer, module)
-        assert capsys.readouterr().err == ("steps: 5 of 20, 60 s left, train/kl 0.25\n" if bar else "")
+        assert capsys.readouterr().err == ("steps: 9 of 24, 60 s left, train/kl 0.25\n" if bar else "")
 
 
-@pytest.mark.parametrize("terminal", [True, False])
-def test_the_bar_counts_steps_on_a_terminal_and_is_silent_elsewhere(
-    terminal: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    """A run of steps has no last epoch to count to."""
-    screen, bar = io.StringIO(), ProgressBar()
-    bar._console_kwargs = {"file": screen, "force_terminal": True}
-    monkeypatch.setattr("src.callbacks.progress.on_terminal", lambda: terminal)
+class AtTheEnd(Callback):
+    """Works when the run is over, as the choice of the best mask does, and tells what it found."""
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert list(track(range(3), "swaps")) == [0, 1, 2]
+        logging.getLogger("lightning.pytorch").info("the mask keeps 3 of 4")
+
+
+def boring(steps: int, tmp_path: Path, bar: ProgressBar) -> None:
     trainer = Trainer(
-        max_steps=2, callbacks=[bar], accelerator="cpu", logger=False, enable_checkpointing=False,
-        enable_model_summary=False, limit_val_batches=0, default_root_dir=tmp_path,
+        max_steps=steps, callbacks=[AtTheEnd(), bar], accelerator="cpu", logger=False,
+        enable_checkpointing=False, enable_model_summary=False, limit_train_batches=2, limit_val_batches=0,
+        default_root_dir=tmp_path,
     )  # fmt: skip
     trainer.fit(BoringModel())
-    shown = screen.getvalue()
-    assert ("steps" in shown) == ("2/64" in shown or "2/2" in shown) == terminal
-    assert "Epoch" not in shown
+
+
+def test_one_bar_counts_all_steps_and_what_runs_under_it_leaves_only_its_message(
+    screen: io.StringIO, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(progress, "REDRAWN", 0.0)
+    told = Screen()
+    told.addFilter(advice)
+    monkeypatch.setattr(logging.getLogger("lightning.pytorch"), "handlers", [told])
+    bar = ProgressBar()
+    bar._console_kwargs = {"file": screen, "force_terminal": True, "width": 120}
+    boring(5, tmp_path, bar)
+    assert "swaps" in screen.getvalue()
+    message, steps = remains(screen.getvalue())
+    assert message == "the mask keeps 3 of 4"
+    assert "steps" in steps
+    assert "5/5" in steps
+
+
+def test_elsewhere_a_run_has_no_bar(tmp_path: Path) -> None:
+    """A bar that is no terminal's is a heap of its states."""
+    shown, bar = io.StringIO(), ProgressBar()
+    bar._console_kwargs = {"file": shown, "force_terminal": True}
+    boring(2, tmp_path, bar)
+    assert shown.getvalue() == ""
