@@ -15,7 +15,6 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import logging
 
 from src.errors import ConfigError, did_you_mean, first_line
 from src.files import misfit
@@ -40,11 +39,13 @@ class Parser(argparse.ArgumentParser):
         """Raise a :class:`ConfigError`; for an unknown option it names the nearest one that exists."""
         unknown = re.search(r"unrecognized arguments: (--\S+)", message)
         hint = did_you_mean(unknown.group(1), self._option_string_actions) if unknown else ""
+        message = re.sub(r"invalid choice: (.*) \(choose from (.*)\)", r"\1 given; accepted: \2", message)
         raise ConfigError(f"{message}.{hint} See {self.prog} --help.")
 
     def add_model_options(self) -> None:
         """Add the options that say how models are loaded."""
-        self.add_argument("--dtype", default="float32", choices=get_args(Dtype))
+        told = "type of the weights in memory (default: float32)"
+        self.add_argument("--dtype", default="float32", choices=get_args(Dtype), help=told)
         self.add_argument(
             "--device",
             default="auto",
@@ -98,7 +99,6 @@ def load(name: str, args: argparse.Namespace, turn: int = 0) -> PreTrainedModel:
     Raises:
         ConfigError: it cannot be loaded, holds NaN, or the device does not exist.
     """
-    logging.disable_progress_bar()
     devices = args.device.split(",")
     device = devices[min(turn, len(devices) - 1)]
     if device == "auto":
@@ -170,7 +170,8 @@ def rich_table(rows: Sequence[Sequence[str]]) -> Table:
 
 
 def show(table: Table) -> None:
-    """Print a table; where there is no terminal, wide enough that no cell is cut short."""
+    """Print a table without a frame; where there is no terminal, wide enough that no cell is cut short."""
+    table.show_edge, table.title_justify = False, "left"
     plain = partial(Console, markup=False, emoji=False)  # names and paths are shown as they are
     console = plain()
     (console if console.is_terminal else plain(width=130)).print(table)

@@ -165,7 +165,7 @@ def main() -> None:
     write_splits(args.out, sizes, args.seed, tuple(args.steps))
     if args.tokenizer:
         build_tokenizer().save_pretrained(args.tokenizer)
-    print(f"wrote {sizes} problems to {args.out}")
+    print("problems:", ", ".join(f"{count:,} {split}" for split, count in sizes.items()), f"-> {args.out}")
 
 
 if __name__ == "__main__":

@@ -204,7 +204,9 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     add("--data", metavar="FILE", help="held-out rows: JSONL, Parquet, text or a Hub id")
     add("--tasks", metavar="NAMES", help="instead: tasks of the lm-evaluation-harness, as piqa,arc_easy")
     add_columns(parser)
-    add("--supervise", choices=("answer", "all"), default="answer", help="tokens that count")
+    add(
+        "--supervise", choices=("answer", "all"), default="answer", help="tokens that count (default: answer)"
+    )
     add("--limit", type=positive, metavar="N", help="the first N rows only, or documents of each task")
     add("--batch-size", type=positive, metavar="B", help="rows at once (default: 128; with --tasks 8)")
     add(

@@ -88,7 +88,7 @@ def prove(
         threads=torch.get_num_threads(),
     )
     if tokenizer is None:
-        findings.append(Finding("tokenizer", True, "not checked: none can be read from the parent"))
+        findings.append(Finding("tokenizer", True, "not checked: none can be read from the parent", True))
     return findings + in_fresh_process(directory, reference)
 
 
@@ -119,7 +119,7 @@ def stored_as_parent(
     names = ", ".join(sorted(f"{a} -> {b}".replace("torch.", "") for a, b in rounded))
     detail = f"weights rounded {names}; logits moved by {moved:.1e} of {float(before_BTV.abs().max()):.1f}"
     return stored, [
-        Finding("stored as trained", True, f"no: {detail}; --dtype float32 stores them as trained")
+        Finding("stored as trained", True, f"no: {detail}; --dtype float32 stores them as trained", True)
     ]
 
 

@@ -14,15 +14,12 @@ import argparse
 from functools import partial
 from pathlib import Path
 
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 from transformers import PreTrainedModel
 
 from src.command import Parser
 from src.errors import ConfigError
 from src.export import clusters, push
-from src.export.observe import Finding
+from src.export.observe import LOGITS, Finding
 from src.export.parent import true_parent
 from src.export.proof import stored_as_parent
 from src.export.write import Parent, check_out, write
@@ -85,7 +82,9 @@ def two_of_four(student: PreTrainedModel) -> list[Finding]:
         )
     maps = len(linear_maps(student))
     return [
-        Finding("two of four", True, f"in {maps} linear maps no four weights have more than two nonzeros")
+        Finding(
+            "two of four", True, f"in {maps} linear maps no four weights have more than two nonzeros", True
+        )
     ]
 
 
@@ -95,22 +94,24 @@ def main(argv: list[str]) -> None:
     mask = Mask.load(args.mask)
     if args.clusters is not None:
         clusters.refuse(args)
-        for one, findings in clusters.export_clusters(mask, args):
-            show(one, args.out, findings)
+        for number, (one, findings) in enumerate(clusters.export_clusters(mask, args)):
+            tell(one, Path(args.out, str(number)), findings)
         return
     if args.push is not None:
         push.check(args.push, args.force, args.report)
-    show(mask, args.out, export(mask, args))
+    tell(mask, args.out, export(mask, args))
     if args.push is not None:
         push.push(Path(args.out), args.push, args.public, args.report)
 
 
-def show(mask: Mask, out: str | Path, findings: list[Finding]) -> None:
-    """Print the findings of a proof as a table, under the mask and the name ``out`` of the export."""
-    table = Table("check", "finding", title=escape(f"{out}: {mask}"))
+def tell(mask: Mask, out: str | Path, findings: list[Finding]) -> None:
+    """Print the mask of an export, that its proof held, where the checks are listed, and what was noted."""
+    *_, logits = (finding.detail for finding in findings if finding.check == LOGITS)
+    print(f"{out}: {mask}")
+    print(f"proven in a fresh process, logits {logits}; all {len(findings)} checks: {out}/README.md")
     for finding in findings:
-        table.add_row(finding.check, finding.detail)
-    Console().print(table)
+        if finding.noted:
+            print(f"note: {finding.check}: {finding.detail}")
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:

@@ -217,7 +217,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         default=1.0,
         help="smallest set of tokens with that probability (default: 1)",
     )
-    add("--seed", type=Range(int, 0, SEED), default=0)
+    add("--seed", type=Range(int, 0, SEED), default=0, help="of sampling (default: 0)")
     add("--force", action="store_true", help="replace a file that is there")
     parser.add_model_options()
     return parser.parse_args(argv)

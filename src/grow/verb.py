@@ -239,7 +239,9 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     add("--data", required=True, metavar="FILE", help="calibration rows, or a Hub id")
     add("--rows", type=positive, default=128, metavar="N", help="rows, at most (default: 128)")
     add_columns(parser)
-    add("--supervise", choices=("answer", "all"), default="answer", help="tokens that count")
+    add(
+        "--supervise", choices=("answer", "all"), default="answer", help="tokens that count (default: answer)"
+    )
     add("--max-length", type=positive, default=1024, metavar="T", help="tokens of a row (default: 1024)")
     add("--batch-size", type=positive, default=8, metavar="B", help="rows at once (default: 8)")
     add_written(parser)

@@ -11,13 +11,10 @@ from __future__ import annotations
 import argparse
 from typing import get_args
 
-from rich.console import Console
-from rich.markup import escape
-
 from src.command import Parser
 from src.data.options import add_columns, read_columns
 from src.export.cuts import public_name
-from src.export.verb import add_options, export, show
+from src.export.verb import add_options, export, tell
 from src.mask import Mask
 from src.ranges import above_zero, from_zero, natural, positive
 from src.repair.base import CutRepair
@@ -39,8 +36,8 @@ def main(argv: list[str]) -> None:
     repair = METHODS[args.method](args.calibration, columns=read_columns(args), **given)
     repair.refuse(mask)
     findings = export(mask, args, repair)
-    Console().print(escape(str(repair)))
-    show(mask, args.out, findings)
+    print(repair)
+    tell(mask, args.out, findings)
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:

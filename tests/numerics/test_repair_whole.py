@@ -122,7 +122,7 @@ def test_a_gap_at_the_end_is_left_alone_with_a_warning(teacher_dir: str, corpus_
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (("--goal", "rotated"), "invalid choice: 'rotated'"),
+        (("--goal", "rotated"), "'rotated' given; accepted: "),
         (("--distill-steps", "5"), r"no P to distil.*'rotate' or 'diag'"),
         (("--ridge", "-1"), "--ridge: '-1' given; accepted: a number from 0"),
         (("--text", "body"), "lacks 'body'"),

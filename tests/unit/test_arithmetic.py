@@ -3,8 +3,21 @@
 from __future__ import annotations
 
 import re
+import sys
+from pathlib import Path
 
-from src.data.arithmetic import MAX_TOTAL, build_tokenizer, final_answer, problems, split_of, write_splits
+import pytest
+
+from src.data import arithmetic
+from src.data.arithmetic import (
+    MAX_TOTAL,
+    SPLITS,
+    build_tokenizer,
+    final_answer,
+    problems,
+    split_of,
+    write_splits,
+)
 
 
 def test_worked_solutions_are_right_and_end_in_the_answer() -> None:
@@ -26,6 +39,16 @@ def test_harder_tiers_have_as_many_operations_as_asked_and_stay_in_their_splits(
         assert 5 <= sentences <= 6
         assert lines == sentences + boxes, "an operation with boxes takes two lines"
         assert split_of(row) == "test"
+
+
+def test_the_command_tells_what_it_wrote(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sizes = ["--train", "3", "--validation", "2", "--test", "1"]
+    monkeypatch.setattr(sys, "argv", ["arithmetic", "--out", str(tmp_path), *sizes])
+    arithmetic.main()
+    assert capsys.readouterr().out == f"problems: 3 train, 2 validation, 1 test -> {tmp_path}\n"
+    assert [len((tmp_path / f"{part}.jsonl").read_text().splitlines()) for part in SPLITS] == [3, 2, 1]
 
 
 def test_seeds_reproduce_and_differ() -> None:

@@ -81,7 +81,8 @@ def test_weights_stored_in_fewer_bits_than_trained_are_told(
 ) -> None:
     path, student = recovered(mask_file, tmp_path / "last.ckpt")
     out = run("--checkpoint", str(path), "--dtype", "bfloat16")
-    told = re.search(r"\| no: (weights rounded .* as trained) \|", (out / "README.md").read_text())
+    card = (out / "README.md").read_text()
+    told = re.search(r"\| no: (weights rounded .* as trained) \|", card)
     assert told is not None
     ids_BT = proof_tokens(student.config)
     with torch.no_grad():
@@ -94,7 +95,15 @@ def test_weights_stored_in_fewer_bits_than_trained_are_told(
         f"weights rounded float32 -> bfloat16; logits moved by {moved:.1e} of {scale:.1f}; "
         f"--dtype float32 stores them as trained"
     )
-    assert "weights rounded" in capsys.readouterr().out.replace("\n", " ")
+    mask, checks = (
+        Mask.load(out / "mask.json"),
+        len(re.findall(r"^\| .* \|$", card.partition("## Proof")[2], re.M)) - 1,
+    )
+    assert capsys.readouterr().out.splitlines() == [
+        f"{out}: {mask}",
+        f"proven in a fresh process, logits equal to the last bit; all {checks} checks: {out}/README.md",
+        f"note: stored as trained: no: {told.group(1)}",
+    ]
     loaded = AutoModelForCausalLM.from_pretrained(out)
     for name, tensor in student.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], tensor.bfloat16())

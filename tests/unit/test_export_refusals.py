@@ -150,7 +150,7 @@ def test_options_of_the_proof_keep_their_earlier_spelling(name: str) -> None:
         ({"keep": [0, 2, 2]}, (), r"rising list of layers, found \[0, 2, 2\]"),
         ({"keep": [0, 9]}, (), r"must lie in 0\.\.5, found \[0, 9\]"),
         ({}, ("--device", "abacus"), "--device: cannot use 'abacus'"),
-        ({}, ("--dtype", "int3"), "invalid choice: 'int3'.*float32.*bfloat16"),
+        ({}, ("--dtype", "int3"), "'int3' given; accepted: .*float32.*bfloat16"),
         ({}, ("--proof-tokens", "3"), "--proof-tokens: '3' given; accepted: a whole number from 8"),
         ({}, ("--checkpoint", "nowhere.ckpt"), "there is no 'nowhere.ckpt'"),
         ({}, ("--lisence", "mit"), "Did you mean '--license'"),

@@ -7,11 +7,15 @@ import subprocess
 import sys
 
 import pytest
+from rich.table import Table
+
+from src.command import show
 
 PROGRAM = """
 import logging
 import warnings
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from transformers.utils import logging as transformers_logging
 from src.training.quiet import quieten
 quieten()
 rank_zero_info("💡 Tip: buy something")
@@ -22,6 +26,7 @@ rank_zero_warn("data: a document was truncated.")
 logging.getLogger("bitsandbytes.autograd._functions").warning("MatMul8bitLt: inputs will be cast")
 warnings.warn("`isinstance(treespec, LeafSpec)` is deprecated", FutureWarning)
 warnings.warn("the loss is not finite")
+assert not transformers_logging.is_progress_bar_enabled()
 """
 
 
@@ -33,6 +38,19 @@ def test_only_what_matters_is_shown_and_each_on_one_line() -> None:
         "warning: data: a document was truncated.",
         "warning: the loss is not finite",
     ]
+
+
+def test_a_table_is_a_title_a_heading_a_rule_and_its_rows(capsys: pytest.CaptureFixture[str]) -> None:
+    table = Table("model", "KL", title="one of two")
+    table.add_row("cut", "0.04")
+    show(table)
+    title, heading, rule, row = capsys.readouterr().out.splitlines()
+    assert (title.strip(), heading.split(), row.split()) == (
+        "one of two",
+        ["model", "┃", "KL"],
+        ["cut", "│", "0.04"],
+    )
+    assert set(rule.strip()) == {"━", "╇"}
 
 
 def test_the_filter_asks_for_beginnings_alone() -> None:
