@@ -15,6 +15,10 @@ export TOKENIZERS_PARALLELISM := false
 	data-pipeline linear-patch export-matrix other-engine plan-accuracy scale gpu-checks results docs lint types teacher \
 	tensorboard schema clean
 
+# Told before anything is installed.
+$(if $(word 2,$(RUN)),$(error RUN: '$(RUN)' given; accepted: a path without spaces))
+$(if $(filter shorten,$(MAKECMDGOALS)),$(if $(and $(MODEL),$(TRAIN)),,$(error give MODEL=NAME and TRAIN=TEXT, such as: make shorten MODEL=Qwen/Qwen3-0.6B TRAIN=my.jsonl)))
+
 help:  ## show the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
 
@@ -51,22 +55,22 @@ $(RUN)/data/test.jsonl: src/data/arithmetic.py $(RUN)/.data | $(VENV)/.installed
 
 $(RUN)/search/mask.json: $(RUN)/data/test.jsonl configs/demo/search.yaml $(RUN)/.search
 	@$(STALE)
-	$(CLI) fit --config configs/demo/search.yaml $(LOG) --seed_everything $(SEED) \
+	$(CLI) fit --config configs/demo/search.yaml $(LOG) \
 	  --data.init_args.train $(RUN)/data/train.jsonl --data.init_args.validation $(RUN)/data/validation.jsonl \
-	  --model.init_args.policy.init_args.seed $(SEED) --data.init_args.seed $(SEED) $(SEARCH) --ckpt_path last
+	  --seed_everything $(SEED) --model.init_args.policy.init_args.seed $(SEED) --data.init_args.seed $(SEED) $(SEARCH) --ckpt_path last
 
 $(RUN)/recover/record.json: $(RUN)/search/mask.json configs/demo/recover.yaml $(RUN)/.recover
 	@$(STALE)
-	$(CLI) fit --config configs/demo/recover.yaml $(LOG) --seed_everything $(SEED) \
+	$(CLI) fit --config configs/demo/recover.yaml $(LOG) \
 	  --data.init_args.train '[$(RUN)/data/train.jsonl, $(RUN)/data/validation.jsonl]' \
-	  --model.init_args.mask $< --data.init_args.seed 10$(SEED) $(RECOVER) --ckpt_path last
+	  --model.init_args.mask $< --seed_everything $(SEED) --data.init_args.seed 10$(SEED) $(RECOVER) --ckpt_path last
 
 $(RUN)/cut/config.json: $(RUN)/search/mask.json
 	$(CLI) export --mask $< --out $(RUN)/cut --force
 
 $(RUN)/recovered/config.json: $(RUN)/search/mask.json $(RUN)/recover/record.json
-	$(CLI) export --mask $< --checkpoint $(RUN)/recover/checkpoints/last.ckpt --out $(RUN)/recovered --force \
-	  --data 'generated multi-step arithmetic word problems'
+	$(CLI) export --mask $< --out $(RUN)/recovered --force \
+	  --checkpoint $(RUN)/recover/checkpoints/last.ckpt --data 'generated multi-step arithmetic word problems'
 
 $(RUN)/evaluate.json: $(RUN)/cut/config.json $(RUN)/recovered/config.json
 	$(CLI) evaluate --teacher $(TEACHER) --model $(RUN)/cut $(RUN)/recovered \
@@ -74,18 +78,19 @@ $(RUN)/evaluate.json: $(RUN)/cut/config.json $(RUN)/recovered/config.json
 	@for model in cut recovered; do $(PY) -m src.export.card $(RUN)/$$model --scores $@; done
 
 $(RUN)/benchmark.json: $(RUN)/recovered/config.json
-	$(CLI) benchmark --baseline $(TEACHER) --model $(RUN)/cut $(RUN)/recovered --out $@
+	$(CLI) benchmark --baseline $(TEACHER) --model $(RUN)/cut $(RUN)/recovered \
+	  --out $@
 
 # ---------------------------------------------------------------- a model of your own
 
-option = $(if $($(1)),--$(2)='$($(1))')
+quoted = '$(subst ','\'',$(1))'
+option = $(if $($(1)),--$(2)=$(call quoted,$($(1))))
 
-shorten: $(VENV)/.installed  ## a model of your own: MODEL=NAME TRAIN=TEXT [HELD_OUT=TEXT RATIO=0.25 or REMOVE=8 or TARGET={speedup: 1.3} UNIT=half METHOD=sleb TOKENS=5M OUT=DIR SEED=0 DRY=1]
-	$(if $(and $(MODEL),$(TRAIN)),,$(error give MODEL=NAME and TRAIN=TEXT, such as: make shorten MODEL=Qwen/Qwen3-0.6B TRAIN=my.jsonl))
-	@$(CLI) shorten --model '$(MODEL)' --train '$(TRAIN)' --seed $(SEED) $(call option,HELD_OUT,held-out) \
+shorten: $(VENV)/.installed  ## a model of your own: MODEL=NAME TRAIN=TEXT [HELD_OUT RATIO REMOVE TARGET UNIT METHOD TOKENS OUT RUN SEED: as shorten --help; DRY=1]
+	@$(CLI) shorten $(call option,MODEL,model) $(call option,TRAIN,train) --seed $(SEED) $(call option,HELD_OUT,held-out) \
 	  $(call option,RATIO,ratio) $(call option,REMOVE,remove) $(call option,TARGET,target) $(call option,UNIT,unit) $(call option,METHOD,method) \
 	  $(call option,TOKENS,tokens) $(call option,OUT,out) $(call option,SEARCH,search) $(call option,RECOVER,recover) \
-	  $(if $(filter command line,$(origin RUN)),--run '$(RUN)') $(if $(DRY),--dry-run)
+	  $(if $(filter command line,$(origin RUN)),--run $(RUN)) $(if $(DRY),--dry-run)
 
 # ---------------------------------------------------------------- a public model of 30 layers
 

@@ -12,8 +12,8 @@ import shlex
 from pathlib import Path
 from typing import Any, get_args
 
+import yaml
 from rich.table import Table
-from transformers.utils import logging
 
 from src.command import Parser, named, show
 from src.data.content import fingerprint
@@ -28,6 +28,7 @@ from src.ranges import SEED, Range, inside_unit, positive
 from src.shorten.settings import RECOVER, SEARCH, Choice, choose, fitted
 from src.shorten.stages import Stage, earlier, foreign, work_through
 from src.shorten.text import JUDGED, SHARE, hold_out, look
+from src.training.lock import lock
 
 SETTINGS = "settings.json"
 POLICIES = Path(__file__).parents[2] / "configs" / "policy"
@@ -38,7 +39,6 @@ HELD_OUT = "held_out.jsonl"
 def main(argv: list[str]) -> None:
     """Choose settings, print them, and run the stages."""
     args = _parse(argv)
-    logging.disable_progress_bar()
     run = Path(args.run or f"logs/shorten/{Path(args.model).name}")
     if (fault := misfit(run / SETTINGS)) is not None:
         raise ConfigError(f"--run: '{run}' cannot be written: {fault}.")
@@ -51,7 +51,8 @@ def main(argv: list[str]) -> None:
     if args.dry_run:
         print("\n".join(stage.command for stage in found))
         return
-    work_through(found, run / "stages.json")
+    with lock(run, "--run"):
+        work_through(found, run / "stages.json")
 
 
 def settled(
@@ -68,6 +69,9 @@ def settled(
 
     Returns:
         The settings; the options of ``fit`` for each stage; and what the planner says of each stage.
+
+    Raises:
+        ConfigError: a setting cannot be chosen, or another command is at work in the directory.
     """
     about: dict[str, Any] = {k: str(v) for k, v in vars(args).items() if k not in ("run", "dry_run")}
     about["facts"], kept, held = facts, run / SETTINGS, run / HELD_OUT
@@ -80,15 +84,20 @@ def settled(
     rows = hold_out(args.model, args.train) if not args.held_out and (anew or not held.exists()) else None
     if anew:
         known = {"about": about, **_chosen(args)}
-        held.unlink(missing_ok=True)
-        write_json(kept, known)  # before the rows: rows beside no settings are not this command's
-    if rows:
-        write_text(held, rows)
+    if anew or rows:
+        with lock(run, "--run"):  # another command may be at work here by these settings and rows
+            if anew:
+                held.unlink(missing_ok=True)
+                write_json(kept, known)  # before the rows: rows beside no settings are not this command's
+            if rows:
+                write_text(held, rows)
     return [Choice(*each) for each in known["choices"]], known["options"], known["notes"]
 
 
 def _chosen(args: argparse.Namespace) -> dict[str, Any]:
     """Choose the settings, and ask the planner how each stage is run here."""
+    if args.held_out:
+        look(args.model, args.held_out)  # that it can be read
     choices, notes = list(choose(args.model, look(args.model, args.train), args.tokens)), list[str]()
     options: dict[str, list[str]] = {}
     share: float | None = None
@@ -104,7 +113,7 @@ def _chosen(args: argparse.Namespace) -> dict[str, Any]:
             notes.append(f"{stage}: not planned on {where}")
         else:
             minutes = 60 * advice.best.hours
-            time = f"{minutes:.0f} minutes" if minutes < 90 else f"{minutes / 60:.1f} hours"
+            time = f"{minutes:.0f} min" if minutes < 90 else f"{minutes / 60:.1f} hours"
             notes.append(f"{stage} on {where}, about {time} by its operations: {advice.reason}")
             own += [part for option in advice.options for part in shlex.split(option)]
         options[stage] = own
@@ -171,16 +180,36 @@ def _facts(args: argparse.Namespace) -> list[str | None]:
     """Return what tells model and texts apart from others under their names.
 
     Raises:
-        ConfigError: there is no such model or text; names the option.
+        ConfigError: there is no such model or text, or a file is to train and to judge; names the option.
     """
-    facts = [identity(args.model)]
+    texts: list[list[str | None]] = []
     for option in ("train", "held_out"):
         if (path := getattr(args, option)) is not None:
             try:
-                facts += [fingerprint(source) for source in sources(path, option)]
+                texts.append([fingerprint(source) for source in sources(path, option)])
             except ConfigError as e:
                 raise ConfigError(f"--{option.replace('_', '-')}: {e}") from e
-    return facts
+    if len(texts) == 2 and {*texts[0]} & {*texts[1]} - {None}:
+        raise ConfigError(
+            f"--held-out: '{args.held_out}' holds rows of --train, and a model is not judged by what it was "
+            f"trained on. Name other rows, or leave it out: {SHARE:.0%} of the text is kept apart then."
+        )
+    return [identity(args.model), *(fact for facts in texts for fact in facts)]
+
+
+def _goal(text: str) -> str:
+    """Return the text of a target, as ``type`` of argparse.
+
+    Raises:
+        ArgumentTypeError: it is no mapping.
+    """
+    try:
+        found = yaml.safe_load(text)
+    except yaml.YAMLError:
+        found = None
+    if not isinstance(found, dict):
+        raise argparse.ArgumentTypeError(f"'{text}' given; accepted: such as '{{speedup: 1.3}}'")
+    return text
 
 
 def _search(args: argparse.Namespace) -> list[str]:
@@ -240,13 +269,18 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     )
     add("--remove", type=positive, metavar="N", help="layers to remove, instead of a share")
     goal = "what the model should reach, instead of a share: '{speedup: 1.3}', parameters or memory_gib"
-    add("--target", metavar="GOAL", help=goal)
+    add("--target", type=_goal, metavar="GOAL", help=goal)
     add("--unit", default="layer", choices=get_args(Unit), help="what is removed (docs/units.md)")
     add("--method", metavar="NAME", help="an overlay of configs/policy/ (default: Gumbel-TopK)")
-    add("--tokens", type=amount, metavar="N", help="tokens that the recovery processes, such as 5M")
+    add(
+        "--tokens",
+        type=amount,
+        metavar="N",
+        help="tokens that the recovery processes, such as 5M (default: by the text)",
+    )
     add("--out", type=named, metavar="DIR", help="the new model (default: <run>/recovered)")
     add("--run", type=named, metavar="DIR", help="where all else goes (default: logs/shorten/<model>)")
-    add("--seed", type=Range(int, 0, SEED), default=0)
+    add("--seed", type=Range(int, 0, SEED), default=0, help="of masks and the order of rows (default: 0)")
     add("--search", default="", metavar="OPTIONS", help="further options of the search's fit, quoted")
     add("--recover", default="", metavar="OPTIONS", help="further options of the recovery's fit, quoted")
     add("--dry-run", action="store_true", help="print settings and commands, run nothing")

@@ -157,9 +157,12 @@ def shortened(
 ) -> tuple[list[str], Path, float]:
     """The one command on tiny files, the run of it that nothing ends, and how long that takes."""
     out = tmp_path_factory.mktemp("shortened")
+    held_out = out.with_name("held_out.jsonl")
+    held_out.write_text("".join(Path(corpus_file).read_text().splitlines(keepends=True)[:20]))
     few = "--trainer.max_steps=4 --trainer.accelerator=cpu"
     argv = [
-        "shorten", "--model", teacher_dir, "--train", corpus_file, "--held-out", corpus_file, "--remove", "2",
+        "shorten", "--model", teacher_dir, "--train", corpus_file, "--held-out", str(held_out),
+        "--remove", "2",
         "--search", f"{few} --model.init_args.calibration_batches=1",
         "--recover", f"{few} --trainer.val_check_interval=2",
     ]  # fmt: skip

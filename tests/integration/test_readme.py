@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import subprocess
 from pathlib import Path
 from pkgutil import resolve_name
@@ -110,6 +111,31 @@ def headings(page: Path) -> set[str]:
 def test_linked_sections_exist(page: Path) -> None:
     for target, section in re.findall(r"\]\((?!http)([^)#]*)#([^)]+)\)", page.read_text()):
         assert section in headings(page.parent / target if target else page), (target, section)
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["shorten", "MODEL=m"], "give MODEL=NAME and TRAIN=TEXT"),
+        (["shorten", "MODEL=", "TRAIN=t"], "give MODEL=NAME and TRAIN=TEXT"),
+        (["demo", "RUN=my runs"], "RUN: 'my runs' given; accepted: a path without spaces"),
+    ],
+)
+def test_make_refuses_before_it_installs_anything(words: list[str], told: str) -> None:
+    done = subprocess.run(["make", "-n", "VENV=none", *words], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert len(done.stderr.splitlines()) == 1
+    assert told in done.stderr
+
+
+def test_make_hands_over_what_it_is_given_as_it_is() -> None:
+    given = {"MODEL": "it's mine", "TRAIN": "a b.jsonl", "TARGET": "{speedup: 1.3}", "OUT": "my model"}
+    words = [f"{key}={value}" for key, value in given.items()]
+    done = subprocess.run(["make", "-n", "shorten", *words], capture_output=True, text=True, check=True)
+    parts = shlex.split(done.stdout)
+    assert [part for part in parts if part.partition("=")[2] in given.values()] == [
+        f"--{key.lower()}={value}" for key, value in given.items()
+    ]
 
 
 NAMED = [*PAGES, Path("Makefile"), *sorted(Path("configs").rglob("*.yaml"))]

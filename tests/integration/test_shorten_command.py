@@ -67,4 +67,4 @@ def test_ended_in_each_stage_it_goes_on_to_the_same_model(command: list[str], tm
     last = subprocess.run(command, capture_output=True, text=True)
     assert last.returncode == 0, last.stderr
     done = json.loads((tmp_path / "run/stages.json").read_text())
-    assert [state for state, _ in done.values()] == ["done"] * len(STAGES)
+    assert [state for state, *_ in done.values()] == ["done"] * len(STAGES)

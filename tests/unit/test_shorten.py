@@ -95,11 +95,34 @@ def test_a_corpus_is_looked_at_and_divided(tmp_path: Path, teacher_dir: str) -> 
 
 # ------------------------------------------------------------------ the verb
 
+NO_TARGET = "--target: .*such as '{speedup: 1.3}'"
+
 
 def parsed(tmp_path: Path, teacher_dir: str, corpus_file: str, *more: str) -> argparse.Namespace:
     return verb._parse(
         ["--model", teacher_dir, "--train", corpus_file, "--run", str(tmp_path / "run"), *more]
     )
+
+
+def part_of(corpus_file: str, tmp_path: Path) -> str:
+    """A file of other content."""
+    part = tmp_path / "part.jsonl"
+    part.write_text("".join(Path(corpus_file).read_text().splitlines(keepends=True)[:8]))
+    return str(part)
+
+
+def test_a_model_is_not_judged_by_the_text_that_trains_it(
+    tmp_path: Path, teacher_dir: str, corpus_file: str
+) -> None:
+    copy = shutil.copy(corpus_file, tmp_path / "copy.jsonl")
+    for held_out in (corpus_file, str(copy)):
+        with pytest.raises(ConfigError, match=r"--held-out: .* holds rows of --train"):
+            verb._facts(parsed(tmp_path, teacher_dir, corpus_file, "--held-out", held_out))
+    other = parsed(tmp_path, teacher_dir, corpus_file, "--held-out", part_of(corpus_file, tmp_path))
+    assert len(set(verb._facts(other))) == 3
+    Path(other.held_out).write_text("")
+    with pytest.raises(ConfigError, match=r"part\.jsonl is empty"):
+        verb._chosen(other)
 
 
 def lined(args: argparse.Namespace, tmp_path: Path) -> dict[str, Stage]:
@@ -245,7 +268,12 @@ def test_a_model_of_the_hub_is_the_same_before_and_after_it_is_downloaded(
         ("--out", "/dev/zero/x", "--out: .*no directory"),
         ("--run", "/dev/zero", "--run: .*no directory"), ("--held-out", "", "--held-out: an empty name"),
         ("--seed", str(2**32), "--seed: .*accepted: a whole number"), ("--train", "none.jsonl", "--train: "),
-        ("--target", "{}", "model.target: .*exactly one of"), ("--remove", "6", "Accepted: 1 to 5"),
+        ("--target", "{}", "model.target: .*exactly one of"),
+        ("--target", "fast", NO_TARGET), ("--target", "1.3", NO_TARGET), ("--target", "{a", NO_TARGET),
+        ("--remove", "6", "Accepted: 1 to 5"),
+        ("--unit", "halves", "--unit: 'halves' given; accepted: 'layer', "),
+        ("--held-out", "/dev/null", "--held-out: .*no regular file"),
+        ("--train", "", "--train: an empty name"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_done_is_told_before_anything_runs(
@@ -257,7 +285,7 @@ def test_what_cannot_be_done_is_told_before_anything_runs(
     corpus_file: str,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    given = {"--model": teacher_dir, "--train": corpus_file, "--held-out": corpus_file}
+    given = {"--model": teacher_dir, "--train": corpus_file, "--held-out": part_of(corpus_file, tmp_path)}
     given |= {"--run": str(tmp_path / "run"), option: value}
     assert re.search(told, refused(["shorten", *(f"{key}={name}" for key, name in given.items())], capsys))
     assert not (tmp_path / "run").exists()

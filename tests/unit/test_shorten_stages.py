@@ -15,9 +15,10 @@ from typing import Any
 import pytest
 
 from src.errors import ConfigError
-from src.shorten import stages
+from src.shorten import stages, verb
 from src.shorten.stages import Stage, digests, work_through
 from src.training import stopping
+from src.training.lock import lock
 from tests.faults.runs import forked
 
 
@@ -173,3 +174,37 @@ def test_a_killed_stage_has_the_status_that_a_shell_gives_it(
     with pytest.raises(SystemExit) as stop:
         work_through(line(tmp_path), tmp_path / "stages.json")
     assert stop.value.code == 137
+
+
+@pytest.mark.parametrize("part", ["settings", "work"])
+def test_one_command_at_a_time_works_in_a_directory(
+    part: str, tmp_path: Path, teacher_dir: str, corpus_file: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second one changes no setting that the first one works by."""
+    place, held, options = tmp_path / "run", tmp_path / "held", {"search": [], "recover": []}
+    monkeypatch.setattr(verb, "_chosen", lambda _: {"choices": [], "options": options, "notes": []})
+    monkeypatch.setattr(verb, "work_through", lambda *_: pytest.fail("a stage runs"))
+    judged_by = tmp_path / "judged.jsonl"
+    judged_by.write_text("".join(Path(corpus_file).read_text().splitlines(keepends=True)[:8]))
+    texts = ["--train", corpus_file, "--held-out", str(judged_by)]
+    given = ["--model", teacher_dir, *texts, "--run", str(place)]
+    if part == "work":
+        args = verb._parse(given)
+        verb.settled(args, place, verb._facts(args))
+
+    def hold() -> None:
+        with lock(place, "--run"):
+            held.touch()
+            signal.pause()
+
+    other = forked(hold)
+    while not held.exists():
+        time.sleep(0.01)
+    before = {path: path.read_bytes() for path in place.iterdir()}
+    with pytest.raises(ConfigError, match="--run: another run is writing to"):
+        verb.main(given)
+    assert {path: path.read_bytes() for path in place.iterdir()} == before
+    os.kill(other, signal.SIGKILL)
+    os.waitpid(other, 0)
+    with pytest.raises(pytest.fail.Exception, match="a stage runs"):
+        verb.main(given)
