@@ -19,7 +19,7 @@ from scripts.scale.page import write
 
 PARTS: dict[str, Callable[[Path], dict[str, Any]]] = {
     part.__name__.rpartition(".")[2]: part.measure for part in (converge, grow, plans, teachers, equality)
-}
+} | {"signals": teachers.signals}
 
 
 def main() -> None:

@@ -55,19 +55,19 @@ def plans(section: JSON) -> list[str]:
 
 
 def teachers(section: JSON) -> list[str]:
-    """Signals and recovered scores of quantised teachers."""
-    rows = []
-    for form, signal in section["signals"].items():
-        scores = [100 * run["exact_match"] for run in section["runs"] if run["teacher"] == form]
-        told = ", ".join(f"{score:.2f}" for score in scores) or "-"
-        rows.append([form, f"{signal['kl']:.1e}", f"{100 * signal['agreement']:.2f} %", told])
+    """Recovered scores from quantised teachers."""
+    rows = [[r["teacher"], str(r["seed"]), f"{100 * r['exact_match']:.2f}"] for r in section["runs"]]
     gap = 100 * section["int8_minus_float32"]
-    note = (
-        f"Recovered from int8 less recovered from float32, mean over seeds: {gap:+.2f} points on "
-        f"{section['problems']:,} problems; the teacher itself: {100 * section['teacher']:.2f} %."
-    )
-    head = "teacher | KL from float32, nats | same first choice | recovered demo, exact match % (by seed)"
-    return [*table(head, rows), "", note]
+    note = (f"Recovered from int8 less recovered from float32, mean over seeds: {gap:+.2f} points on "
+            f"{section['problems']:,} problems; the teacher: {100 * section['teacher']:.2f} %.")  # fmt: skip
+    return [*table("teacher | seed | recovered demo, exact match %", rows), "", note]
+
+
+def signals(section: JSON) -> list[str]:
+    """Signals of quantised teachers beside float32."""
+    told = "{kl:.1e} nats; first choice the same for {agreement:.2%}"
+    rows = [[form, told.format(**f) if "kl" in f else "refused"] for form, f in section["forms"].items()]
+    return table("teacher | KL from float32", rows)
 
 
 def equality(section: JSON) -> list[str]:
@@ -78,6 +78,7 @@ def equality(section: JSON) -> list[str]:
 
 TABLES: dict[str, Callable[[JSON], list[str]]] = {
     "converge": converge, "grow": grow, "plans": plans, "teachers": teachers, "equality": equality,
+    "signals": signals,
 }  # fmt: skip
 
 

@@ -11,31 +11,35 @@ from scripts.scale.converge import fight
 from src.data.arithmetic import problems
 from src.data.documents import Columns
 from src.data.judging import batches, judged
+from src.errors import ConfigError
 from src.evaluate.text import held_out
 from src.models.loading import Quantization, load_model, load_tokenizer
 
-FORMS: tuple[Quantization | None, ...] = (None, "int8")
+FORMS: tuple[Quantization, ...] = ("int8", "nf4")
+
+
+def signals(work: Path) -> dict[str, Any]:
+    """KL from the float32 teacher to each form of it; of a form that is refused, why."""
+    tokenizer, rows = load_tokenizer(TEACHER), list(problems("test", 256, 9))
+    encoded, found = judged(tokenizer, rows, Columns(), "all").rows, dict[str, Any]()
+    for form in FORMS:
+        try:
+            models = load_model(TEACHER, quantize=form), load_model(TEACHER)
+            found[form] = held_out(*models, batches(encoded, 64, tokenizer.pad_token_id))
+        except ConfigError as refusal:
+            found[form] = {"refused": str(refusal)}
+    return {"forms": found}
 
 
 def measure(work: Path) -> dict[str, Any]:
-    """KL from the float32 teacher to each form of it, and recovered scores."""
-    tokenizer, rows = load_tokenizer(TEACHER), list(problems("test", 256, 9))
-    encoded, signals = judged(tokenizer, rows, Columns(), "all").rows, {}
-    for form in FORMS:
-        text = batches(encoded, 64, tokenizer.pad_token_id)
-        figures = held_out(load_model(TEACHER, quantize=form), load_model(TEACHER), text)
-        signals[form or "float32"] = {key: figures[key] for key in ("kl", "agreement", "tokens")}
+    """Scores of the demo, recovered from the float32 teacher and from its quantised forms."""
     found = fight("configs/arena/teachers.yaml", "teachers", work)
-    runs = [
-        {"seed": run["seed"], "teacher": row["variant"], "exact_match": run["recovered"]["exact_match"]}
-        for row in found["rows"] for run in row["runs"]
-    ]  # fmt: skip
-    means = {
-        name: statistics.mean(run["exact_match"] for run in runs if run["teacher"] == name)
-        for name in dict.fromkeys(run["teacher"] for run in runs)
-    }
+    runs = [{"seed": run["seed"], "teacher": row["variant"], "exact_match": run["recovered"]["exact_match"]}
+            for row in found["rows"] for run in row["runs"]]  # fmt: skip
+    means = {name: statistics.mean(run["exact_match"] for run in runs if run["teacher"] == name)
+             for name in dict.fromkeys(run["teacher"] for run in runs)}  # fmt: skip
     teacher = found["teacher"]
     return {
-        "problems": teacher["problems"], "signals": signals, "runs": runs, "means": means,
+        "problems": teacher["problems"], "runs": runs, "means": means,
         "teacher": teacher["exact_match"], "int8_minus_float32": means["int8"] - means["float32"],
     }  # fmt: skip
