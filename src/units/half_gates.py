@@ -130,11 +130,10 @@ class HalfGates(Gates):
         """Return a forward for a module that serves one half alone, and has no use while that half is closed.
 
         Then the module runs without autograd; and where nothing is differentiated and no cache is filled, it
-        does not run: zeros of its output's shape take the place.
+        does not run: zeros of its output's shape take the place. A module whose output is not the input's
+        shape but for the width, such as that of several streams at once, always runs.
         """
-        form: list[
-            Any
-        ] = []  # an output of the module, without tokens, and its width if it is not the input's
+        form: list[Any] = []  # an output, without tokens, and its width if that is not the input's
 
         def idle(*args: Any, **kwargs: Any) -> Any:
             h = args[0] if args else next(v for v in kwargs.values() if isinstance(v, Tensor))
@@ -146,7 +145,7 @@ class HalfGates(Gates):
                 return checkpoint(forward, *args, use_reentrant=False, **kwargs)
             with torch.set_grad_enabled(torch.is_grad_enabled() and not self._closed(unit)):
                 out = forward(*args, **kwargs)
-            if not form:
+            if not form and first(out).shape[:-1] == h.shape[:-1]:
                 width = None if first(out).shape == h.shape else first(out).shape[-1]
                 form.extend((with_first(out, first(out).new_empty(0)), width))
             return out

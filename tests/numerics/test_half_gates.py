@@ -16,6 +16,7 @@ from src.models.layers import decoder_layers
 from src.report import figures
 from src.units.half_gates import HalfGates
 from src.units.kinds import KINDS
+from tests import families
 from tests.tiny import LAYERS, tiny_ids, tiny_model
 
 KEEP = (0, 1, 2, 3, 4, 7, 8, 9, 12, 13)
@@ -76,6 +77,19 @@ def test_rows_of_another_length_meet_the_same_gates(family: str) -> None:
         with gates.use(gates_of(mask_of_halves())):
             gated = model(input_ids=ids, use_cache=False).logits
         assert torch.equal(gated, short(input_ids=ids, use_cache=False).logits)
+
+
+@torch.no_grad()
+def test_a_module_that_reads_several_streams_at_once_does_not_rest() -> None:
+    """Its first output is a factor for each stream; zeros of the streams' shape would be none."""
+    model, ids = families.tiny_model("hy_v4"), tiny_ids()
+    mask = Mask("m", 7, tuple(unit for unit in range(14) if unit not in (3, 4, 5, 6)), "by hand", unit="half")
+    short, gates = cut(model, mask), HalfGates(model)
+    with gates.use(gates_of(mask)):
+        for length in (8, 5):
+            gated = model(input_ids=ids[:, :length], use_cache=False).logits
+            assert torch.equal(gated, short(input_ids=ids[:, :length], use_cache=False).logits)
+    gates.remove()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
