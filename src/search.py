@@ -2,10 +2,10 @@
 
 Each step draws masks from the policy, runs the student under each, measures its divergence from the teacher
 and hands the losses back to the policy. Weights do not move, unless adapters train beside them. The gradient
-of a draw with respect to its gates (and to the adapters) is taken at once and its graph freed. So memory does
-not grow with the number of draws, and the graph that Lightning sees (from the policy's logits to the
-surrogate) is the same small one under every strategy. By default the teacher is the student itself, its gates
-open and its adapters off: one copy of the weights.
+of a draw with respect to its gates (and to the adapters) is taken at once and its graph freed, but for the
+layers that the next draw begins with too. So memory does not grow with the number of draws, and the graph
+that Lightning sees (from the policy's logits to the surrogate) is the same small one under every strategy. By
+default the teacher is the student itself, its gates open and its adapters off: one copy of the weights.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from src.errors import ConfigError
 from src.losses.distill import Distillation
 from src.losses.signals import Signal, live_signal
 from src.mask import WIDE, Mask, Unit, git_sha
-from src.models.gated import Observer, freeze
+from src.models.gated import Observer, freeze, resumes
 from src.models.head import OutputHead
 from src.models.sharding import shard
 from src.policies import MaskPolicy
-from src.policies.draws import Draw, over_ranks
+from src.policies.draws import apart, over_ranks, together
 from src.policies.race import Race
 from src.ranges import Count, Range, checked
 from src.teachers import TeacherSource
@@ -99,6 +99,8 @@ class MaskSearch(Sized):
             policy.setup(self.num_layers, most, pinned, unit, self.width or 1)
         except ConfigError as e:
             raise ConfigError(f"{e} {self.limits.reason}".strip()) from e
+        self.shares = False
+        """Whether the passes of a step share what they compute alike; known once the model has run."""
         self.forward_tokens = 0.0
         """Tokens passed through all layers; a backward pass through the activations counts as another."""
 
@@ -143,6 +145,8 @@ class MaskSearch(Sized):
         self.check()
         if self.teacher is not None:
             self.teacher.setup(self)
+        alone = self.adapters is None and self.device_mesh is None and not self.checkpoint_activations
+        self.shares = alone and resumes(self.gates, lambda: self.head.hidden(self.head.few))
 
     # ------------------------------------------------------------------ measuring
 
@@ -174,12 +178,18 @@ class MaskSearch(Sized):
         self.forward_tokens += real_tokens(batch) * self.trainer.world_size * layers / self.num_layers
 
     @torch.no_grad()
-    def teacher_signal(self, rows: Supervised) -> Signal:
-        """Return the teacher's signal at the supervised positions of a batch."""
+    def teacher_signal(self, rows: Supervised, open_U: Tensor | None = None) -> Signal:
+        """Return the teacher's signal at the supervised positions of a batch.
+
+        Args:
+            rows: the batch.
+            open_U: open gates to run the student under as its own teacher; None runs it without.
+        """
         if self.teacher is not None:
             return self.teacher.signal(rows.batch, rows.index_N)
-        hidden_NH = self.teacher_hidden(rows.batch).flatten(0, 1)[rows.index_N]
-        return live_signal(self.head, hidden_NH, self.distillation.asks)
+        with self.parents_weights():
+            hidden_BTH = self.hidden(rows.batch, open_U)
+        return live_signal(self.head, hidden_BTH.flatten(0, 1)[rows.index_N], self.distillation.asks)
 
     def divergence(
         self,
@@ -208,38 +218,19 @@ class MaskSearch(Sized):
         pinned = KINDS[self.unit].of(self.limits.pinned(self.num_layers, budget.remove))
         return self.policy.aimed(budget.remove, {*pinned, *held})
 
-    def draw(self, rows: Supervised, signal: Signal, number: int, whole: WholeBatch | None = None) -> Draw:
-        """Draw a mask, and return its gates, its loss and the gates' gradient; its graph is freed.
-
-        Args:
-            rows: a batch and its supervised positions.
-            signal: the teacher's signal at these positions.
-            number: number of this draw within the step; it decides the noise.
-            whole: the batch of all ranks that this one is a part of; None if it is on its own.
-        """
+    def sample(self, number: int) -> Tensor:
+        """Return the gates of a mask drawn for the step at hand; its ``number`` there decides the noise."""
         step = self.trainer.global_step
         with self.aimed(self.budgets[(step + number) % len(self.budgets)]):
-            gates_U = self.policy.sample(step, number)
-        leaf_U, grad_U = gates_U.detach().requires_grad_(self.policy.needs_gradient), None
-        moving = [] if self.adapters is None else self.adapters.moving()
-        inputs = [*([leaf_U] if self.policy.needs_gradient else []), *moving]
-        with torch.set_grad_enabled(bool(inputs)):
-            loss = self.divergence(rows, signal, leaf_U, whole=whole)
-        if inputs:
-            grads = list(torch.autograd.grad(loss, inputs, allow_unused=bool(moving)))
-            self.spent(rows.batch, self.num_layers)
-            grad_U = grads.pop(0) if self.policy.needs_gradient else None
-            if self.adapters is not None:
-                self.adapters.take(grads)
-        return Draw(gates_U, loss.detach(), grad_U)
+            return self.policy.sample(step, number)
 
     @float32_by_default()
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         rows = Supervised.of(batch)
         whole = WholeBatch(len(rows), real_tokens(batch), self.device)
-        signal = self.teacher_signal(rows)
         first = batch_idx % self.trainer.accumulate_grad_batches * self.draws
-        drawn = [self.draw(rows, signal, first + number, whole) for number in range(self.draws)]
+        masks = [self.sample(first + number) for number in range(self.draws)]
+        drawn = (together if self.shares else apart)(self, rows, masks, whole)
         self.tokens += whole.tokens
         losses_D, grads_DU = over_ranks(drawn)
         self.log("train/kl", losses_D.mean(), prog_bar=True)

@@ -117,7 +117,7 @@ def gradients(model: PreTrainedModel) -> dict[str, Any]:
 
 def gate_gradient(model: PreTrainedModel, batch: dict[str, Tensor], layers: int, skip: bool) -> Tensor:
     """Gradient ``[L]`` of the search's loss at a mask that removes every fourth layer."""
-    gates, head = GatedLayers(model, skip_closed_autograd=skip), OutputHead(model)
+    gates, head = GatedLayers(model, lean=skip), OutputHead(model)
     leaf = torch.tensor([float(i % 4 != 2) for i in range(layers)], device=model.device, requires_grad=True)
     index = supervised(batch["labels"])
     try:

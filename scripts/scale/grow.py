@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from scripts.lab.benches import in_turns
-from scripts.search_step import ladder
+from scripts.search_step import OURS, ladder
 
 BASE = {"layers": 12, "hidden": 256, "rows": 2, "tokens": 128}
 SWEEPS: dict[str, tuple[int, ...]] = {
@@ -16,7 +16,6 @@ SWEEPS: dict[str, tuple[int, ...]] = {
     "tokens": (64, 128, 256, 512),
 }  # fmt: skip
 REPEATS = 5
-OURS = "+ supervised positions, chunked KL, shared teacher"
 
 
 def measure(_: Path) -> dict[str, Any]:

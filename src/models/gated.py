@@ -33,6 +33,7 @@ from src.models.layers import (
     with_first,
     with_stream,
 )
+from src.models.mixing import mix
 from src.models.prefixes import Prefixes
 
 Observer = Callable[[int, Tensor, Tensor], None]
@@ -135,8 +136,8 @@ class Gates:
     def remember(self, prefixes: Prefixes | None) -> Iterator[None]:
         """Let each pass in the block start behind the units that an earlier pass ran with the same gates.
 
-        The passes are of one batch, without gradients, and under :meth:`use`. The layers must hand on the
-        stream alone (:func:`resumes`). A pass with an observer runs every layer.
+        The passes are of one batch, and under :meth:`use`. The layers must hand on the stream alone
+        (:func:`resumes`). A pass with an observer runs every layer.
 
         Args:
             prefixes: keeps the streams of earlier passes, and those of these passes; None remembers nothing.
@@ -159,13 +160,19 @@ class Gates:
             The stream ``[B, T, H]`` behind the layer.
         """
         assert self._prefixes is not None, "there is something to begin at"
-        assert not torch.is_grad_enabled(), "a gradient passes through every unit"
         h_BTH = stream_in(*arguments)
-        for unit in range(self.each * index, self.each * (index + 1)):
+        for unit in range(self.each * index, self.each * (index + 1), self._stride):
             if unit >= self._prefixes.start:
                 args, kwargs = with_stream(self._prefixes.stream(unit, h_BTH), *arguments)
-                h_BTH = first(run(unit, *args, **kwargs))
+                with torch.set_grad_enabled(torch.is_grad_enabled() or unit < self._prefixes.graded):
+                    h_BTH = first(run(unit, *args, **kwargs))
         return h_BTH
+
+    @property
+    def _stride(self) -> int:
+        """Units that run at a time: a whole layer where streams are kept in front of layers alone."""
+        assert self._prefixes is not None, "there is something to begin at"
+        return self.each if (self._prefixes.every or 1) % self.each == 0 else 1
 
 
 class GatedLayers(Gates):
@@ -177,7 +184,8 @@ class GatedLayers(Gates):
     Args:
         model: any decoder; its one list of layers is found by length.
         checkpoint_activations: recompute kept layers in the backward pass instead of storing them.
-        skip_closed_autograd: evaluate hard-zero layers without autograd (the default; off only to compare).
+        lean: evaluate hard-zero layers without autograd, and multiply by no gate of 0 or 1 (the default; off
+            only to compare).
     """
 
     each = 1
@@ -186,12 +194,12 @@ class GatedLayers(Gates):
         self,
         model: PreTrainedModel,
         checkpoint_activations: bool = False,
-        skip_closed_autograd: bool = True,
+        lean: bool = True,
     ) -> None:
         super().__init__()
         self.path, self.layers = decoder_layers(model)
         self.checkpoint_activations = checkpoint_activations
-        self.skip_closed_autograd = skip_closed_autograd
+        self.lean = lean
         for index, layer in enumerate(self.layers):
             layer.forward = self._gated_forward(index, layer.forward)
 
@@ -213,6 +221,8 @@ class GatedLayers(Gates):
             gates, h_in = self._gates, stream_in(args, kwargs)
             if self._skips(index, args, kwargs):
                 return h_in
+            if (known := self._known(index)) is not None:
+                return mix(h_in, known, self._gate(index, known), 0.0)
             self.evaluated += 1
             if gates is None:
                 out = forward(*args, **kwargs)
@@ -220,7 +230,7 @@ class GatedLayers(Gates):
                 self.plain = isinstance(out, Tensor)
                 return out
             closed = self._values[index] == 0.0
-            if closed and self.skip_closed_autograd:
+            if closed and self.lean:
                 with torch.no_grad():
                     out = forward(*args, **kwargs)
             elif self.checkpoint_activations and torch.is_grad_enabled():
@@ -229,8 +239,8 @@ class GatedLayers(Gates):
                 out = forward(*args, **kwargs)
             self._observe(index, h_in, out)
             h_out = first(out)
-            mixed = torch.lerp(h_in, h_out, self._gate(index, h_out))
-            return with_first(out, mixed)
+            value = self._values[index] if self.lean else None
+            return with_first(out, mix(h_in, h_out, self._gate(index, h_out), value))
 
         return gated
 
@@ -239,6 +249,13 @@ class GatedLayers(Gates):
         closed = bool(self._values) and self._values[index] == 0.0
         read = torch.is_grad_enabled() or self._observer is not None
         return closed and not read and self.plain and not fills_cache(args, kwargs)
+
+    def _known(self, index: int) -> Tensor | None:
+        """Return the output of a closed layer if an earlier pass ran it, open, on the same stream."""
+        closed = bool(self._values) and self._values[index] == 0.0
+        if self._prefixes is None or index != self._prefixes.start or not closed:
+            return None
+        return self._prefixes.behind
 
     def _observe(self, index: int, h_in: Tensor, out: Any) -> None:
         if self._observer is not None:

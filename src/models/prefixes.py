@@ -22,17 +22,22 @@ Front = tuple[float, ...]
 class Prefixes:
     """Holds streams of one batch in front of units, as the open model and the last mask's model compute them.
 
-    They hold for that batch as long as the weights stay the same.
+    They hold for that batch as long as the weights stay the same. A stream that was computed with an autograd
+    graph keeps it, so a pass that starts there has the gradients of a whole one.
 
     Args:
         every: streams are kept in front of each unit whose number this divides; None keeps no stream.
+        opened: whether those of the open model stay although the next mask does not share them.
 
     Attributes:
         start: first unit that the present pass has to run; the stream in front of it is remembered.
+        behind: the stream behind that unit when it was open, without a graph, if an earlier pass kept it.
+        graded: the first so many units keep a graph even where autograd is off, for passes that follow.
     """
 
-    def __init__(self, every: int | None = 1) -> None:
-        self.every, self.start = every, 0
+    def __init__(self, every: int | None = 1, opened: bool = True) -> None:
+        self.every, self.opened, self.start, self.graded = every, opened, 0, 0
+        self.behind: Tensor | None = None
         self._gates: Front = ()
         self._streams: dict[Front, Tensor] = {}
 
@@ -42,7 +47,7 @@ class Prefixes:
     def begin(self, gates: Iterable[float]) -> None:
         """Prepare a pass: find the unit at which it can start, and forget the streams that are of no use.
 
-        Streams of the open model stay, and those along these gates.
+        Streams along these gates stay, and those of the open model if asked.
 
         Args:
             gates: of the pass, ``[U]``.
@@ -50,7 +55,10 @@ class Prefixes:
         self._gates = tuple(gates)
         along = {front for front in self._streams if front == self._gates[: len(front)]}
         self.start = max(map(len, along), default=0)
-        self._streams = {f: h for f, h in self._streams.items() if f in along or set(f) == {1.0}}
+        behind = self._streams.get((*self._gates[: self.start], 1.0))
+        self.behind = None if behind is None else behind.detach()
+        stay = along | {front for front in self._streams if self.opened and set(front) == {1.0}}
+        self._streams = {front: h_BTH for front, h_BTH in self._streams.items() if front in stay}
 
     def stream(self, unit: int, h_BTH: Tensor) -> Tensor:
         """Return the stream ``[B, T, H]`` in front of a unit: the remembered one, or else ``h_BTH``.

@@ -23,6 +23,7 @@ from src.losses.signals import FLOOR, Signal, TopK, live_signal
 from src.models.head import OutputHead
 from src.models.streams import streams
 from src.plan.ledger import Ledger
+from src.policies.draws import draw
 from src.recover import Recovery
 from src.search import MaskSearch
 from src.teachers import Learner, LiveTeacher, TeacherSource
@@ -85,7 +86,10 @@ class PlannedTeacher:
 
 
 def _search(search: MaskSearch, batch: Batch, ledger: Ledger, gpu: bool) -> int:
-    """Run two draws: the second meets what the first still holds, and all further ones cost as it does."""
+    """Run two draws: the second meets what the first still holds, and all further ones cost as it does.
+
+    They share nothing, because a plan cannot know how alike a search's masks are: it is an upper bound.
+    """
     rows = Supervised.of(batch)
     moving = [] if search.adapters is None else search.adapters.moving()
     moments = [torch.empty_like(p) for p in moving for _ in range(2)]  # of an optimiser like Adam
@@ -96,7 +100,7 @@ def _search(search: MaskSearch, batch: Batch, ledger: Ledger, gpu: bool) -> int:
         drawn = []
         for number in range(min(2, search.draws)):
             before = ledger.flops
-            drawn.append(search.draw(rows, signal, number))
+            drawn.append(draw(search, rows, signal, search.sample(number)))
     ledger.flops += (search.draws - min(2, search.draws)) * (ledger.flops - before)
     return teacher_flops
 

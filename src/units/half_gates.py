@@ -76,10 +76,9 @@ class HalfGates(Gates):
         self._restore.close()
 
     def _layer(self, index: int, forward: Forward) -> Forward:
-        """Return a forward for a layer, which runs one half at a time if earlier streams are remembered.
+        """Return a forward for a layer, which runs one half at a time if streams in front of halves are kept.
 
-        While one half runs alone, the other adds nothing. Without remembered streams it is the layer's own
-        forward.
+        While one half runs alone, the other adds nothing. Else it is the layer's own forward.
         """
 
         def layer(*args: Any, **kwargs: Any) -> Any:
@@ -94,6 +93,8 @@ class HalfGates(Gates):
             return out
 
         def half(unit: int, *args: Any, **kwargs: Any) -> Any:
+            if self._stride == self.each:
+                return forward(*args, **kwargs)
             if self._values and self._values[unit] == 0.0:
                 return stream_in(args, kwargs)
             self._alone = unit

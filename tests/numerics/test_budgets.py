@@ -17,6 +17,7 @@ from src.mask import Unit
 from src.models.constraints import Constraints
 from src.plan.toy import CountingProbe, Toy
 from src.policies import SLEB, GumbelTopK, MaskPolicy
+from src.policies.draws import draw
 from src.policies.one_shot import OneShot
 from src.search import MaskSearch
 from src.units.amount import Amount
@@ -47,7 +48,7 @@ def test_draws_take_turns_and_remove_exactly_their_budget(
     each, closed = 1 if unit == "layer" else 2, Counter[int]()
     for step in range(3):
         made.trainer.global_step = step  # type: ignore[misc]
-        drawn = [made.draw(rows, signal, number).gates_U for number in range(4)]
+        drawn = [draw(made, rows, signal, made.sample(number)).gates_U for number in range(4)]
         counts = [int((gates_U == 0).sum()) // each for gates_U in drawn]
         assert set(counts) == {1, 2, 3}, "every step learns of every budget"
         closed.update(counts)
@@ -59,9 +60,9 @@ def test_the_gradient_is_that_of_the_mean_logarithm(teacher_dir: str, batch: dic
     made = search(teacher_dir, remove=None, budgets=THREE)
     (grad,) = torch.autograd.grad(made.training_step(batch, 0), made.policy.logits)
     signal, losses = made.teacher_signal(rows := Supervised.of(batch)), []
-    for draw in range(3):
-        with made.aimed(made.budgets[(5 + draw) % 3]):
-            losses.append(made.divergence(rows, signal, made.policy.sample(5, draw)))
+    for number in range(3):
+        with made.aimed(made.budgets[(5 + number) % 3]):
+            losses.append(made.divergence(rows, signal, made.policy.sample(5, number)))
     (direct,) = torch.autograd.grad(torch.stack(losses).log().mean(), made.policy.logits)
     torch.testing.assert_close(grad, direct, rtol=1e-5, atol=1e-9)
 

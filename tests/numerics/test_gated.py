@@ -46,7 +46,7 @@ def gate_gradient(family: str, **keys: bool) -> tuple[torch.Tensor, torch.Tensor
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2", "gpt2", "mixtral", "smollm3"])
 def test_closed_layers_without_autograd_leave_gradients_bit_equal(family: str) -> None:
-    lean, full = gate_gradient(family), gate_gradient(family, skip_closed_autograd=False)
+    lean, full = gate_gradient(family), gate_gradient(family, lean=False)
     assert torch.equal(lean[0], full[0])
     assert torch.equal(lean[1], full[1])
     assert (lean[0][CLOSED == 0] != 0).all(), "a closed gate must still learn"
@@ -77,7 +77,7 @@ def test_closed_layers_hold_no_graph() -> None:
     model, ids = freeze(tiny_model("llama")), tiny_ids()
 
     def saved(skip: bool) -> int:
-        gates, total = GatedLayers(model, skip_closed_autograd=skip), [0]
+        gates, total = GatedLayers(model, lean=skip), [0]
 
         def pack(tensor: torch.Tensor) -> torch.Tensor:
             total[0] += tensor.numel()
