@@ -12,7 +12,7 @@ export TOKENIZERS_PARALLELISM := false
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help setup demo shorten test test-full headline mask-quality public-model budgets fair-fight width grow recovery ablations search-step teacher-cache \
-	data-pipeline linear-patch export-matrix other-engine plan-accuracy scale gpu-checks results docs lint types teacher \
+	data-pipeline linear-patch vision export-matrix other-engine plan-accuracy scale gpu-checks results docs lint types teacher \
 	tensorboard schema clean
 
 # Told before anything is installed.
@@ -205,6 +205,11 @@ data-pipeline: $(VENV)/.installed  ## loader alone and waiting; real corpora fro
 
 linear-patch: $(VENV)/.installed  ## cuts repaired without training -> results/linear_patch.json, docs/linear_patch.md
 	$(PY) -m scripts.arena configs/arena/linear_patch.yaml --jobs $(JOBS)
+
+vision: $(VENV)/.installed  ## tokens of a vision transformer pruned and merged -> results/vision.json, docs/systems.md
+	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[vision]'
+	$(CLI) vision --threads 1 --out results/vision.json --figure docs/figures/prune_merge.svg
+	$(PY) -m scripts.readme_results
 
 export-matrix: $(VENV)/.installed  ## the proof of an export on every decoder family -> results/export_matrix.json, docs/export.md
 	$(PY) -m scripts.export_matrix

@@ -40,9 +40,8 @@ def picture(cache: JSON, loss: JSON) -> Figure:
     middle.set_yscale("log")
     middle.yaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
     rows = [row for row in cache["recover"]["cases"] if row["projection"] == "chunked"]
-    steps: dict[str, list[float]] = {source: [] for source in ("cached", "live", "live int8")}
-    for row in rows:
-        steps[row["teacher"]].append(row["times_the_cached_step"])
+    sources = "cached", "live", "live int8"
+    steps = {name: [r["times_the_cached_step"] for r in rows if r["teacher"] == name] for name in sources}
     bars(right, sorted({row["vocabulary"] for row in rows}), steps)
     peak = f"peak of the loss, MB, {loss['tokens']:,} tokens"
     titles = "bytes for each position", peak, "step / cached step"

@@ -22,6 +22,7 @@ from src.files import write_text
 from src.mask import Mask
 from src.report.figures import AMBER, INK, SLATE, TEAL, half_strip, styled, svg, tokens_text
 from src.units.kinds import KINDS
+from src.vision import verb as vision
 
 HALVES = (0, 1, 2, 5, 6, 7, 8, 11, 12, 13, 14, 15, 16, 19, 20, 21, 22, 23)
 """The mask by hand of docs/units.md, of 12 layers: no result, an example."""
@@ -39,14 +40,13 @@ def curve(once: JSON, again: JSON) -> Figure:
     """Recovered exact match, a median over seeds, against the share of the teacher's text that was spent."""
     figure = Figure(figsize=(7.2, 3.2), layout="constrained")
     axes = figure.subplots()
-    kinds = {
-        "again and again, recombined": AMBER,
-        "few rows again and again": TEAL,
-        "each row read once": SLATE,
-    }
     halves = [row for row in again["rows"] if row["variant"].startswith("halves")]
     layers = [row for row in again["rows"] if row not in halves]
-    for (name, shade), rows in zip(kinds.items(), (halves, layers, once["rows"]), strict=True):
+    for name, shade, rows in (
+        ("again and again, recombined", AMBER, halves),
+        ("few rows again and again", TEAL, layers),
+        ("each row read once", SLATE, once["rows"]),
+    ):
         points = [(100 * spent(once, row["runs"][0]), 100 * statistics.median(scores(row))) for row in rows]
         if points := sorted(points):
             axes.plot(*zip(*points, strict=True), "o-", color=shade, label=name)
@@ -80,6 +80,7 @@ def main() -> None:
     for name, make, about, part in (
         ("data_pipeline", data_lines, "data", "results"), ("export_matrix", matrix_lines, "export", "matrix"),
         ("interop", judged_lines, "interop", "results"),
+        ("vision", vision_lines, "systems/prune_and_merge", "vision"),
     ):  # fmt: skip
         if found := read(name):
             fill(Path(f"docs/{about}.md"), make(found), part)
@@ -91,9 +92,7 @@ def main() -> None:
 def mask_lines(masks: JSON) -> list[str]:
     """The learned masks beside every mask there is."""
     best, halves = masks["best"]["kl"], masks["halves"]
-    ratios, theirs = (
-        ", ".join(f"{row['ratio_to_best']:.3f}" for row in part["learned"]) for part in (masks, halves)
-    )
+    ratios, theirs = (", ".join(f"{x['ratio_to_best']:.3f}" for x in p["learned"]) for p in (masks, halves))
     found = named_mask(masks["teacher"], halves["best"]["removed"].split())
     write_text("docs/figures/halves.svg", svg(half_strip(found)))
     return [
@@ -143,6 +142,11 @@ def judged_lines(found: JSON) -> list[str]:
     keys = [key for key in ("exact_match", "agreement", "kl") if key in judged[0]]
     rows = ([row["path"], *(f"{row[key]:.4g}" for key in keys)] for row in judged)
     return [*table(" | ".join(["model", *keys]), rows), "", f"`{found['command']}`"]
+
+
+def vision_lines(found: JSON) -> list[str]:
+    """Tokens of a vision transformer, pruned and merged."""
+    return [*table(vision.HEAD, vision.cells(found)), "", made(found)]
 
 
 def counted(matrix: JSON) -> str:

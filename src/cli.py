@@ -44,6 +44,7 @@ TOOLS = {
     "shorten": ("src.shorten.verb", "all of it with one command: shorten --model M --train FILE"),
     "sweep": ("src.sweep.verb", "try settings of fit with Optuna: sweep --config FILE, resumable"),
     "schema": ("src.schema", "describe the YAML of fit to editors, which then complete its keys"),
+    "vision": ("src.vision.verb", "prune and merge the tokens of a small vision transformer, on digits"),
     "preview": ("src.data.preview", "print a few rows of a corpus with what is supervised"),
 }
 """Module of each tool, imported only when the tool is asked for, and what the tool does."""

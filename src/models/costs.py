@@ -32,12 +32,17 @@ def flops(model: PreTrainedModel, ids_BT: Tensor, new_tokens: int) -> tuple[int,
     Returns:
         Operations of reading, and of decoding all new tokens.
     """
-    with FlopCounterMode(display=False, custom_mapping=dict.fromkeys(FORWARD, _fused)) as prefill:
+    with counting() as prefill:
         token_B1, cache = step(model, ids_BT)
-    with FlopCounterMode(display=False, custom_mapping=dict.fromkeys(FORWARD, _fused)) as decode:
+    with counting() as decode:
         for _ in range(new_tokens):
             token_B1, cache = step(model, token_B1, cache=cache)
     return prefill.get_total_flops(), decode.get_total_flops()
+
+
+def counting() -> FlopCounterMode:
+    """Return a context that counts the floating-point operations of its block: matrix products, attention."""
+    return FlopCounterMode(display=False, custom_mapping=dict.fromkeys(FORWARD, _fused))
 
 
 def _fused(query: torch.Size, key: torch.Size, value: torch.Size, *_: Any, **__: Any) -> int:

@@ -6,7 +6,7 @@ tokens of the lowest scores are pruned, those of the highest are centres, and ea
 is merged into its nearest centre, by a matrix in front of each block that another behind it undoes.
 *Ours*: a gate in the place of A. Units below the lower threshold go, those above the upper stay. Between them
 the score does not decide but a measurement does, as no plain model holds a layer that two were merged into.
-*Left out*: its token axis. A causal decoder reads its cache at the positions of all tokens.
+Its token axis is :mod:`src.vision.tokens`: a causal decoder reads its cache at the positions of all tokens.
 """
 
 from __future__ import annotations

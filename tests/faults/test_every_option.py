@@ -87,6 +87,7 @@ NEEDED = {
     "shorten": ["--model", "m", "--train", "t", "--dry-run"],
     "sweep": ["--config", "c"],
     "schema": [],
+    "vision": [],
     "preview": ["--config", SEARCH],
 }
 

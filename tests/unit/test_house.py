@@ -18,7 +18,7 @@ STOREYS = [
     ("units", "models", "data", "losses", "training", "cache", "optim"),
     ("policies", "routing"),
     ("search", "recover", "pretrain", "teachers", "callbacks", "repair", "prompts", "linear_patch"),
-    ("command", "export", "grow", "evaluate", "plan", "report", "benchmark", "generate", "schema"),
+    ("command", "export", "grow", "evaluate", "plan", "report", "benchmark", "generate", "schema", "vision"),
     ("shorten", "sweep"),
     ("cli",),
 ]
