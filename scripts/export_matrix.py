@@ -63,7 +63,7 @@ def draw_masks(model: PreTrainedModel, family: str, unit: Unit) -> tuple[list[Ma
     kind, length = KINDS[unit], num_layers(model.config)
     generator = torch.Generator().manual_seed(len(family))
     limits = Constraints() if kind.wide else constraints(model.config)
-    gates = kind.gate(model)
+    gates = kind.gate(model, limits=limits)
     gates.remove()
     width, found = len(gates) // length if kind.wide else None, []
     for remove in [max(1, width // 4)] if width else range(1, MASKS + 1):

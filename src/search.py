@@ -129,7 +129,7 @@ class MaskSearch(Sized):
             return
         network = freeze(self.load(true_half(self)))
         self._frozen = (network,)
-        self.gates = KINDS[self.unit].gate(network, self.checkpoint_activations)
+        self.gates = KINDS[self.unit].gate(network, self.checkpoint_activations, self.limits)
         self.head = OutputHead(network)
         if self.adapters is not None:
             self.adapters.attach(network)

@@ -24,6 +24,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from src.errors import ConfigError
+from src.models.constraints import Constraints
 from src.models.layers import (
     Arguments,
     decoder_layers,
@@ -68,6 +69,17 @@ class Gates:
     def remove(self) -> None:
         """Give the modules their own ``forward`` back."""
         raise NotImplementedError
+
+    def refuse(self, model: PreTrainedModel, limits: Constraints) -> None:
+        """Refuse a model of which a legal mask could not be cut.
+
+        Args:
+            model: to which the gates are attached.
+            limits: which of its layers stay.
+
+        Raises:
+            Misfit: the message gives the reason.
+        """
 
     def share(self, layer: int, name: str, values: Tensor) -> Tensor:
         """Return the sum of values over the entries of a weight that belong to each unit of its layer.

@@ -88,6 +88,11 @@ def first(out: Any) -> Tensor:
     return hidden
 
 
+def alone(out: Any) -> bool:
+    """Return whether a module's output holds the hidden states and no other tensor."""
+    return isinstance(out, Tensor) or all(other is None for other in out[1:])
+
+
 def stream_in(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     """Return the hidden states ``[B, T, H]`` in the arguments that a layer is called with."""
     hidden: Tensor = args[0] if args else kwargs["hidden_states"]

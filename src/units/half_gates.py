@@ -17,9 +17,11 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from src.models.constraints import Constraints
 from src.models.gated import Gates
-from src.models.layers import decoder_layers, fills_cache, first, stream_in, with_first
+from src.models.layers import alone, decoder_layers, fills_cache, first, stream_in, with_first
 from src.units.halves import find_halves
+from src.units.recombined import try_pairs
 
 Forward = Callable[..., Any]
 
@@ -64,6 +66,9 @@ class HalfGates(Gates):
                     forward = self._gated(unit, forward)
                 module.forward = forward
                 self._restore.callback(delattr, module, "forward")
+
+    def refuse(self, model: PreTrainedModel, limits: Constraints) -> None:
+        try_pairs(model, self.halves, limits)
 
     def share(self, layer: int, name: str, values: Tensor) -> Tensor:
         half, shares = self.halves[layer].of(name), values.new_zeros(2)
@@ -131,8 +136,8 @@ class HalfGates(Gates):
         """Return a forward for a module that serves one half alone, and has no use while that half is closed.
 
         Then the module runs without autograd; and where nothing is differentiated and no cache is filled, it
-        does not run: zeros of its output's shape take the place. A module whose output is not the input's
-        shape but for the width, such as that of several streams at once, always runs.
+        does not run: zeros of its output's shape take the place. A module always runs if it gives more than
+        one tensor, such as a state that its layer keeps, or one of another number of streams than its input.
         """
         form: list[Any] = []  # an output, without tokens, and its width if that is not the input's
 
@@ -146,7 +151,7 @@ class HalfGates(Gates):
                 return checkpoint(forward, *args, use_reentrant=False, **kwargs)
             with torch.set_grad_enabled(torch.is_grad_enabled() and not self._closed(unit)):
                 out = forward(*args, **kwargs)
-            if not form and first(out).shape[:-1] == h.shape[:-1]:
+            if not form and alone(out) and first(out).shape[:-1] == h.shape[:-1]:
                 width = None if first(out).shape == h.shape else first(out).shape[-1]
                 form.extend((with_first(out, first(out).new_empty(0)), width))
             return out

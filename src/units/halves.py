@@ -98,7 +98,10 @@ class _Trial:
         hidden = args[0] if args else self.kwargs.pop("hidden_states")
         noise = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(0))
         self.h, self.rest = hidden + noise.to(hidden), args[1:]
-        self.spans = self._spans()
+        try:
+            self.spans = self._spans()
+        except Exception as e:  # whatever a family's own code raises
+            raise Misfit(f"does not run on a stream alone ({e})") from e
 
     def run(self, *silent: str, observed: str | None = None) -> tuple[Tensor, Tensor | None]:
         """Run the layer with some modules silenced (their output zero).

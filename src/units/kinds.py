@@ -9,6 +9,7 @@ from functools import partial
 from transformers import PretrainedConfig, PreTrainedModel
 
 from src.mask import Unit
+from src.models.constraints import Constraints
 from src.models.gated import GatedLayers, Gates
 from src.units.groups import InEach
 from src.units.half_gates import HalfGates
@@ -55,14 +56,23 @@ class Kind:
             return InEach(layers, self.spaces(width, width - remove))
         return self.spaces(self.each * layers, self.each * (layers - remove), self.of(pinned))
 
-    def gate(self, model: PreTrainedModel, checkpoint_activations: bool = False) -> Gates:
+    def gate(
+        self, model: PreTrainedModel, checkpoint_activations: bool = False, limits: Constraints | None = None
+    ) -> Gates:
         """Put gates on the units of a model, and return them, all open.
 
         Args:
             model: changed in place, until :meth:`src.models.gated.Gates.remove`.
             checkpoint_activations: recompute what runs in the backward pass instead of storing it.
+            limits: what masks that are yet to be drawn will respect; each of them must be a model then.
+
+        Raises:
+            Misfit: the layers do not consist of such units, or some mask within the limits could not be cut.
         """
-        return self.gates(model, checkpoint_activations)
+        gates = self.gates(model, checkpoint_activations)
+        if limits is not None:
+            gates.refuse(model, limits)
+        return gates
 
 
 KINDS: dict[Unit, Kind] = {

@@ -12,11 +12,13 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from src.errors import ConfigError
 from src.mask import Mask
+from src.models.constraints import constraints
 from src.models.cut import cut
 from src.models.gated import GatedLayers
 from src.models.structure import Misfit
 from src.units.half_gates import HalfGates
 from src.units.halves import find_halves
+from src.units.kinds import KINDS
 from tests import families
 from tests.tiny import FAMILIES, LAYERS, tiny_ids, tiny_model
 
@@ -141,12 +143,37 @@ def test_layers_that_are_no_two_halves_are_refused_by_what_they_do(family: str) 
 
 @pytest.mark.parametrize(
     ("family", "reason"),
-    [("falcon", "side by side"), ("falcon_h1", "adds 'mamba' to the residual stream beside")],
+    [
+        ("falcon", "side by side"),
+        ("falcon_h1", "adds 'mamba' to the residual stream beside"),
+        ("reformer", "does not run on a stream alone"),
+    ],
 )
 def test_layers_that_only_look_like_two_halves_are_refused(family: str, reason: str) -> None:
-    """One adds its attention to its feed-forward in place; one mixes tokens by two modules at once."""
+    """One adds attention to feed-forward in place; one mixes tokens by two modules; one has two streams."""
     with pytest.raises(Misfit, match=reason):
         find_halves(families.tiny_model(family))
+
+
+def test_halves_of_layers_that_do_not_fit_each_other_are_refused_before_masks_are_drawn() -> None:
+    """A mask of two kinds fails at the cut, one of a single kind does not; a search would meet both."""
+    model = families.tiny_model("olmo_hybrid")
+    limits = constraints(model.config)
+    with pytest.raises(Misfit, match=r"attention of layer \d.*'olmo_hybrid' does not fit the feed-forward"):
+        KINDS["half"].gate(model, limits=limits)
+    mixed = Mask("m", 7, tuple(u for u in range(14) if u not in (5, 6)), "by hand", unit="half")
+    with pytest.raises(ConfigError, match="instead of"):
+        cut(model, mixed)
+    alike = Mask("m", 7, tuple(u for u in range(14) if u not in (7, 8)), "by hand", unit="half")
+    assert cut(model, alike).config.num_hidden_layers == 6
+
+
+@pytest.mark.parametrize("family", ["lfm2", "deepseek_v2", "gemma3_text", "qwen3_next", "diffllama"])
+def test_halves_of_unlike_layers_that_fit_are_searched(family: str) -> None:
+    model = families.tiny_model(family)
+    gates = KINDS["half"].gate(model, limits=constraints(model.config))
+    assert len(gates) == 2 * len(gates.layers)
+    gates.remove()
 
 
 def test_an_addition_inside_a_module_of_a_half_is_none_beside_it() -> None:
