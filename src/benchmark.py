@@ -26,6 +26,7 @@ from src.files import write_json
 from src.models.costs import NEW, PROMPT, flops, parameters
 from src.models.decoding import step
 from src.models.layers import num_layers, text_config
+from src.models.positions import positions_of
 from src.ranges import positive
 from src.training.progress import track
 
@@ -146,7 +147,7 @@ def main(argv: list[str]) -> None:
     if len(kinds := dict.fromkeys(map(device_name, models))) > 1:
         raise ConfigError(f"--device: speeds on different devices are not compared: {', '.join(kinds)}.")
     for name, model in zip(names, models, strict=True):
-        longest = getattr(text_config(model.config), "max_position_embeddings", None)
+        longest = positions_of(model.config)
         if longest is not None and args.prompt_tokens + args.new_tokens > longest:
             raise ConfigError(
                 f"--prompt-tokens {args.prompt_tokens} and --new-tokens {args.new_tokens} are more than the "

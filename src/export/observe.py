@@ -22,6 +22,7 @@ from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from src.models.head import TOLERANCE
 from src.models.layers import text_config
+from src.models.positions import positions_of
 
 GENERATED, PADDING = 6, 3
 
@@ -60,7 +61,7 @@ def proof_tokens(config: PretrainedConfig, tokens: int | None = None) -> Tensor:
                 windows.append(value)
 
     read(config.to_dict())
-    positions = getattr(text_config(config), "max_position_embeddings", None) or 1 << 20
+    positions = positions_of(config) or 1 << 20
     length = tokens or min(max(w for w in windows if w <= 1024) + 8, positions - GENERATED)
     vocabulary = min(text_config(config).vocab_size, 50_000)
     ordinary = torch.tensor([i for i in range(vocabulary) if i not in special])

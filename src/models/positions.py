@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from src.errors import ConfigError
 from src.models.layers import decoder, decoder_layers, text_config
@@ -20,14 +20,19 @@ SPARE = 8
 """Most entries that a table may have beyond the positions: for an offset (OPT), or for padding."""
 
 
+def positions_of(config: PretrainedConfig) -> int | None:
+    """Return how many positions a config states; None if it states no number, or says none by one below 1."""
+    stated = getattr(text_config(config), "max_position_embeddings", None)
+    return stated if isinstance(stated, int) and stated > 0 else None
+
+
 def position_limit(model: PreTrainedModel) -> int | None:
     """Return the most tokens that a sequence may have; None where positions have no end.
 
     The table has an entry for each of the config's positions. In some families one entry is for padding, and
     tokens use only those behind it (RoBERTa), so fewer fit.
     """
-    positions = getattr(text_config(model.config), "max_position_embeddings", None)
-    if not isinstance(positions, int):
+    if (positions := positions_of(model.config)) is None:
         return None
     sizes = ((size, lost) for size, lost in _tables(model) if positions <= size <= positions + SPARE)
     return min((min(positions, size - lost) for size, lost in sizes), default=None)

@@ -8,15 +8,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import PreTrainedModel
+from transformers import LlamaConfig, PreTrainedModel
 
 from src.cli import main
 from src.data.arithmetic import build_tokenizer
 from src.errors import ConfigError
+from src.export.observe import proof_tokens
 from src.mask import Mask
 from src.models.cut import cut
 from src.models.loading import load_model
-from src.models.positions import position_limit
+from src.models.positions import position_limit, positions_of
 from tests.faults.directories import recovery, refused, search
 from tests.tiny import LAYERS, tiny_model
 
@@ -121,3 +122,13 @@ def test_and_refused_by_key_where_not(
         told = " ".join(refused(argv, capsys).split())
         assert re.search(message, told), told
         assert not Path(out).exists()
+
+
+@pytest.mark.parametrize("stated", [-1, 0])
+def test_a_number_that_says_without_end_ends_nothing(stated: int) -> None:
+    """XLNet's config says -1: a proof of it takes as many tokens as one of a model that says nothing."""
+    config = LlamaConfig(vocab_size=64)
+    usual = proof_tokens(config)
+    config.max_position_embeddings = stated
+    assert positions_of(config) is None
+    assert torch.equal(proof_tokens(config), usual)
