@@ -8,6 +8,7 @@ from pathlib import Path
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
+from pymdownx.slugs import slugify
 
 ROOT = Path(__file__).parents[2]
 LANGUAGES = {".py": "python", ".yaml": "yaml", ".json": "json"}
@@ -18,7 +19,8 @@ PAGES = {"README.md": "index.md", "CONTRIBUTING.md": "contributing.md"}
 
 
 def on_config(config: MkDocsConfig) -> None:
-    """List a page of reference for each module and package of src/, in the order of its tree."""
+    """List a page of reference for each module and package of src/; name sections as links on GitHub do."""
+    config.mdx_configs["toc"]["slugify"] = slugify(case="lower")
     assert config.nav is not None
     config.nav.append({"Reference": [f"reference/{name}.md" for name in modules()]})
 
