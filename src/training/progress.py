@@ -104,7 +104,14 @@ def _pause(passed: float) -> float:
 
 @contextmanager
 def waiting(about: str) -> Iterator[None]:
-    """Print ``about`` and the seconds so far on the first rank's error stream, after 30, then ever rarer."""
+    """Say that the block still runs: on a terminal until it ends, elsewhere by lines with the seconds so far.
+
+    Lines go to the first rank's error stream, after 30 seconds and as often as those of :class:`Lines`.
+    """
+    if on_terminal() and _first_rank():
+        with get_console().status(about):
+            yield
+        return
     over, began = threading.Event(), time.monotonic()
 
     def tell() -> None:

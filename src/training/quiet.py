@@ -10,7 +10,7 @@ from huggingface_hub.utils import enable_progress_bars
 from transformers.utils import logging as transformers_logging
 
 ADVICE = ("💡", "GPU available:", "TPU available:", "HPU available:", "Seed set to", "`Trainer.fit` stopped:",
-          "Restoring states from")  # fmt: skip
+          "`Trainer(", "Restoring states from")  # fmt: skip
 """Beginnings of messages of Lightning that say nothing about the run."""
 NOTICES = (
     r".*does not have many workers.*",  # on the small machines that the demo is made for, they only cost

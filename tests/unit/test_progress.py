@@ -134,6 +134,13 @@ def test_a_step_without_parts_says_that_it_still_runs(
     assert capsys.readouterr().err == "", "nothing is said behind it"
 
 
+def test_a_step_without_parts_leaves_nothing_on_a_terminal(screen: io.StringIO) -> None:
+    with waiting("the proof"):
+        pass
+    assert "the proof" in screen.getvalue()
+    assert remains(screen.getvalue()) == []
+
+
 def test_a_run_whose_bar_nobody_sees_has_lines(
     clock: list[float], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -60,4 +60,7 @@ def test_the_filter_asks_for_beginnings_alone() -> None:
         return logging.LogRecord("x", logging.INFO, "", 0, text, None, None)
 
     assert not advice(record("\n💡 Tip"))
+    assert not advice(record("`Trainer(limit_val_batches=1)` was configured so 1 batch will be used."))
+    assert not advice(record("Restoring states from the checkpoint path at a"))
+    assert advice(record("Restored all states from the checkpoint at a"))
     assert advice(record("resume, as GPU available: says"))
