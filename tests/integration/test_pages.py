@@ -129,8 +129,11 @@ def smaller(command: list[str]) -> list[str]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("page", sorted({block.page for block in RUN}), ids=lambda page: page.stem)
-def test_the_commands_of_a_page_run(page: Path, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(place)
+def test_the_commands_of_a_page_run(
+    page: Path, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each page begins with what the pages take for given, and with nothing that another one has made."""
+    monkeypatch.chdir(shutil.copytree(place, tmp_path / "place", symlinks=True))
     for line in (line for block in RUN if block.page == page for line in block.lines):
         if "src.cli" in line:
             run(smaller(line[line.index("src.cli") + 1 :]))
