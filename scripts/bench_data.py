@@ -20,21 +20,19 @@ import torch
 from lightning import Trainer, seed_everything
 
 from scripts.lab.benches import BARE
-from scripts.lab.results import TEACHER, options, write
+from scripts.lab.results import JSON, TEACHER, options, write
 from src.data import Corpus
 from src.data.arithmetic import write_splits
 from src.data.loader import Loader
 from src.mask import Mask
 from src.recover import Recovery
 
-Figures = dict[str, Any]
-
 
 def corpora(shared: Path, arithmetic: Path, teacher: str) -> Iterator[tuple[str, Corpus]]:
     """The corpora to measure, each with the options a user would choose for it."""
     real = str(shared / "models" / "stories260k")
-    answer: dict[str, Any] = {"supervise": "answer", "max_length": 512}
-    packed: dict[str, Any] = {"packing": "documents", "max_length": 1024, "batch_size": 8}
+    answer: JSON = {"supervise": "answer", "max_length": 512}
+    packed: JSON = {"packing": "documents", "max_length": 1024, "batch_size": 8}
     yield "arithmetic, padded", Corpus(teacher, str(arithmetic))
     yield "arithmetic, packed", Corpus(teacher, str(arithmetic), **packed)
     if not shared.is_dir():
@@ -50,7 +48,7 @@ def corpora(shared: Path, arithmetic: Path, teacher: str) -> Iterator[tuple[str,
     yield "Standard Ebooks (gz), cut, padded", Corpus(real, books, max_length=1024)
 
 
-def loader_alone(corpus: Corpus, tokens: int) -> Figures:
+def loader_alone(corpus: Corpus, tokens: int) -> JSON:
     """The statistics of an epoch, or of its first ``tokens``, and the rate on one core."""
     loader: Loader = corpus.loader("train", shuffle=True, max_tokens=tokens)
     began = time.process_time()
@@ -71,7 +69,7 @@ class Timed(Recovery):
         self.marks.append((time.process_time(), self.tokens))
 
 
-def recovery(teacher: str, train: str, workers: int, steps: int, folder: Path) -> Figures:
+def recovery(teacher: str, train: str, workers: int, steps: int, folder: Path) -> JSON:
     """Steps of the demo's recovery: tokens a second of one core, and the share spent waiting."""
     seed_everything(0, verbose=False)
     Mask.by_hand(teacher, 16, sorted(set(range(16)) - {5, 7, 9, 11})).save(folder / "mask.json")

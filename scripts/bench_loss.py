@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import time
 from pathlib import Path
-from typing import Any
 
 import torch
 from numpy.linalg import norm
@@ -18,12 +17,10 @@ from torch import Tensor, nn
 
 from scripts.lab.benches import forget_peak, memory
 from scripts.lab.jobs import isolated
-from scripts.lab.results import options, write
+from scripts.lab.results import JSON, options, write
 from src.losses.distill import Distillation
 from src.losses.signals import TopK
 from src.models.summing import summing
-
-Figures = dict[str, Any]
 
 
 class Head:
@@ -48,7 +45,7 @@ def whole(head: Head, hidden_NH: Tensor, signal: TopK) -> Tensor:
     return (kd + signal.log_rest.exp() * (signal.log_rest - outside)).mean()
 
 
-def case(form: str, vocabulary: int, tokens: int, hidden: int, chunk: int) -> Figures:
+def case(form: str, vocabulary: int, tokens: int, hidden: int, chunk: int) -> JSON:
     """Run one case: peak extra memory (bytes), CPU seconds, loss, gradients as NumPy arrays."""
     torch.manual_seed(0)
     head = Head(hidden, vocabulary)

@@ -33,7 +33,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from scripts.cache_sizes import sizes
-from scripts.lab.benches import BARE, Clock, forget_peak, in_turns, memory, qwen
+from scripts.lab.benches import BARE, Clock, against, forget_peak, in_turns, memory, qwen
 from scripts.lab.jobs import isolated
 from scripts.lab.results import JSON, TEACHER, add, options, origin, read
 from src.cache import Cache, CacheTeacher
@@ -188,12 +188,12 @@ def section_recover(args: argparse.Namespace) -> JSON:
         steps = {each: stepper(vocabulary, *each, args) for each in forms}
         times = in_turns(steps, args.repeats)
         for (source, form), seconds in times.items():
-            ratios = [a / b for a, b in zip(seconds, times["cached", form], strict=True)]
+            median, spread = against(seconds, times["cached", form])
             found.append({
                 "vocabulary": vocabulary, "teacher": source, "projection": form,
                 "tokens_per_cpu_second": args.rows * args.length / statistics.median(seconds),
                 "peak_bytes": peaks[source, form],
-                "times_the_cached_step": statistics.median(ratios), "range": [min(ratios), max(ratios)],
+                "times_the_cached_step": median, "range": spread,
             })  # fmt: skip
             print(json.dumps(found[-1]), flush=True)
     return {"rows": args.rows, "length": args.length, "hidden": args.hidden, "cases": found}

@@ -9,11 +9,10 @@ each seed the KL of one search over that of the searches alone, and its share of
 
 from __future__ import annotations
 
-import subprocess
 from pathlib import Path
 
 from scripts.lab.results import JSON, options, write
-from scripts.mask_quality import HeldOut, halves
+from scripts.mask_quality import HeldOut, halves, search
 from src.mask import Mask
 
 BUDGETS = (0.125, 0.25, 0.375)
@@ -25,8 +24,7 @@ ONE = {"one": OVERLAY, "nested": f"{OVERLAY} --model.init_args.nested true"}
 
 def searched(run: Path, seed: int, way: str, held_out: HeldOut) -> list[JSON]:
     """The masks of a search, the smallest removal first, with what it cost."""
-    made = [f"{run}/search/mask.json", f"RUN={run}", f"SEED={seed}", f"SEARCH={(ALONE | ONE)[way]}"]
-    subprocess.run(["make", "-s", *made], check=True)
+    search(run, seed, (ALONE | ONE)[way])
     files = sorted(run.glob("search/mask-*.json")) or [run / "search/mask.json"]
     masks = {halves(mask): mask for mask in map(Mask.load, files)}
     return [{**mask.metrics, "tokens": mask.tokens_seen, "removed": mask.removed,

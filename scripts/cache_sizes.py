@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import io
-from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
+from scripts.lab.results import JSON
 from src.cache.shards import Precision, Rows, decode, encode
 
 PRECISIONS: tuple[Precision, ...] = ("float32", "float16", "compact")
 
 
-def sizes(rows: Rows) -> dict[str, Any]:
+def sizes(rows: Rows) -> JSON:
     """Bytes for each position and added divergence of each precision."""
-    exact, found = _classes(rows), dict[str, Any]()
+    exact, found = _classes(rows), JSON()
     for precision in PRECISIONS:
         data = encode(rows, precision)
         metadata, columns = pq.read_metadata(io.BytesIO(data)), dict[str, float]()

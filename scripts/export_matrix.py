@@ -21,7 +21,6 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
 
 import torch
 import transformers
@@ -31,7 +30,7 @@ from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from scripts.lab.jobs import Failure, isolated, short
-from scripts.lab.results import options, origin, read
+from scripts.lab.results import JSON, options, origin, read
 from src.errors import ConfigError
 from src.export.fresh import Reference, verify
 from src.export.observe import Observation, compare, observe, proof_tokens
@@ -48,7 +47,6 @@ from tests.families import tiny_model
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
-Row = dict[str, Any]
 MASKS, TIMEOUT = 3, 600
 
 
@@ -77,10 +75,10 @@ def draw_masks(model: PreTrainedModel, family: str, unit: Unit) -> tuple[list[Ma
     return [Mask(family, length, keep, "by hand", unit=unit, width=width) for keep in found], limits
 
 
-def prepare(family: str, units: list[Unit], folder: Path) -> dict[Unit, Row]:
+def prepare(family: str, units: list[Unit], folder: Path) -> dict[Unit, JSON]:
     """Build a parent, cut it by each unit, and save; leave beside each export what it must reproduce."""
     torch.set_num_threads(1)
-    rows: dict[Unit, Row] = {}
+    rows: dict[Unit, JSON] = {}
     try:
         parent = Parent.of(family, folder)
     except ConfigError as e:
@@ -123,13 +121,13 @@ class Parent:
             layers=mask.depth, tied=is_tied(student), attention=attention_implementation(self.model.config),
         ).save(self.folder / f"{name}.reference")  # fmt: skip
 
-    def cuts(self, unit: Unit) -> Row:
+    def cuts(self, unit: Unit) -> JSON:
         """Cut the model by masks of a unit; leave the exports to be verified, or say why there are none."""
         try:
             masks, limits = draw_masks(self.model, self.family, unit)
         except ConfigError as e:
             return {"result": "refused", "reason": str(e)}
-        row: Row = {"class": type(self.model).__name__, "limits": limits.reason, "masks": []}
+        row: JSON = {"class": type(self.model).__name__, "limits": limits.reason, "masks": []}
         length = masks[0].num_layers
         only = limits.always_keep or (range(1, length - 1) if limits.tail_only else ())
         beyond = [[i for i in range(length) if i != gone] for gone in sorted(only if unit == "layer" else ())]
@@ -160,18 +158,18 @@ def apart(a: Observation, b: Observation) -> float:
     return float((a["plain"] - b["plain"]).abs().max() / a["plain"].abs().max())
 
 
-def failed(findings: Iterable[Row]) -> list[str]:
+def failed(findings: Iterable[JSON]) -> list[str]:
     """Findings that did not pass, in words."""
     return [f"{f['check']}: {f['detail']}" for f in findings if not f["passed"]]
 
 
-def check(folder: Path) -> dict[str, list[Row]]:
+def check(folder: Path) -> dict[str, list[JSON]]:
     """The other side: verify each export, in a process that never saw the models."""
     references = {f.stem: Reference.load(f) for f in sorted(folder.glob("*.reference"))}
     return {name: [asdict(f) for f in verify(folder / name, r)] for name, r in references.items()}
 
 
-def verdict(unit: Unit, row: Row, findings: dict[str, list[Row]]) -> Row:
+def verdict(unit: Unit, row: JSON, findings: dict[str, list[JSON]]) -> JSON:
     """Judge the findings on the exports, with those on the parent as the control."""
     if control := failed(findings["control"]):
         return {"result": "refused", "reason": f"a saved parent does not load as it was: {control[0]}"}
@@ -183,7 +181,7 @@ def verdict(unit: Unit, row: Row, findings: dict[str, list[Row]]) -> Row:
     return {**row, "result": "pass" if right else "WRONG"}
 
 
-def judge(family: str, units: list[Unit]) -> dict[Unit, Row]:
+def judge(family: str, units: list[Unit]) -> dict[Unit, JSON]:
     """Cells of a row of the matrix."""
     with tempfile.TemporaryDirectory() as folder:
         try:
@@ -213,9 +211,7 @@ def main() -> None:
             row |= {unit: {**cell, "commit": head["commit"]} for unit, cell in judge(family, units).items()}
             write_json(args.out, {**head, "families": rows})
     judged = [(family, unit, row) for family, units in rows.items() for unit, row in units.items()]
-    wrong = [
-        f"WRONG {family}, {unit}: {json.dumps(r)}" for family, unit, r in judged if r["result"] == "WRONG"
-    ]
+    wrong = [f"WRONG {a}, {unit}: {json.dumps(r)}" for a, unit, r in judged if r["result"] == "WRONG"]
     raise SystemExit("\n".join(wrong) or None)
 
 

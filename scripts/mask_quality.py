@@ -8,8 +8,7 @@ are kept as they come. The masks are a walk in which neighbours share a prefix, 
 (:mod:`src.models.prefixes`).
 
 Writes ``results/mask_quality.json``: best, median and worst mask of whole layers, the best contiguous one,
-and for each seed the learned mask, its KL, its rank and its ratio to the best; the same of halves beside it;
-and how many passes through a model of 16 or 30 layers it costs to measure masks, without and with prefixes.
+and for each seed the learned mask, its KL, its rank and its ratio to the best; the same of halves beside it.
 """
 
 from __future__ import annotations
@@ -17,8 +16,7 @@ from __future__ import annotations
 import json
 import statistics
 import subprocess
-from collections.abc import Callable, Iterable
-from functools import partial
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -37,15 +35,9 @@ from src.models.gated import freeze
 from src.models.head import OutputHead
 from src.models.loading import load_model, load_tokenizer
 from src.models.prefixes import Prefixes
-from src.plan.toy import CountingProbe
-from src.policies import SLEB, Exhaustive, GumbelTopK, LayerKL, MaskPolicy
-from src.policies.polish import settle
 from src.units.kinds import KINDS
 from src.units.spaces import Kept
 
-MEASURING: dict[str, Callable[[], MaskPolicy]] = {
-    "start": LayerKL, "polish": partial(GumbelTopK, init="random"), "SLEB": SLEB, "all": Exhaustive,
-}  # fmt: skip
 Table = dict[Kept, float]
 """Kept halves to exact KL in nats per token."""
 
@@ -105,19 +97,11 @@ def whole(keep: Kept) -> bool:
     return [u + 1 for u in keep[::2]] == [*keep[1::2]]
 
 
-def search(run: Path, seed: int, unit: Unit) -> Mask:
-    """The mask that the demo's search learns."""
-    make = ["make", "-s", f"{run}/search/mask.json", f"RUN={run}", f"SEED={seed}"]
-    subprocess.run([*make, f"SEARCH=--model.init_args.unit {unit}"], check=True)
+def search(run: Path, seed: int, settings: str) -> Mask:
+    """The mask that the demo's search learns with further settings."""
+    make = ["make", "-s", f"{run}/search/mask.json", f"RUN={run}", f"SEED={seed}", f"SEARCH={settings}"]
+    subprocess.run(make, check=True)
     return Mask.load(run / "search/mask.json")
-
-
-def passes(name: str, layers: int, remove: int, streams: int) -> float:
-    """Passes through a whole model, on 16 batches, that measuring costs with so many streams remembered."""
-    policy, probe = MEASURING[name](), CountingProbe(layers, 16, streams)
-    policy.setup(layers, remove)
-    policy.initialise(probe)
-    return settle(policy, probe, ()) and probe.forward if name == "polish" else probe.forward
 
 
 def main() -> None:
@@ -129,7 +113,8 @@ def main() -> None:
         out=(Path("results/mask_quality.json"), "results"),
     )  # fmt: skip
     units: tuple[Unit, ...] = ("layer", "half")
-    learned = [search(args.work / unit / f"seed{seed}", seed, unit) for unit in units for seed in args.seeds]
+    each = [(unit, seed) for unit in units for seed in args.seeds]
+    learned = [search(args.work / u / f"seed{s}", s, f"--model.init_args.unit {u}") for u, s in each]
     coarse = HeldOut(args.rows, 77, args.work / "all.json")
     depth = len(coarse.gates) // 2
     every = coarse.table(KINDS["half"].space(depth, 1, args.remove), "all masks")
@@ -167,13 +152,10 @@ def main() -> None:
         }  # fmt: skip
 
     layer, half = story("layer"), story("half")
-    cases = [*((name, 16, 4) for name in MEASURING), *((name, 30, 8) for name in ("start", "polish", "SLEB"))]
-    counts = {f"{n}, {a} of {b}": [passes(n, b, a, streams) for streams in (0, 10**6)] for n, b, a in cases}
     write(args.out, {
         "teacher": TEACHER, "rows": args.rows, "final_rows": args.final_rows, **layer,
         "best_contiguous": {"removed": named(run), "kl": final[run]},
         "halves": {**half, "best_over_best_layer": half["best"]["kl"] / layer["best"]["kl"]},
-        "passes_without_and_with_prefixes": counts,
     })  # fmt: skip
 
 

@@ -21,17 +21,15 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 import yaml
 
-from scripts.lab.benches import Clock, forget_peak, memory, qwen
+from scripts.lab.benches import Clock, forget_peak, memory, middle, qwen
 from scripts.lab.jobs import isolated
-from scripts.lab.results import add, options
+from scripts.lab.results import JSON, add, options
 from src.cli import run
 from src.data.arithmetic import build_tokenizer
-from src.mask import Mask
 from src.models.layers import num_layers
 from src.models.loading import load_config
 from src.plan.devices import device
@@ -62,14 +60,12 @@ CASES = [Case(**case) for case in PLAN["cases"]]
 
 def prepare(work: Path) -> None:
     """Random models with a tokenizer, masks that remove a quarter, and documents longer than any row."""
-    ids: dict[str, Any] = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": None}
+    ids: JSON = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": None}
     for model in {"tiny", "tiny-llama", *(case.model for case in CASES)}:
         (shape, _, family), path = model.partition("-"), work / model
         qwen(**SHAPES[shape], model_type=family or "qwen3", **ids).save_pretrained(path)
         build_tokenizer().save_pretrained(path)
-        layers = SHAPES[shape]["layers"]
-        kept = (i for i in range(layers) if not layers // 2 <= i < layers // 2 + layers // 4)
-        Mask.by_hand(str(path), layers, kept).save(f"{path}.json")
+        middle(str(path), SHAPES[shape]["layers"]).save(f"{path}.json")
     numbers = random.Random(0)
     with (work / "text.jsonl").open("w") as file:
         for _ in range(DOCUMENTS):
@@ -88,12 +84,9 @@ def arguments(case: Case, work: Path, model: str) -> list[str]:
         "trainer.max_steps": 1 if case.stage == "search" else 2, "trainer.limit_val_batches": 0,
         "trainer.limit_predict_batches": 2, "trainer.default_root_dir": work / "runs",
     }  # fmt: skip
-    stages: dict[str, dict[str, Any]] = {
-        "search": {"model": path, "draws": 2},
-        "recover": {"mask": f"{path}.json"},
-        "cached": {"mask": f"{path}.json"},
-        "cache": {"model": path, "out": work / "cache" / model, "count_seconds": 0},
-    }
+    stages: dict[str, JSON] = {key: {"mask": f"{path}.json"} for key in ("recover", "cached")}
+    stages["search"] = {"model": path, "draws": 2}
+    stages["cache"] = {"model": path, "out": work / "cache" / model, "count_seconds": 0}
     if case.stage == "cached":
         keys["data.init_args.train"] = work / "cache" / model
         del keys["data.init_args.max_length"]
@@ -118,7 +111,7 @@ def measure(case: Case, work: Path) -> dict[str, float]:
     return {"measured": memory("VmHWM") - before, "baseline": before, "cpu_seconds": clock.seconds}
 
 
-def planned(case: Case, work: Path) -> dict[str, Any]:
+def planned(case: Case, work: Path) -> JSON:
     """What the planner says of the same arguments."""
     experiment = Experiment(arguments(case, work, case.model), length=case.length)
     tokens = 2 * case.rows * case.length if case.stage == "cache" else None
@@ -130,7 +123,7 @@ def planned(case: Case, work: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def compare(case: Case, work: Path) -> dict[str, Any]:
+def compare(case: Case, work: Path) -> JSON:
     """Measure in a fresh process, plan in this one."""
     env = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     if not case.default_malloc:

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.quantization_config import GgufConfig
 
 from scripts.lab.pages import fill
-from scripts.lab.results import options, read
+from scripts.lab.results import JSON, options, read
 from src.data.judging import read_rows
 from src.files import whole, write_json, write_text
 
@@ -55,7 +55,7 @@ def text(shared: Path, out: Path) -> None:
         write_text(out / f"{name}.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
-def shaped(row: dict[str, Any]) -> dict[str, Any]:
+def shaped(row: JSON) -> JSON:
     """A problem with its solution as a chat; any other row as its text."""
     if "question" not in row:
         return {"text": row["text"]}

@@ -6,22 +6,20 @@ import statistics
 from collections import Counter
 from collections.abc import Callable
 from textwrap import shorten
-from typing import Any
 
-JSON = dict[str, Any]
+from scripts.lab.results import JSON as JSON
+
 Cell = Callable[[JSON], str]
 
 
 def at(record: JSON, stage: str) -> JSON:
     """What is known of a row or run at a stage; of the cut model where it was not recovered."""
-    found: JSON = record[stage] if stage in record else record["cut"]
-    return found
+    return record[stage] if stage in record else record["cut"]
 
 
 def method(row: JSON) -> str:
     """The variant; the reference in bold."""
-    title: str = row["title"]
-    return f"**{title}**" if row["variant"] == row["reference"] else title
+    return f"**{row['title']}**" if row["variant"] == row["reference"] else row["title"]
 
 
 def percent(stage: str) -> Cell:

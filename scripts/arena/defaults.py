@@ -24,11 +24,8 @@ def defaults(rows: Sequence[JSON]) -> list[str]:
         others = [row for row in own if row is not default and ("recovered" in row) == recovered]
         if default is None or not others:
             continue
-        show, gap = (
-            (percent("recovered"), difference("exact_match", 100, 1))
-            if recovered
-            else (nats("learned"), difference("learned", 1, 4))
-        )
+        show = percent("recovered") if recovered else nats("learned")
+        gap = difference("exact_match", 100, 1) if recovered else difference("learned", 1, 4)
         best = min(others, key=rank)
         cells = [group.replace("_", " "), default["title"], show(default), best["title"], show(best)]
         out.append([*cells, gap(best), difference("kl", 1, 4)(best)])

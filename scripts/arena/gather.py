@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
 
 import numpy as np
 from safetensors.torch import load_file
 
 from scripts.arena.plan import Run
 from scripts.arena.work import Work
+from scripts.lab.results import JSON
 from src.data.distinct import Distinct
 from src.evaluate.flips import flips
 from src.evaluate.intervals import Array, Interval, interval, verdict
 
-JSON = dict[str, Any]
 Row = tuple[str, str, float]
 """Group, variant and ratio."""
 
@@ -85,7 +84,7 @@ def figures(judged: dict[int, JSON], stage: str) -> dict[str, Interval]:
     return {metric: interval(*sums(judged, stage, metric, judged)) for metric in METRICS}
 
 
-def compare(own: dict[int, JSON], reference: dict[int, JSON]) -> dict[str, Any]:
+def compare(own: dict[int, JSON], reference: dict[int, JSON]) -> JSON:
     """Own minus the reference's figures, over the seeds that both have.
 
     Final models are compared; ``learned`` is the divergence of the methods' plain answers, not recovered.
@@ -95,7 +94,7 @@ def compare(own: dict[int, JSON], reference: dict[int, JSON]) -> dict[str, Any]:
         return {"seeds": []}
     stages = {metric: (final(own), final(reference), metric) for metric in METRICS}
     stages["learned"] = ("learned", "learned", "kl")
-    out: dict[str, Any] = {"seeds": common}
+    out: JSON = {"seeds": common}
     for name, (stage, other, metric) in stages.items():
         mine, sizes = sums(own, stage, metric, common)
         theirs, _ = sums(reference, other, metric, common)

@@ -5,18 +5,16 @@ from __future__ import annotations
 from collections.abc import Container, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from scripts.arena.gather import gather, judgement
 from scripts.arena.plan import Plan
 from scripts.arena.work import Work
-from scripts.lab.results import origin
+from scripts.lab.results import JSON, origin
 from scripts.lab.results import read as results
 from src.errors import ConfigError
 from src.models.layers import num_layers
 from src.models.loading import load_config
 
-JSON = dict[str, Any]
 Name = tuple[str, str]
 """Group and variant."""
 ORIGIN = ("command", "commit")
@@ -40,19 +38,14 @@ def record(work: Work, plan: Plan, asked: Container[Name], failed: Sequence[str]
     done = {place(row): row | {key: made[key] for key in ORIGIN} for row in gather(work)}
     new = {key: row for key, row in done.items() if key[:2] in asked or key not in kept}
     order = dict.fromkeys((run.group, run.variant, run.ratio) for run in plan.runs)
-    return {
-        **made,
-        "name": plan.name,
-        "teacher": {
-            "path": plan.teacher, "problems": len(teacher["correct"]),
-            "layers": num_layers(load_config(plan.teacher)),
-            "training_tokens": results(trained).get("tokens"), **judgement(teacher, teacher),
-        },
-        "data": dict(plan.data),
-        "settings": {"cache": plan.cache and plan.cache.content, "recover": recover and recover.content},
-        "failed": list(failed),
-        "rows": [(kept | new)[key] for key in order if key in kept | new],
+    about = {
+        "path": plan.teacher, "problems": len(teacher["correct"]), **judgement(teacher, teacher),
+        "training_tokens": results(trained).get("tokens"), "layers": num_layers(load_config(plan.teacher)),
     }  # fmt: skip
+    settings = {"cache": plan.cache and plan.cache.content, "recover": recover and recover.content}
+    rows = [(kept | new)[key] for key in order if key in kept | new]
+    head = {"name": plan.name, "teacher": about, "data": dict(plan.data), "settings": settings}
+    return {**made, **head, "failed": list(failed), "rows": rows}
 
 
 def place(row: JSON) -> tuple[str, str, float]:
@@ -77,11 +70,8 @@ def only(plan: Plan, names: Sequence[str]) -> tuple[Plan, set[Name]]:
     """
     asked = set[Name]()
     for name in names:
-        found = {
-            (run.group, run.variant)
-            for run in plan.runs
-            if name in (run.variant, run.group, f"{run.group}.{run.variant}")
-        }
+        every = ((run.group, run.variant) for run in plan.runs)
+        found = {each for each in every if name in (*each, ".".join(each))}
         if not found:
             known = ", ".join(dict.fromkeys(run.variant for run in plan.runs))
             raise ConfigError(f"--only: '{name}' given; accepted: a group, or a variant of {known}.")

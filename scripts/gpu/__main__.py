@@ -16,19 +16,18 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from scripts.gpu import laws, speed, stages
 from scripts.lab.jobs import Failure, isolated
-from scripts.lab.results import options, origin, read
+from scripts.lab.results import JSON, options, origin, read
 from src.files import write_json
 
 RESULTS = Path("results/gpu.json")
 LIMIT = 470
 """Seconds a part may take before it is stopped and says so."""
-PARTS: dict[str, tuple[str, Callable[[argparse.Namespace], dict[str, Any]]]] = {
+PARTS: dict[str, tuple[str, Callable[[argparse.Namespace], JSON]]] = {
     "laws": ("open gates = teacher, hard gates = cut, in bf16", laws.measure),
     "speed": ("prefill and decode of 36 -> 27 layers against the ideal", speed.measure),
 }
@@ -85,7 +84,7 @@ def run(name: str, args: argparse.Namespace) -> bool:
     return not failure
 
 
-def device(args: argparse.Namespace) -> dict[str, Any]:
+def device(args: argparse.Namespace) -> JSON:
     """Name, driver and memory (GiB) of the device; asked without CUDA, which would take memory of it."""
     if not args.device.startswith("cuda"):
         return {"device": platform.machine(), "driver": None, "memory_gib": None}

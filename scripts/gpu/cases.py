@@ -6,12 +6,12 @@ import argparse
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import yaml
 
 from scripts.gpu.shapes import directory, middle_mask, rows
 from scripts.lab.benches import BARE
+from scripts.lab.results import JSON
 from src.files import write_text
 
 STAGES = {
@@ -56,11 +56,6 @@ SIZES = {
 TINY = Size(2, 64, 64, "float32", "full", False, "rehearsal")
 
 
-def size(shape: str, tiny: bool) -> Size:
-    """The size of a shape's stages."""
-    return TINY if tiny else SIZES[shape]
-
-
 def command(args: argparse.Namespace, shape: str, variant: str, stage: str) -> list[str]:
     """Arguments of ``python -m src.cli`` for one stage; its overlay and its data are written.
 
@@ -78,9 +73,9 @@ def command(args: argparse.Namespace, shape: str, variant: str, stage: str) -> l
     ]  # fmt: skip
 
 
-def settings(args: argparse.Namespace, shape: str, variant: str, stage: str) -> dict[str, Any]:
+def settings(args: argparse.Namespace, shape: str, variant: str, stage: str) -> JSON:
     """The overlay: sizes, a minute's end, and only the callbacks that a measurement needs."""
-    how, work = size(shape, args.tiny), args.work
+    how, work = TINY if args.tiny else SIZES[shape], args.work
     model, name = directory(shape, work, args.device, args.tiny), f"{shape}-{variant}-{stage}"
     texts = rows(work, 16 if args.tiny else 8000, 2 if args.tiny else 20)
     meter = {"class_path": "scripts.gpu.meter.Meter", "init_args": {"path": str(result(work, name))}}
@@ -92,27 +87,22 @@ def settings(args: argparse.Namespace, shape: str, variant: str, stage: str) -> 
     if stage != "cache":
         trainer |= {"max_steps": 4 if args.tiny else 100_000, "limit_val_batches": 0}
         trainer["max_time"] = {"seconds": args.seconds}
-    frozen = {"dtype": "float32" if args.tiny else "bfloat16"}
-    models: dict[str, dict[str, Any]] = {
+    frozen = {"dtype": "float32" if args.tiny else "bfloat16", "quantize": quantize}
+    models: dict[str, JSON] = {
         "search": {
-            "model": str(model), "quantize": quantize, "checkpoint_activations": how.recompute,
-            "calibration_batches": 1, "policy": {"init_args": {"candidates": 1, "polish": False}}, **frozen,
+            "model": str(model), "calibration_batches": 1, "checkpoint_activations": how.recompute,
+            "policy": {"init_args": {"candidates": 1, "polish": False}}, **frozen,
         },
-        "cache": {
-            "model": str(model), "quantize": quantize, "out": str(work / "cache" / name),
-            "count_seconds": 0.0, **frozen,
-        },
+        "cache": {"model": str(model), "out": str(work / "cache" / name), "count_seconds": 0.0, **frozen},
         "recover": {
             "mask": str(middle_mask(model, work)), "dtype": how.dtype, "scope": how.scope,
             "checkpoint_activations": how.recompute,
-            "teacher": {
-                "class_path": "src.teachers.LiveTeacher", "init_args": {"quantize": quantize, **frozen},
-            },
+            "teacher": {"class_path": "src.teachers.LiveTeacher", "init_args": frozen},
         },
     }  # fmt: skip
     if stage == "search":
         trainer["callbacks"] = [anneal, {"class_path": "src.callbacks.HardenMask"}, meter]
-    data: dict[str, Any] = {"train": str(texts), "batch_size": how.batch, "max_length": how.length}
+    data: JSON = {"train": str(texts), "batch_size": how.batch, "max_length": how.length}
     data |= {"validation": str(rows(work, 16, 20))} if stage == "search" else {}
     return {"model": {"init_args": models[stage]}, "data": {"init_args": data}, "trainer": trainer}
 

@@ -4,22 +4,19 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.initialization import no_init_weights
 
+from scripts.lab.benches import middle
 from scripts.lab.jobs import isolated
 from src.data.arithmetic import build_tokenizer, problems
 from src.files import write_text
-from src.mask import Mask
 
-CONFIGS = {
-    "0.6b": Path("configs/models/qwen3-0.6b.json"),
-    "8b": Path("configs/models/qwen3-8b.json"),
-    "llama": Path("configs/models/llama-3-8b.json"),
-}
+NAMES = {"0.6b": "qwen3-0.6b", "8b": "qwen3-8b", "llama": "llama-3-8b"}
+CONFIGS = {shape: Path(f"configs/models/{name}.json") for shape, name in NAMES.items()}
 TINY: dict[str, Any] = {
     "vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4,
     "num_key_value_heads": 2, "head_dim": 16, "num_hidden_layers": 8, "max_window_layers": 8,
@@ -74,19 +71,13 @@ def rows(work: Path, count: int, problems_each: int) -> Path:
     path = work / f"rows-{count}-{problems_each}.jsonl"
     if not path.exists():
         stream = problems("train", count * problems_each, seed=0)
-        texts = (
-            "\n".join(" ".join(next(stream).values()) for _ in range(problems_each)) for _ in range(count)
-        )
-        write_text(path, "".join(json.dumps({"text": text}) + "\n" for text in texts))
+        each = ([" ".join(next(stream).values()) for _ in range(problems_each)] for _ in range(count))
+        write_text(path, "".join(json.dumps({"text": "\n".join(told)}) + "\n" for told in each))
     return path
 
 
 def middle_mask(model: Path, work: Path) -> Path:
-    """A mask that removes a quarter of the layers in one run, three quarters of the way up."""
-    layers = cast(int, json.loads((model / "config.json").read_text())["num_hidden_layers"])
-    remove = layers // 4
-    first = layers - remove - max(1, layers // 8)
+    """The mask of :func:`scripts.lab.benches.middle` for a checkpoint, in a file."""
     path = work / f"mask-{model.name}.json"
-    kept = sorted(set(range(layers)) - set(range(first, first + remove)))
-    Mask.by_hand(str(model), layers, kept).save(path)
+    middle(str(model), json.loads((model / "config.json").read_text())["num_hidden_layers"]).save(path)
     return path

@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import argparse
 import json
-from typing import Any
 
 import torch
 
 from scripts.gpu.shapes import label, random_model
+from scripts.lab.benches import middle
+from scripts.lab.results import JSON
 from src.benchmark import PHASES, compare
-from src.mask import Mask
 from src.models.cut import cut
 
 
-def measure(args: argparse.Namespace) -> dict[str, Any]:
+def measure(args: argparse.Namespace) -> JSON:
     """Rates and ratios by batch size and phase."""
     long = random_model("8b", args.device, torch.bfloat16, args.tiny).requires_grad_(False)
     layers = long.config.num_hidden_layers
-    kept = (i for i in range(layers) if not layers // 2 <= i < layers // 2 + layers // 4)
-    short = cut(long, Mask.by_hand("", layers, kept))
+    short = cut(long, middle("", layers))
     prompt, new, repeats = (8, 2, 2) if args.tiny else (512, 64, 10)
     rows = []
     for batch_size in (1, 8) if args.tiny else (1, 8, 64):
@@ -27,9 +26,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         for phase in PHASES:
             figures = {key: value for key, value in cut_figures[phase].items() if key != "speedups"}
             teacher = baseline[phase]["tokens_per_s"]
-            rows.append(
-                {"batch_size": batch_size, "phase": phase, "teacher_tokens_per_s": teacher, **figures}
-            )
+            about = {"batch_size": batch_size, "phase": phase, "teacher_tokens_per_s": teacher}
+            rows.append(about | figures)
             print(json.dumps(rows[-1]), flush=True)
     return {
         "model": label("8b", args.tiny), "layers": [layers, short.config.num_hidden_layers],

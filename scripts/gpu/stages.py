@@ -16,19 +16,19 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
-from scripts.gpu.cases import QUANTISED, SIZES, STAGES, command, fresh, result, size
+from scripts.gpu.cases import QUANTISED, SIZES, STAGES, TINY, command, fresh, result
 from scripts.gpu.shapes import label
+from scripts.lab.results import JSON
 
 SHAPES = tuple(SIZES)
 VARIANTS = ("single", "fsdp", "fsdp2", "deepspeed_z2", "deepspeed_z3", *QUANTISED)
 QUIET = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "NO_COLOR": "1", "COLUMNS": "130"}
 
 
-def measure(args: argparse.Namespace, shape: str, variant: str, limit: float) -> dict[str, Any]:
+def measure(args: argparse.Namespace, shape: str, variant: str, limit: float) -> JSON:
     """The stages, one after the other; what has no time left within ``limit`` seconds says so."""
-    how, until = size(shape, args.tiny), time.monotonic() + limit
+    how, until = TINY if args.tiny else SIZES[shape], time.monotonic() + limit
     return {
         "model": label(shape, args.tiny), "batch_size": how.batch, "row_tokens": how.length,
         "scope": how.scope, "recovery_dtype": how.dtype, "recompute": how.recompute, "why": how.why,
@@ -36,7 +36,7 @@ def measure(args: argparse.Namespace, shape: str, variant: str, limit: float) ->
     }  # fmt: skip
 
 
-def one(args: argparse.Namespace, shape: str, variant: str, stage: str, until: float) -> dict[str, Any]:
+def one(args: argparse.Namespace, shape: str, variant: str, stage: str, until: float) -> JSON:
     """Figures of one stage, or why there are none."""
     package = "deepspeed" if variant.startswith("deepspeed") else "bitsandbytes"
     if variant in (*QUANTISED, "deepspeed_z2", "deepspeed_z3") and not importlib.util.find_spec(package):

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from lightning import Callback
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from src.mask import Mask
 
 K = TypeVar("K")
 BARE: dict[str, Any] = {
@@ -43,6 +46,12 @@ def qwen(
         return AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype)).eval()
 
 
+def middle(model: str, layers: int) -> Mask:
+    """A mask that removes a quarter of the layers, those behind the middle."""
+    kept = (i for i in range(layers) if not layers // 2 <= i < layers // 2 + layers // 4)
+    return Mask.by_hand(model, layers, kept)
+
+
 def in_turns(
     steps: Mapping[K, Callable[[], object]], repeats: int, clock: Callable[[], float] = time.process_time
 ) -> dict[K, list[float]]:
@@ -55,6 +64,12 @@ def in_turns(
             if repeat:
                 seconds[name].append(clock() - began)
     return seconds
+
+
+def against(base: Sequence[float], other: Sequence[float]) -> tuple[float, list[float]]:
+    """How many times longer the base took, its median over the repeats and its range."""
+    ratios = [a / b for a, b in zip(base, other, strict=True)]
+    return statistics.median(ratios), [min(ratios), max(ratios)]
 
 
 class Clock(Callback):

@@ -24,7 +24,7 @@ from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from scripts.lab.results import origin
+from scripts.lab.results import JSON, origin
 from src.files import write_json
 
 
@@ -110,19 +110,18 @@ class Job:
     """
 
     label: str = field(compare=False)
-    function: Callable[..., dict[str, Any]]
+    function: Callable[..., JSON]
     at: Path
-    arguments: dict[str, Any] = field(compare=False)
+    arguments: JSON = field(compare=False)
 
     @property
     def result(self) -> Path:
         """The file that shows that the job is done."""
         return self.at / "result.json"
 
-    def read(self) -> dict[str, Any]:
+    def read(self) -> JSON:
         """What the job returned."""
-        found: dict[str, Any] = json.loads(self.result.read_text())
-        return found
+        return json.loads(self.result.read_text())
 
 
 def do(jobs: Iterable[Job], workers: int, title: str) -> dict[Job, str]:

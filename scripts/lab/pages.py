@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
+from scripts.lab.results import JSON
 from src.errors import ConfigError
 from src.files import write_text
 
@@ -43,6 +43,6 @@ def fill(page: Path, lines: Iterable[str], name: str = "results") -> None:
     write_text(page, "\n".join([head + begin, *lines, end + tail]))
 
 
-def made(section: dict[str, Any]) -> str:
+def made(section: JSON) -> str:
     """Which command at which commit made a section."""
     return f"`{section['command']}`, commit {section['commit']}."

@@ -20,17 +20,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
 from safetensors.torch import load_file
 from torch import Tensor
 
-from scripts.lab.results import TEACHER
+from scripts.lab.results import JSON, TEACHER
 from src.training.checkpoints import weights
 
 ROOT = Path(__file__).parents[2]
 DRIVER = "import json, sys; from src.cli import main; [main(line) for line in json.loads(sys.argv[1])]"
-SETTINGS: dict[str, dict[str, Any]] = {
+SETTINGS: dict[str, JSON] = {
     "demo": {"rows": (40000, 256, 500), "search": [], "recover": [], "short": 40},
     "quick": {"rows": (300, 32, 24),
               "search": ["--trainer.max_steps=6", "--model.init_args.calibration_batches=2"],
@@ -41,7 +39,7 @@ NOT_NUMBERS = {"git_sha", "commit", "command", "seconds", "path", "torch"}
 """Fields of JSON files that say where and how fast they were made."""
 
 
-def lines(out: Path, given: dict[str, Any]) -> list[list[str]]:
+def lines(out: Path, given: JSON) -> list[list[str]]:
     """The command lines, without ``python -m src.cli``, that write everything below ``out``."""
     mask, log = f"{out}/search/mask.json", f"--trainer.logger.init_args.save_dir={out}"
     train, held_out = (f"--data.init_args.{name}={out}/data/{name}.jsonl" for name in ("train", "validation"))
@@ -70,7 +68,7 @@ def last(run: Path) -> str:
     return str(run / "checkpoints" / "last.ckpt")
 
 
-def run(tree: Path, out: Path, given: dict[str, Any]) -> None:
+def run(tree: Path, out: Path, given: JSON) -> None:
     """Run the pipeline with the code of ``tree``."""
     rows = [f"--{name}={n}" for name, n in zip(("train", "validation", "test"), given["rows"], strict=True)]
     env = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", **os.environ, "PYTHONPATH": str(tree)}
@@ -101,7 +99,7 @@ def checked_out(commit: str, tree: Path) -> Iterator[Path]:
         git("worktree", "remove", "--force", str(tree))
 
 
-def leaves(value: Any, name: str = "") -> dict[str, Any]:
+def leaves(value: Any, name: str = "") -> JSON:
     """The numbers and texts of nested JSON by their path."""
     if isinstance(value, dict | list):
         items = value.items() if isinstance(value, dict) else enumerate(value)
@@ -116,7 +114,7 @@ def digests(tensors: dict[str, Tensor]) -> dict[str, str]:
     return {n: f"{t.dtype}{list(t.shape)}{hashlib.sha256(b).hexdigest()[:16]}" for n, (t, b) in raw.items()}
 
 
-def written(out: Path) -> dict[str, dict[str, Any]]:
+def written(out: Path) -> dict[str, JSON]:
     """What a run wrote, part by part, as values that are equal when the bits are."""
     parts = {"mask.json": leaves(json.loads((out / "search" / "mask.json").read_text()))}
     for name in ("recover", "lora", "cached"):
@@ -129,10 +127,9 @@ def written(out: Path) -> dict[str, dict[str, Any]]:
     return parts
 
 
-def compare(old: dict[str, dict[str, Any]], new: dict[str, dict[str, Any]]) -> tuple[Table, int]:
-    """A table of the parts, and how many differ. Of JSON only shared fields count, of the rest all."""
-    table = Table("part", "compared", "result")
-    wrong = 0
+def compare(old: dict[str, JSON], new: dict[str, JSON]) -> tuple[list[str], int]:
+    """A line for each part, and how many differ. Of JSON only shared fields count, of the rest all."""
+    told, wrong = list[str](), 0
     for part in dict.fromkeys([*old, *new]):
         a, b = old.get(part, {}), new.get(part, {})
         alone = sorted(a.keys() ^ b.keys())
@@ -142,8 +139,8 @@ def compare(old: dict[str, dict[str, Any]], new: dict[str, dict[str, Any]]) -> t
         wrong += bool(differ)
         result = f"{len(differ)} differ: {'; '.join(differ[:4])}" if differ else "equal"
         note = f"; on one side only: {', '.join(alone)}" if alone else ""
-        table.add_row(part, str(len(a.keys() & b.keys())), result + note)
-    return table, wrong
+        told.append(f"{part:40} {len(a.keys() & b.keys()):5} compared, {result}{note}")
+    return told, wrong
 
 
 def main() -> None:
@@ -161,8 +158,8 @@ def main() -> None:
             with checked_out(commit, Path(temporary, f"{name}.tree")) as tree:
                 run(tree, out, given)
             found.append(written(out))
-    table, wrong = compare(*found)
-    Console(width=130).print(table)
+    told, wrong = compare(*found)
+    print(*told, sep="\n")
     raise SystemExit(bool(wrong))
 
 

@@ -9,15 +9,14 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from scripts.lab.results import add, options, read
+from scripts.lab.results import JSON, add, options, read
 from scripts.scale import converge, equality, grow, plans, teachers
 from scripts.scale.page import write
 
-PARTS: dict[str, Callable[[Path], dict[str, Any]]] = {
+PARTS: dict[str, Callable[[Path], JSON]] = {
     part.__name__.rpartition(".")[2]: part.measure for part in (converge, grow, plans, teachers, equality)
 } | {"signals": teachers.signals}
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import statistics
 from pathlib import Path
-from typing import Any
 
 from scripts.arena.__main__ import main as arena
-from scripts.lab.results import read
+from scripts.lab.results import JSON, read
 from src.cli import run
 from src.data.arithmetic import build_tokenizer, write_splits
 
@@ -20,12 +19,12 @@ NEAR = 1.25
 """A search has converged when its mask's KL, and that of every longer one, is within it of the best."""
 
 
-def measure(work: Path) -> dict[str, Any]:
+def measure(work: Path) -> JSON:
     """Steps against the KL of the plain answer, and the smallest number that converges."""
     return {"near": NEAR, "training_steps": STEPS, "depths": [searched(work, depth) for depth in DEPTHS]}
 
 
-def searched(work: Path, depth: int) -> dict[str, Any]:
+def searched(work: Path, depth: int) -> JSON:
     """Searches of all lengths on one teacher, by the arena."""
     model, name = teach(work, depth), f"scale-{depth}"
     rows = fight("configs/arena/scale.yaml", name, work, "--teacher", str(model))["rows"]
@@ -42,7 +41,7 @@ def searched(work: Path, depth: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def fight(plan: str, name: str, work: Path, *more: str) -> dict[str, Any]:
+def fight(plan: str, name: str, work: Path, *more: str) -> JSON:
     """Results of a plan of the arena, with its page and figures in the working directory too."""
     places = [word for key in ("--results", "--docs") for word in (key, str(work))]
     if arena([plan, "--name", name, "--jobs", "1", "--work", str(work / "arena"), *places, *more]):
@@ -50,7 +49,7 @@ def fight(plan: str, name: str, work: Path, *more: str) -> dict[str, Any]:
     return read(work / f"{name}.json")
 
 
-def row_of(row: dict[str, Any]) -> dict[str, Any]:
+def row_of(row: JSON) -> JSON:
     """One length of the search: KL on problems it has not seen, and its cost, for each seed."""
     word = row["variant"].removeprefix("steps_")
     searches, kl = [run["search"] for run in row["runs"]], [run["cut"]["kl"] for run in row["runs"]]

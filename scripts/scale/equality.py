@@ -6,12 +6,13 @@ import subprocess
 import sys
 import xml.etree.ElementTree as ET
 from pathlib import Path
-from typing import Any
+
+from scripts.lab.results import JSON
 
 TEST = "tests/distributed/test_equality.py::test_one_process_equals_two_of_ddp_and_two_of_fsdp2"
 
 
-def measure(work: Path) -> dict[str, Any]:
+def measure(work: Path) -> JSON:
     """Run the test and read what it noted; it fails where a bound is broken."""
     report = work / "equality.xml"
     command = [sys.executable, "-m", "pytest", "-q", TEST, f"--junitxml={report}"]
@@ -20,10 +21,5 @@ def measure(work: Path) -> dict[str, Any]:
     if not notes:
         raise SystemExit(f"{TEST} noted nothing: it was skipped.")
     steps = int(notes.pop("steps"))
-    return {"steps": steps, "drift": {name: gap(text) for name, text in notes.items()}}
-
-
-def gap(text: str) -> dict[str, float]:
-    """``max 1e-7 mean 1e-8`` as numbers."""
-    _, largest, _, mean = text.split()
-    return {"max": float(largest), "mean": float(mean)}
+    drift = {name: {"max": float(t.split()[1]), "mean": float(t.split()[3])} for name, t in notes.items()}
+    return {"steps": steps, "drift": drift}

@@ -5,9 +5,9 @@ from __future__ import annotations
 import statistics
 from argparse import Namespace
 from pathlib import Path
-from typing import Any
 
 from scripts.lab.benches import in_turns
+from scripts.lab.results import JSON
 from scripts.search_step import OURS, ladder
 
 BASE = {"layers": 12, "hidden": 256, "rows": 2, "tokens": 128}
@@ -18,7 +18,7 @@ SWEEPS: dict[str, tuple[int, ...]] = {
 REPEATS = 5
 
 
-def measure(_: Path) -> dict[str, Any]:
+def measure(_: Path) -> JSON:
     """Median seconds of a step along each axis, the others as in the base, and what operations predict."""
     sweeps = {axis: [point(axis, value) for value in values] for axis, values in SWEEPS.items()}
     for points in sweeps.values():
@@ -29,7 +29,7 @@ def measure(_: Path) -> dict[str, Any]:
     return {"base": BASE, "repeats": REPEATS, "sweeps": sweeps}
 
 
-def point(axis: str, value: int) -> dict[str, Any]:
+def point(axis: str, value: int) -> JSON:
     """One size: seconds of the product's step, and its operations in layers and head."""
     size = {**BASE, axis: value}
     fixed = {"vocabulary": 1024, "draws": 4, "remove": size["layers"] // 4, "prompt": 0.0}

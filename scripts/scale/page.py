@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from scripts.lab.pages import fill, made, table
+from scripts.lab.results import JSON
 from src.report.figures import tokens_text
 
-JSON = dict[str, Any]
 GIB = 2**30
 
 
@@ -76,14 +74,8 @@ def equality(section: JSON) -> list[str]:
     return table(f"stage, overlay, figure ({section['steps']} steps) | largest difference | mean", rows)
 
 
-TABLES: dict[str, Callable[[JSON], list[str]]] = {
-    "converge": converge, "grow": grow, "plans": plans, "teachers": teachers, "equality": equality,
-    "signals": signals,
-}  # fmt: skip
-
-
 def write(results: JSON, page: Path) -> None:
     """Put each section's table between its markers ``<!-- name -->`` and ``<!-- /name -->``."""
-    for name, make in TABLES.items():
-        if name in results:
-            fill(page, [*make(results[name]), "", made(results[name])], name)
+    for make in (converge, grow, plans, teachers, equality, signals):
+        if section := results.get(make.__name__):
+            fill(page, [*make(section), "", made(section)], make.__name__)

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import statistics
 from pathlib import Path
-from typing import Any
 
-from scripts.lab.results import TEACHER
+from scripts.lab.results import JSON, TEACHER
 from scripts.scale.converge import fight
 from src.data.arithmetic import problems
 from src.data.documents import Columns
@@ -18,10 +17,10 @@ from src.models.loading import Quantization, load_model, load_tokenizer
 FORMS: tuple[Quantization, ...] = ("int8", "nf4")
 
 
-def signals(work: Path) -> dict[str, Any]:
+def signals(work: Path) -> JSON:
     """KL from the float32 teacher to each form of it; of a form that is refused, why."""
     tokenizer, rows = load_tokenizer(TEACHER), list(problems("test", 256, 9))
-    encoded, found = judged(tokenizer, rows, Columns(), "all").rows, dict[str, Any]()
+    encoded, found = judged(tokenizer, rows, Columns(), "all").rows, JSON()
     for form in FORMS:
         try:
             models = load_model(TEACHER, quantize=form), load_model(TEACHER)
@@ -31,7 +30,7 @@ def signals(work: Path) -> dict[str, Any]:
     return {"forms": found}
 
 
-def measure(work: Path) -> dict[str, Any]:
+def measure(work: Path) -> JSON:
     """Scores of the demo, recovered from the float32 teacher and from its quantised forms."""
     found = fight("configs/arena/teachers.yaml", "teachers", work)
     runs = [{"seed": run["seed"], "teacher": row["variant"], "exact_match": run["recovered"]["exact_match"]}
