@@ -12,7 +12,7 @@ export TOKENIZERS_PARALLELISM := false
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help setup demo shorten test test-full headline mask-quality public-model budgets fair-fight width grow recovery ablations search-step teacher-cache \
-	data-pipeline linear-patch vision export-matrix other-engine plan-accuracy scale gpu-checks results docs lint types teacher \
+	data-pipeline distilled-calibration prompts linear-patch vision export-matrix other-engine plan-accuracy scale gpu-checks results docs lint types teacher \
 	tensorboard schema clean
 
 # Told before anything is installed.
@@ -202,6 +202,34 @@ teacher-cache: $(VENV)/.installed  ## bytes, time and memory of the teacher's ca
 
 data-pipeline: $(VENV)/.installed  ## loader alone and waiting; real corpora from SHARED=DIR -> results/data_pipeline.json
 	$(PY) -m scripts.bench_data --shared $(SHARED)
+
+distilled-calibration: $(VENV)/.installed  ## 16 distilled prompts against 16 rows, to repair and to search by -> results/distilled_calibration.json (resumable)
+	$(PY) -m scripts.distilled_calibration
+	$(PY) -m scripts.readme_results
+
+# Three kinds of the demo's problems: multiples, boxes, sums. A mask for each prompt, three routed cuts, beside the one mask of the same search.
+KINDS := logs/prompts
+
+prompts: results/prompts.json  ## a mask for each prompt against one mask -> results/prompts.json
+	$(PY) -m scripts.readme_results
+
+results/prompts.json: $(KINDS)/search/mask.json
+	$(CLI) export --mask $< --clusters 3 --out $(KINDS)/routed --force
+	$(CLI) export --mask $< --out $(KINDS)/one --force
+	$(CLI) evaluate --teacher $(TEACHER) --model $(KINDS)/routed $(KINDS)/one --data $(KINDS)/kinds/test.jsonl --no-exact-match --out $@
+
+$(KINDS)/search/mask.json: $(KINDS)/kinds/test.jsonl configs/search/prompts.yaml
+	$(CLI) fit --config configs/search/gumbel_topk.yaml --config configs/search/prompts.yaml --trainer.max_steps 60 \
+	  --trainer.limit_val_batches 0 --data.init_args.train $(KINDS)/kinds/train.jsonl --data.init_args.validation $(KINDS)/kinds/validation.jsonl \
+	  --trainer.logger.init_args.save_dir $(KINDS) --trainer.logger.init_args.version ""
+
+$(KINDS)/kinds/test.jsonl: src/data/arithmetic.py | $(VENV)/.installed
+	$(PY) -m src.data.arithmetic --out $(KINDS)/all --train 30000 --validation 4000 --test 4000
+	@mkdir -p $(@D)
+	for split in train validation test; do all=$(KINDS)/all/$$split.jsonl; most=$$([ $$split = train ] && echo 400 || echo 60); \
+	  (grep -E 'double|triple' $$all | grep -vE 'boxes|more\.|loses|sells|gives away' | head -n $$most; \
+	   grep boxes $$all | grep -vE 'double|triple|more\.|loses|sells|gives away' | head -n $$most; \
+	   grep -vE 'boxes|double|triple' $$all | head -n $$most) > $(@D)/$$split.jsonl; done
 
 linear-patch: $(VENV)/.installed  ## cuts repaired without training -> results/linear_patch.json, docs/linear_patch.md
 	$(PY) -m scripts.arena configs/arena/linear_patch.yaml --jobs $(JOBS)

@@ -5,11 +5,14 @@ Nothing is typed by hand: what stands between the markers comes from the files.
 
 from __future__ import annotations
 
+import re
 import statistics
 from collections import Counter
+from functools import reduce
 from pathlib import Path
 from textwrap import shorten
 
+import yaml
 from matplotlib.figure import Figure
 
 from scripts.arena import cells
@@ -26,7 +29,7 @@ from src.vision import verb as vision
 
 HALVES = (0, 1, 2, 5, 6, 7, 8, 11, 12, 13, 14, 15, 16, 19, 20, 21, 22, 23)
 """The mask by hand of docs/units.md, of 12 layers: no result, an example."""
-NOT_JUDGED = {"result": "not judged"}
+NOT_JUDGED, MISSING = {"result": "not judged"}, "not measured yet"
 
 
 def spent(demo: JSON, run: JSON) -> float:
@@ -43,10 +46,9 @@ def curve(once: JSON, again: JSON) -> Figure:
     halves = [row for row in again["rows"] if row["variant"].startswith("halves")]
     layers = [row for row in again["rows"] if row not in halves]
     for name, shade, rows in (
-        ("again and again, recombined", AMBER, halves),
-        ("few rows again and again", TEAL, layers),
+        ("again and again, recombined", AMBER, halves), ("few rows again and again", TEAL, layers),
         ("each row read once", SLATE, once["rows"]),
-    ):
+    ):  # fmt: skip
         points = [(100 * spent(once, row["runs"][0]), 100 * statistics.median(scores(row))) for row in rows]
         if points := sorted(points):
             axes.plot(*zip(*points, strict=True), "o-", color=shade, label=name)
@@ -84,9 +86,35 @@ def main() -> None:
     ):  # fmt: skip
         if found := read(name):
             fill(Path(f"docs/{about}.md"), make(found), part)
+    related(yaml.safe_load(Path("docs/systems/table.yaml").read_text()))
     for name in ("fair_fight", "ablations", "linear_patch"):
         if isinstance((results := read(name)).get("rows"), list):
             page(Path(f"docs/{name}.md"), results, draw(results, Path("docs/figures")))
+
+
+def related(systems: list[JSON]) -> None:
+    """Fill the table of related systems, and those of their own pages."""
+    rows = []
+    for told in systems:
+        name, page = told["system"], f"systems/{told['page']}.md"
+        found = {part: re.sub(r"\{(.+?)\}", figure, text) for part, text in told["measured"].items()}
+        cells = (f"{part}: {MISSING if MISSING in text else text}" for part, text in found.items())
+        about = (told[key] for key in ("claims", "built", "ours"))
+        rows.append([f"[{name}]({page})", *about, "; ".join(cells), f"`{told['command']}`"])
+        if "table" in told:
+            fill(Path("docs", page), re.sub(r"\{(.+?)\}", figure, told["table"]).splitlines())
+    head = "system | the paper claims | built here | ours | measured here | command"
+    fill(Path("docs/systems.md"), table(head, rows))
+
+
+def figure(asked: re.Match[str]) -> str:
+    """What ``{file key=value,... path format}`` asks for: the mean over these rows of a results file."""
+    name, which, path, form = asked[1].split()
+    keys, found = dict(part.split("=") for part in which.split(",")), read(name)
+    rows = found.get("models") or found.get("rows", [])
+    mine = (row for row in rows if all(str(row[key]) == value for key, value in keys.items()))
+    values = [reduce(lambda at, s: at[int(s) if s.isdigit() else s], path.split("."), row) for row in mine]
+    return format(statistics.mean(values), form) if values else MISSING
 
 
 def mask_lines(masks: JSON) -> list[str]:

@@ -12,7 +12,6 @@ process's own, which others on the machine do not stretch. Writes ``results/sear
 
 from __future__ import annotations
 
-import statistics
 import tempfile
 import time
 from argparse import Namespace
@@ -24,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from scripts.lab.benches import in_turns, qwen
+from scripts.lab.benches import against, in_turns, qwen
 from scripts.lab.results import options, write
 from src.data.batches import Supervised
 from src.losses.distill import Distillation
@@ -117,10 +116,9 @@ def main() -> None:
     far = {name: float((grad - reference).abs().max() / size) for name, grad in found.items()}
     rows = {}
     for name, seconds in times.items():
-        ratios = [a / b for a, b in zip(times["naive"], seconds, strict=True)]
-        median = statistics.median(ratios)
-        rows[name] = {"gradient_error": far[name], "seconds": seconds, "speedup": median}
-        rows[name]["speedup_range"] = [min(ratios), max(ratios)]
+        median, spread = against(times["naive"], seconds)
+        speed = {"seconds": seconds, "speedup": median, "speedup_range": spread}
+        rows[name] = {"gradient_error": far[name], **speed}
         print(f"{median:5.2f} x  {name}  (gradient differs by {far[name]:.1e})")
     told = {"threads": torch.get_num_threads(), "settings": {**vars(args), "out": str(args.out)}}
     write(args.out, {**told, "variants": rows})

@@ -15,10 +15,9 @@ from scripts.lab.results import JSON
 from src.files import write_text
 
 STAGES = {
-    "search": ("fit", "configs/search/gumbel_topk.yaml"),
-    "cache": ("predict", "configs/cache/topk.yaml"),
+    "search": ("fit", "configs/search/gumbel_topk.yaml"), "cache": ("predict", "configs/cache/topk.yaml"),
     "recover": ("fit", "configs/recover/entropy_kd.yaml"),
-}
+}  # fmt: skip
 QUANTISED = ("int8", "nf4")
 
 
@@ -49,8 +48,7 @@ SIZES = {
     "0.6b": Size(16, 1024, 120_000, "float32", "full", False, "AdamW on all weights in float32"),
     "8b": Size(
         8, 1024, 20_000, "bfloat16", "cut_adjacent", True,
-        "all weights under AdamW in float32 would take 16 bytes each, 103 GB with the cut model alone: "
-        "bf16 weights, and only the blocks next to the cut are trained",
+        "AdamW in float32 would take 103 GB for the cut alone: bf16, only the blocks next to the cut train",
     ),
 }  # fmt: skip
 TINY = Size(2, 64, 64, "float32", "full", False, "rehearsal")

@@ -8,10 +8,8 @@ from pathlib import Path
 from scripts.lab.results import JSON
 from src.plan.verb import main as plan
 
-STAGES = {
-    "search": ("configs/search/gumbel_topk.yaml", "10M"),
-    "recover": ("configs/recover/entropy_kd.yaml", "500M"),
-}
+STAGES = {"search": ("configs/search/gumbel_topk.yaml", "10M"),
+          "recover": ("configs/recover/entropy_kd.yaml", "500M")}  # fmt: skip
 """Config and tokens of a stage."""
 MODELS = (("qwen3-0.6b", "4090", (1,)), ("qwen3-8b", "h100", (1, 8)), ("qwen3-32b", "h100", (1, 8)),
           ("deepseek-r1", "h200", (16,)))  # fmt: skip

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import io
 import os
+import re
 import time
 import tokenize
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 from scripts.lab.jobs import Failure, isolated
 from scripts.lab.pages import fill, table
 from scripts.lab.results import add, options, read, write
+from scripts.readme_results import MISSING, figure
 from src.errors import ConfigError
 
 MOST = 3_300
@@ -104,6 +106,21 @@ def test_a_page_is_filled_between_its_markers_alone(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="<!-- c -->"):
         fill(page, [], "c")
     assert "kept" in page.read_text()
+
+
+def test_a_figure_is_the_mean_over_the_rows_that_are_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    measured = ("a", 1.0), ("a", 4.0), ("b", 9.0)
+    rows = [{"by": by, "ratio": 0.25, "runs": [{"kl": kl}]} for by, kl in measured]
+    write(Path("results/x.json"), {"rows": rows})
+
+    def shown(asked: str) -> str:
+        return re.sub(r"\{(.+?)\}", figure, asked)
+
+    assert shown("KL {x by=a,ratio=0.25 runs.0.kl .2f} of {x by=b runs.0.kl .0f}") == "KL 2.50 of 9"
+    assert shown("{x by=c runs.0.kl .2f}, {y by=a kl .2f}") == f"{MISSING}, {MISSING}"
 
 
 def environment(name: str) -> str | None:
