@@ -86,6 +86,22 @@ def test_a_step_runs_what_is_shared_once(teacher_dir: str, batch: dict[str, Tens
     assert made.gates.evaluated - before == L + 6 * L
 
 
+def test_a_search_learns_the_same_logits(teacher_dir: str, batch: dict[str, Tensor]) -> None:  # noqa: F811
+    def learned(shares: bool) -> tuple[Tensor, float]:
+        made = search(teacher_dir)
+        made.shares, adam = shares, torch.optim.Adam(made.policy.parameters(), lr=0.5)
+        for step in range(3):
+            made.trainer.global_step = step  # type: ignore[misc]
+            adam.zero_grad()
+            made.training_step(batch, 0).backward()
+            adam.step()
+        return made.policy.logits.detach().clone(), made.forward_tokens
+
+    (ours, cost), (theirs, whole) = learned(True), learned(False)
+    assert torch.equal(ours, theirs)
+    assert cost < whole
+
+
 def test_a_search_shares_where_it_may(teacher_dir: str) -> None:
     cases: tuple[tuple[dict[str, Any], bool], ...] = (
         ({}, True), ({"unit": "half"}, True), ({"checkpoint_activations": True}, False),

@@ -7,11 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from scripts.engines.__main__ import agreement, lines, speeds
-from scripts.engines.kinds import Transformers
+from scripts.engines.kinds import CTranslate2, Transformers
+from src.mask import Mask, Unit
 from src.models.costs import NEW, PROMPT
+from src.models.cut import cut
+from src.models.loading import load_tokenizer
 
 PROMPTS = [[3, 4, 5], [6, 7, 8, 9, 10], [11, 12], [13, 14, 15, 16]]
 
@@ -26,7 +29,7 @@ def own(exact: Transformers) -> list[tuple[list[int], list[float]]]:
     return said(exact)
 
 
-def said(engine: Transformers) -> list[tuple[list[int], list[float]]]:
+def said(engine: Transformers | CTranslate2) -> list[tuple[list[int], list[float]]]:
     return [(engine.continued(prompt, NEW), engine.scored(prompt)) for prompt in PROMPTS]
 
 
@@ -74,6 +77,51 @@ def test_another_token_is_chosen_only_where_scores_differ_by_half_the_margin(
         for a, b in zip(a_T, b_T, strict=True)
     ]
     assert found["log_prob_gap"] == max(gaps) > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("family", "unit"), [("qwen3", "channel"), ("qwen3", "kv_group"), ("llama", "channel")]
+)
+def test_narrower_layers_are_served_as_transformers_runs_them(
+    family: str, unit: Unit, tmp_path: Path
+) -> None:
+    pytest.importorskip("ctranslate2")
+    narrower(family, unit, tmp_path)
+    exact, served = Transformers(tmp_path), CTranslate2(tmp_path, "float32")
+    whole = {"equal": len(PROMPTS), "first_difference": None, "margin": 0.0}
+    found = agreement(exact, PROMPTS, said(exact), said(served))
+    assert found.pop("log_prob_gap") < 1e-4
+    assert found == whole
+
+
+@pytest.mark.slow
+def test_heads_that_do_not_fill_the_stream_are_not_served_for_every_family(tmp_path: Path) -> None:
+    """CTranslate2 divides Llama's hidden size by its heads, whatever its config says of their width."""
+    pytest.importorskip("ctranslate2")
+    narrower("llama", "kv_group", tmp_path)
+    with pytest.raises(ValueError, match="axis 2 has dimension"):
+        CTranslate2(tmp_path, "float32").continued(PROMPTS[0], 2)
+
+
+def narrower(family: str, unit: Unit, at: Path) -> None:
+    """A quarter of the channels, or half of the KV groups, of a model with the demo's tokenizer goes."""
+    sizes = {
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 3,
+        "head_dim": 8,
+        "vocab_size": 87,
+    }
+    heads = {"num_attention_heads": 8, "num_key_value_heads": 4, "initializer_range": 0.2}
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **sizes, **heads)).eval()
+    width = 96 if unit == "channel" else 4
+    kept = tuple(i for i in range(3 * width) if i % width >= width // (4 if unit == "channel" else 2))
+    cut(model, Mask("m", 3, kept, "by hand", unit=unit, width=width)).save_pretrained(at)
+    tokenizer = load_tokenizer("assets/arithmetic-teacher")
+    tokenizer.bos_token = tokenizer.unk_token = tokenizer.eos_token  # the converter of Llama wants them
+    tokenizer.save_pretrained(at)
 
 
 def test_speeds_are_medians_of_ratios_within_repeats() -> None:
