@@ -274,30 +274,6 @@ class GatedLayers(Gates):
             self._observer(index, h_in, first(out))
 
 
-@torch.no_grad()
-def resumes(gates: Gates, run: Callable[[], Tensor]) -> bool:
-    """Return whether a pass of the open model may start at any unit, from the stream remembered there.
-
-    It must end as the whole pass does, to the last bit. It does not where a layer hands on more than the
-    stream, such as keys and values that others borrow, or returns more than it.
-
-    Args:
-        gates: of the model.
-        run: runs it on a few tokens; returns its final hidden states.
-    """
-    with gates.use(None):
-        expected = run()
-    if not gates.plain:
-        return False
-    prefixes = Prefixes()
-    with gates.remember(prefixes), gates.use(None):
-        equal = torch.equal(run(), expected)
-    for one in prefixes.apart():
-        with gates.remember(one), gates.use(None):
-            equal = equal and torch.equal(run(), expected)
-    return equal
-
-
 def freeze(model: PreTrainedModel) -> PreTrainedModel:
     """Put a model into eval mode and set ``requires_grad`` of all weights to false; return the model."""
     model.eval().requires_grad_(False)

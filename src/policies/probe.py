@@ -23,10 +23,10 @@ from src.errors import ConfigError
 from src.losses.distill import Distillation
 from src.losses.signals import Signal
 from src.mask import Mask
-from src.models.gated import Gates, Observer, resumes
+from src.models.gated import Gates, Observer
 from src.models.head import OutputHead
 from src.models.layers import num_layers, text_config
-from src.models.prefixes import Front, Prefixes, PrefixMemory
+from src.models.prefixes import Front, Prefixes, PrefixMemory, resumes
 from src.policies.measuring import Measure
 from src.policies.walk import Walker
 from src.training.data import Data
