@@ -26,7 +26,7 @@ from src.losses.signals import Signal, live_signal
 from src.mask import WIDE, Mask, Unit, git_sha
 from src.models.gated import Observer, freeze
 from src.models.head import OutputHead
-from src.models.prefixes import resumes
+from src.models.midway import resumes
 from src.models.sharding import shard
 from src.policies import MaskPolicy
 from src.policies.draws import apart, over_ranks, together

@@ -10,15 +10,10 @@ Shapes: B batch, T tokens, H hidden, U units in order of computation.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from src.models.gated import Gates
 
 Front = tuple[float, ...]
 """Gates of the first units."""
@@ -125,27 +120,3 @@ class PrefixMemory:
         in_use = 2 * ((self.units - 1) // self.every) if self.every else 0
         if len(self) + len(prefixes) + in_use <= self.limit:
             self._open[batch] = prefixes
-
-
-@torch.no_grad()
-def resumes(gates: Gates, run: Callable[[], Tensor]) -> bool:
-    """Return whether a pass of the open model may start at any unit, from the stream remembered there.
-
-    It must end as the whole pass does, to the last bit. It does not where a layer hands on more than the
-    stream, such as keys and values that others borrow, or returns more than it.
-
-    Args:
-        gates: of the model.
-        run: runs it on a few tokens; returns its final hidden states.
-    """
-    with gates.use(None):
-        expected = run()
-    if not gates.plain:
-        return False
-    prefixes = Prefixes()
-    with gates.remember(prefixes), gates.use(None):
-        equal = torch.equal(run(), expected)
-    for one in prefixes.apart():
-        with gates.remember(one), gates.use(None):
-            equal = equal and torch.equal(run(), expected)
-    return equal

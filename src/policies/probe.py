@@ -26,7 +26,8 @@ from src.mask import Mask
 from src.models.gated import Gates, Observer
 from src.models.head import OutputHead
 from src.models.layers import num_layers, text_config
-from src.models.prefixes import Front, Prefixes, PrefixMemory, resumes
+from src.models.midway import resumes
+from src.models.prefixes import Front, Prefixes, PrefixMemory
 from src.policies.measuring import Measure
 from src.policies.walk import Walker
 from src.training.data import Data

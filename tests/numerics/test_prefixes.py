@@ -11,7 +11,8 @@ from src.errors import ConfigError
 from src.mask import Unit
 from src.models.gated import freeze
 from src.models.layers import decoder, decoder_layers
-from src.models.prefixes import Prefixes, resumes
+from src.models.midway import resumes
+from src.models.prefixes import Prefixes
 from src.units.kinds import KINDS, Gates
 from tests.tiny import FAMILIES, LAYERS, tiny_ids, tiny_model
 
