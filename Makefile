@@ -20,7 +20,7 @@ $(if $(word 2,$(RUN)),$(error RUN: '$(RUN)' given; accepted: a path without spac
 $(if $(filter shorten,$(MAKECMDGOALS)),$(if $(and $(MODEL),$(TRAIN)),,$(error give MODEL=NAME and TRAIN=TEXT, such as: make shorten MODEL=Qwen/Qwen3-0.6B TRAIN=my.jsonl)))
 
 help:  ## show the targets
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-22s %s\n", $$1, $$2}'
 
 setup: $(VENV)/.installed  ## virtual environment and pinned installation
 
@@ -180,7 +180,7 @@ budgets: $(VENV)/.installed  ## one search for several budgets against a search 
 fair-fight: $(VENV)/.installed  ## every method under one recovery -> results/fair_fight.json, docs/fair_fight.md (resumable)
 	$(PY) -m scripts.arena configs/arena/fair_fight.yaml --jobs $(JOBS)
 
-width: $(VENV)/.installed  ## KV groups and channels, learned and by three criteria -> results/width.json, docs/width.md (resumable)
+width: $(VENV)/.installed  ## KV groups and channels, learned, by criteria and in training -> results/width.json, docs/width.md (resumable)
 	$(PY) -m scripts.arena configs/arena/width.yaml --jobs $(JOBS)
 
 grow: $(VENV)/.installed  ## layers put back into one recovered model, beside recoveries of each size -> results/grow.json (resumable)
@@ -234,7 +234,7 @@ $(KINDS)/kinds/test.jsonl: src/data/arithmetic.py | $(VENV)/.installed
 linear-patch: $(VENV)/.installed  ## cuts repaired without training -> results/linear_patch.json, docs/linear_patch.md
 	$(PY) -m scripts.arena configs/arena/linear_patch.yaml --jobs $(JOBS)
 
-vision: $(VENV)/.installed  ## tokens of a vision transformer pruned and merged -> results/vision.json, docs/systems.md
+vision: $(VENV)/.installed  ## tokens of a vision transformer pruned and merged -> results/vision.json, docs/systems/prune_and_merge.md
 	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[vision]'
 	$(CLI) vision --threads 1 --out results/vision.json --figure docs/figures/prune_merge.svg
 	$(PY) -m scripts.readme_results

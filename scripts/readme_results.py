@@ -29,7 +29,7 @@ from src.vision import verb as vision
 
 HALVES = (0, 1, 2, 5, 6, 7, 8, 11, 12, 13, 14, 15, 16, 19, 20, 21, 22, 23)
 """The mask by hand of docs/units.md, of 12 layers: no result, an example."""
-NOT_JUDGED, MISSING = {"result": "not judged"}, "not measured yet"
+OUTCOMES, MISSING = ("pass", "refused", "cannot be built", "WRONG"), "not measured yet"
 
 
 def spent(demo: JSON, run: JSON) -> float:
@@ -181,8 +181,8 @@ def counted(matrix: JSON) -> str:
     """Families by result, for each kind of unit."""
     told = []
     for unit in KINDS:
-        counts = Counter(row.get(unit, NOT_JUDGED)["result"] for row in matrix["families"].values())
-        told.append(f"{unit}: " + ", ".join(f"{count} {result}" for result, count in counts.most_common()))
+        counts = Counter(row[unit]["result"] for row in matrix["families"].values())
+        told.append(f"{unit}: " + ", ".join(f"{counts[x]} {x}" for x in OUTCOMES if counts[x]))
     version = f"transformers {matrix['transformers']}"
     return f"Of {len(matrix['families'])} decoder families of {version}; {'; '.join(told)}."
 
@@ -195,7 +195,7 @@ def matrix_lines(matrix: JSON) -> list[str]:
         for unit, cell in row.items():
             told.setdefault(cell.get("reason") or cell.get("limits", ""), []).append(unit)
         why = [f"{', '.join(units)}: {shorten(t, 200, placeholder=' ...')}" for t, units in told.items() if t]
-        rows.append([family, *(row.get(unit, NOT_JUDGED)["result"] for unit in KINDS), " ".join(why)])
+        rows.append([family, *(row[unit]["result"] for unit in KINDS), " ".join(why)])
     return [counted(matrix), "", *table(" | ".join(["family", *KINDS, "limits, or the reason"]), rows)]
 
 

@@ -149,7 +149,7 @@ class Gates:
         """Let each pass in the block start behind the units that an earlier pass ran with the same gates.
 
         The passes are of one batch, and under :meth:`use`. The layers must hand on the stream alone
-        (:func:`resumes`). A pass with an observer runs every layer.
+        (:func:`src.models.midway.resumes`). A pass with an observer runs every layer.
 
         Args:
             prefixes: keeps the streams of earlier passes, and those of these passes; None remembers nothing.

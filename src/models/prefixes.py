@@ -76,7 +76,7 @@ class Prefixes:
     def apart(self) -> Iterator[Prefixes]:
         """Yield, for each stream that is held now, a new :class:`Prefixes` that holds this stream alone.
 
-        So a pass can be made to start at each of them in turn, which :func:`src.models.gated.resumes` tries.
+        So a pass can be made to start at each of them in turn, which :func:`src.models.midway.resumes` tries.
         """
         for front, h_BTH in list(self._streams.items()):
             alone = Prefixes(self.every)

@@ -65,8 +65,8 @@ class Experiment:
     def stage(self) -> str:
         """The stage of the config: ``search``, ``recover`` or ``cache``; else the name of its class."""
         name: str = self.config.model.class_path.split(".")[-1]
-        stages = {"MaskSearch": "search", "Recovery": "recover", "CacheTeacher": "cache"}
-        return {**stages, "Interleaved": "recover", "Weighed": "recover"}.get(name, name)
+        stages = {"MaskSearch": "search", "CacheTeacher": "cache"}
+        return (stages | dict.fromkeys(("Recovery", "Interleaved", "Weighed"), "recover")).get(name, name)
 
     @property
     def accumulate(self) -> int:

@@ -101,7 +101,7 @@ def together(
     """Measure masks as :func:`apart` does; what they and the teacher have in common is computed once.
 
     The model is frozen, without adapters, and its pass may start in front of any layer
-    (:func:`src.models.gated.resumes`).
+    (:func:`src.models.midway.resumes`).
     """
     graded, done = search.policy.needs_gradient, dict[Front, Draw]()
     by_gates = {tuple(gates_U.tolist()): gates_U.detach() for gates_U in drawn}

@@ -103,7 +103,7 @@ class Interleaved(Recovery):
             "trainer.callbacks: Sparsify masks what is to go": sparse,
         }
         if found := [reason for reason, holds in reasons.items() if holds]:
-            raise ConfigError(f"Interleaved: {found[0]}. Change that, or use src.recover.Recovery.")
+            raise ConfigError(f"{type(self).__name__}: {found[0]}. Change that, or use src.recover.Recovery.")
         super().refuse(trainer, data)
         for mask in self.goal.less_one_layer():  # a term may name a layer that will go
             self.objective.pairs(mask)

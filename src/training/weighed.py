@@ -102,6 +102,10 @@ class Weighed(Interleaved):
         return {home: layer.get_submodule(self.paths[home]) for home, layer in layers}
 
     def check(self) -> None:
+        super().check()
+        self.check_maps()
+
+    def check_maps(self) -> None:
         """Refuse a model in which a norm behind the last map undoes a weight on it."""
         for home, halves in zip(self.mask.feed_forward, find_halves(self.model), strict=True):
             if not f"{self.paths[home]}.".startswith(f"{halves.writers[1]}."):
@@ -122,7 +126,7 @@ class Weighed(Interleaved):
         super().on_before_optimizer_step(optimizer)
         maps = self.maps if self.left and len(self.history) < self.stages else {}
         norms = {home: float(m.get_parameter("weight").detach().norm()) for home, m in maps.items()}
-        self._noted = [(home, m, norms[home], slope(m)) for home, m in maps.items()]
+        self._noted = [(home, m, norms[home], log_slope(m)) for home, m in maps.items()]
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Make a step of all parameters, then one of the feed-forwards' weights."""
@@ -158,7 +162,6 @@ class Weighed(Interleaved):
         self.model.eval()
         try:
             with self.trainer.precision_plugin.forward_context():
-                self.check()
                 scores_U = block_influence(self.model, "half", real(batch), lambda: self.head.hidden(batch))
         finally:
             self.model.train()
@@ -188,7 +191,7 @@ class Weighed(Interleaved):
 
 
 @torch.no_grad()
-def slope(linear: nn.Module) -> float:
+def log_slope(linear: nn.Module) -> float:
     """Return the slope of a loss by the logarithm of a factor on all that a map puts out."""
     return sum(float((p * p.grad).sum()) for p in linear.parameters() if p.grad is not None)
 

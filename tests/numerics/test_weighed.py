@@ -14,7 +14,7 @@ from torch import Tensor
 from src.errors import ConfigError
 from src.mask import Mask
 from src.models.layers import decoder_layers
-from src.training.weighed import Weighed, scored, slope
+from src.training.weighed import Weighed, log_slope, scored
 from src.units.kinds import KINDS
 from src.units.width import feed_forward_writers
 from tests.numerics.test_interleaved import goal
@@ -72,7 +72,7 @@ def test_the_slope_is_that_of_a_gate_on_the_feed_forward(family: str) -> None:
     assert gates_U.grad is not None
     model.requires_grad_(True).zero_grad()
     model(input_ids=ids, labels=ids).loss.backward()
-    assert slope(layer.get_submodule(path)) == pytest.approx(float(gates_U.grad[5]), rel=1e-4)
+    assert log_slope(layer.get_submodule(path)) == pytest.approx(float(gates_U.grad[5]), rel=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -152,9 +152,9 @@ def test_a_norm_behind_the_map_is_refused(tmp_path: Path) -> None:
     made = Weighed(str(tmp_path), remove=1)
     made.model = model
     with pytest.raises(ConfigError, match="'gemma2' post_feedforward_layernorm stands behind mlp"):
-        made.check()
+        made.check_maps()
     made.model = tiny_model("llama", num_hidden_layers=len(model.model.layers))
-    made.check()
+    made.check_maps()
 
 
 def test_a_mask_says_how_many_go_at_most_if_it_is_of_layers_or_halves(tmp_path: Path) -> None:
