@@ -21,7 +21,7 @@ from torch import Tensor
 from src.data.batches import Batch, Supervised
 from src.losses.signals import Signal
 from src.models.gated import Gates
-from src.models.prefixes import Front, Prefixes
+from src.models.prefixes import Prefixes
 from src.policies.base import MaskPolicy
 from src.training.adapters import Adapters
 from src.training.ranks import WholeBatch, total, world
@@ -103,13 +103,14 @@ def together(
     The model is frozen, without adapters, and its pass may start in front of any layer
     (:func:`src.models.midway.resumes`).
     """
-    graded, done = search.policy.needs_gradient, dict[Front, Draw]()
-    by_gates = {tuple(gates_U.tolist()): gates_U.detach() for gates_U in drawn}
-    order = sorted(by_gates, reverse=True)
-    prefixes = Prefixes(search.gates.each, opened=False)
+    graded, done = search.policy.needs_gradient, dict[str, Draw]()
+    # Gates are compared in words: a gate that is no number is not equal to itself.
+    by_gates = {str(gates_U.tolist()): gates_U.detach() for gates_U in drawn}
+    order = sorted(by_gates, key=lambda words: by_gates[words].tolist(), reverse=True)
+    prefixes, first = Prefixes(search.gates.each, opened=False), by_gates[order[0]].tolist()
     leaves = [torch.ones_like(by_gates[order[0]]).requires_grad_(graded)]
     with search.gates.remember(prefixes):
-        prefixes.graded = len(list(takewhile(lambda gate: gate == 1.0, order[0]))) if graded else 0
+        prefixes.graded = len(list(takewhile(lambda gate: gate == 1.0, first))) if graded else 0
         signal = search.teacher_signal(rows, leaves[0])
         prefixes.graded = 0
         for gates in order:
@@ -123,7 +124,7 @@ def together(
                 grad_U = torch.stack([part for part in parts if part is not None]).sum(0)
                 search.spent(rows.batch, search.num_layers)
             done[gates] = Draw(leaves[-1], loss.detach(), grad_U)
-    return [replace(done[tuple(gates_U.tolist())], gates_U=gates_U) for gates_U in drawn]
+    return [replace(done[str(gates_U.tolist())], gates_U=gates_U) for gates_U in drawn]
 
 
 def over_ranks(drawn: Sequence[Draw]) -> tuple[Tensor, Tensor | None]:

@@ -122,7 +122,9 @@ def test_linked_sections_exist(page: Path) -> None:
     ],
 )
 def test_make_refuses_before_it_installs_anything(words: list[str], told: str) -> None:
-    done = subprocess.run(["make", "-n", "VENV=none", *words], capture_output=True, text=True)
+    done = subprocess.run(
+        ["make", "--no-print-directory", "-n", "VENV=none", *words], capture_output=True, text=True
+    )
     assert (done.returncode, done.stdout) == (2, "")
     assert len(done.stderr.splitlines()) == 1
     assert told in done.stderr
@@ -131,7 +133,9 @@ def test_make_refuses_before_it_installs_anything(words: list[str], told: str) -
 def test_make_hands_over_what_it_is_given_as_it_is() -> None:
     given = {"MODEL": "it's mine", "TRAIN": "a b.jsonl", "TARGET": "{speedup: 1.3}", "OUT": "my model"}
     words = [f"{key}={value}" for key, value in given.items()]
-    done = subprocess.run(["make", "-n", "shorten", *words], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        ["make", "--no-print-directory", "-n", "shorten", *words], capture_output=True, text=True, check=True
+    )
     parts = shlex.split(done.stdout)
     assert [part for part in parts if part.partition("=")[2] in given.values()] == [
         f"--{key.lower()}={value}" for key, value in given.items()

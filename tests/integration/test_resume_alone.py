@@ -128,7 +128,6 @@ def test_settings_that_cannot_be_used_are_one_message(
         (tmp_path / "config.yaml").write_text(content)
     assert ended(["fit", f"--ckpt_path={folder}/last.ckpt"]) == 2
     said = capsys.readouterr().err.splitlines()
-    assert len(said) == 1 + ("odd" in str(content)), "what can be read is told to be resumed"
     said = [line for line in said if not line.startswith("resume: settings of ")]
     assert [line.partition(":")[0] for line in said] == ["error"]
     assert ("odd" if content and "odd" in content else "config.yaml") in said[0]
