@@ -154,9 +154,9 @@ def main(argv: list[str]) -> None:
                 f"{longest} positions of '{name}'."
             )
     table = Table(title=f"Speed beside {args.baseline}, {torch.get_num_threads()} thread(s)")
-    table.add_column("model", overflow="fold")
+    table.add_column("model")
     for heading in ("batch", "phase", "tokens/s", "quartiles", "speed-up", "quartiles", "ideal", "of ideal"):
-        table.add_column(heading, justify="right", no_wrap=True)
+        table.add_column(heading, justify="right")
     measured, warnings = [], []
     for size in args.batch_size:
         results = compare(models, size, args.prompt_tokens, args.new_tokens, args.repeats)

@@ -160,8 +160,6 @@ def rich_table(rows: Sequence[Sequence[str]]) -> Table:
     """Return a table of cells, the heading first; all columns but the first stand on the right."""
     heading, *lines = rows
     table = Table(*heading)
-    for column in table.columns:
-        column.overflow = "fold"
     for column in table.columns[1:]:
         column.justify = "right"
     for line in lines:
@@ -170,10 +168,12 @@ def rich_table(rows: Sequence[Sequence[str]]) -> Table:
 
 
 def show(table: Table) -> None:
-    """Print a table without a frame; where there is no terminal, wide enough that no cell is cut short."""
+    """Print a table without a frame; no cell is cut short: on a narrow terminal it goes on below."""
     table.show_edge, table.title_justify = False, "left"
     plain = partial(Console, markup=False, emoji=False)  # names and paths are shown as they are
     console = plain()
+    for column in table.columns:
+        column.no_wrap, column.overflow = False, "fold"
     (console if console.is_terminal else plain(width=130)).print(table)
 
 

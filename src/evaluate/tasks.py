@@ -120,9 +120,9 @@ def summary(results: list[dict[str, Any]], facts: dict[str, dict[str, Any]]) -> 
     """
     table = Table(title="public tasks")
     for heading in ("task", "metric", "model"):
-        table.add_column(heading, overflow="fold")
+        table.add_column(heading)
     for heading in ("score", "ratio", "lost / gained"):
-        table.add_column(heading, justify="right", no_wrap=True)
+        table.add_column(heading, justify="right")
     for task, fact in facts.items():
         shots, documents = fact["shots"], fact["documents"]
         title = f"{task} ({shots}-shot, {documents})" if documents else task

@@ -166,9 +166,9 @@ def summary(results: list[dict[str, Any]], title: str) -> Table:
     Behind exact match and perplexity stands their ratio to those of the first model.
     """
     table = Table(title=title)
-    table.add_column("model", overflow="fold")
+    table.add_column("model")
     for heading in ["layers", "parameters", "exact match", "lost / gained", "KL", "agreement", "perplexity"]:
-        table.add_column(heading, justify="right", no_wrap=True)
+        table.add_column(heading, justify="right")
     for r in results:
         ratio = f" ({r['retention']:.1%})" if "retention" in r else ""
         table.add_row(

@@ -236,7 +236,7 @@ def _fit(
 def _tell(model: str, choices: list[Choice], notes: list[str]) -> None:
     table = Table(title=f"Settings for {model}")
     for heading in ("stage", "option", "value", "because"):
-        table.add_column(heading, overflow="fold")
+        table.add_column(heading)
     for choice in choices:
         table.add_row(choice.stage, choice.option, str(choice.value), choice.reason)
     show(table)

@@ -53,6 +53,22 @@ def test_a_table_is_a_title_a_heading_a_rule_and_its_rows(capsys: pytest.Capture
     assert set(rule.strip()) == {"━", "╇"}
 
 
+@pytest.mark.parametrize("width", ["30", "60", "200"])
+def test_a_narrow_terminal_shows_every_figure(
+    width: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")  # as a terminal
+    monkeypatch.setenv("COLUMNS", width)
+    table, cells = Table(), ("logs/demo/cut", "0.0390", "160 / 0 (p 1.4e-48)")
+    for heading in ("model", "KL", "lost / gained"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_row(*cells)
+    show(table)
+    lines = [line.split("│") for line in capsys.readouterr().out.splitlines() if "│" in line]
+    columns = ["".join("".join(part).split()) for part in zip(*lines, strict=True)]
+    assert columns == ["".join(cell.split()) for cell in cells]
+
+
 def test_the_filter_asks_for_beginnings_alone() -> None:
     from src.training.quiet import advice
 
