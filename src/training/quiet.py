@@ -6,7 +6,7 @@ import logging
 import sys
 import warnings
 
-from huggingface_hub.utils import enable_progress_bars
+from huggingface_hub.utils.tqdm import enable_progress_bars
 from transformers.utils import logging as transformers_logging
 
 ADVICE = ("💡", "GPU available:", "TPU available:", "HPU available:", "Seed set to", "`Trainer.fit` stopped:",
