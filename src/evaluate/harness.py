@@ -8,16 +8,16 @@ from __future__ import annotations
 import contextlib
 import difflib
 import importlib
-import logging
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from src.errors import ConfigError
+from src.training.quiet import silent
 
 RESAMPLES = 1000
 """Bootstrap draws for the error of a perplexity; the error of a mean is computed, not drawn."""
@@ -54,7 +54,7 @@ def load_tasks(names: Sequence[str], include: str | None = None, data_dir: str =
     manager_of, include = harness("tasks").TaskManager, include and str(Path(include).resolve())
     tasks = list[Any]()
     # The harness warns of what is meant, such as a local task in place of its own; the Hub of each retry.
-    with _quiet("lm_eval", "huggingface_hub", "datasets"), contextlib.chdir(data_dir):
+    with silent("lm_eval", "huggingface_hub", "datasets"), contextlib.chdir(data_dir):
         manager = manager_of(include_path=include, include_defaults=False)
         if not set(names) <= set(manager.all_subtasks):  # reading all of the harness's own takes seconds
             manager = manager_of(include_path=include)
@@ -98,19 +98,6 @@ def _first_line(error: Exception) -> str:
     return lines[0].rstrip(". ") if lines else type(error).__name__
 
 
-@contextlib.contextmanager
-def _quiet(*names: str) -> Iterator[None]:
-    """Let the loggers of these names print errors only, in the block."""
-    levels = {name: logging.getLogger(name).level for name in names}
-    for name in names:
-        logging.getLogger(name).setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        for name, level in levels.items():
-            logging.getLogger(name).setLevel(level)
-
-
 def ask(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -141,7 +128,7 @@ def ask(
         raise ConfigError(
             f"--chat: the tokenizer '{tokenizer.name_or_path}' has no chat template. Leave it out."
         )
-    with _quiet("lm_eval"):
+    with silent("lm_eval"):
         lm = harness("models.huggingface").HFLM(
             pretrained=model, tokenizer=tokenizer, batch_size=batch_size, trust_remote_code=False
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import tempfile
 from collections.abc import Sequence
 from functools import cached_property
@@ -27,6 +26,7 @@ from src.plan.shapes import Rows
 from src.recover import Recovery
 from src.search import MaskSearch
 from src.training.parsing import parsed
+from src.training.quiet import silent
 from src.training.stage import Stage
 from src.units.amount import Amount, Budget
 from src.units.kinds import width_of
@@ -215,12 +215,11 @@ class Experiment:
         until = (self.callbacks.get("PruningCurriculum") or {}).get("until", 0)
         if until and isinstance(module, MaskSearch):
             module.policy.remove = 1  # the curriculum's first steps keep nearly all layers
-        for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
-            logging.getLogger(name).setLevel(logging.ERROR)
         used = cast(_PRECISION_INPUT, precision or self.trainer.precision)
-        module.trainer = Trainer(
-            accelerator="cpu", devices=1, precision=used, logger=False, enable_checkpointing=False,
-            enable_progress_bar=False, enable_model_summary=False,
-            callbacks=[Sparsify()] if "Sparsify" in self.callbacks else None,
-        )  # fmt: skip
+        with silent("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
+            module.trainer = Trainer(
+                accelerator="cpu", devices=1, precision=used, logger=False, enable_checkpointing=False,
+                enable_progress_bar=False, enable_model_summary=False,
+                callbacks=[Sparsify()] if "Sparsify" in self.callbacks else None,
+            )  # fmt: skip
         return module

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 
 from src.training.arguments import PruneCLI, ShortErrors
+from src.training.quiet import silent
 
 
 class ParseOnly(PruneCLI):
@@ -32,13 +32,13 @@ def parsed(argv: Sequence[str]) -> ParseOnly:
     Raises:
         ConfigError: ``fit`` would refuse them.
     """
-    logging.getLogger("lightning.fabric.utilities.seed").setLevel(logging.ERROR)
-    return ParseOnly(
-        args=["fit", *argv],
-        parser_class=ShortErrors,
-        auto_configure_optimizers=False,
-        subclass_mode_model=True,
-        subclass_mode_data=True,
-        save_config_callback=None,
-        seed_everything_default=False,
-    )
+    with silent("lightning.fabric.utilities.seed"):
+        return ParseOnly(
+            args=["fit", *argv],
+            parser_class=ShortErrors,
+            auto_configure_optimizers=False,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            save_config_callback=None,
+            seed_everything_default=False,
+        )

@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from huggingface_hub.utils.tqdm import enable_progress_bars
 from transformers.utils import logging as transformers_logging
@@ -53,3 +55,16 @@ def quieten() -> None:
     transformers_logging.disable_progress_bar()
     if sys.stderr.isatty():  # elsewhere a bar is a heap of its states
         enable_progress_bars()
+
+
+@contextmanager
+def silent(*names: str) -> Iterator[None]:
+    """Let the loggers of these names print errors only, in the block."""
+    levels = {name: logging.getLogger(name).level for name in names}
+    for name in names:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import subprocess
 import sys
@@ -10,6 +11,8 @@ import pytest
 from rich.table import Table
 
 from src.command import show
+from src.training.quiet import silent
+from tests.faults.runs import ended
 
 PROGRAM = """
 import logging
@@ -67,6 +70,28 @@ def test_a_narrow_terminal_shows_every_figure(
     lines = [line.split("│") for line in capsys.readouterr().out.splitlines() if "│" in line]
     columns = ["".join("".join(part).split()) for part in zip(*lines, strict=True)]
     assert columns == ["".join(cell.split()) for cell in cells]
+
+
+def test_a_logger_is_silent_in_the_block_alone_whatever_ends_it() -> None:
+    logger, other = logging.getLogger("e3.silent"), logging.getLogger("e3.other")
+    logger.setLevel(logging.DEBUG)
+    with contextlib.suppress(ValueError), silent("e3.silent"):
+        assert not logger.isEnabledFor(logging.WARNING)
+        assert logger.isEnabledFor(logging.ERROR)
+        assert other.isEnabledFor(logging.WARNING)
+        raise ValueError
+    assert logger.level == logging.DEBUG
+
+
+@pytest.mark.slow
+def test_a_plan_leaves_the_loggers_as_they_were() -> None:
+    names = ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero",
+             "lightning.fabric.utilities.seed")  # fmt: skip
+    before = {name: logging.getLogger(name).level for name in names}
+    config = "configs/search/gumbel_topk.yaml"
+    model = "--model.init_args.model=configs/models/qwen3-0.6b.json"
+    assert ended(["plan", f"--config={config}", model, "--device=h100"]) == 0
+    assert {name: logging.getLogger(name).level for name in names} == before
 
 
 def test_the_filter_asks_for_beginnings_alone() -> None:
