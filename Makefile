@@ -32,7 +32,10 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 # ---------------------------------------------------------------- the demo: search, recover, export, judge
 
-LOG = --trainer.logger.init_args.save_dir $(RUN)
+# The configs name these paths and seeds; a command says only what is otherwise.
+COMMA := ,
+ELSEWHERE = $(if $(filter-out logs/demo,$(RUN)),--trainer.logger.init_args.save_dir $(RUN) $(1))
+SEEDED = $(if $(filter-out 0,$(SEED)),--seed_everything $(SEED) $(1))
 PROBLEMS = --train 620 --validation 128 --test 500 --seed 1000
 
 # A stage that was interrupted resumes; one whose inputs or settings changed since its checkpoint starts anew.
@@ -55,15 +58,15 @@ $(RUN)/data/test.jsonl: src/data/arithmetic.py $(RUN)/.data | $(VENV)/.installed
 
 $(RUN)/search/mask.json: $(RUN)/data/test.jsonl configs/demo/search.yaml $(RUN)/.search
 	@$(STALE)
-	$(CLI) fit --config configs/demo/search.yaml $(LOG) \
-	  --data.init_args.train $(RUN)/data/train.jsonl --data.init_args.validation $(RUN)/data/validation.jsonl \
-	  --seed_everything $(SEED) --model.init_args.policy.init_args.seed $(SEED) --data.init_args.seed $(SEED) $(SEARCH) --ckpt_path last
+	$(strip $(CLI) fit --config configs/demo/search.yaml --ckpt_path last \
+	  $(call ELSEWHERE,--data.init_args.train $(RUN)/data/train.jsonl --data.init_args.validation $(RUN)/data/validation.jsonl) \
+	  $(call SEEDED,--model.init_args.policy.init_args.seed $(SEED) --data.init_args.seed $(SEED)) $(SEARCH))
 
 $(RUN)/recover/record.json: $(RUN)/search/mask.json configs/demo/recover.yaml $(RUN)/.recover
 	@$(STALE)
-	$(CLI) fit --config configs/demo/recover.yaml $(LOG) \
-	  --data.init_args.train '[$(RUN)/data/train.jsonl, $(RUN)/data/validation.jsonl]' \
-	  --model.init_args.mask $< --seed_everything $(SEED) --data.init_args.seed 10$(SEED) $(RECOVER) --ckpt_path last
+	$(strip $(CLI) fit --config configs/demo/recover.yaml --ckpt_path last \
+	  $(call ELSEWHERE,--model.init_args.mask $< --data.init_args.train '[$(RUN)/data/train.jsonl$(COMMA)$(RUN)/data/validation.jsonl]') \
+	  $(call SEEDED,--data.init_args.seed 10$(SEED)) $(RECOVER))
 
 $(RUN)/cut/config.json: $(RUN)/search/mask.json
 	$(CLI) export --mask $< --out $(RUN)/cut --force
@@ -74,12 +77,12 @@ $(RUN)/recovered/config.json: $(RUN)/search/mask.json $(RUN)/recover/record.json
 
 $(RUN)/evaluate.json: $(RUN)/cut/config.json $(RUN)/recovered/config.json
 	$(CLI) evaluate --teacher $(TEACHER) --model $(RUN)/cut $(RUN)/recovered \
-	  --data $(RUN)/data/test.jsonl --supervise all --out $@
+	  --data $(RUN)/data/test.jsonl --supervise all --out $@ --no-table
 	@for model in cut recovered; do $(PY) -m src.export.card $(RUN)/$$model --scores $@; done
 
 $(RUN)/benchmark.json: $(RUN)/recovered/config.json
 	$(CLI) benchmark --baseline $(TEACHER) --model $(RUN)/cut $(RUN)/recovered \
-	  --out $@
+	  --out $@ --no-table
 
 # ---------------------------------------------------------------- a model of your own
 

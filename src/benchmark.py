@@ -20,7 +20,7 @@ from rich.table import Table
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
-from src.command import Parser, device_name, load, new_file, provenance, show
+from src.command import Parser, device_name, load, provenance, show
 from src.errors import ConfigError
 from src.files import write_json
 from src.models.costs import NEW, PROMPT, flops, parameters
@@ -166,7 +166,8 @@ def main(argv: list[str]) -> None:
                 table.add_row(name, str(size), phase, *_cells(result[phase]))
                 if name != args.baseline:
                     warnings.append(verdict(name, phase, size, result[phase]))
-    show(table)
+    if not args.no_table:
+        show(table)
     for warning in filter(None, warnings):
         print(f"note: {warning}")
     if args.out:
@@ -201,6 +202,6 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     add("--prompt-tokens", type=positive, default=PROMPT, metavar="T", help=f"read (default: {PROMPT})")
     add("--new-tokens", type=positive, default=NEW, metavar="T", help=f"decoded (default: {NEW})")
     add("--repeats", type=positive, default=20, metavar="R", help="turns of each model (default: 20)")
-    add("--out", type=new_file, metavar="FILE", help="write the figures as JSON")
+    parser.add_figures_options()
     parser.add_model_options()
     return parser.parse_args(argv)

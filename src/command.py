@@ -53,6 +53,11 @@ class Parser(argparse.ArgumentParser):
             "and the last for all that follow",
         )
 
+    def add_figures_options(self) -> None:
+        """Add the options that say where figures go."""
+        self.add_argument("--out", type=new_file, metavar="FILE", help="write the figures as JSON")
+        self.add_argument("--no-table", action="store_true", help="print no table of them; asks for --out")
+
     def parse_known_args(  # type: ignore[override]  # argparse has overloads
         self, *args: Any, **keys: Any
     ) -> tuple[argparse.Namespace, list[str]]:
@@ -60,6 +65,8 @@ class Parser(argparse.ArgumentParser):
         options, rest = super().parse_known_args(*args, **keys)
         threads.settle(options.threads)
         del options.threads
+        if getattr(options, "no_table", False) and not options.out:
+            self.error("--no-table: the figures go nowhere; add --out FILE")
         return options, rest
 
 

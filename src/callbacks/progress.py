@@ -6,6 +6,7 @@ from typing import Any
 
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import RichProgressBar
+from rich import get_console
 from rich.progress import TaskID
 
 from src.training.progress import Lines, on_terminal
@@ -16,8 +17,11 @@ class ProgressBar(RichProgressBar):
     """Shows Lightning's bar on a terminal, and nothing anywhere else.
 
     It counts the steps of the whole run. Lightning would begin anew in each epoch, and a streamed corpus has
-    no last one.
+    no last one. On a narrow terminal it shows the first figures only, so that it stays on one line.
     """
+
+    BESIDE = 92
+    """Columns that all but the figures need."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -33,6 +37,15 @@ class ProgressBar(RichProgressBar):
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.train_progress_bar_id is None:
             super().on_train_epoch_start(trainer, pl_module)
+
+    def get_metrics(self, *args: Any) -> dict[str, Any]:
+        room, kept = get_console().width - self.BESIDE, dict[str, Any]()
+        for name, value in super().get_metrics(*args).items():
+            room -= len(f" {name}: {value if isinstance(value, str) else format(value, '.3f')}")
+            if kept and room < 0:
+                break
+            kept[name] = value
+        return kept
 
     def _update(self, progress_bar_id: TaskID | None, current: int, *args: Any, **keys: Any) -> None:
         steps = self.trainer.global_step if progress_bar_id == self.train_progress_bar_id else current

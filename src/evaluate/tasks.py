@@ -42,7 +42,8 @@ def main(args: argparse.Namespace, argv: list[str]) -> None:
         for result in results[1:]:
             compare(result["tasks"], results[0]["tasks"])
     facts = describe(output)
-    show(summary(results, facts))
+    if not args.no_table:
+        show(summary(results, facts))
     if args.out:
         for metric in (m for r in results for metrics in r["tasks"].values() for m in metrics.values()):
             if "correct" in metric:

@@ -24,7 +24,7 @@ from rich.table import Table
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from src.command import Parser, each_model, new_file, provenance, show
+from src.command import Parser, each_model, provenance, show
 from src.data.arithmetic import final_answer
 from src.data.columns import Columns
 from src.data.formats import WHERE
@@ -146,7 +146,8 @@ def main(argv: list[str]) -> None:
             if right := results[0]["exact_match"]:
                 result["retention"] = result["exact_match"] / right
             result["flips"] = flips(result["correct"], results[0]["correct"])
-    show(summary(results, f"{encoded} of {args.data}"))
+    if not args.no_table:
+        show(summary(results, f"{encoded} of {args.data}"))
     if args.out:
         origin["seconds"] = time.monotonic() - began
         prompts = [row[columns.of(row).prompt or ""] for row in rows[:3]] if task else []
@@ -227,7 +228,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     add("--data-dir", default=".", metavar="DIR", help="folder of the files those YAMLs name (default: .)")
     add("--num-fewshot", type=natural, metavar="K", help="solved examples before each (default: the task's)")
     add("--chat", action="store_true", help="ask tasks as chats, by the model's template")
-    add("--out", type=new_file, metavar="FILE", help="write the figures as JSON")
+    parser.add_figures_options()
     parser.add_model_options()
     args = parser.parse_args(argv)
     _check_options(args, parser)

@@ -156,8 +156,8 @@ def stages(
     last = str(run / "recover/checkpoints/last.ckpt")
     scores, speeds, exported = run / "evaluate.json", run / "benchmark.json", ("cut", "export")
     rows = ["--data", args.held_out or str(run / HELD_OUT), "--limit", str(JUDGED)]
-    judge = ["evaluate", "--teacher", args.model, *rows, "--out", str(scores)]
-    race = ["benchmark", "--baseline", args.model, "--out", str(speeds)]
+    judge = ["evaluate", "--teacher", args.model, *rows, "--out", str(scores), "--no-table"]
+    race = ["benchmark", "--baseline", args.model, "--out", str(speeds), "--no-table"]
     both, read = ("--model", str(cut), str(out)), tuple(facts)
     return [
         Stage(

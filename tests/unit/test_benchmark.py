@@ -74,7 +74,9 @@ def test_a_missing_or_poor_win_is_said() -> None:
     assert "No speed-up was measured" in benchmark.verdict("m", "decode", 1, none)
 
 
-def test_the_command_writes_every_phase_and_batch_size(tmp_path: Path) -> None:
+def test_the_command_writes_every_phase_and_batch_size(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     for name, layers in (("long", 6), ("short", 3)):
         tiny_model("llama", num_hidden_layers=layers, **TINY).save_pretrained(tmp_path / name)
     common = f"--model {tmp_path}/short --baseline {tmp_path}/long --repeats 2 --new-tokens 2".split()
@@ -88,6 +90,11 @@ def test_the_command_writes_every_phase_and_batch_size(tmp_path: Path) -> None:
     assert {"threads", "device", "dtype", "commit", "command", "repeats"} <= set(record)
     with pytest.raises(ConfigError, match="64 positions"):
         benchmark.main([*common, "--prompt-tokens", "63"])
+    assert "speed-up" in capsys.readouterr().out
+    benchmark.main([*common, *f"--prompt-tokens 8 --out {tmp_path}/b.json --no-table".split()])
+    assert "speed-up" not in capsys.readouterr().out
+    with pytest.raises(ConfigError, match=r"--no-table.*add --out"):
+        benchmark.main([*common, "--no-table"])
 
 
 def test_speeds_on_different_devices_are_not_compared(tmp_path: Path, monkeypatch) -> None:

@@ -206,9 +206,13 @@ def test_a_student_is_gone_before_the_next_is_loaded_and_the_teacher_stays(
     assert placed == ["cpu"]
 
 
-def test_plain_text_is_judged_without_a_task(saved: Path) -> None:
+def test_plain_text_is_judged_without_a_task(saved: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (saved / "text.jsonl").write_text('{"text": "Ana has 3 eggs."}\n' * 3)
-    main(f"--model {saved}/student --data {saved}/text.jsonl --text text --out {saved}/text.json".split())
+    own = f"--model {saved}/student --data {saved}/text.jsonl --text text --out {saved}/text.json".split()
+    main(own)
+    assert "perplexity" in capsys.readouterr().out
+    main([*own, "--no-table"])
+    assert capsys.readouterr().out == ""
     (figures,) = json.loads((saved / "text.json").read_text())["models"]
     assert "exact_match" not in figures
     assert figures["perplexity"] > 1

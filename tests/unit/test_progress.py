@@ -167,13 +167,13 @@ class AtTheEnd(Callback):
         logging.getLogger("lightning.pytorch").info("the mask keeps 3 of 4")
 
 
-def boring(steps: int, tmp_path: Path, bar: ProgressBar) -> None:
+def boring(steps: int, tmp_path: Path, bar: ProgressBar, model: BoringModel | None = None) -> None:
     trainer = Trainer(
         max_steps=steps, callbacks=[AtTheEnd(), bar], accelerator="cpu", logger=False,
         enable_checkpointing=False, enable_model_summary=False, limit_train_batches=2, limit_val_batches=0,
         default_root_dir=tmp_path,
     )  # fmt: skip
-    trainer.fit(BoringModel())
+    trainer.fit(model or BoringModel())
 
 
 def test_one_bar_counts_all_steps_and_what_runs_under_it_leaves_only_its_message(
@@ -191,6 +191,26 @@ def test_one_bar_counts_all_steps_and_what_runs_under_it_leaves_only_its_message
     assert message == "the mask keeps 3 of 4"
     assert "steps" in steps
     assert "5/5" in steps
+
+
+class ManyFigures(BoringModel):
+    """Logs more figures than a line of a terminal holds."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        self.log_dict({f"train/f{i}": float(i) for i in range(8)}, prog_bar=True)
+        return super().training_step(batch, batch_idx)
+
+
+@pytest.mark.parametrize(("width", "figures"), [(80, 1), (110, 1), (140, 3)])
+def test_a_bar_stays_on_one_line_and_shows_the_figures_that_fit(
+    screen: io.StringIO, tmp_path: Path, width: int, figures: int
+) -> None:
+    bar = ProgressBar()
+    bar._console_kwargs = {"file": screen, "force_terminal": True, "width": width}
+    boring(3, tmp_path, bar, ManyFigures())
+    (line,) = (line for line in remains(screen.getvalue()) if "steps" in line)
+    assert re.findall(r"f(\d): \1\.000", line) == [str(i) for i in range(figures)]
+    assert len(line.rstrip()) <= width
 
 
 def test_elsewhere_a_run_has_no_bar(tmp_path: Path) -> None:
