@@ -89,11 +89,11 @@ $(RUN)/benchmark.json: $(RUN)/recovered/config.json
 quoted = '$(subst ','\'',$(1))'
 option = $(if $($(1)),--$(2)=$(call quoted,$($(1))))
 
-shorten: $(VENV)/.installed  ## a model of your own: MODEL=NAME TRAIN=TEXT [HELD_OUT RATIO REMOVE TARGET UNIT METHOD TOKENS OUT RUN SEED: as shorten --help; DRY=1]
+shorten: $(VENV)/.installed  ## a model of your own: MODEL=NAME TRAIN=TEXT [HELD_OUT RATIO REMOVE TARGET UNIT METHOD TOKENS OUT RUN SEED: as shorten --help; MORE='--text body'; DRY=1]
 	@$(CLI) shorten $(call option,MODEL,model) $(call option,TRAIN,train) --seed $(SEED) $(call option,HELD_OUT,held-out) \
 	  $(call option,RATIO,ratio) $(call option,REMOVE,remove) $(call option,TARGET,target) $(call option,UNIT,unit) $(call option,METHOD,method) \
 	  $(call option,TOKENS,tokens) $(call option,OUT,out) $(call option,SEARCH,search) $(call option,RECOVER,recover) \
-	  $(if $(filter command line,$(origin RUN)),--run $(RUN)) $(if $(DRY),--dry-run)
+	  $(if $(filter command line,$(origin RUN)),--run $(RUN)) $(MORE) $(if $(DRY),--dry-run)
 
 # ---------------------------------------------------------------- a public model of 30 layers
 

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 import torch
 
-from src.data.columns import WELL_KNOWN
+from src.data.columns import Columns
 from src.data.corpus import Corpus
 from src.data.documents import read_document
 from src.data.formats import WHERE
-from src.data.options import sources
+from src.data.options import Sources, sources
 from src.data.reader import Corpora
 from src.data.sources import open_source
 from src.errors import ConfigError
@@ -43,9 +43,10 @@ class Text:
     whole: bool
 
 
-def look(model: str, train: str) -> Text:
+def look(model: str, train: Sources, columns: Columns) -> Text:
     """Measure the first documents of the corpus ``train``, in tokens of the model."""
-    loader = Corpus(tokenizer=model, train=train, batch_size=32, max_length=LONGEST).predict_dataloader()
+    corpus = Corpus(tokenizer=model, train=train, batch_size=32, max_length=LONGEST, columns=columns)
+    loader = corpus.predict_dataloader()
     lengths: list[int] = []
     whole = True
     for batch in loader:
@@ -57,23 +58,24 @@ def look(model: str, train: str) -> Text:
     return Text(len(lengths), sum(lengths), int(at_most), whole)
 
 
-def hold_out(model: str, train: str) -> str:
+def hold_out(model: str, train: str, columns: Columns) -> str:
     """Return rows that ``data.held_out`` keeps away from training as JSONL, to judge models by them.
 
     Args:
         model: Hub id or directory of the model, whose chat template may render the rows.
         train: the corpus, of which the first :data:`JUDGED` such rows are taken.
+        columns: which columns of the rows are read.
 
     Raises:
         ConfigError: the corpus is too small to hold out any; names the option.
     """
     corpus, parts = Corpus(tokenizer=model, train=train, held_out=SHARE), sources(train, "data.train")
-    corpora = Corpora(parts, WELL_KNOWN, corpus.separator, corpus.rendering, SHARE, apart=True)
+    corpora = Corpora(parts, columns, corpus.separator, corpus.rendering, SHARE, apart=True)
     kept: list[str] = []
     for number, row in enumerate(open_source(parts[0], 0, 1)):
         if len(kept) == JUDGED or number == 40 * JUDGED:
             break
-        if corpora.wants(read_document(row, WELL_KNOWN, corpus.separator, corpus.rendering)):
+        if corpora.wants(read_document(row, columns, corpus.separator, corpus.rendering)):
             said = {key: value for key, value in row.items() if key != WHERE and value is not None}
             kept.append(json.dumps(said, ensure_ascii=False, default=str))
     if not kept:

@@ -8,37 +8,35 @@ command again goes on where it was interrupted; a stage whose inputs have not ch
 from __future__ import annotations
 
 import argparse
+import json
 import shlex
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
-import yaml
 from rich.table import Table
 
-from src.command import Parser, named, show
+from src.command import show
 from src.data.content import fingerprint
-from src.data.options import amount, sources
-from src.errors import ConfigError, did_you_mean
+from src.data.options import read_columns, sources
+from src.errors import ConfigError
 from src.export.write import check_out
 from src.files import misfit, write_json, write_text
-from src.mask import Unit
 from src.models.fingerprint import identity
 from src.plan.experiment import Experiment
-from src.ranges import SEED, Range, inside_unit, positive
+from src.shorten.options import POLICIES, columns_of_evaluate, columns_of_fit, held_out, parse
 from src.shorten.settings import RECOVER, SEARCH, Choice, choose, fitted
 from src.shorten.stages import Stage, earlier, foreign, work_through
 from src.shorten.text import JUDGED, SHARE, hold_out, look
 from src.training.lock import lock
 
 SETTINGS = "settings.json"
-POLICIES = Path(__file__).parents[2] / "configs" / "policy"
 HELD_OUT = "held_out.jsonl"
 """File in the run's directory with the rows to judge by, if the user names none."""
 
 
 def main(argv: list[str]) -> None:
     """Choose settings, print them, and run the stages."""
-    args = _parse(argv)
+    args = parse(argv)
     run = Path(args.run or f"logs/shorten/{Path(args.model).name}")
     if (fault := misfit(run / SETTINGS)) is not None:
         raise ConfigError(f"--run: '{run}' cannot be written: {fault}.")
@@ -81,7 +79,11 @@ def settled(
     anew = known.get("about") != about
     if held.exists() and not known:
         raise foreign(held)
-    rows = hold_out(args.model, args.train) if not args.held_out and (anew or not held.exists()) else None
+    rows = (
+        hold_out(args.model, args.train, read_columns(args))
+        if not args.held_out and (anew or not held.exists())
+        else None
+    )
     if anew:
         known = {"about": about, **_chosen(args)}
     if anew or rows:
@@ -96,9 +98,10 @@ def settled(
 
 def _chosen(args: argparse.Namespace) -> dict[str, Any]:
     """Choose the settings, and ask the planner how each stage is run here."""
-    if args.held_out:
-        look(args.model, args.held_out)  # that it can be read
-    choices, notes = list(choose(args.model, look(args.model, args.train), args.tokens)), list[str]()
+    columns = read_columns(args)
+    if judged := held_out(args):
+        look(args.model, judged, columns)  # that it can be read
+    choices, notes = list(choose(args.model, look(args.model, args.train, columns), args.tokens)), list[str]()
     options: dict[str, list[str]] = {}
     share: float | None = None
     for stage, configs in (("search", _search(args)), ("recover", [RECOVER])):
@@ -155,7 +158,13 @@ def stages(
     export = ["export", "--mask", str(mask), "--force", "--out"]
     last = str(run / "recover/checkpoints/last.ckpt")
     scores, speeds, exported = run / "evaluate.json", run / "benchmark.json", ("cut", "export")
-    rows = ["--data", args.held_out or str(run / HELD_OUT), "--limit", str(JUDGED)]
+    rows = [
+        "--data",
+        args.held_out or str(run / HELD_OUT),
+        "--limit",
+        str(JUDGED),
+        *columns_of_evaluate(args),
+    ]
     judge = ["evaluate", "--teacher", args.model, *rows, "--out", str(scores), "--no-table"]
     race = ["benchmark", "--baseline", args.model, "--out", str(speeds), "--no-table"]
     both, read = ("--model", str(cut), str(out)), tuple(facts)
@@ -183,10 +192,10 @@ def _facts(args: argparse.Namespace) -> list[str | None]:
         ConfigError: there is no such model or text, or a file is to train and to judge; names the option.
     """
     texts: list[list[str | None]] = []
-    for option in ("train", "held_out"):
-        if (path := getattr(args, option)) is not None:
+    for option, given in (("train", args.train), ("held_out", held_out(args))):
+        if given is not None:
             try:
-                texts.append([fingerprint(source) for source in sources(path, option)])
+                texts.append([fingerprint(source) for source in sources(given, option)])
             except ConfigError as e:
                 raise ConfigError(f"--{option.replace('_', '-')}: {e}") from e
     if len(texts) == 2 and {*texts[0]} & {*texts[1]} - {None}:
@@ -195,21 +204,6 @@ def _facts(args: argparse.Namespace) -> list[str | None]:
             f"trained on. Name other rows, or leave it out: {SHARE:.0%} of the text is kept apart then."
         )
     return [identity(args.model), *(fact for facts in texts for fact in facts)]
-
-
-def _goal(text: str) -> str:
-    """Return the text of a target, as ``type`` of argparse.
-
-    Raises:
-        ArgumentTypeError: it is no mapping.
-    """
-    try:
-        found = yaml.safe_load(text)
-    except yaml.YAMLError:
-        found = None
-    if not isinstance(found, dict):
-        raise argparse.ArgumentTypeError(f"'{text}' given; accepted: such as '{{speedup: 1.3}}'")
-    return text
 
 
 def _search(args: argparse.Namespace) -> list[str]:
@@ -221,7 +215,12 @@ def _fit(
     args: argparse.Namespace, run: Path, stage: str, configs: list[str], own: list[str]
 ) -> tuple[str, ...]:
     """Return a ``fit`` into the run's directory, which resumes from its last checkpoint if there is one."""
-    held = ("validation", args.held_out) if args.held_out else ("held_out", SHARE)
+    judged = held_out(args)
+    held = (
+        ("validation", judged if isinstance(judged, str) else json.dumps(judged))
+        if judged
+        else ("held_out", SHARE)
+    )
     logger = {"save_dir": run, "name": stage, "version": ""}
     data = {"train": args.train, "tokenizer": args.model, **dict([held])}
     keys = {
@@ -230,7 +229,13 @@ def _fit(
         "seed_everything": args.seed, "ckpt_path": "last",
     }  # fmt: skip
     files = [part for config in configs for part in ("--config", config)]
-    return ("fit", *files, *own, *(part for k, v in keys.items() for part in (f"--{k}", str(v))))
+    return (
+        "fit",
+        *files,
+        *own,
+        *columns_of_fit(args),
+        *(part for k, v in keys.items() for part in (f"--{k}", str(v))),
+    )
 
 
 def _tell(model: str, choices: list[Choice], notes: list[str]) -> None:
@@ -241,52 +246,3 @@ def _tell(model: str, choices: list[Choice], notes: list[str]) -> None:
         table.add_row(choice.stage, choice.option, str(choice.value), choice.reason)
     show(table)
     print("\n".join(notes))
-
-
-def _parse(argv: list[str]) -> argparse.Namespace:
-    parser = Parser("shorten", "Shorten a model with one command: search, recover, export, judge, report.")
-    add = parser.add_argument
-    add("--model", required=True, type=named, metavar="NAME", help="Hub id or directory")
-    add(
-        "--train",
-        required=True,
-        type=named,
-        metavar="TEXT",
-        help="file, pattern, directory, URL or Hub id to learn from",
-    )
-    add(
-        "--held-out",
-        type=named,
-        metavar="TEXT",
-        help=f"rows to judge by (default: {SHARE:.0%}% of the text, kept apart)",
-    )
-    add(
-        "--ratio",
-        type=inside_unit,
-        default=0.25,
-        metavar="X",
-        help="share of the layers to remove (default: 0.25)",
-    )
-    add("--remove", type=positive, metavar="N", help="layers to remove, instead of a share")
-    goal = "what the model should reach, instead of a share: '{speedup: 1.3}', parameters or memory_gib"
-    add("--target", type=_goal, metavar="GOAL", help=goal)
-    add("--unit", default="layer", choices=get_args(Unit), help="what is removed (docs/units.md)")
-    add("--method", metavar="NAME", help="an overlay of configs/policy/ (default: Gumbel-TopK)")
-    add(
-        "--tokens",
-        type=amount,
-        metavar="N",
-        help="tokens that the recovery processes, such as 5M (default: by the text)",
-    )
-    add("--out", type=named, metavar="DIR", help="the new model (default: <run>/recovered)")
-    add("--run", type=named, metavar="DIR", help="where all else goes (default: logs/shorten/<model>)")
-    add("--seed", type=Range(int, 0, SEED), default=0, help="of masks and the order of rows (default: 0)")
-    add("--search", default="", metavar="OPTIONS", help="further options of the search's fit, quoted")
-    add("--recover", default="", metavar="OPTIONS", help="further options of the recovery's fit, quoted")
-    add("--dry-run", action="store_true", help="print settings and commands, run nothing")
-    args = parser.parse_args(argv)
-    known = sorted(path.stem for path in POLICIES.glob("*.yaml"))
-    if args.method is not None and args.method not in known:
-        hint = did_you_mean(args.method, known)
-        raise ConfigError(f"--method: '{args.method}' given; accepted: {', '.join(known)}.{hint}")
-    return args

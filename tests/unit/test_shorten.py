@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from src.cli import run
 from src.data import Corpus
 from src.data.arithmetic import problems
+from src.data.columns import WELL_KNOWN
 from src.errors import ConfigError
 from src.models import fingerprint as models
 from src.plan.experiment import Experiment
@@ -85,9 +86,9 @@ def test_bf16_is_chosen_where_it_pays(
 def test_a_corpus_is_looked_at_and_divided(tmp_path: Path, teacher_dir: str) -> None:
     corpus = tmp_path / "train.jsonl"
     corpus.write_text("".join(json.dumps(row) + "\n" for row in problems("train", 300, 0)))
-    found = look(teacher_dir, str(corpus))
+    found = look(teacher_dir, str(corpus), WELL_KNOWN)
     assert (found.documents, found.whole) == (300, True)
-    kept = hold_out(teacher_dir, str(corpus)).splitlines()
+    kept = hold_out(teacher_dir, str(corpus), WELL_KNOWN).splitlines()
     trained = Corpus(tokenizer=teacher_dir, train=str(corpus), held_out=SHARE).predict_dataloader()
     assert sum(len(batch["input_ids"]) for batch in trained) == 300 - len(kept) < 300
     assert set(kept) <= set(corpus.read_text().splitlines())
@@ -99,9 +100,7 @@ NO_TARGET = "--target: .*such as '{speedup: 1.3}'"
 
 
 def parsed(tmp_path: Path, teacher_dir: str, corpus_file: str, *more: str) -> argparse.Namespace:
-    return verb._parse(
-        ["--model", teacher_dir, "--train", corpus_file, "--run", str(tmp_path / "run"), *more]
-    )
+    return verb.parse(["--model", teacher_dir, "--train", corpus_file, "--run", str(tmp_path / "run"), *more])
 
 
 def part_of(corpus_file: str, tmp_path: Path) -> str:

@@ -189,7 +189,7 @@ def test_one_command_at_a_time_works_in_a_directory(
     texts = ["--train", corpus_file, "--held-out", str(judged_by)]
     given = ["--model", teacher_dir, *texts, "--run", str(place)]
     if part == "work":
-        args = verb._parse(given)
+        args = verb.parse(given)
         verb.settled(args, place, verb._facts(args))
 
     def hold() -> None:

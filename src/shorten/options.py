@@ -1,0 +1,118 @@
+"""Read the options of ``python -m src.cli shorten``, and hand columns on to the commands that it runs."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import get_args
+
+import yaml
+
+from src.command import Parser, named
+from src.data.options import COLUMN_OPTIONS, Sources, add_columns, amount, read_columns
+from src.errors import ConfigError, did_you_mean
+from src.mask import Unit
+from src.ranges import SEED, Range, inside_unit, positive
+from src.shorten.text import SHARE
+
+POLICIES = Path(__file__).parents[2] / "configs" / "policy"
+
+
+def _goal(text: str) -> str:
+    """Return the text of a target, as ``type`` of argparse.
+
+    Raises:
+        ArgumentTypeError: it is no mapping.
+    """
+    try:
+        found = yaml.safe_load(text)
+    except yaml.YAMLError:
+        found = None
+    if not isinstance(found, dict):
+        raise argparse.ArgumentTypeError(f"'{text}' given; accepted: such as '{{speedup: 1.3}}'")
+    return text
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    """Return what a user asks for.
+
+    Raises:
+        ConfigError: an option has a wrong value, or columns contradict each other.
+    """
+    parser = Parser("shorten", "Shorten a model with one command: search, recover, export, judge, report.")
+    add = parser.add_argument
+    add("--model", required=True, type=named, metavar="NAME", help="Hub id or directory")
+    add(
+        "--train",
+        required=True,
+        type=named,
+        metavar="TEXT",
+        help="file, pattern, directory, URL or Hub id to learn from",
+    )
+    add(
+        "--held-out",
+        type=named,
+        metavar="TEXT",
+        help=f"rows to judge by (default: {SHARE:.0%}% of the text, kept apart)",
+    )
+    add(
+        "--ratio",
+        type=inside_unit,
+        default=0.25,
+        metavar="X",
+        help="share of the layers to remove (default: 0.25)",
+    )
+    add("--remove", type=positive, metavar="N", help="layers to remove, instead of a share")
+    goal = "what the model should reach, instead of a share: '{speedup: 1.3}', parameters or memory_gib"
+    add("--target", type=_goal, metavar="GOAL", help=goal)
+    add("--unit", default="layer", choices=get_args(Unit), help="what is removed (docs/units.md)")
+    add("--method", metavar="NAME", help="an overlay of configs/policy/ (default: Gumbel-TopK)")
+    add(
+        "--tokens",
+        type=amount,
+        metavar="N",
+        help="tokens that the recovery processes, such as 5M (default: by the text)",
+    )
+    add("--out", type=named, metavar="DIR", help="the new model (default: <run>/recovered)")
+    add("--run", type=named, metavar="DIR", help="where all else goes (default: logs/shorten/<model>)")
+    add("--seed", type=Range(int, 0, SEED), default=0, help="of masks and the order of rows (default: 0)")
+    add("--search", default="", metavar="OPTIONS", help="further options of the search's fit, quoted")
+    add("--recover", default="", metavar="OPTIONS", help="further options of the recovery's fit, quoted")
+    add("--dry-run", action="store_true", help="print settings and commands, run nothing")
+    add_columns(parser)
+    args = parser.parse_args(argv)
+    known = sorted(path.stem for path in POLICIES.glob("*.yaml"))
+    if args.method is not None and args.method not in known:
+        hint = did_you_mean(args.method, known)
+        raise ConfigError(f"--method: '{args.method}' given; accepted: {', '.join(known)}.{hint}")
+    if args.split and not args.held_out:
+        raise ConfigError(
+            f"--split: '{args.split}' is one of the rows to judge by; name them with --held-out."
+        )
+    read_columns(args)
+    return args
+
+
+def held_out(args: argparse.Namespace) -> Sources | None:
+    """Return the rows to judge by, of the split that the user names; None if the user names none."""
+    return [{"path": args.held_out, "split": args.split}] if args.split else args.held_out
+
+
+def columns_of_fit(args: argparse.Namespace) -> list[str]:
+    """Return the options of ``fit`` that name the columns which the user names."""
+    named = {key: value for key in COLUMN_OPTIONS if key != "split" and (value := getattr(args, key))}
+    return [
+        f"--data.init_args.columns.{key}={value if isinstance(value, str) else json.dumps(value)}"
+        for key, value in named.items()
+    ]
+
+
+def columns_of_evaluate(args: argparse.Namespace) -> list[str]:
+    """Return the options of ``evaluate`` that name the columns which the user names, and the split."""
+    named = {key: value for key in COLUMN_OPTIONS if (value := getattr(args, key))}
+    return [
+        part
+        for key, value in named.items()
+        for part in (f"--{key}", *([value] if isinstance(value, str) else value))
+    ]
