@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+import src.losses.kl as losses
 from src.data.batches import supervised
 from src.errors import ConfigError
 from src.losses.distill import Distillation
@@ -70,6 +71,21 @@ def test_the_whole_vocabulary_is_the_full_divergence(rule: str | None, temperatu
     expected.sum().backward()
     torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 6, 7])
+def test_the_full_divergence_of_a_few_rows_at_a_time_has_the_bits_of_all_rows_at_once(
+    tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    outcomes = []
+    for rows in (8, 2, 1):
+        monkeypatch.setattr(losses, "CACHED", rows * 23)
+        assert next(len(x) for (x,) in losses._blocks(logits(0, tokens))) == min(rows, tokens)
+        ours = graded(logits(0, tokens))
+        value = kl(ours, dense_signal(logits(1, tokens)))
+        (value * torch.arange(1.0, tokens + 1)).sum().backward()
+        outcomes.append(torch.cat([value.detach()[:, None], ours.grad], 1))
+    assert all(torch.equal(outcome, outcomes[0]) for outcome in outcomes)
 
 
 def test_bucket_never_exceeds_the_full_divergence_and_grows_with_k() -> None:
