@@ -13,7 +13,6 @@ import src.losses.kl as losses
 from src.data.batches import supervised
 from src.errors import ConfigError
 from src.losses.distill import Distillation
-from src.losses.entropy import token_weights
 from src.losses.kl import kl
 from src.losses.signals import FLOOR, Dense, TopK, dense_signal, live_signal, topk_signal
 from src.models.head import OutputHead
@@ -267,19 +266,6 @@ def test_supervised_positions_are_one_before_their_labels() -> None:
     assert labels.flatten()[index + 1].tolist() == [7, 8, 6]
     packed = torch.tensor([[0, 1, 0, 1], [0, 1, 2, 3]])
     assert supervised(labels, packed).tolist() == [2, 5]
-
-
-@pytest.mark.parametrize("name", ["linear", "ratio", "eakd", "topq", "none"])
-def test_weights_have_mean_one_and_favour_uncertain_tokens(name: str) -> None:
-    entropy = torch.linspace(0.1, 3, 40)
-    w = token_weights(name, entropy, 97, student_N=entropy.flip(0))
-    torch.testing.assert_close(w.mean(), torch.tensor(1.0))
-    assert name in ("none", "eakd") or w[-1] > w[0]
-
-
-def test_zero_strength_is_no_weight() -> None:
-    entropy = torch.rand(9)
-    torch.testing.assert_close(token_weights("linear", entropy, 97, 0.0), torch.ones(9))
 
 
 @pytest.mark.parametrize("weight", ["linear", "ratio"])
