@@ -15,8 +15,10 @@ export TOKENIZERS_PARALLELISM := false
 	data-pipeline distilled-calibration prompts linear-patch vision export-matrix other-engine plan-accuracy scale gpu-checks results docs lint types teacher \
 	tensorboard schema clean
 
-# Told before anything is installed.
-$(if $(word 2,$(RUN)),$(error RUN: '$(RUN)' given; accepted: a path without spaces))
+# Told before anything is installed. Make, its shell and the YAML of a list take these characters for their own.
+ODD := : % ; & | , = < > ( ) [ ] { } * ? ! ~ ' " ` $$ \#
+UNFIT = $(filter-out 1,$(words x$(RUN)x))$(filter -%,$(RUN))$(strip $(foreach c,$(ODD),$(findstring $(c),$(RUN))))
+$(if $(and $(RUN),$(if $(UNFIT),,fits)),,$(error RUN: '$(RUN)' given; accepted: a path without spaces, a leading - and any of $(ODD)))
 $(if $(filter shorten,$(MAKECMDGOALS)),$(if $(and $(MODEL),$(TRAIN)),,$(error give MODEL=NAME and TRAIN=TEXT, such as: make shorten MODEL=Qwen/Qwen3-0.6B TRAIN=my.jsonl)))
 
 help:  ## show the targets
@@ -42,12 +44,14 @@ PROBLEMS = --train 620 --validation 128 --test 500 --seed 1000
 STALE = for input in $^; do if [ $$input -nt $(@D)/checkpoints/last.ckpt ]; then rm -rf $(@D); break; fi; done
 
 # Settings given on the command line count as inputs: the stamp changes only when they do.
+quoted = '$(subst ','\'',$(1))'
+STAMP = @mkdir -p $(@D); echo $(quoted) | cmp -s - $@ || echo $(quoted) > $@
 $(RUN)/.search: FORCE
-	@mkdir -p $(@D); echo '$(SEED) $(SEARCH)' | cmp -s - $@ || echo '$(SEED) $(SEARCH)' > $@
+	$(call STAMP,$(SEED) $(SEARCH))
 $(RUN)/.data: FORCE
-	@mkdir -p $(@D); echo '$(PROBLEMS)' | cmp -s - $@ || echo '$(PROBLEMS)' > $@
+	$(call STAMP,$(PROBLEMS))
 $(RUN)/.recover: FORCE
-	@mkdir -p $(@D); echo '$(SEED) $(RECOVER)' | cmp -s - $@ || echo '$(SEED) $(RECOVER)' > $@
+	$(call STAMP,$(SEED) $(RECOVER))
 FORCE:
 
 demo: $(RUN)/evaluate.json $(RUN)/benchmark.json  ## remove 25 % of a small teacher's layers, recover, export, report (<= 10 minutes)
@@ -86,14 +90,13 @@ $(RUN)/benchmark.json: $(RUN)/recovered/config.json
 
 # ---------------------------------------------------------------- a model of your own
 
-quoted = '$(subst ','\'',$(1))'
 option = $(if $($(1)),--$(2)=$(call quoted,$($(1))))
 
 shorten: $(VENV)/.installed  ## a model of your own: MODEL=NAME TRAIN=TEXT [HELD_OUT RATIO REMOVE TARGET UNIT METHOD TOKENS OUT RUN SEED: as shorten --help; MORE='--text body'; DRY=1]
-	@$(CLI) shorten $(call option,MODEL,model) $(call option,TRAIN,train) --seed $(SEED) $(call option,HELD_OUT,held-out) \
+	@$(CLI) shorten $(call option,MODEL,model) $(call option,TRAIN,train) $(call option,SEED,seed) $(call option,HELD_OUT,held-out) \
 	  $(call option,RATIO,ratio) $(call option,REMOVE,remove) $(call option,TARGET,target) $(call option,UNIT,unit) $(call option,METHOD,method) \
 	  $(call option,TOKENS,tokens) $(call option,OUT,out) $(call option,SEARCH,search) $(call option,RECOVER,recover) \
-	  $(if $(filter command line,$(origin RUN)),--run $(RUN)) $(MORE) $(if $(DRY),--dry-run)
+	  $(if $(filter command line,$(origin RUN)),$(call option,RUN,run)) $(MORE) $(if $(DRY),--dry-run)
 
 # ---------------------------------------------------------------- a public model of 30 layers
 

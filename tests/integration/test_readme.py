@@ -118,7 +118,10 @@ def test_linked_sections_exist(page: Path) -> None:
     [
         (["shorten", "MODEL=m"], "give MODEL=NAME and TRAIN=TEXT"),
         (["shorten", "MODEL=", "TRAIN=t"], "give MODEL=NAME and TRAIN=TEXT"),
-        (["demo", "RUN=my runs"], "RUN: 'my runs' given; accepted: a path without spaces"),
+        *(
+            (["demo", f"RUN={name}"], f"RUN: '{name}' given; accepted: a path without spaces")
+            for name in ("", "my runs", "run ", "-n", "a:b", "a%b", "a=b", "a,b", "a#b", "it's", "a;b")
+        ),
     ],
 )
 def test_make_refuses_before_it_installs_anything(words: list[str], told: str) -> None:
@@ -140,6 +143,15 @@ def test_make_hands_over_what_it_is_given_as_it_is() -> None:
     assert [part for part in parts if part.partition("=")[2] in given.values()] == [
         f"--{key.lower()}={value}" for key, value in given.items()
     ]
+
+
+@pytest.mark.parametrize("options", ["--x '[a;b]'", "--x it\\'s", '--x "$$(a)" & `b`'])
+def test_the_demo_notes_its_options_as_they_are(options: str, tmp_path: Path) -> None:
+    """What is noted is what makes a stage begin anew, and no part of it is run."""
+    noted = tmp_path / ".search"
+    words = [f"RUN={tmp_path}", "SEED=7", f"SEARCH={options}"]
+    subprocess.run(["make", "--no-print-directory", "-s", str(noted), *words], check=True)
+    assert noted.read_text() == f"7 {options.replace('$$', '$')}\n"
 
 
 NAMED = [*PAGES, Path("Makefile"), *sorted(Path("configs").rglob("*.yaml"))]
