@@ -9,9 +9,10 @@ from typing import Any
 import torch
 
 from src.errors import ConfigError
-from src.models.costs import parameters
+from src.models.costs import NEW, PROMPT, parameters
 from src.models.cut_config import weightless
 from src.models.loading import load_config, longest_row
+from src.models.positions import positions_of
 from src.plan.advice import Advice, advise
 from src.plan.devices import FILE, device, this_machine
 from src.plan.experiment import Experiment
@@ -101,6 +102,15 @@ def choose(model: str, text: Text, tokens: int | None) -> Iterator[Choice]:
     yield Choice("recover", "trainer.max_steps", steps, f"about {budget / 1e6:,.3g} M tokens: {read}")
     every = max(5, steps // 5)
     yield Choice("recover", "trainer.val_check_interval", every, "five looks at the held-out rows")
+
+
+def prompts(model: str) -> tuple[str, ...]:
+    """Return the options of ``benchmark`` by which a model of few positions is timed: as many as it has."""
+    longest = positions_of(load_config(model))
+    if longest is None or longest >= PROMPT + NEW:
+        return ()
+    new = max(1, longest * NEW // (PROMPT + NEW))
+    return "--prompt-tokens", str(longest - new), "--new-tokens", str(new)
 
 
 def fitted(experiment: Experiment) -> tuple[Advice | None, str]:

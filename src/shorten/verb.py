@@ -24,12 +24,12 @@ from src.files import misfit, write_json, write_text
 from src.models.fingerprint import identity
 from src.plan.experiment import Experiment
 from src.shorten.options import POLICIES, columns_of_evaluate, columns_of_fit, held_out, parse
-from src.shorten.settings import RECOVER, SEARCH, Choice, choose, fitted
+from src.shorten.settings import RECOVER, SEARCH, Choice, choose, fitted, prompts
 from src.shorten.stages import Stage, earlier, foreign, work_through
 from src.shorten.text import JUDGED, SHARE, hold_out, look
 from src.training.lock import lock
 
-SETTINGS = "settings.json"
+SETTINGS, LOG = "settings.json", "stages.json"
 HELD_OUT = "held_out.jsonl"
 """File in the run's directory with the rows to judge by, if the user names none."""
 
@@ -42,6 +42,7 @@ def main(argv: list[str]) -> None:
         raise ConfigError(f"--run: '{run}' cannot be written: {fault}.")
     if args.out:
         check_out(Path(args.out), True, args.model)
+        _check_apart(args, run)
     facts = _facts(args)
     choices, options, notes = settled(args, run, facts)
     _tell(args.model, choices, notes)
@@ -50,7 +51,7 @@ def main(argv: list[str]) -> None:
         print("\n".join(stage.command for stage in found))
         return
     with lock(run, "--run"):
-        work_through(found, run / "stages.json")
+        work_through(found, run / LOG)
 
 
 def settled(
@@ -166,7 +167,7 @@ def stages(
         *columns_of_evaluate(args),
     ]
     judge = ["evaluate", "--teacher", args.model, *rows, "--out", str(scores), "--no-table"]
-    race = ["benchmark", "--baseline", args.model, "--out", str(speeds), "--no-table"]
+    race = ["benchmark", "--baseline", args.model, *prompts(args.model), "--out", str(speeds), "--no-table"]
     both, read = ("--model", str(cut), str(out)), tuple(facts)
     return [
         Stage(
@@ -183,6 +184,22 @@ def stages(
         Stage("benchmark", (*race, *both), speeds, after=exported),
         Stage("report", ("report", "--run", str(run)), run / "report.html", after=("evaluate", "benchmark")),
     ]  # fmt: skip
+
+
+def _check_apart(args: argparse.Namespace, run: Path) -> None:
+    """Refuse an ``--out`` that another stage of the run writes to, or that holds the run.
+
+    Raises:
+        ConfigError: names what it would replace.
+    """
+    out, empty = Path(args.out).resolve(), {"search": list[str](), "recover": list[str]()}
+    places = [stage.place for stage in stages(args, run, empty, []) if stage.name != "export"]
+    for place in (*places, run / SETTINGS, run / HELD_OUT, run / LOG):
+        if out.is_relative_to(there := place.resolve()) or there.is_relative_to(out):
+            raise ConfigError(
+                f"--out: '{args.out}' given, and the run keeps '{place}' there; accepted: a directory of its "
+                f"own. Without it the model is '{run / 'recovered'}'."
+            )
 
 
 def _facts(args: argparse.Namespace) -> list[str | None]:
@@ -232,8 +249,8 @@ def _fit(
     return (
         "fit",
         *files,
-        *own,
         *columns_of_fit(args),
+        *own,
         *(part for k, v in keys.items() for part in (f"--{k}", str(v))),
     )
 

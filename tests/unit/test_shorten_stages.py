@@ -14,11 +14,13 @@ from typing import Any
 
 import pytest
 
+from src import benchmark
 from src.errors import ConfigError
-from src.shorten import stages, verb
+from src.shorten import settings, stages, verb
 from src.shorten.stages import Stage, digests, work_through
 from src.training import stopping
 from src.training.lock import lock
+from tests.faults.directories import altered
 from tests.faults.runs import forked
 
 
@@ -208,3 +210,29 @@ def test_one_command_at_a_time_works_in_a_directory(
     os.waitpid(other, 0)
     with pytest.raises(pytest.fail.Exception, match="a stage runs"):
         verb.main(given)
+
+
+@pytest.mark.parametrize(
+    "name", ["", "..", "search", "cut/x", "evaluate.json", "held_out.jsonl", "stages.json"]
+)
+def test_no_stage_writes_where_another_does(
+    name: str, tmp_path: Path, teacher_dir: str, corpus_file: str
+) -> None:
+    """The model may lie inside of the run, in a directory of its own."""
+    place = tmp_path / "runs/run"
+    given = ["--model", teacher_dir, "--train", corpus_file, "--run", str(place), "--out", str(place / name)]
+    with pytest.raises(ConfigError, match=r"--out: .* given, and the run keeps '.*' there; accepted: "):
+        verb.main(given)
+    assert not place.parent.exists()
+    verb._check_apart(verb.parse([*given, "--out", str(place / "recovered")]), place)
+
+
+@pytest.mark.parametrize(("positions", "asked"), [(48, (39, 9)), (159, (128, 31)), (160, None)])
+def test_a_model_is_timed_within_its_positions(
+    positions: int, asked: tuple[int, int] | None, tmp_path: Path, teacher_dir: str
+) -> None:
+    model = altered(teacher_dir, tmp_path / "model", max_position_embeddings=positions)
+    words = settings.prompts(str(model))
+    timed = benchmark._parse(["--model", "m", "--baseline", "b", *words])
+    assert (timed.prompt_tokens, timed.new_tokens) == (asked or (128, 32))
+    assert not asked or sum(asked) == positions
