@@ -52,8 +52,11 @@ class Columns:
     def __post_init__(self) -> None:
         kinds = [self.text, self.messages, self.prompt or self.answer]
         if sum(kind is not None for kind in kinds) > 1 or (self.prompt is None) != (self.answer is None):
+            given = [
+                key for key in ("text", "prompt", "answer", "messages") if getattr(self, key) is not None
+            ]
             raise ConfigError(
-                f"data.columns: give 'text', or 'prompt' and 'answer', or 'messages'; found {self}."
+                f"data.columns: give 'text', or 'prompt' and 'answer', or 'messages'; found {given}."
             )
 
     @property

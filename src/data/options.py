@@ -155,7 +155,8 @@ def add_columns(parser: argparse.ArgumentParser) -> None:
     add(
         "--ignore",
         nargs="+",
-        default=(),
+        action="extend",
+        default=[],
         metavar="COLUMN",
         help="columns to leave out that condition answers",
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import get_args
 
@@ -56,16 +57,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         metavar="TEXT",
         help=f"rows to judge by (default: {SHARE:.0%}% of the text, kept apart)",
     )
-    add(
-        "--ratio",
-        type=inside_unit,
-        default=0.25,
-        metavar="X",
-        help="share of the layers to remove (default: 0.25)",
-    )
-    add("--remove", type=positive, metavar="N", help="layers to remove, instead of a share")
-    goal = "what the model should reach, instead of a share: '{speedup: 1.3}', parameters or memory_gib"
-    add("--target", type=_goal, metavar="GOAL", help=goal)
+    _add_amounts(parser)
     add("--unit", default="layer", choices=get_args(Unit), help="what is removed (docs/units.md)")
     add("--method", metavar="NAME", help="an overlay of configs/policy/ (default: Gumbel-TopK)")
     add(
@@ -91,7 +83,46 @@ def parse(argv: list[str]) -> argparse.Namespace:
             f"--split: '{args.split}' is one of the rows to judge by; name them with --held-out."
         )
     read_columns(args)
+    _check_names(args)
     return args
+
+
+def _add_amounts(parser: Parser) -> None:
+    """Add the options that say how much is removed, of which one is given."""
+    add = parser.add_mutually_exclusive_group().add_argument
+    told = "share of the layers to remove (default: 0.25)"
+    add("--ratio", type=inside_unit, default=0.25, metavar="X", help=told)
+    add("--remove", type=positive, metavar="N", help="layers to remove, instead of a share")
+    goal = "what the model should reach, instead of a share: '{speedup: 1.3}', parameters or memory_gib"
+    add("--target", type=_goal, metavar="GOAL", help=goal)
+
+
+def _check_names(args: argparse.Namespace) -> None:
+    """Refuse a name of a column that the parser of ``fit``, which reads YAML, takes for none.
+
+    Raises:
+        ConfigError: names the option.
+    """
+    for key, name in _columns(args):
+        if _null(name):
+            raise ConfigError(
+                f"--{key}: {name!r} given, which fit would read as null; accepted: a column of another name."
+            )
+
+
+def _columns(args: argparse.Namespace) -> Iterator[tuple[str, str]]:
+    """Yield each name that the options of columns give, with its option."""
+    for key in COLUMN_OPTIONS:
+        given = getattr(args, key)
+        yield from ((key, name) for name in ([given] if isinstance(given, str) else given or ()))
+
+
+def _null(name: str) -> bool:
+    """Return whether YAML reads a name as null."""
+    try:
+        return yaml.safe_load(name) is None
+    except (yaml.YAMLError, ValueError):
+        return False
 
 
 def held_out(args: argparse.Namespace) -> Sources | None:
@@ -100,19 +131,14 @@ def held_out(args: argparse.Namespace) -> Sources | None:
 
 
 def columns_of_fit(args: argparse.Namespace) -> list[str]:
-    """Return the options of ``fit`` that name the columns which the user names."""
-    named = {key: value for key in COLUMN_OPTIONS if key != "split" and (value := getattr(args, key))}
-    return [
-        f"--data.init_args.columns.{key}={value if isinstance(value, str) else json.dumps(value)}"
-        for key, value in named.items()
-    ]
+    """Return the option of ``fit`` that names the columns which the user names.
+
+    It is one mapping: a value of its own would be read as YAML, and ``[x]`` as a list.
+    """
+    found = {key: value for key in COLUMN_OPTIONS if key != "split" and (value := getattr(args, key))}
+    return [f"--data.init_args.columns={json.dumps(found, ensure_ascii=False)}"] if found else []
 
 
 def columns_of_evaluate(args: argparse.Namespace) -> list[str]:
     """Return the options of ``evaluate`` that name the columns which the user names, and the split."""
-    named = {key: value for key in COLUMN_OPTIONS if (value := getattr(args, key))}
-    return [
-        part
-        for key, value in named.items()
-        for part in (f"--{key}", *([value] if isinstance(value, str) else value))
-    ]
+    return [f"--{key}={name}" for key, name in _columns(args)]

@@ -209,6 +209,8 @@ def test_how_much_goes_is_said_in_one_way_alone(
     keys = dict(part.removeprefix("--model.init_args.").split("=", 1) for part in given)
     assert expected.items() <= keys.items()
     assert sum(keys.get(key, "null") != "null" for key in ("ratio", "remove", "target")) == 1
+    with pytest.raises(ConfigError, match="--remove: not allowed with argument --ratio"):
+        parsed(tmp_path, teacher_dir, corpus_file, "--ratio=0.25", "--remove=2")
 
 
 def test_an_unknown_method_is_refused_before_anything_is_written(tmp_path: Path, teacher_dir: str) -> None:

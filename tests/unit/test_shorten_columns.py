@@ -7,12 +7,14 @@ from pathlib import Path
 
 import pytest
 
+from src.command import Parser
 from src.data.arithmetic import problems
 from src.data.columns import WELL_KNOWN
-from src.data.options import read_columns
+from src.data.options import add_columns, read_columns
 from src.errors import ConfigError
 from src.plan.experiment import Experiment
 from src.shorten import settings, verb
+from src.shorten.options import columns_of_evaluate, columns_of_fit
 from src.shorten.text import hold_out, look
 
 
@@ -41,14 +43,34 @@ def test_columns_that_the_user_names_reach_every_stage(tmp_path: Path, teacher_d
         config = ["--config", settings.RECOVER, "--model.init_args.model", teacher_dir]
         read = Experiment([*config, *command], length=64).data.columns
         assert (read.prompt, read.answer, tuple(read.ignore)) == ("asked", "told", ("tools",))
-    judge = stages["evaluate"].argv
-    assert judge[judge.index("--prompt") :][:6] == (
-        "--prompt",
-        "asked",
-        "--answer",
-        "told",
-        "--ignore",
-        "tools",
-    )
+    assert {"--prompt=asked", "--answer=told", "--ignore=tools"} < {*stages["evaluate"].argv}
     with pytest.raises(ConfigError, match="--held-out"):
         verb.parse([*given, "--split", "test"])
+
+
+@pytest.mark.parametrize(
+    ("prompt", "answer", "ignored"),
+    [
+        ("a: b", "[x]", ("-i", "1e3", "2026-13-32")),
+        ("-q", "é #1", ("{c: d}", "'a\"", "x.yaml")),
+    ],
+)
+def test_each_stage_reads_a_name_as_it_is_written(
+    prompt: str, answer: str, ignored: tuple[str, ...], teacher_dir: str
+) -> None:
+    """Also one that YAML or the command line would take for something else; further keys add to it."""
+    given = ["--model", teacher_dir, "--train", "t", f"--prompt={prompt}", f"--answer={answer}"]
+    args = verb.parse([*given, *(f"--ignore={name}" for name in ignored)])
+    more = ["--data.init_args.columns.roles={tutor: user}", "--model.init_args.model", teacher_dir]
+    fitted = Experiment(["--config", settings.RECOVER, *columns_of_fit(args), *more], length=64).data.columns
+    assert (fitted.prompt, fitted.answer, tuple(fitted.ignore)) == (prompt, answer, ignored)
+    assert fitted.roles == {"tutor": "user"}
+    add_columns(parser := Parser("evaluate", ""))
+    assert read_columns(parser.parse_args(columns_of_evaluate(args))) == read_columns(args)
+
+
+@pytest.mark.parametrize("name", ["null", "~", "", "# x"])
+@pytest.mark.parametrize("option", ["--text", "--ignore"])
+def test_a_name_that_no_fit_can_read_is_refused(option: str, name: str) -> None:
+    with pytest.raises(ConfigError, match=f"{option}: '{name}' given, .* accepted: a column of"):
+        verb.parse(["--model", "m", "--train", "t", f"{option}={name}"])
