@@ -124,6 +124,7 @@ def together(
                 grad_U = torch.stack([part for part in parts if part is not None]).sum(0)
                 search.spent(rows.batch, search.num_layers)
             done[gates] = Draw(leaves[-1], loss.detach(), grad_U)
+            del loss  # and with it the graph, but for what the next pass shares
     return [replace(done[str(gates_U.tolist())], gates_U=gates_U) for gates_U in drawn]
 
 

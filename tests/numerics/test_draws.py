@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -84,6 +85,23 @@ def test_a_step_runs_what_is_shared_once(teacher_dir: str, batch: dict[str, Tens
     before = made.gates.evaluated
     apart(made, rows, drawn)
     assert made.gates.evaluated - before == L + 6 * L
+
+
+def test_the_graph_of_a_mask_is_gone_before_the_next_is_measured(
+    teacher_dir: str, batch: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch  # noqa: F811
+) -> None:  # fmt: skip
+    made, graphs = search(teacher_dir), list[weakref.ref[Tensor]]()
+    plain = made.divergence
+
+    def divergence(*args: Any, **keys: Any) -> Tensor:
+        assert all(graph() is None for graph in graphs)
+        loss = plain(*args, **keys)
+        graphs.append(weakref.ref(loss))
+        return loss
+
+    monkeypatch.setattr(made, "divergence", divergence)
+    together(made, Supervised.of(batch), closing("layer", *DRAWN["layer"]))
+    assert len(graphs) == 5
 
 
 def test_a_search_learns_the_same_logits(teacher_dir: str, batch: dict[str, Tensor]) -> None:  # noqa: F811
