@@ -81,7 +81,7 @@ def main() -> None:
     fill(Path("README.md"), [line for part in lines for line in part][1:])
     for name, make, about, part in (
         ("data_pipeline", data_lines, "data", "results"), ("export_matrix", matrix_lines, "export", "matrix"),
-        ("interop", judged_lines, "interop", "results"),
+        ("interop", judged_lines, "interop", "results"), ("quantised", judged_lines, "interop", "quantised"),
         ("vision", vision_lines, "systems/prune_and_merge", "vision"),
     ):  # fmt: skip
         if found := read(name):

@@ -50,8 +50,9 @@ def _fused(query: torch.Size, key: torch.Size, value: torch.Size, *_: Any, **__:
 
 
 def parameters(model: PreTrainedModel) -> int:
-    """Count the weights of a model, tied ones once."""
-    return sum(p.numel() for p in model.parameters())
+    """Count the weights of a model, tied ones once; two that bitsandbytes packs into a byte are two."""
+    packed = ((p, getattr(p, "quant_state", None)) for p in model.parameters())
+    return sum(p.numel() if state is None else state.shape.numel() for p, state in packed)
 
 
 def parameters_of(config: PretrainedConfig) -> int:

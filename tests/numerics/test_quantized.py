@@ -15,6 +15,7 @@ from src.data.batches import supervised
 from src.errors import ConfigError
 from src.losses.distill import Distillation
 from src.losses.signals import live_signal
+from src.models.costs import parameters
 from src.models.gated import GatedLayers, freeze
 from src.models.head import OutputHead
 from src.models.loading import Quantization, load_model
@@ -54,6 +55,7 @@ def test_gates_learn_through_quantised_weights(
     """int8 rounds the activations as well; nf4 rounds nothing but the weights."""
     folder = written(width, tmp_path)
     packed, plain = load_model(folder, quantize=quantize), load_model(folder)
+    assert parameters(packed) == parameters(plain)
     for one, other in zip(packed.modules(), plain.modules(), strict=True):
         held: Any = one
         if isinstance(one, bnb.nn.Linear4bit):
