@@ -82,6 +82,7 @@ def main() -> None:
     for name, make, about, part in (
         ("data_pipeline", data_lines, "data", "results"), ("export_matrix", matrix_lines, "export", "matrix"),
         ("interop", judged_lines, "interop", "results"), ("quantised", judged_lines, "interop", "quantised"),
+        ("harder", judged_lines, "headline", "harder"), ("on_policy", judged_lines, "recovery", "on policy"),
         ("vision", vision_lines, "systems/prune_and_merge", "vision"),
     ):  # fmt: skip
         if found := read(name):
@@ -156,20 +157,20 @@ def data_lines(pipeline: JSON) -> list[str]:
     waits = ", ".join(f"{row['waiting']:.1%} with {row['workers']} workers" for row in pipeline["recovery"])
     rate = max(row["tokens_per_core_second"] for row in pipeline["recovery"])
     return [
-        *table("corpus | tokens | tokens/s of one core | padding | cut | left out", rows),
-        "",
+        *table("corpus | tokens | tokens/s of one core | padding | cut | left out", rows), "",
         f"The demo's recovery consumes {rate / 1e3:.1f} k tokens a second of one core; the loader alone is "
         f"{pipeline['loader_over_recovery']:.0f} times as fast; of its time the recovery waits {waits}. "
         + made(pipeline),
-    ]
+    ]  # fmt: skip
 
 
 def judged_lines(found: JSON) -> list[str]:
     """What ``evaluate --out`` wrote: each model beside the teacher."""
-    judged = (found["teacher"], *found["models"])
-    keys = [key for key in ("exact_match", "agreement", "kl") if key in judged[0]]
-    rows = ([row["path"], *(f"{row[key]:.4g}" for key in keys)] for row in judged)
-    return [*table(" | ".join(["model", *keys]), rows), "", f"`{found['command']}`"]
+    rows, keys = list[list[str]](), ("exact_match", "agreement", "kl")
+    for row in (found["teacher"], *found["models"]):
+        flips = "{lost} / {gained}".format(**row.get("flips", {"lost": "-", "gained": "-"}))
+        rows.append([row["path"], *(f"{row[key]:.4g}" if key in row else "-" for key in keys), flips])
+    return [*table("model | exact match | agreement | KL | lost / gained", rows), "", f"`{found['command']}`"]
 
 
 def vision_lines(found: JSON) -> list[str]:
@@ -209,12 +210,10 @@ def fight_lines(fight: JSON, ratio: float = 0.25) -> list[str]:
     head = "method | KL of the cut, nats | exact match of the cut | recovered | search, forward tokens"
     return [
         f"**The fair fight.** {ratio:.0%} of the layers, every method with the same recovery on "
-        f"{tokens_text(tokens)} tokens; 95 % intervals.",
-        "",
-        *table(head, ([cell(row) for cell in columns] for row in ranked)),
-        "",
+        f"{tokens_text(tokens)} tokens; 95 % intervals.", "",
+        *table(head, ([cell(row) for cell in columns] for row in ranked)), "",
         "More ratios, costs and verdicts: [docs/fair_fight.md](docs/fair_fight.md). `make fair-fight`.",
-    ]
+    ]  # fmt: skip
 
 
 def text_lines(results: JSON) -> list[str]:

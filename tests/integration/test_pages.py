@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -137,6 +138,9 @@ def test_the_commands_of_a_page_run(
     for line in (line for block in RUN if block.page == page for line in block.lines):
         if "src.cli" in line:
             run(smaller(line[line.index("src.cli") + 1 :]))
+        elif line[:2] == ["python", "-m"]:
+            monkeypatch.setattr(sys, "argv", line[2:])
+            runpy.run_module(line[2], run_name="__main__")
         else:
             assert line[:2] == ["python", "-c"], line
             exec(line[2], {})
