@@ -7,6 +7,8 @@ later, as when scores have been put into the card. It is one commit, so the Hub 
 from __future__ import annotations
 
 import argparse
+import re
+import shlex
 from pathlib import Path
 from typing import cast
 
@@ -25,6 +27,18 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--report", type=Path, metavar="FILE", help="report.html of the run, pushed along")
 
 
+def wanted(args: argparse.Namespace) -> bool:
+    """Return whether the option ``push`` is given; those of :func:`add_options` mean nothing without it.
+
+    Raises:
+        ConfigError: one of them is given alone; names it.
+    """
+    alone = [f"--{key}" for key in ("public", "report") if getattr(args, key)]
+    if args.push is None and alone:
+        raise ConfigError(f"{', '.join(alone)}: given without --push USER/NAME, and nothing is sent then.")
+    return args.push is not None
+
+
 def check(name: str, replace: bool, report: Path | None) -> None:
     """Refuse a push that would fail, before any work is done.
 
@@ -37,7 +51,7 @@ def check(name: str, replace: bool, report: Path | None) -> None:
         ConfigError: the name is none, or it is taken; nobody is logged in; the Hub cannot be reached; or
             there is no such report.
     """
-    if "/" not in name:
+    if not re.fullmatch("[^/]+/[^/]+", name):
         raise ConfigError(f"--push: '{name}' given; accepted: USER/NAME.")
     if report is not None and not report.is_file():
         raise ConfigError(f"--report: there is no file '{report}'.")
@@ -77,9 +91,11 @@ def push(directory: Path, name: str, public: bool = False, report: Path | None =
         added = [CommitOperationAdd(inside, file) for inside, file in files.items()]
         done = HfApi().create_commit(name, added, commit_message="The model, its card, mask and proof")
     except _FAULTS as e:
+        more = [*(["--public"] if public else []), *(["--report", str(report)] if report else [])]
+        again = shlex.join(["python", "-m", "src.export.push", str(directory), name, "--force", *more])
         raise ConfigError(
-            f"--push: the Hub has not taken '{name}': {first_line(e)} '{directory}' is whole; send it with: "
-            f"python -m src.export.push {directory} {name} --force"
+            f"--push: the Hub has not taken '{name}': {first_line(e)} '{directory}' is whole; send it "
+            f"with: {again}"
         ) from e
     print(f"pushed: {done.repo_url}, {'public' if public else 'private'} if it is new")
 

@@ -91,16 +91,16 @@ def two_of_four(student: PreTrainedModel) -> list[Finding]:
 def main(argv: list[str]) -> None:
     """Export a cut model, print its proof, and send it to the Hub if asked."""
     args = _parse(argv)
-    mask = Mask.load(args.mask)
+    sent, mask = push.wanted(args), Mask.load(args.mask)
     if args.clusters is not None:
         clusters.refuse(args)
         for number, (one, findings) in enumerate(clusters.export_clusters(mask, args)):
             tell(one, Path(args.out, str(number)), findings)
         return
-    if args.push is not None:
+    if sent:
         push.check(args.push, args.force, args.report)
     tell(mask, args.out, export(mask, args))
-    if args.push is not None:
+    if sent:
         push.push(Path(args.out), args.push, args.public, args.report)
 
 

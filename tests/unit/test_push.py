@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import shlex
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -144,6 +145,7 @@ def test_a_name_that_is_taken_is_refused_before_any_work(
     ("name", "token", "report", "said"),
     [
         ("shorter", "hf_stub", None, "accepted: USER/NAME"),
+        ("u/a/b", "", None, "accepted: USER/NAME"),
         ("user/a b", "hf_stub", None, "'user/a b' given"),
         ("", "hf_stub", None, "'' given"),
         (NAME, "hf_other", None, "hf auth login"),
@@ -186,17 +188,29 @@ def test_a_push_that_fails_leaves_the_export_and_nothing_of_it_on_the_hub_and_ca
     run: Callable[..., Path], hub: Hub, tmp_path: Path
 ) -> None:
     hub.fails = "/commit/main"
-    with pytest.raises(ConfigError, match=f"python -m src.export.push .*out {NAME} --force"):
-        run("--push", NAME)
+    (report := tmp_path / "my report.html").touch()
+    with pytest.raises(ConfigError) as fault:
+        run("--push", NAME, "--public", "--report", str(report))
     out, hub.fails = tmp_path / "out", ""
+    again = shlex.split(str(fault.value).partition("python -m src.export.push ")[2])
+    assert again == [str(out), NAME, "--force", "--public", "--report", str(report)]
     assert (out / "config.json").exists()
     assert hub.files == {}
     with pytest.raises(ConfigError, match="exists on the Hub"):
         push.main([str(out), NAME])
-    push.main([str(out), NAME, "--force"])
-    assert hub.files == {NAME: held(out)}
+    push.main(again)
+    assert hub.files == {NAME: held(out) | {"report.html": b""}}
     with pytest.raises(ConfigError, match="is no export"):
         push.main([str(tmp_path / "none"), NAME])
+
+
+@pytest.mark.parametrize("more", [["--public"], ["--report", "r.html"]])
+def test_what_is_said_of_a_push_that_is_not_asked_for_is_refused(
+    more: list[str], run: Callable[..., Path], tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=f"{more[0]}: given without --push"):
+        run(*more)
+    assert not (tmp_path / "out").exists()
 
 
 def test_without_the_option_the_hub_hears_nothing(run: Callable[..., Path], hub: Hub) -> None:
