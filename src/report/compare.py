@@ -137,7 +137,8 @@ def main(argv: list[str]) -> None:
     runs = []
     for name, path in zip(distinct(args.runs), args.runs, strict=True):
         with as_written(Path(path)):
-            runs.append(RunFiles.read(name, Path(path)))
+            runs.append(run := RunFiles.read(name, Path(path)))
+            compare([run, run])  # what cannot be compared is told of by the run that has it
     compared = compare(runs)
     origin = {
         "commit": git_sha(),

@@ -126,8 +126,8 @@ def distinct(paths: Sequence[str]) -> list[str]:
         others = [("teacher",), *parts[:at], *parts[at + 1 :]]
         for count in range(1, len(parts[at]) + 1):
             if all(parts[at][-count:] != other[-count:] for other in others):
-                return "/".join(parts[at][-count:])
-        return f"{'/'.join(parts[at])} ({at + 1})"  # one path, judged twice
+                return str(Path(*parts[at][-count:]))
+        return f"{Path(*parts[at])} ({at + 1})"  # one path, judged twice
 
     return [name(at) for at in range(len(paths))]
 

@@ -260,18 +260,17 @@ def test_screen_page_and_json_say_the_same(
     assert page.read_text().count("<img") == 2, "the masks that there are"
 
 
-@pytest.mark.parametrize(
-    "broken", ["none", "empty", "search/config.yaml", "search/mask.json", "evaluate.json"]
-)
+@pytest.mark.parametrize("broken", ["no", "empty", "search/config.yaml", "search/mask.json", "evaluate.json"])
+@pytest.mark.parametrize("text", ['{"models": [{"odd": ', '{"odd": 1}'])
 def test_what_is_no_run_is_one_message_and_nothing_is_written(
-    broken: str, runs: list[Path], tmp_path: Path
+    broken: str, text: str, runs: list[Path], tmp_path: Path
 ) -> None:
     out = tmp_path / "out.json"
     other = tmp_path / "two" if "." in broken else tmp_path / broken
     if broken == "empty":
         other.mkdir()
     if "." in broken:
-        (other / broken).write_text('{"models": [{"odd": ')
+        (other / broken).write_text(text)
     with pytest.raises(ConfigError) as fault:
         verb.main([str(runs[0]), str(other), "--json", str(out)])
     assert str(other) in str(fault.value)

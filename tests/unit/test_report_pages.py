@@ -158,9 +158,12 @@ def test_unprintable_characters_are_shown_and_not_obeyed() -> None:
 
 
 @settings(max_examples=60)
-@given(st.lists(st.lists(st.sampled_from(["a", "b", "teacher"]), min_size=1, max_size=3), max_size=6))
-def test_names_are_unique_and_end_their_paths(parts: list[list[str]]) -> None:
-    paths = ["/".join(path) for path in parts]
+@given(
+    st.lists(st.lists(st.sampled_from(["a", "b", "teacher"]), min_size=1, max_size=3), max_size=6),
+    st.sampled_from(["", "/"]),
+)
+def test_names_are_unique_and_end_their_paths(parts: list[list[str]], root: str) -> None:
+    paths = [root + "/".join(path) for path in parts]
     names = distinct(paths)
     assert len({*names, "teacher"}) == len(names) + 1
     for path, name in zip(paths, names, strict=True):
