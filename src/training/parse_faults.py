@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import re
 
+EXPERIMENT = "configs/search/gumbel_topk.yaml"
+"""What a user who names no experiment is shown."""
 _KEY = re.compile(r'Parser key "([^"]+)":\s*')
 _NESTED = re.compile(
     r"^(Does not validate|Subtypes:|Errors:|Given value type:|Problem with given class_path|$)"
@@ -25,6 +27,10 @@ _TYPES = {
 
 def in_short(message: str) -> str:
     """Return a parser's report of a fault as one line; a message that is no nested report stays as it is."""
+    if re.match(r"the following arguments are required: (\w+\.)?model\b", message):
+        return (
+            f"--config: no experiment given; accepted: a YAML file that names a model, such as {EXPERIMENT}"
+        )
     if "Parser key" not in message:
         return message
     lines = _lines(message)

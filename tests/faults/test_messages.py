@@ -122,6 +122,11 @@ def test_what_is_no_nested_report_stays() -> None:
     assert in_short(nested) == "a.c: 'x' given; accepted: a whole number."
 
 
+@pytest.mark.parametrize("more", [(), ("--ckpt_path=last",)])
+def test_an_experiment_that_is_missing_is_asked_for_by_its_option(told: Any, more: tuple[str, ...]) -> None:
+    assert "--config: no experiment given; accepted: a YAML file that names a model" in told("fit", *more)
+
+
 def test_an_overlay_follows_its_experiment(told: Any) -> None:
     for overlay in (
         "configs/policy/sleb.yaml",
