@@ -101,7 +101,7 @@ def main() -> None:
     args = options(
         __doc__, vocabulary=(32_000, "classes"), layers=(16, "of the model"),
         hidden=(256, "size of the hidden states"), tokens=(256, "of a row"), rows=(2, "of a batch"),
-        draws=(4, "masks of a step"), remove=(4, "layers removed"), repeats=(3, "of each timing"),
+        draws=(4, "masks of a step"), remove=(4, "layers removed"), repeats=(9, "of each timing"),
         prompt=(0.5, "share of a row that is prompt, not supervised"), device=("cpu", "where it runs"),
         dtype=("float32", "of the weights; the gates are float32"),
         out=(Path("results/search_step.json"), "results"),

@@ -176,7 +176,8 @@ def live_signal(
 
     pieces = hidden_NH.split(chunk) or (hidden_NH,)
     if k is None:
-        return Dense(torch.cat([dense_signal(logits_of(h)).log_probs for h in pieces]))
+        parts = [dense_signal(logits_of(h)).log_probs for h in pieces]
+        return Dense(torch.cat(parts) if len(parts) > 1 else parts[0])
     tops, buffer = list[TopK](), hidden_NH.new_empty(0, dtype=torch.float32)
     for h in pieces:
         logits = logits_of(h).float()
