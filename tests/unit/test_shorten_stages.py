@@ -236,3 +236,19 @@ def test_a_model_is_timed_within_its_positions(
     timed = benchmark._parse(["--model", "m", "--baseline", "b", *words])
     assert (timed.prompt_tokens, timed.new_tokens) == (asked or (128, 32))
     assert not asked or sum(asked) == positions
+
+
+def test_a_place_has_one_name_however_it_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that the stages of a run are known again; what is no file here stays as it is."""
+    (tmp_path / "here/model").mkdir(parents=True)
+    (tmp_path / "text").touch()
+    monkeypatch.chdir(tmp_path / "here")
+    found = [
+        verb.parse(["--model", model, "--train", str(tmp_path / "text"), "--run", run, "--out", f"{run}/out"])
+        for model, run in (("model", "runs/a"), (f"{tmp_path}/here//model/", f"{tmp_path}/here/runs/a"))
+    ]
+    assert found[0] == found[1]
+    assert found[0].run == "runs/a"
+    assert found[0].train == str(tmp_path / "text")
+    for name in ("org/model", "hf://org/*.parquet", "https://host//a.jsonl", "*.jsonl"):
+        assert verb.parse(["--model", name, "--train", name]).train == name
