@@ -19,6 +19,10 @@ export TOKENIZERS_PARALLELISM := false
 ODD := : % ; & | , = < > ( ) [ ] { } * ? ! ~ ' " ` $$ \#
 UNFIT = $(filter-out 1,$(words x$(RUN)x))$(filter -%,$(RUN))$(strip $(foreach c,$(ODD),$(findstring $(c),$(RUN))))
 $(if $(and $(RUN),$(if $(UNFIT),,fits)),,$(error RUN: '$(RUN)' given; accepted: a path without spaces, a leading - and any of $(ODD)))
+GIVEN = $(foreach name,$(.VARIABLES),$(if $(filter command line,$(origin $(name))),$(name)))
+OF_demo := RUN SEED PROBLEMS SEARCH RECOVER
+OF_shorten := MODEL TRAIN HELD_OUT RATIO REMOVE TARGET UNIT METHOD TOKENS OUT RUN SEED SEARCH RECOVER MORE DRY
+$(foreach goal,$(filter demo shorten,$(MAKECMDGOALS)),$(foreach name,$(filter-out $(OF_$(goal)) VENV PY CLI,$(GIVEN)),$(error $(name): make $(goal) reads no such variable; accepted: $(OF_$(goal)))))
 $(if $(filter shorten,$(MAKECMDGOALS)),$(if $(and $(MODEL),$(TRAIN)),,$(error give MODEL=NAME and TRAIN=TEXT, such as: make shorten MODEL=Qwen/Qwen3-0.6B TRAIN=my.jsonl)))
 
 help:  ## show the targets

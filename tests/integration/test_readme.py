@@ -118,6 +118,11 @@ def test_linked_sections_exist(page: Path) -> None:
     [
         (["shorten", "MODEL=m"], "give MODEL=NAME and TRAIN=TEXT"),
         (["shorten", "MODEL=", "TRAIN=t"], "give MODEL=NAME and TRAIN=TEXT"),
+        (
+            ["shorten", "MODEL=m", "TRAIN=t", "HELDOUT=h"],
+            "HELDOUT: make shorten reads no such variable; accepted",
+        ),
+        (["demo", "SEEDS=1"], "SEEDS: make demo reads no such variable; accepted: RUN SEED"),
         *(
             (["demo", f"RUN={name}"], f"RUN: '{name}' given; accepted: a path without spaces")
             for name in ("", "my runs", "run ", "-n", "a:b", "a%b", "a=b", "a,b", "a#b", "it's", "a;b")
