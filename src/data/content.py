@@ -66,6 +66,8 @@ def fingerprint(source: Source) -> str | None:
         digest = hashlib.sha256()
         for file in files:
             _sample(file, digest)
+    except ConfigError:
+        raise
     except (*UNREADABLE, KeyError, RuntimeError) as e:
         raise ConfigError(f"data: '{source.path}' cannot be read: {reason(e)}") from e
     return digest.hexdigest()[:24]

@@ -18,6 +18,7 @@ from rich.table import Table
 from src.command import show
 from src.data.content import fingerprint
 from src.data.options import read_columns, sources
+from src.data.sources import Source, find_files
 from src.errors import ConfigError
 from src.export.write import check_out
 from src.files import misfit, write_json, write_text
@@ -208,19 +209,25 @@ def _facts(args: argparse.Namespace) -> list[str | None]:
     Raises:
         ConfigError: there is no such model or text, or a file is to train and to judge; names the option.
     """
-    texts: list[list[str | None]] = []
+    texts: list[list[tuple[str | None, str | None]]] = []
     for option, given in (("train", args.train), ("held_out", held_out(args))):
         if given is not None:
             try:
-                texts.append([fingerprint(source) for source in sources(given, option)])
+                texts.append([_rows(source) for source in sources(given, f"data.{option}")])
             except ConfigError as e:
                 raise ConfigError(f"--{option.replace('_', '-')}: {e}") from e
-    if len(texts) == 2 and {*texts[0]} & {*texts[1]} - {None}:
+    if len(texts) == 2 and {rows for rows in texts[0] if rows[0]} & {*texts[1]}:
         raise ConfigError(
             f"--held-out: '{args.held_out}' holds rows of --train, and a model is not judged by what it was "
             f"trained on. Name other rows, or leave it out: {SHARE:.0%} of the text is kept apart then."
         )
-    return [identity(args.model), *(fact for facts in texts for fact in facts)]
+    return [identity(args.model), *(fact for rows in texts for fact, _ in rows)]
+
+
+def _rows(source: Source) -> tuple[str | None, str | None]:
+    """Return the fingerprint of a source; and its split on the Hub, where all splits have one fingerprint."""
+    on_hub = find_files(source) is None and not Path(source.path).is_dir()
+    return fingerprint(source), (source.split or "train") if on_hub else None
 
 
 def _search(args: argparse.Namespace) -> list[str]:

@@ -1,4 +1,4 @@
-"""Columns of the user's own names are read by every stage of the one command."""
+"""Columns of the user's own names, and splits of one dataset, are read by every stage of the one command."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+from datasets import Dataset, DatasetDict
 
 from src.command import Parser
 from src.data.arithmetic import problems
@@ -74,3 +75,31 @@ def test_each_stage_reads_a_name_as_it_is_written(
 def test_a_name_that_no_fit_can_read_is_refused(option: str, name: str) -> None:
     with pytest.raises(ConfigError, match=f"{option}: '{name}' given, .* accepted: a column of"):
         verb.parse(["--model", "m", "--train", "t", f"{option}={name}"])
+
+
+def test_a_split_of_the_dataset_that_trains_is_judged_by(tmp_path: Path, teacher_dir: str) -> None:
+    """And no split is both; which rows train is said by the name ``train``."""
+    rows = list(problems("train", 9, 0))
+    place = str(tmp_path / "saved")
+    DatasetDict({"train": Dataset.from_list(rows[:6]), "a b": Dataset.from_list(rows[6:])}).save_to_disk(
+        place
+    )
+    given = ["--model", teacher_dir, "--train", place, "--held-out", place, "--split"]
+    train, judge = verb._facts(verb.parse([*given, "a b"]))[1:]
+    assert train == verb._facts(verb.parse(given[:4]))[1] != judge
+    with pytest.raises(ConfigError, match="holds rows of --train"):
+        verb._facts(verb.parse([*given, "train"]))
+    with pytest.raises(ConfigError, match=r"^--held-out: data: '.*' has no split 'b', only train, a b\.$"):
+        verb._facts(verb.parse([*given, "b"]))
+
+
+def test_splits_of_the_hub_are_told_apart_though_they_have_one_commit(
+    teacher_dir: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(verb, "fingerprint", lambda source: f"commit of {source.path}")
+    given = ["--model", teacher_dir, "--train", "org/data", "--held-out"]
+    assert len({*verb._facts(verb.parse([*given, "org/data", "--split", "test"]))}) == 2
+    assert len({*verb._facts(verb.parse([*given, "org/more", "--split", "train"]))}) == 3
+    for split in ([], ["--split", "train"]):  # the only split of a dataset needs no name
+        with pytest.raises(ConfigError, match="holds rows of --train"):
+            verb._facts(verb.parse([*given, "org/data", *split]))
