@@ -24,7 +24,9 @@ from pathlib import Path
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from src.errors import ConfigError
 from src.files import write_text
+from src.ranges import natural
 
 NAMES = ("Ana", "Ben", "Cleo", "Dan", "Eva", "Finn", "Gina", "Hugo", "Iris", "Jon", "Kim", "Leo")
 ITEMS = ("apples", "books", "cards", "coins", "eggs", "pens", "shells", "stamps", "stones", "tickets")
@@ -151,9 +153,9 @@ def main() -> None:
 
     parser = argparse.ArgumentParser(description="Write the arithmetic corpus as JSONL.")
     parser.add_argument("--out", type=Path, required=True, help="directory for <split>.jsonl")
-    parser.add_argument("--train", type=int, default=60_000, help="training problems")
-    parser.add_argument("--validation", type=int, default=1_000, help="validation problems")
-    parser.add_argument("--test", type=int, default=1_000, help="test problems")
+    parser.add_argument("--train", type=natural, default=60_000, help="training problems")
+    parser.add_argument("--validation", type=natural, default=1_000, help="validation problems")
+    parser.add_argument("--test", type=natural, default=1_000, help="test problems")
     parser.add_argument("--tokenizer", type=Path, help="directory for the tokenizer, if wanted")
     parser.add_argument("--seed", type=int, default=0, help="seed of the draw")
     told = "least and most operations of a problem (default: those that the embedded teacher knows)"
@@ -162,7 +164,10 @@ def main() -> None:
     if not 1 <= args.steps[0] <= args.steps[1]:
         parser.error(f"--steps: {args.steps} given; accepted: two whole numbers from 1, the second not less")
     sizes = {split: getattr(args, split) for split in SPLITS}
-    write_splits(args.out, sizes, args.seed, tuple(args.steps))
+    try:
+        write_splits(args.out, sizes, args.seed, tuple(args.steps))
+    except ConfigError as e:
+        parser.error(f"--out: {e}")
     if args.tokenizer:
         build_tokenizer().save_pretrained(args.tokenizer)
     print("problems:", ", ".join(f"{count:,} {split}" for split, count in sizes.items()), f"-> {args.out}")

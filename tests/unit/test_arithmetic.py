@@ -51,6 +51,23 @@ def test_the_command_tells_what_it_wrote(
     assert [len((tmp_path / f"{part}.jsonl").read_text().splitlines()) for part in SPLITS] == [3, 2, 1]
 
 
+@pytest.mark.parametrize(
+    ("option", "value", "told"),
+    [("--train", "-5", "'-5' given; accepted: a whole number"), ("--out", "/dev/null/x", "cannot write")],
+)
+def test_what_cannot_be_written_is_one_message(
+    option: str, value: str, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    given = ["arithmetic", "--out", str(tmp_path / "x"), "--train=1", "--validation=1", "--test=1"]
+    monkeypatch.setattr(sys, "argv", [*given, f"{option}={value}"])
+    with pytest.raises(SystemExit) as stop:
+        arithmetic.main()
+    assert stop.value.code == 2
+    assert re.search(f"error: .*{option}: .*{told}", capsys.readouterr().err)
+    assert not (tmp_path / "x").exists()
+
+
 def test_seeds_reproduce_and_differ() -> None:
     assert list(problems("test", 20, 3)) == list(problems("test", 20, 3))
     assert list(problems("test", 20, 3)) != list(problems("test", 20, 4))
