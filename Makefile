@@ -220,7 +220,7 @@ distilled-calibration: $(VENV)/.installed  ## 16 distilled prompts against 16 ro
 # Three kinds of the demo's problems: multiples, boxes, sums. A mask for each prompt, three routed cuts, beside the one mask of the same search.
 KINDS := logs/prompts
 
-prompts: results/prompts.json  ## a mask for each prompt against one mask -> results/prompts.json
+prompts: results/prompts.json results/prompts_public.json  ## a mask for each prompt against one mask -> results/prompts.json, results/prompts_public.json
 	$(PY) -m scripts.readme_results
 
 results/prompts.json: $(KINDS)/search/mask.json
@@ -240,6 +240,51 @@ $(KINDS)/kinds/test.jsonl: src/data/arithmetic.py | $(VENV)/.installed
 	  (grep -E 'double|triple' $$all | grep -vE 'boxes|more\.|loses|sells|gives away' | head -n $$most; \
 	   grep boxes $$all | grep -vE 'double|triple|more\.|loses|sells|gives away' | head -n $$most; \
 	   grep -vE 'boxes|double|triple' $$all | head -n $$most) > $(@D)/$$split.jsonl; done
+
+# The same of a public model that does different things: chats of problems, stories, articles of an encyclopaedia. Channels; 0 and 1 are calibration rows.
+MIXED := $(KINDS)/public
+ROWS_test := 1,90
+ROWS_0 := 121,192
+ROWS_1 := 193,264
+ROWS_train := 409,2400
+MIXED_FIT = $(CLI) fit --config configs/search/gumbel_topk.yaml --config configs/$(1).yaml --config configs/public_model/routed.yaml \
+  --model.init_args.model $(PARENT) --data.init_args.train $(MIXED)/train.jsonl --data.init_args.validation $< --trainer.limit_val_batches 0 \
+  --trainer.logger.init_args.save_dir $(MIXED) --trainer.logger.init_args.name $* --trainer.logger.init_args.version
+
+.PRECIOUS: $(MIXED)/%/search/mask.json $(MIXED)/%/gumbel_topk/mask.json
+
+MIXED_CUTS = $(foreach rows,0 1,$(addprefix $(MIXED)/$(rows)/,routed one static))
+
+results/prompts_public.json: $(addsuffix /README.md,$(MIXED_CUTS)) $(MIXED)/test.jsonl
+	$(CLI) evaluate --teacher $(PARENT) --model $(MIXED_CUTS) --data $(MIXED)/test.jsonl --max-length 96 --dtype bfloat16 --no-exact-match --out $@
+
+$(MIXED)/%/routed/README.md: $(MIXED)/%/search/mask.json
+	$(CLI) export --mask $< --clusters 3 --out $(@D) --force
+
+$(MIXED)/%/one/README.md: $(MIXED)/%/search/mask.json
+	$(CLI) export --mask $< --out $(@D) --force
+
+$(MIXED)/%/static/README.md: $(MIXED)/%/gumbel_topk/mask.json
+	$(CLI) export --mask $< --out $(@D) --force
+
+$(MIXED)/%/search/mask.json: $(MIXED)/%.jsonl $(MIXED)/train.jsonl $(PARENT)/config.json
+	$(call MIXED_FIT,search/prompts) search
+
+$(MIXED)/%/gumbel_topk/mask.json: $(MIXED)/%.jsonl $(MIXED)/train.jsonl $(PARENT)/config.json
+	$(call MIXED_FIT,unit/channel) gumbel_topk
+
+$(MIXED)/%.jsonl: $(MIXED)/mixed
+	sed -n '$(ROWS_$*)p' $< > $@
+
+$(MIXED)/mixed: | $(VENV)/.installed
+	@mkdir -p $(@D)
+	sed -nE 's/^\{"question": ("[^"\\]{1,170}"), "answer": ("([^"\\]|\\n){1,200}")\}$$/{"messages": [{"role": "user", "content": \1}, {"role": "assistant", "content": \2}]}/p' \
+	  $(SHARED)/data/gsm8k_train.jsonl > $(@D)/chats
+	sed -nE 's/^\{"text": "([^"\\]{60}[^"\\.!?]{0,90}[.!?]) (.{200,}")\}$$/{"prompt": "\1", "answer": "\2}/p' \
+	  $(SHARED)/data/tinystories_train.jsonl > $(@D)/stories
+	sed -nE '/^ [^=].{300}/{s/[\\"]/\\&/g;s/^ ([^"\\]{60}[^"\\.!?]{0,90}[.!?]) (.{200,})$$/{"prompt": "\1", "answer": "\2"}/p}' \
+	  $(SHARED)/data/eval/wikitext2_test.txt > $(@D)/articles
+	paste -d '\n' $(@D)/chats $(@D)/stories $(@D)/articles > $@
 
 linear-patch: $(VENV)/.installed  ## cuts repaired without training -> results/linear_patch.json, docs/linear_patch.md
 	$(PY) -m scripts.arena configs/arena/linear_patch.yaml --jobs $(JOBS)

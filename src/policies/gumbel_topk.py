@@ -105,19 +105,21 @@ class GumbelTopK(MaskPolicy):
             )
 
     def initialise(self, probe: Probe) -> None:
-        if self.init == "zeros":
-            return
         if self.init == "random":
             # A stream of its own: draw 0 of step 0 would give the noise of the first mask.
-            score = torch.randn(self.units, generator=self.generator(-1, 0))
-        else:
+            self.start(torch.randn(self.units, generator=self.generator(-1, 0)))
+        elif self.init != "zeros":
             # Importance is heavy-tailed (one layer can be a thousand times the median): take logarithms.
-            score = torch.log(_SCORES[self.init](probe, self.units).clamp_min(0) + 1e-8)
-        free = self.by_group(score[self.free])
-        scale = free.std(-1, correction=0, keepdim=True).clamp_min(1e-8)
-        spread = (free - free.mean(-1, keepdim=True)) / scale
-        with torch.no_grad():
-            self.logits[self.free] = (self.init_scale * spread).flatten().to(self.logits)
+            self.start(torch.log(_SCORES[self.init](probe, self.units).clamp_min(0) + 1e-8))
+
+    @torch.no_grad()
+    def start(self, score_U: Tensor) -> Tensor:
+        """Set the logits to scores, standardised in each group; return the groups' deviations ``[G, 1]``."""
+        free_GF = self.by_group(score_U[self.free])
+        scale_G1 = free_GF.std(-1, correction=0, keepdim=True).clamp_min(1e-8)
+        spread_GF = (free_GF - free_GF.mean(-1, keepdim=True)) / scale_G1
+        self.logits[self.free] = (self.init_scale * spread_GF).flatten().to(self.logits)
+        return scale_G1
 
     def _scores(self) -> tuple[Tensor, int]:
         """Return the free units' scores ``[G, F]`` for being selected, and how many to select in a group."""

@@ -6,8 +6,8 @@ channels ``soft * [among the top k]``; joint training with the weights. The code
 public. *Ours*: the predictor reads the mean of the parent's own token embeddings, centred and scaled by those
 of the calibration prompts. Then all that it does is linear, and folds into one small vector for each token
 (:mod:`src.routing.router`). Layers, halves and KV groups as units; a bias that starts from scores of the
-units; the distillation as the loss; hard gates with the gradient of SoftTopK (``gates_are: hard``), because
-that is what a plain checkpoint computes.
+units, and maps that start from those of each row; the distillation as the loss; hard gates with the gradient
+of SoftTopK (``gates_are: hard``), because that is what a plain checkpoint computes.
 
 Shapes: B prompts, H hidden size of the parent, D hidden width of the predictor, U units, G groups of F free
 units.
@@ -23,19 +23,25 @@ from torch import Tensor, nn
 
 from src.errors import ConfigError
 from src.policies.gumbel_topk import GumbelTopK
+from src.policies.measuring import Probe
+from src.policies.principal import regression
 from src.policies.relaxations import straight_through
 from src.policies.soft_topk import soft_topk
 from src.ranges import Count, NonNegative, Positive, Seed, checked
 from src.routing.router import Router
 
+TINY = 1e-8
+"""Least importance, as a share of the mean one of its group."""
+
 
 class PromptMasks(GumbelTopK):
-    """Predicts the logits of a mask from a prompt: ``logits + W2 W1 (e - mean) / scale / D``.
+    """Predicts the logits of a mask from a prompt: ``logits + W2 W1 (e - mean) / (scale H D)``.
 
-    ``e`` is the mean embedding of the prompt. ``logits`` start as those of Gumbel-TopK, and ``W2`` is zero at
-    first: so all prompts begin with one mask. As the embeddings are centred, ``logits`` stay the mean of
-    those of the calibration prompts. The division by D makes a step of Adam move a logit by about the same
-    amount through either. Nothing is drawn at random.
+    ``e`` is the mean embedding of the prompt. ``logits`` start as those of Gumbel-TopK. With ``init:
+    salience``, ``W2`` starts where :meth:`regress` puts it, so that prompts begin with masks of their own.
+    Else it is zero at first, and all begin with one. As the embeddings are centred, ``logits`` stay the mean
+    of those of the calibration prompts. The division by H and D makes a step of Adam, through either map,
+    move a logit by as much in a wide model as in a narrow one. Nothing is drawn at random.
 
     Args:
         hidden: hidden width D.
@@ -77,7 +83,7 @@ class PromptMasks(GumbelTopK):
         )
         with torch.no_grad():
             self.down.weight.copy_(
-                torch.randn(self.hidden, size, generator=self.generator(-1, 0)) / size**0.5
+                torch.randn(self.hidden, size, generator=self.generator(-1, 0)) * size**0.5
             )
             self.up.weight.zero_()
 
@@ -109,13 +115,43 @@ class PromptMasks(GumbelTopK):
         self.centre = prompts_PH.mean(0)
         self.scale = (prompts_PH - self.centre).square().mean().sqrt().clamp_min(1e-8)
 
+    def initialise(self, probe: Probe) -> None:
+        """Start as the base class does; at ``init: salience`` the search calls :meth:`regress` instead."""
+        if self.init != "salience":
+            super().initialise(probe)
+
+    @torch.no_grad()
+    def regress(self, importance_PU: Tensor) -> None:
+        """Start at how much the units matter to each calibration row, by regression on its prompt.
+
+        A unit's importance counts as a share s of its group's. ``logits`` start at ``log m``, standardised as
+        the base class does, with m the mean of s over the rows. ``W2`` starts at the regression of ``s / m``,
+        which differs between prompts as ``log s`` does, to first order.
+
+        Args:
+            importance_PU: not negative, one row for each prompt of :meth:`meet`.
+        """
+        assert self.prompts is not None, "meet() came first"
+        free_PGF = importance_PU[:, self.free].unflatten(1, (self.space.groups, -1))
+        share_PGF = free_PGF / free_PGF.mean(-1, keepdim=True).clamp_min(TINY)
+        mean_GF = share_PGF.mean(0).clamp_min(TINY)
+        score_U = torch.zeros_like(importance_PU[0])
+        score_U[self.free] = mean_GF.log().flatten()
+        factor_G1 = self.init_scale / self.start(score_U)
+        own_PU = (factor_G1 * share_PGF / mean_GF).flatten(1)
+        self.up.weight[self.free] = regression(self.read(self.prompts), own_PU).T.to(self.up.weight)
+
     # ------------------------------------------------------------------ masks
+
+    def read(self, prompts_BH: Tensor) -> Tensor:
+        """Return what the second map reads ``[B, D]`` of prompts, given by their mean embeddings."""
+        assert self.down is not None, "reads() came first"
+        out: Tensor = self.down((prompts_BH - self.centre) / self.scale) / self.down.weight.numel()
+        return out
 
     def scores(self, prompts_BH: Tensor) -> Tensor:
         """Return the logits ``[B, U]`` of prompts by their mean embeddings."""
-        assert self.down is not None, "reads() came first"
-        read_BD = self.down((prompts_BH - self.centre) / self.scale) / self.hidden
-        out: Tensor = self.logits + self.up(read_BD)
+        out: Tensor = self.logits + self.up(self.read(prompts_BH))
         return out
 
     def shares(self, scores_BU: Tensor) -> Tensor:
@@ -156,7 +192,7 @@ class PromptMasks(GumbelTopK):
         """
         assert self.down is not None, "reads() came first"
         assert self.prompts is not None, "meet() came first"
-        down_DH = self.down.weight / (self.scale * self.hidden)
+        down_DH = self.down.weight / (self.scale * self.down.weight.numel())
         return Router(
             table_VD=embeddings_VH.to(down_DH) @ down_DH.T,
             weight_UD=self.up.weight,

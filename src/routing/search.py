@@ -10,7 +10,8 @@ Shapes: B rows, T tokens, H hidden, U units, P prompts.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from itertools import islice
 from typing import Any
 
@@ -18,11 +19,12 @@ import torch
 from lightning import Trainer
 from torch import Tensor
 
-from src.data.batches import Batch, Supervised, real_tokens
+from src.data.batches import Batch, Supervised, real, real_tokens
 from src.data.encode import IGNORE
 from src.errors import ConfigError
 from src.models.layers import text_config
 from src.models.loading import load_config
+from src.policies.probe import LABELS
 from src.policies.prompt_masks import PromptMasks, mean_jaccard
 from src.search import MaskSearch
 from src.training.half import float32_by_default
@@ -102,20 +104,50 @@ class PromptSearch(MaskSearch):
     def on_fit_start(self) -> None:
         """Prepare as every search does, and hand the calibration prompts of all ranks to the predictor."""
         super().on_fit_start()
-        self.policy.meet(self._calibration())
+        self.policy.meet(self._calibration(self.prompts))
 
-    def _calibration(self) -> Tensor:
-        """Return the mean embeddings ``[P, H]`` of the calibration prompts of all ranks.
+    def on_train_start(self) -> None:
+        """Start the predictor at how much the units matter to each calibration row, if its policy asks."""
+        if self.trainer.global_step == 0 and self.policy.init == "salience":
+            self.policy.regress(self._calibration(self.importance))
+
+    def _calibration(self, of: Callable[[Batch], Tensor]) -> Tensor:
+        """Return what ``of`` says of the rows of the calibration batches, those of all ranks ``[P, ...]``.
 
         Raises:
             ConfigError: there are none.
         """
         batches: Iterator[Batch] = islice(iter(self.data.val_dataloader()), self.calibration_batches)
-        own = [self.prompts(self.transfer_batch_to_device(batch, self.device, 0)).cpu() for batch in batches]
+        own = [of(self.transfer_batch_to_device(batch, self.device, 0)).cpu() for batch in batches]
         gathered = [x for rank in from_all(own) for x in rank]
         if not gathered:
             raise ConfigError("data.validation: the predictor is scaled by held-out prompts; name a file.")
         return torch.cat(gathered).to(self.device)
+
+    def importance(self, batch: Batch) -> Tensor:
+        """Return how much each unit matters to each row ``[B, U]``, by one backward pass at open gates.
+
+        It is ``|gate dLoss/dgate|`` of the row's cross-entropy; of KV groups and channels times the mean
+        absolute activation, since the gradient of one row alone is noisy.
+        """
+        rows, real_BT = Supervised.of(batch), real(batch)
+        open_BU = torch.ones(len(real_BT), len(self.gates), device=self.device, requires_grad=True)
+        mean_BU = torch.ones_like(open_BU).detach()
+
+        def see(layer: int, x_BTF: Tensor) -> None:
+            sums_BF = (x_BTF.detach().abs().float() * real_BT[..., None]).sum(1)
+            groups_BW = sums_BF.unflatten(1, (self.width or 1, -1)).sum(-1)
+            mean_BU.unflatten(1, (self.num_layers, -1))[:, layer] = groups_BW / real_BT.sum(1, keepdim=True)
+
+        signal = self.teacher_signal(rows)
+        watched: AbstractContextManager[None] = nullcontext()
+        if self.width is not None:
+            watched = self.gates.watched(see)
+        with torch.enable_grad(), self.parents_weights(), watched:
+            (grad_BU,) = torch.autograd.grad(self.divergence(rows, signal, open_BU, LABELS), open_BU)
+        self.spent(batch, self.num_layers)
+        # A row that overflowed counts all units alike, and so moves none.
+        return (grad_BU.abs() * mean_BU).nan_to_num(0.0, 0.0, 0.0)
 
     # ------------------------------------------------------------------ learning
 

@@ -28,14 +28,14 @@ OVERLAY = "configs/search/prompts.yaml"
 FIT = ["fit", "--config", SEARCH, "--config", OVERLAY]
 
 
-def searched(out: Path, teacher: str, corpus: str, **keys: Any) -> Path:
+def searched(out: Path, teacher: str, corpus: str, *more: str, **keys: Any) -> Path:
     """Two steps of a search of prompts, whose predictor tells prompts apart from the start; its mask file."""
     given = {
         "trainer.max_steps": 2,
         "model.init_args.model": teacher,
         "model.init_args.calibration_batches": 3,
     }
-    run([*FIT, *arguments(out, corpus, **{**given, **keys})])
+    run([*FIT, *more, *arguments(out, corpus, **{**given, **keys})])
     return out / "search" / "run" / "mask.json"
 
 
@@ -57,10 +57,8 @@ def _apart(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_prompts_are_routed_to_proven_cuts(
     unit: Unit, tmp_path: Path, teacher_dir: str, corpus_file: str
 ) -> None:
-    keys = {"model.init_args.unit": unit}
-    if unit == "channel":
-        keys["model.init_args.policy.init_args.init"] = "salience"  # type: ignore[assignment]
-    mask_file = searched(tmp_path, teacher_dir, corpus_file, **keys)
+    more = ["--config", "configs/public_model/routed.yaml"] if unit == "channel" else []
+    mask_file = searched(tmp_path, teacher_dir, corpus_file, *more, **{"model.init_args.unit": unit})
     one, told = Mask.load(mask_file), json.loads((mask_file.parent / "record.json").read_text())["prompts"]
     assert (one.method, one.unit) == ("PromptMasks", unit)
     assert told["prompts"] == 12
