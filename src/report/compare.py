@@ -165,6 +165,8 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--json", type=new_file, metavar="FILE", help="write the comparison as JSON")
     parser.add_argument("--html", type=new_file, metavar="FILE", help="write the tables and masks as a page")
     args = parser.parse_args(argv)
+    if args.json and args.html and Path(args.json).resolve() == Path(args.html).resolve():
+        raise ConfigError(f"--json, --html: both are '{args.html}'; accepted: a file of its own for each.")
     if len(args.runs) < 2:
         raise ConfigError(f"compare: one run given, '{args.runs[0]}'; give two or more.")
     return args

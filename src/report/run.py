@@ -15,6 +15,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -68,7 +69,8 @@ class Run:
         if not (evaluate.get("teacher") and evaluate.get("models")):
             raise ConfigError(
                 f"--run: '{directory}' holds no evaluate.json with a teacher. Write it with: python -m "
-                f"src.cli evaluate --teacher DIR --model DIR --data FILE --out {directory}/evaluate.json"
+                f"src.cli evaluate --teacher DIR --model DIR --data FILE --out "
+                f"{shlex.quote(str(directory / 'evaluate.json'))}"
             )
         return cls(
             mask=Mask.load(directory / "search" / "mask.json"),

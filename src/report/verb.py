@@ -8,6 +8,7 @@ counts once. A model is named by the last part of its directory's path, or by as
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 from os.path import abspath
 from pathlib import Path
@@ -144,7 +145,7 @@ def _add_speeds(models: list[Record], benchmark: Record) -> None:
     if abspath(beside) != abspath(teacher):
         raise ConfigError(
             f"run: benchmark.json compares with '{beside}', evaluate.json with '{teacher}'. Measure again "
-            f"with: python -m src.cli benchmark --baseline {teacher}"
+            f"with: python -m src.cli benchmark --baseline {shlex.quote(teacher)}"
         )
     for measured in benchmark["measured"]:
         for model in models:
@@ -215,7 +216,10 @@ def main(argv: list[str]) -> None:
     parser = Parser("report", "Gather a run's figures into a table, JSON, Markdown and HTML.")
     parser.add_argument("--run", required=True, type=Path, metavar="DIR", help="directory of the run")
     directory: Path = parser.parse_args(argv).run
-    origin = {"commit": git_sha(), "command": printable(f"python -m src.cli report --run {directory}")}
+    origin = {
+        "commit": git_sha(),
+        "command": printable(shlex.join(["python", "-m", "src.cli", "report", "--run", str(directory)])),
+    }
     with as_written(directory):
         report, page = assemble(Run.read(directory), origin)
     for picture in page.pictures:

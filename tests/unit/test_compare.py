@@ -278,20 +278,18 @@ def test_what_is_no_run_is_one_message_and_nothing_is_written(
     assert not out.exists()
 
 
-def test_one_run_alone_is_refused(runs: list[Path]) -> None:
-    with pytest.raises(ConfigError, match="two or more"):
-        verb.main([str(runs[0])])
+def test_one_run_alone_or_one_file_for_two_is_refused(runs: list[Path], tmp_path: Path) -> None:
+    file = str(tmp_path / "file")
+    for more, told in (([], "two or more"), ([str(runs[1]), "--json", file, "--html", file], "of its own")):
+        with pytest.raises(ConfigError, match=told):
+            verb.main([str(runs[0]), *more])
+    assert not Path(file).exists()
 
 
 def test_rows_are_known_by_what_they_hold(tmp_path: Path) -> None:
     rows = [{"question": "a", "answer": "b"}, {"question": "c", "answer": "d"}]
-    digests = []
-    for name, kept in (
-        ("x", rows),
-        ("y", [dict(reversed(row.items())) for row in rows]),
-        ("z", rows[::-1]),
-        ("w", rows[:1]),
-    ):
+    turned, digests = [dict(reversed(row.items())) for row in rows], []
+    for name, kept in (("x", rows), ("y", turned), ("z", rows[::-1]), ("w", rows[:1])):
         file = tmp_path / f"{name}.jsonl"
         file.write_text("".join(json.dumps(row) + "\n" for row in kept))
         digests.append(content(read_rows(str(file))))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import shutil
 from pathlib import Path
 from typing import Any
@@ -183,17 +184,20 @@ def test_a_run_of_plain_text_without_speeds_is_reported(tmp_path: Path, finished
 
 
 def test_what_was_generated_is_shown_as_text_not_as_markup(tmp_path: Path, finished: Path) -> None:
+    tmp_path /= "a run"
     record = json.loads((finished / "evaluate.json").read_text())
     record["teacher"]["samples"][0] = "<script>alert(1)</script> `x`"
     write_json(tmp_path / "evaluate.json", record)
     Mask("parent", 7, (0, 1, 2), "Random").save(tmp_path / "search/mask.json")
     report.main(["--run", str(tmp_path)])
     assert "<script>" not in (tmp_path / "report.html").read_text() + (tmp_path / "report.md").read_text()
+    command = json.loads((tmp_path / "report.json").read_text())["command"]
+    assert shlex.split(command)[3:] == ["report", "--run", str(tmp_path)]
 
 
 def test_missing_and_broken_pieces_are_named(tmp_path: Path, finished: Path) -> None:
-    with pytest.raises(ConfigError, match="evaluate --teacher DIR"):
-        report.main(["--run", str(tmp_path)])
+    with pytest.raises(ConfigError, match=r"evaluate --teacher DIR .* --out '.*/a run/evaluate\.json'$"):
+        report.main(["--run", str(tmp_path / "a run")])
     write_json(tmp_path / "evaluate.json", json.loads((finished / "evaluate.json").read_text()))
     with pytest.raises(ConfigError, match=r"mask\.json"):
         report.main(["--run", str(tmp_path)])
