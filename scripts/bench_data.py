@@ -14,12 +14,11 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 from lightning import Trainer, seed_everything
 
-from scripts.lab.benches import BARE
+from scripts.lab.benches import BARE, Clock
 from scripts.lab.results import JSON, TEACHER, options, write
 from src.data import Corpus
 from src.data.arithmetic import write_splits
@@ -60,30 +59,18 @@ def loader_alone(corpus: Corpus, tokens: int) -> JSON:
     return {"tokens_per_core_second": round(numbers["tokens"] / seconds), "whole_epoch": whole, **numbers}
 
 
-class Timed(Recovery):
-    """A recovery that notes the processor's time at the start of each step."""
-
-    marks: list[tuple[float, int]]
-
-    def on_train_batch_start(self, *_: Any) -> None:
-        self.marks.append((time.process_time(), self.tokens))
-
-
 def recovery(teacher: str, train: str, workers: int, steps: int, folder: Path) -> JSON:
     """Steps of the demo's recovery: tokens a second of one core, and the share spent waiting."""
     seed_everything(0, verbose=False)
     Mask.by_hand(teacher, 16, sorted(set(range(16)) - {5, 7, 9, 11})).save(folder / "mask.json")
     corpus = Corpus(teacher, train, num_workers=workers)
-    module = Timed(mask=str(folder / "mask.json"))
-    module.marks = []
-    trainer = Trainer(max_steps=steps, **BARE)
-    trainer.fit(module, datamodule=corpus)
-    (began, first), (ended, last) = module.marks[1], module.marks[-1]
+    module, clock = Recovery(mask=str(folder / "mask.json")), Clock()
+    Trainer(max_steps=steps, callbacks=[clock], **BARE).fit(module, datamodule=corpus)
     loader = corpus._loader
     assert loader is not None
     return {
         "workers": workers, "steps": steps, "waiting": round(loader.wait(), 5),
-        "tokens_per_core_second": round((last - first) / (ended - began)),
+        "tokens_per_core_second": round(module.tokens / clock.seconds),
     }  # fmt: skip
 
 

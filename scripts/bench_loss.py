@@ -20,20 +20,17 @@ from scripts.lab.jobs import isolated
 from scripts.lab.results import JSON, options, write
 from src.losses.distill import Distillation
 from src.losses.signals import TopK
-from src.models.summing import summing
+from src.models.head import OutputHead
 
 
-class Head:
-    """A bare trained linear map, with what a loss asks of an output head."""
+class Head(OutputHead):
+    """A bare trained linear map."""
+
+    scale, cap = 1.0, None
 
     def __init__(self, hidden: int, vocabulary: int) -> None:
-        self.linear = nn.Linear(hidden, vocabulary, bias=False)
-        self.vocabulary = vocabulary
-        self.parameters = tuple(self.linear.parameters())
-        self.sums = True
-
-    def logits(self, hidden: Tensor, into: tuple[Tensor, ...] = ()) -> Tensor:
-        return summing(self.linear, hidden, into) if into else self.linear(hidden)
+        self.linear, self.vocabulary = nn.Linear(hidden, vocabulary, bias=False), vocabulary
+        self._weights = ["weight"]
 
 
 def whole(head: Head, hidden_NH: Tensor, signal: TopK) -> Tensor:
@@ -56,9 +53,9 @@ def case(form: str, vocabulary: int, tokens: int, hidden: int, chunk: int) -> JS
     loss = Distillation(weight="none", chunk_tokens=chunk)
     forget_peak()
     before, began = memory("VmRSS"), time.process_time()
-    value = whole(head, states, signal) if form == "whole" else loss(head, states, labels, signal)["loss"]  # type: ignore[arg-type]
+    value = whole(head, states, signal) if form == "whole" else loss(head, states, labels, signal)["loss"]
     value.backward()
-    grads = [x.grad.numpy() for x in (states, head.linear.weight) if x.grad is not None]
+    grads = [x.grad.numpy() for x in (states, *head.parameters) if x.grad is not None]
     return {
         "peak_bytes": memory("VmHWM") - before, "cpu_seconds": time.process_time() - began,
         "loss": value.item(), "grads": grads,

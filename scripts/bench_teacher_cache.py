@@ -17,7 +17,6 @@ import gzip
 import hashlib
 import json
 import logging
-import random
 import statistics
 import tempfile
 import time
@@ -40,7 +39,7 @@ from src.cache import Cache, CacheTeacher
 from src.cache.loader import collate
 from src.cache.shards import Rows, decode, encode, rows_of
 from src.data import Corpus
-from src.data.arithmetic import problem
+from src.data.arithmetic import write_splits
 from src.data.batches import supervised
 from src.losses.distill import Distillation
 from src.losses.signals import Signal, TopK, live_signal
@@ -75,8 +74,7 @@ def section_bytes(args: argparse.Namespace) -> JSON:
 
 
 def _demo(folder: Path, count: int, batch_size: int = 32) -> Corpus:
-    rng = random.Random(0)
-    (folder / "train.jsonl").write_text("".join(json.dumps(problem(rng)) + "\n" for _ in range(count)))
+    write_splits(folder, {"train": count})
     return Corpus(TEACHER, train=str(folder / "train.jsonl"), batch_size=batch_size)
 
 

@@ -35,6 +35,7 @@ SETTINGS: dict[str, JSON] = {
               "recover": ["--trainer.max_steps=8", "--data.init_args.batch_size=8"], "short": 4},
 }  # fmt: skip
 """Rows (train, validation, test), overrides of the demo's configs, steps of the side runs."""
+LAST = "{}/{}/checkpoints/last.ckpt"
 NOT_NUMBERS = {"git_sha", "commit", "command", "seconds", "path", "torch"}
 """Fields of JSON files that say where and how fast they were made."""
 
@@ -50,7 +51,7 @@ def lines(out: Path, given: JSON) -> list[list[str]]:
     cache = ["predict", "--config=configs/cache/topk.yaml", log, f"--model.init_args.out={out}/cache", rows]
     from_cache = ["--config=configs/cache/recover.yaml", f"--data.init_args.train={out}/cache"]
     lora = ["--model.init_args.scope=lora", short, "--trainer.logger.init_args.name=lora"]
-    made = {"cut": [], **{name: ["--checkpoint", last(out / name)] for name in ("recover", "cached")}}
+    made = {"cut": [], **{name: ["--checkpoint", LAST.format(out, name)] for name in ("recover", "cached")}}
     judge = ["evaluate", "--teacher", TEACHER, "--data", f"{out}/data/test.jsonl", "--supervise", "all"]
     return [
         search,
@@ -61,11 +62,6 @@ def lines(out: Path, given: JSON) -> list[list[str]]:
         *(["export", "--mask", mask, "--out", f"{out}/export/{name}", *made[name]] for name in made),
         [*judge, "--model", *(f"{out}/export/{name}" for name in made), "--out", f"{out}/evaluate.json"],
     ]
-
-
-def last(run: Path) -> str:
-    """The last checkpoint of a run."""
-    return str(run / "checkpoints" / "last.ckpt")
 
 
 def run(tree: Path, out: Path, given: JSON) -> None:
@@ -118,7 +114,7 @@ def written(out: Path) -> dict[str, JSON]:
     """What a run wrote, part by part, as values that are equal when the bits are."""
     parts = {"mask.json": leaves(json.loads((out / "search" / "mask.json").read_text()))}
     for name in ("recover", "lora", "cached"):
-        parts[f"{name}: weights"] = digests(weights(last(out / name)))
+        parts[f"{name}: weights"] = digests(weights(LAST.format(out, name)))
     shards = sorted(p for p in (out / "cache").rglob("*") if p.suffix == ".parquet")
     parts["cache: shards"] = {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in shards}
     for path in sorted((out / "export").glob("*/*.safetensors")):

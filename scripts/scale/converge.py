@@ -32,12 +32,11 @@ def searched(work: Path, depth: int) -> JSON:
     best = min(kl for row in searches for kl in row["kl"])
     for row in searches:
         row["ratio_to_best"] = statistics.median(row["kl"]) / best
-    lengths = [row["steps"] for row in searches if row["steps"] is not None]
-    far = [row["steps"] for row in searches if row["steps"] is not None and row["ratio_to_best"] > NEAR]
-    near = [steps for steps in lengths if steps > max(far, default=0)]
+    tried = {row["steps"]: row["ratio_to_best"] for row in searches if row["steps"] is not None}
+    far = max((steps for steps, ratio in tried.items() if ratio > NEAR), default=0)
     return {
         "layers": depth, "removed": depth // 4, "searches": searches, "best_kl": best,
-        "converged_after": min(near, default=None), "tried": sorted(lengths),
+        "converged_after": min((n for n in tried if n > far), default=None), "tried": sorted(tried),
     }  # fmt: skip
 
 

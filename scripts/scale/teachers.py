@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 from pathlib import Path
 
 from scripts.lab.results import JSON, TEACHER
@@ -35,8 +34,7 @@ def measure(work: Path) -> JSON:
     found = fight("configs/arena/teachers.yaml", "teachers", work)
     runs = [{"seed": run["seed"], "teacher": row["variant"], "exact_match": run["recovered"]["exact_match"]}
             for row in found["rows"] for run in row["runs"]]  # fmt: skip
-    means = {name: statistics.mean(run["exact_match"] for run in runs if run["teacher"] == name)
-             for name in dict.fromkeys(run["teacher"] for run in runs)}  # fmt: skip
+    means = {row["variant"]: row["recovered"]["exact_match"]["value"] for row in found["rows"]}
     teacher = found["teacher"]
     return {
         "problems": teacher["problems"], "runs": runs, "means": means,
