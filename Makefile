@@ -11,7 +11,7 @@ export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo shorten test test-full headline mask-quality public-model budgets fair-fight width grow recovery ablations search-step teacher-cache \
+.PHONY: help setup demo shorten test test-full headline mask-quality public-model budgets fair-fight width width-stories grow recovery ablations search-step teacher-cache \
 	data-pipeline distilled-calibration prompts linear-patch vision export-matrix other-engine plan-accuracy scale gpu-checks results docs lint types teacher \
 	tensorboard schema clean
 
@@ -192,6 +192,9 @@ fair-fight: $(VENV)/.installed  ## every method under one recovery -> results/fa
 
 width: $(VENV)/.installed  ## KV groups and channels, learned, by criteria and in training -> results/width.json, docs/width.md (resumable)
 	$(PY) -m scripts.arena configs/arena/width.yaml --jobs $(JOBS)
+
+width-stories: $(VENV)/.installed  ## the same of a public model on TinyStories, in SHARED -> results/width.stories.json, docs/width.md (resumable)
+	E3_SHARED=$(SHARED) $(PY) -m scripts.arena configs/arena/width_stories.yaml --jobs $(JOBS)
 
 grow: $(VENV)/.installed  ## layers put back into one recovered model, beside recoveries of each size -> results/grow.json (resumable)
 	$(PY) -m scripts.arena configs/arena/grow.yaml --jobs $(JOBS)

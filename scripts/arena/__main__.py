@@ -39,9 +39,17 @@ def work_through(work: Work, workers: int) -> dict[Job, str]:
 
 
 def renamed(plan: Plan, teacher: str | None, name: str | None) -> Plan:
-    """The plan for another teacher, whose results must not be taken for the plan's own."""
+    """The plan for another teacher, whose results must not be taken for the plan's own.
+
+    Raises:
+        ConfigError: they would be; or the teacher, or a file of the plan, is not there.
+    """
     if teacher and not name:
         raise ConfigError("--teacher: another teacher needs a --name for its results.")
+    needed = [teacher or plan.teacher, *(told["path"] for told in plan.data.get("files", {}).values())]
+    if missing := [path for path in dict.fromkeys(needed) if not Path(path).exists()]:
+        where = "E3_SHARED names the folder of what is no part of this repository."
+        raise ConfigError(f"{plan.name}: there is no {', '.join(missing)}. {where}")
     return replace(plan, teacher=teacher or plan.teacher, name=name or plan.name)
 
 
@@ -69,7 +77,8 @@ def main(argv: list[str]) -> int:
         results = record(work, plan, asked, failed, published(out))
         write_json(out, results)
         figures = draw(results, args.docs / "figures")
-        page(args.docs / f"{plan.name}.md", results, figures)
+        into, _, place = plan.name.partition(".")
+        page(args.docs / f"{into}.md", results, figures, place or "results")
     for told in failed:
         print(told, file=sys.stderr)
     return 1 if failed else 0

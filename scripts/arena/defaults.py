@@ -14,7 +14,8 @@ def defaults(rows: Sequence[JSON]) -> list[str]:
     """A table, one line for each group and ratio; the reference of a group is the default.
 
     The figure of a search is the divergence of its plain answer, that of a recovery exact match; where these
-    are equal, the divergence of the final model decides which of the others is best.
+    are equal, the divergence of the final model decides which of the others is best. It is the figure of a
+    recovery on texts, which have no answers.
     """
     out = []
     for group, ratio in dict.fromkeys((row["group"], row["ratio"]) for row in rows):
@@ -24,8 +25,11 @@ def defaults(rows: Sequence[JSON]) -> list[str]:
         others = [row for row in own if row is not default and ("recovered" in row) == recovered]
         if default is None or not others:
             continue
-        show = percent("recovered") if recovered else nats("learned")
-        gap = difference("exact_match", 100, 1) if recovered else difference("learned", 1, 4)
+        show, gap = nats("learned"), difference("learned", 1, 4)
+        if recovered:
+            exact = "exact_match" in default["recovered"]
+            show = (percent if exact else nats)("recovered")
+            gap = difference("exact_match", 100, 1) if exact else difference("kl", 1, 4)
         best = min(others, key=rank)
         cells = [group.replace("_", " "), default["title"], show(default), best["title"], show(best)]
         out.append([*cells, gap(best), difference("kl", 1, 4)(best)])
@@ -35,5 +39,5 @@ def defaults(rows: Sequence[JSON]) -> list[str]:
 def rank(row: JSON) -> tuple[float, float]:
     """Best first: exact match where models are recovered, else the plain answer, then the final one."""
     if "recovered" in row:
-        return -row["recovered"]["exact_match"]["value"], row["recovered"]["kl"]["value"]
+        return -row["recovered"].get("exact_match", {"value": 0})["value"], row["recovered"]["kl"]["value"]
     return row["learned"]["kl"]["value"], row["cut"]["kl"]["value"]

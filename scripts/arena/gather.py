@@ -69,19 +69,24 @@ def collect(work: Work, run: Run, teacher: JSON) -> tuple[JSON, JSON] | None:
 
 def judgement(result: JSON, teacher: JSON) -> JSON:
     """Figures of a judged model beside its teacher."""
-    own, other = ([mark == "1" for mark in judged["correct"]] for judged in (result, teacher))
     tokens = sum(result["sums"]["tokens"])
     means = {key: sum(result["sums"][key]) / tokens for key in ("kl", "agreement", "loss")}
+    told = {**means, "perplexity": float(np.exp(means["loss"])), "parameters": result["parameters"]}
+    if "correct" not in result:
+        return told
+    own, other = ([mark == "1" for mark in judged["correct"]] for judged in (result, teacher))
     ratio = sum(own) / sum(other) if any(other) else None
-    return {
-        "exact_match": sum(own) / len(own), "ratio": ratio, "flips": flips(own, other), **means,
-        "perplexity": float(np.exp(means["loss"])), "parameters": result["parameters"],
-    }  # fmt: skip
+    return {"exact_match": sum(own) / len(own), "ratio": ratio, "flips": flips(own, other), **told}
 
 
 def figures(judged: dict[int, JSON], stage: str) -> dict[str, Interval]:
     """Every compared figure of one stage, pooled over seeds, with its interval."""
-    return {metric: interval(*sums(judged, stage, metric, judged)) for metric in METRICS}
+    return {metric: interval(*sums(judged, stage, metric, judged)) for metric in metrics(judged)}
+
+
+def metrics(judged: dict[int, JSON]) -> list[str]:
+    """The compared figures that were measured: of texts there is no exact match."""
+    return [key for key in METRICS if key == "kl" or "correct" in next(iter(judged.values()))["cut"]]
 
 
 def compare(own: dict[int, JSON], reference: dict[int, JSON]) -> JSON:
@@ -92,7 +97,7 @@ def compare(own: dict[int, JSON], reference: dict[int, JSON]) -> JSON:
     common = sorted(own.keys() & reference.keys())
     if not common:
         return {"seeds": []}
-    stages = {metric: (final(own), final(reference), metric) for metric in METRICS}
+    stages = {metric: (final(own), final(reference), metric) for metric in metrics(own)}
     stages["learned"] = ("learned", "learned", "kl")
     out: JSON = {"seeds": common}
     for name, (stage, other, metric) in stages.items():

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from jsonargparse import Namespace
 
 Gone = list[Any]
 """Removed units: layers by number, or halves by layer and kind, such as ``7a`` and ``9f``."""
@@ -73,7 +74,8 @@ class Plan:
     Attributes:
         name: of the results file, page and figures.
         teacher: directory of the model that is shortened.
-        data: problems of ``train``, ``validation`` and ``test``, and the ``seed`` that draws them.
+        data: how many problems are ``train``, ``validation`` and ``test``, and the ``seed`` that draws them;
+            or ``files``, for each of these the ``path`` of texts, how many ``rows`` and how many to ``skip``.
         cache: how the teacher's cache is written; None lets recoveries read the text beside a live teacher.
         references: for each group, the variant the others are compared with.
         runs: in the order of the file.
@@ -81,7 +83,7 @@ class Plan:
 
     name: str
     teacher: str
-    data: Mapping[str, int]
+    data: Mapping[str, Any]
     cache: Stage | None
     references: Mapping[str, str]
     runs: tuple[Run, ...]
@@ -94,14 +96,7 @@ class Plan:
 
 def nested(dotted: Mapping[str, Any]) -> dict[str, Any]:
     """``{"a.b": 1}`` as ``{"a": {"b": 1}}``."""
-    out: dict[str, Any] = {}
-    for key, value in dotted.items():
-        *parents, last = key.split(".")
-        place = out
-        for parent in parents:
-            place = place.setdefault(parent, {})
-        place[last] = value
-    return out
+    return Namespace(dict(dotted)).as_dict()
 
 
 def fingerprint(*content: Any) -> str:

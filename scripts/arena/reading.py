@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
+from os.path import expandvars
 from pathlib import Path
 from typing import Any
 
@@ -54,12 +55,12 @@ class Variant:
 
 
 def read(path: str | Path) -> Plan:
-    """Read and expand a plan.
+    """Read and expand a plan, and the variables of the environment in it.
 
     Raises:
         ConfigError: an unknown or missing key, a missing file, or a reference that is no variant.
     """
-    raw = yaml.safe_load(Path(path).read_text())
+    raw = yaml.safe_load(expandvars(Path(path).read_text()))
     _check(raw, ("name", "teacher", "data", "cache", "search", "recover", "ratios", "groups"), str(path))
     search, recover = (_stage(raw[key], f"{path}: {key}") for key in ("search", "recover"))
     cache = raw["cache"] and _stage(raw["cache"], f"{path}: cache")

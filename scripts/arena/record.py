@@ -39,7 +39,7 @@ def record(work: Work, plan: Plan, asked: Container[Name], failed: Sequence[str]
     new = {key: row for key, row in done.items() if key[:2] in asked or key not in kept}
     order = dict.fromkeys((run.group, run.variant, run.ratio) for run in plan.runs)
     about = {
-        "path": plan.teacher, "problems": len(teacher["correct"]), **judgement(teacher, teacher),
+        "path": plan.teacher, "problems": len(teacher["sums"]["tokens"]), **judgement(teacher, teacher),
         "training_tokens": results(trained).get("tokens"), "layers": num_layers(load_config(plan.teacher)),
     }  # fmt: skip
     settings = {"cache": plan.cache and plan.cache.content, "recover": recover and recover.content}

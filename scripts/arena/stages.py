@@ -39,6 +39,14 @@ def data(at: str, sizes: dict[str, int], seed: int) -> JSON:
     return {"sizes": sizes, "seed": seed}
 
 
+def files(at: str, parts: JSON) -> JSON:
+    """Copy the rows of the three splits out of files."""
+    for split, told in parts.items():
+        rows = Path(told["path"]).read_text().split("\n")[told.get("skip", 0) :][: told["rows"]]
+        write_text(f"{at}/{split}.jsonl", "\n".join(rows) + "\n")
+    return {}
+
+
 def cache(at: str, configs: list[str], settings: JSON) -> JSON:
     """Write the teacher's cache, which every recovery reads."""
     command(at, "predict", configs, {**settings, "model.init_args.out": f"{at}/cache"})
@@ -121,11 +129,10 @@ def mask(model: str, removed: Gone) -> Mask:
         bits = [int(own.rpartition(":")[2], 16) for own in removed]
         keep = tuple(i for i in range(count * width) if not bits[i // width] >> i % width & 1)
         return Mask(model, count, keep, "arena", unit=unit, width=width)
-    if not any(isinstance(gone, str) for gone in removed):
-        return Mask(model, count, tuple(i for i in range(count) if i not in removed), "arena")
-    halves = [f"{layer}{kind}" for layer in range(count) for kind in "af"]
-    keep = tuple(unit for unit, half in enumerate(halves) if half not in removed)
-    return Mask(model, count, keep, "arena", unit="half")
+    kinds = "af" if isinstance(removed[0], str) else [""]
+    every = [f"{layer}{kind}" for layer in range(count) for kind in kinds]
+    keep = tuple(unit for unit, name in enumerate(every) if name not in map(str, removed))
+    return Mask(model, count, keep, "arena", unit="half" if len(kinds) > 1 else "layer")
 
 
 @torch.inference_mode()
@@ -133,14 +140,17 @@ def judge(student: PreTrainedModel, model: str, rows: str) -> JSON:
     """Exact match after free generation, and for each problem the sums that divergence is the mean of.
 
     Returns:
-        ``correct``, a string of 0 and 1; and ``sums``, the columns of :func:`src.evaluate.text.row_sums`.
+        ``sums``, the columns of :func:`src.evaluate.text.row_sums`; and, of problems alone, ``correct``, a
+        string of 0 and 1. A text has no answer.
     """
-    tokenizer, read = load_tokenizer(model), read_rows(rows)
-    encoded = judged(tokenizer, read, Columns(prompt="question", answer="answer"), "all").rows
-    sums_RC = row_sums(student, load_model(model), batches(encoded, 64, tokenizer.pad_token_id or 0))
-    answers = exact_match(student, tokenizer, read)
-    return {
-        "correct": "".join("01"[ok] for ok in answers["correct"]),
+    tokenizer, read, parent = load_tokenizer(model), read_rows(rows), load_model(model)
+    encoded = judged(tokenizer, read, Columns(), "all", parent.config.max_position_embeddings).rows
+    sums_RC = row_sums(student, parent, batches(encoded, 64, tokenizer.pad_token_id or 0))
+    told = {
         "sums": dict(zip(ROW_SUMS, sums_RC.T.tolist(), strict=True)),
         "parameters": sum(p.numel() for p in student.parameters()),
     }
+    if "text" in read[0]:
+        return told
+    answers = exact_match(student, tokenizer, read)["correct"]
+    return {"correct": "".join("01"[ok] for ok in answers), **told}

@@ -29,6 +29,8 @@ MASKS: dict[str, Cell] = {
     "plain KL": cells.nats("learned"),
 }
 ACTIVE = "active entries of feed-forwards"
+MATCHED = ("exact match", "cut: exact match", "of teacher", "lost / gained", next(iter(AGAINST)))
+"""Columns of problems; texts have no answers."""
 FORWARD: dict[str, Cell] = {
     "search, forward tokens": cells.cost("search", lambda s: s["metrics"].get("forward_tokens"), tokens_text)
 }
@@ -56,18 +58,20 @@ RECOVERED: Sequence[Columns] = (
 )  # fmt: skip
 
 
-def page(path: Path, results: JSON, figures: Sequence[Path]) -> None:
-    """Put the tables and figures between the markers of a page; a page that is not there is begun."""
+def page(path: Path, results: JSON, figures: Sequence[Path], part: str = "results") -> None:
+    """Put the tables and figures into a part of a page; a page that is not there is begun."""
     shown = [f"![{figure.stem}]({figure.relative_to(path.parent)})\n" for figure in figures]
-    fill(path, [*shown, *lines(results)])
+    fill(path, [*shown, *lines(results)], part)
 
 
 def lines(results: JSON) -> list[str]:
     """Every group and ratio as a section: a contest best first, several groups in the order of the plan."""
     teacher = results["teacher"]
+    judged = f"{teacher['problems']} texts"
+    if "exact_match" in teacher:
+        judged = f"exact match {100 * teacher['exact_match']:.1f} % on {teacher['problems']} problems"
     out = [
-        f"Teacher: exact match {100 * teacher['exact_match']:.1f} % on {teacher['problems']} problems, "
-        f"perplexity {teacher['perplexity']:.3f}, {teacher['layers']} layers.",
+        f"Teacher: {judged}, perplexity {teacher['perplexity']:.3f}, {teacher['layers']} layers.",
         "",
         *origins(results["rows"]),
         "",
@@ -97,5 +101,7 @@ def origins(rows: Sequence[JSON]) -> list[str]:
 
 def table(rows: Sequence[JSON], columns: Columns) -> list[str]:
     """A Markdown table; the first column is words, the others are figures."""
-    shown = {name: cell for name, cell in columns.items() if name != ACTIVE or any(map(cell, rows))}
+    left = [] if "exact_match" in rows[0]["cut"] else [*MATCHED]
+    left += [] if any(map(columns.get(ACTIVE, bool), rows)) else [ACTIVE]
+    shown = {name: cell for name, cell in columns.items() if name not in left}
     return markdown(" | ".join(shown), ([cell(row) for cell in shown.values()] for row in rows), True)

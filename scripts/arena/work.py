@@ -38,7 +38,9 @@ class Work:
 
     @property
     def data(self) -> Job:
-        """The problems of the three splits."""
+        """The rows of the three splits."""
+        if parts := self.plan.data.get("files"):
+            return self.job("data", "files", "data", None, parts=parts)
         sizes = {key: value for key, value in self.plan.data.items() if key != "seed"}
         return self.job("data", "data", "data", None, sizes=sizes, seed=self.plan.data["seed"])
 
