@@ -36,7 +36,7 @@ def _goal(text: str) -> str:
     return text
 
 
-def _place(text: str) -> str:
+def place(text: str) -> str:
     """Return a name that is not empty; what lies below the working directory has one, whoever writes it.
 
     A run is known by its command: the absolute path of a file must not make a finished stage begin anew.
@@ -58,17 +58,17 @@ def parse(argv: list[str]) -> argparse.Namespace:
     """
     parser = Parser("shorten", "Shorten a model with one command: search, recover, export, judge, report.")
     add = parser.add_argument
-    add("--model", required=True, type=_place, metavar="NAME", help="Hub id or directory")
+    add("--model", required=True, type=place, metavar="NAME", help="Hub id or directory")
     add(
         "--train",
         required=True,
-        type=_place,
+        type=place,
         metavar="TEXT",
         help="file, pattern, directory, URL or Hub id to learn from",
     )
     add(
         "--held-out",
-        type=_place,
+        type=place,
         metavar="TEXT",
         help=f"rows to judge by (default: {SHARE:.0%}% of the text, kept apart)",
     )
@@ -81,8 +81,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
         metavar="N",
         help="tokens that the recovery processes, such as 5M (default: by the text)",
     )
-    add("--out", type=_place, metavar="DIR", help="the new model (default: <run>/recovered)")
-    add("--run", type=_place, metavar="DIR", help="where all else goes (default: logs/shorten/<model>)")
+    add("--out", type=place, metavar="DIR", help="the new model (default: <run>/recovered)")
+    add("--run", type=place, metavar="DIR", help="where all else goes (default: logs/shorten/<model>)")
     add("--seed", type=Range(int, 0, SEED), default=0, help="of masks and the order of rows (default: 0)")
     add("--search", default="", metavar="OPTIONS", help="further options of the search's fit, quoted")
     add("--recover", default="", metavar="OPTIONS", help="further options of the recovery's fit, quoted")

@@ -14,6 +14,7 @@ from jsonargparse import Namespace
 from src.cli import TOOLS, main
 from src.command import Parser, named, new_file
 from src.errors import ConfigError
+from src.shorten.options import place
 from src.training.arguments import PruneCLI, ShortErrors
 
 SEARCH, RECOVER, CACHE = (
@@ -121,7 +122,7 @@ def test_every_option_of_a_tool_is_judged_as_it_is_parsed(
     """A typed option takes no word, no NaN, no infinity, nothing negative, empty or missing."""
     for action in tool_options(verb):
         option = action.option_strings[-1]
-        typed = action.type not in (None, Path, new_file, named)
+        typed = action.type not in (None, Path, new_file, named, place)
         for value in ("words", "nan", "inf", "-1", "", None) if typed or action.choices else (None,):
             given = [option] if value is None else [f"{option}={value}"]
             if value is None and action.nargs == 0:
