@@ -18,7 +18,7 @@ export TOKENIZERS_PARALLELISM := false
 # Told before anything is installed. Make, its shell and the YAML of a list take these characters for their own.
 ODD := : % ; & | , = < > ( ) [ ] { } * ? ! ~ ' " ` $$ \#
 UNFIT = $(filter-out 1,$(words x$(RUN)x))$(filter -%,$(RUN))$(strip $(foreach c,$(ODD),$(findstring $(c),$(RUN))))
-$(if $(and $(RUN),$(if $(UNFIT),,fits)),,$(error RUN: '$(RUN)' given; accepted: a path without spaces, a leading - and any of $(ODD)))
+$(if $(and $(RUN),$(if $(UNFIT),,fits)),,$(error RUN: '$(RUN)' given; accepted: a path that begins with no - and holds neither a space nor any of $(ODD)))
 GIVEN = $(foreach name,$(.VARIABLES),$(if $(filter command line,$(origin $(name))),$(name)))
 OF_demo := RUN SEED PROBLEMS SEARCH RECOVER
 OF_shorten := MODEL TRAIN HELD_OUT RATIO REMOVE TARGET UNIT METHOD TOKENS OUT RUN SEED SEARCH RECOVER MORE DRY
@@ -96,7 +96,7 @@ $(RUN)/benchmark.json: $(RUN)/recovered/config.json
 
 option = $(if $($(1)),--$(2)=$(call quoted,$($(1))))
 
-shorten: $(VENV)/.installed  ## a model of your own: MODEL=NAME TRAIN=TEXT [HELD_OUT RATIO REMOVE TARGET UNIT METHOD TOKENS OUT RUN SEED: as shorten --help; MORE='--text body'; DRY=1]
+shorten: $(VENV)/.installed  ## a model of your own: MODEL=NAME TRAIN=TEXT [HELD_OUT RATIO REMOVE TARGET UNIT METHOD TOKENS OUT RUN SEED SEARCH RECOVER: as shorten --help; MORE='--text body'; DRY=1]
 	@$(CLI) shorten $(call option,MODEL,model) $(call option,TRAIN,train) $(call option,SEED,seed) $(call option,HELD_OUT,held-out) \
 	  $(call option,RATIO,ratio) $(call option,REMOVE,remove) $(call option,TARGET,target) $(call option,UNIT,unit) $(call option,METHOD,method) \
 	  $(call option,TOKENS,tokens) $(call option,OUT,out) $(call option,SEARCH,search) $(call option,RECOVER,recover) \

@@ -19,7 +19,7 @@ Not ``Source`` itself: for a dataclass the parser of the command line would try 
 and so read the whole corpus.
 """
 
-_POWERS = {"K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}
+_POWERS = {"K": 1e3, "M": 1e6, "B": 1e9, "G": 1e9, "T": 1e12}
 
 
 def sources(given: Sources | None, key: str) -> list[Source]:
@@ -100,7 +100,7 @@ def token_count(tokens: int | str | None) -> int | None:
 
 
 def amount(text: str) -> int:
-    """Return the count that a text such as 2000000 or 500M stands for; K, M, B, T are 1e3, 1e6, 1e9, 1e12.
+    """Return the count that a text such as 500M stands for: K, M, B, G, T are 1e3, 1e6, 1e9, 1e9, 1e12.
 
     It serves as the ``type`` of an option.
 
@@ -143,8 +143,15 @@ COLUMN_OPTIONS = ("text", "prompt", "answer", "messages", "input", "system", "ig
 """Names of the options of :func:`add_columns`."""
 
 
-def add_columns(parser: argparse.ArgumentParser) -> None:
-    """Add options to a command by which a user says which columns of the rows are read."""
+def add_columns(
+    parser: argparse.ArgumentParser, split: str = "split of a Hub or saved dataset that has several"
+) -> None:
+    """Add options to a command by which a user says which columns of the rows are read.
+
+    Args:
+        parser: parser of the command.
+        split: help of ``--split``.
+    """
     add = parser.add_argument
     add("--prompt", metavar="COLUMN", help="column of the prompt (default: well-known names)")
     add("--answer", metavar="COLUMN", help="column of the answer, together with --prompt")
@@ -160,7 +167,7 @@ def add_columns(parser: argparse.ArgumentParser) -> None:
         metavar="COLUMN",
         help="columns to leave out that condition answers",
     )
-    add("--split", help="split of a Hub or saved dataset that has several")
+    add("--split", help=split)
 
 
 def read_columns(args: argparse.Namespace) -> Columns:

@@ -23,7 +23,9 @@ _FAULTS = (cast(type[Exception], HfHubHTTPError.__bases__[0]), OSError)
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of a push, but its name."""
-    parser.add_argument("--public", action="store_true", help="let everybody see what is pushed")
+    parser.add_argument(
+        "--public", action="store_true", help="let everybody see a repository that --push makes"
+    )
     parser.add_argument("--report", type=Path, metavar="FILE", help="report.html of the run, pushed along")
 
 

@@ -140,7 +140,11 @@ def add_written(parser: Parser) -> None:
     add = parser.add_argument
     add("--out", required=True, metavar="DIR", help="directory to create")
     add("--dtype", choices=DTYPES, help="type of the stored weights (default: the parent's)")
-    add("--force", action="store_true", help="replace --out if it is a model")
+    add(
+        "--force",
+        action="store_true",
+        help="replace --out if it is a model; with --push, add to a repository that exists",
+    )
     add("--license", metavar="ID", help="licence for the card (default: the parent's)")
     add("--device", default="cpu", help="where the proof computes (default: cpu, where bits must agree)")
     length, types = Range(int, SHORTEST, MOST), ("float32", "stored")

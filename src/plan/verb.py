@@ -165,7 +165,7 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
         "--disk",
         type=amount,
         metavar="BYTES",
-        help="what a cache may take, such as 100B for 100 GB (default: no limit)",
+        help="what a cache may take, such as 100G (default: no limit)",
     )
     add("--json", type=new_file, metavar="FILE", help="write the plan as JSON")
     return parser.parse_known_args(argv)

@@ -86,8 +86,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--seed", type=Range(int, 0, SEED), default=0, help="of masks and the order of rows (default: 0)")
     add("--search", default="", metavar="OPTIONS", help="further options of the search's fit, quoted")
     add("--recover", default="", metavar="OPTIONS", help="further options of the recovery's fit, quoted")
-    add("--dry-run", action="store_true", help="print settings and commands, run nothing")
-    add_columns(parser)
+    told = "print settings and commands, run nothing; a new run gets its settings and held-out rows"
+    add("--dry-run", action="store_true", help=told)
+    add_columns(parser, "split of --held-out, if that is a Hub or saved dataset that has several")
     args = parser.parse_args(argv)
     known = sorted(path.stem for path in POLICIES.glob("*.yaml"))
     if args.method is not None and args.method not in known:
@@ -105,9 +106,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
 def _add_amounts(parser: Parser) -> None:
     """Add the options that say how much is removed, of which one is given."""
     add = parser.add_mutually_exclusive_group().add_argument
-    told = "share of the layers to remove (default: 0.25)"
+    told = "share of the layers, or other units, to remove (default: 0.25)"
     add("--ratio", type=inside_unit, default=0.25, metavar="X", help=told)
-    add("--remove", type=positive, metavar="N", help="layers to remove, instead of a share")
+    add("--remove", type=positive, metavar="N", help="layers, or other units, to remove, instead of a share")
     goal = "what the model should reach, instead of a share: '{speedup: 1.3}', parameters or memory_gib"
     add("--target", type=_goal, metavar="GOAL", help=goal)
 

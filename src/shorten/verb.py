@@ -60,7 +60,8 @@ def settled(
 ) -> tuple[list[Choice], dict[str, list[str]], list[str]]:
     """Return the settings of a run, those that it began with if model, text and wishes are still the same.
 
-    Otherwise settings are chosen anew, and rows are held out anew.
+    Otherwise settings are chosen anew, and rows are held out anew. A dry run writes what its commands name,
+    but leaves what an earlier command has written.
 
     Args:
         args: what the user asks for.
@@ -78,7 +79,7 @@ def settled(
     known = earlier(kept, dict, list)
     if known and known.keys() != {"about", "choices", "options", "notes"}:
         raise foreign(kept)
-    anew = known.get("about") != about
+    anew, stays = known.get("about") != about, args.dry_run and bool(known)
     if held.exists() and not known:
         raise foreign(held)
     rows = (
@@ -88,7 +89,7 @@ def settled(
     )
     if anew:
         known = {"about": about, **_chosen(args)}
-    if anew or rows:
+    if (anew or rows) and not stays:
         with lock(run, "--run"):  # another command may be at work here by these settings and rows
             if anew:
                 held.unlink(missing_ok=True)

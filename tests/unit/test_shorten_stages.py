@@ -178,6 +178,21 @@ def test_a_killed_stage_has_the_status_that_a_shell_gives_it(
     assert stop.value.code == 137
 
 
+def test_a_dry_run_leaves_what_an_earlier_command_has_written(
+    tmp_path: Path, teacher_dir: str, corpus_file: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A new run gets what its printed commands name; another run's settings are not replaced unasked."""
+    place, options = tmp_path / "run", {"search": [], "recover": []}
+    monkeypatch.setattr(verb, "_chosen", lambda _: {"choices": [], "options": options, "notes": []})
+    monkeypatch.setattr(verb, "hold_out", lambda *_: "{}\n")
+    given = ["--model", teacher_dir, "--train", corpus_file, "--run", str(place), "--dry-run"]
+    verb.main(given)
+    before = {path: path.read_bytes() for path in place.iterdir()}
+    assert {path.name for path in before} >= {verb.SETTINGS, verb.HELD_OUT}
+    verb.main([*given, "--seed", "1"])
+    assert {path: path.read_bytes() for path in place.iterdir()} == before
+
+
 @pytest.mark.parametrize("part", ["settings", "work"])
 def test_one_command_at_a_time_works_in_a_directory(
     part: str, tmp_path: Path, teacher_dir: str, corpus_file: str, monkeypatch: pytest.MonkeyPatch
