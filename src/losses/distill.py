@@ -144,7 +144,8 @@ class Distillation(Term):
 
     def _divergence(self, logits_nV: Tensor, signal: Signal) -> Tensor:
         if not self.tail or self.k is None:
-            return kl(logits_nV, signal, self.rule, self.temperature, self.reverse_below)
+            alone = self.alpha == 1  # nothing else reads the logits
+            return kl(logits_nV, signal, self.rule, self.temperature, self.reverse_below, overwrite=alone)
         if not isinstance(signal, Dense):
             raise ConfigError(TAIL)
         return tailed_kl(logits_nV, signal, self.k, self.tail, self.temperature, self.reverse_below)

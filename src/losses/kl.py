@@ -54,6 +54,7 @@ def kl(
     rule: Rule = "bucket",
     temperature: float = 1.0,
     reverse_below: float = 0.0,
+    overwrite: bool = False,
 ) -> Tensor:
     """Return the divergence ``[n]`` of each token in nats, differentiable in the logits.
 
@@ -63,11 +64,13 @@ def kl(
         rule: treatment of the mass outside a top-k. A dense signal has no such mass, and no rule.
         temperature: divides the logits of both sides. The usual factor of its square is left to the caller.
         reverse_below: entropy of the teacher (nats) below which a token's divergence is the reverse one.
+        overwrite: whether the logits may be lost, so that their gradient needs no memory of its own.
     """
-    logits_nV = logits_nV.float() if temperature == 1 else logits_nV.float() / temperature
+    given, logits_nV = logits_nV, logits_nV.float() if temperature == 1 else logits_nV.float() / temperature
     reverse_n = signal.entropy < reverse_below if reverse_below else None
     if isinstance(signal, Dense):
-        return _dense(logits_nV, signal.tempered(temperature), reverse_n)
+        free = reverse_n is None and (overwrite or logits_nV is not given)
+        return _dense(logits_nV, signal.tempered(temperature), reverse_n, free)
     log_p, log_r = signal.tempered(temperature, logits_nV.shape[-1])
     return _classes(logits_nV, signal.ids, log_p, log_r, rule, reverse_n)
 
@@ -100,10 +103,11 @@ def tailed_kl(
     return bucket + tail * (_dense(logits_nV, whole, reverse_n) - bucket)
 
 
-def _dense(logits_nV: Tensor, signal: Dense, reverse_n: Tensor | None) -> Tensor:
+def _dense(logits_nV: Tensor, signal: Dense, reverse_n: Tensor | None, overwrite: bool = False) -> Tensor:
     """Return the full divergence, of the tokens ``reverse_n`` the reverse one."""
     dense: Callable[..., Tensor] = _DenseKL.apply
-    forward = dense(logits_nV, signal.log_probs)
+    into_nV = logits_nV.detach() if overwrite else torch.empty_like(logits_nV)
+    forward = dense(logits_nV, signal.log_probs, into_nV)
     if reverse_n is None:
         return forward
     log_q = logits_nV.log_softmax(-1).clamp_min(FLOOR)
@@ -168,12 +172,12 @@ class _LogProbs(torch.autograd.Function):
 
 
 class _DenseKL(torch.autograd.Function):
-    """Computes ``sum_v p (log p - log q)``; its gradient in the logits is ``q - p``."""
+    """Computes ``sum_v p (log p - log q)``, and ``into`` memory its gradient in the logits, ``q - p``."""
 
     @staticmethod
-    def forward(ctx: Any, logits_nV: Tensor, log_p_nV: Tensor) -> Tensor:
-        ctx.difference, values = torch.empty_like(logits_nV), list[Tensor]()
-        for x, log_p, difference in _blocks(logits_nV, log_p_nV, ctx.difference):
+    def forward(ctx: Any, logits_nV: Tensor, log_p_nV: Tensor, into_nV: Tensor) -> Tensor:
+        ctx.difference, values = into_nV, list[Tensor]()
+        for x, log_p, difference in _blocks(logits_nV, log_p_nV, into_nV):
             log_q, p = x.log_softmax(-1).clamp_min_(FLOOR), log_p.exp()
             values.append((log_p - log_q).mul_(p).sum(-1))
             torch.sub(log_q.exp_(), p, out=difference)
@@ -181,8 +185,8 @@ class _DenseKL(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, g_n: Tensor) -> tuple[Tensor, None]:
-        return ctx.difference.mul_(g_n[:, None]), None
+    def backward(ctx: Any, g_n: Tensor) -> tuple[Tensor, None, None]:
+        return ctx.difference.mul_(g_n[:, None]), None, None
 
 
 def _blocks(*tensors_nV: Tensor) -> Iterator[tuple[Tensor, ...]]:
