@@ -29,7 +29,6 @@ import numpy as np
 import torch
 from lightning import Trainer
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from scripts.cache_sizes import sizes
 from scripts.lab.benches import BARE, Clock, against, forget_peak, in_turns, memory, qwen
@@ -109,7 +108,9 @@ def section_write(args: argparse.Namespace) -> JSON:
                 span = Span()
                 Trainer(**BARE, callbacks=[span]).predict(teacher, datamodule=corpus)
                 began = time.process_time()
-                _forward(model, corpus)
+                with torch.no_grad():
+                    for batch in corpus.predict_dataloader():
+                        model(batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
                 pairs.append((time.process_time() - began, span.seconds))
             tokens = sum(shard.tokens for _, shard in Cache(f"{folder}/0").shards)
         ratios = [cached / bare - 1 for bare, cached in pairs[1:]]
@@ -119,12 +120,6 @@ def section_write(args: argparse.Namespace) -> JSON:
             "cache_cpu_seconds": statistics.median(cached for _, cached in pairs[1:]),
         }  # fmt: skip
     return found
-
-
-@torch.no_grad()
-def _forward(model: PreTrainedModel, corpus: Corpus) -> None:
-    for batch in corpus.predict_dataloader():
-        model(batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
 
 
 # ---------------------------------------------------------------------- recover

@@ -49,6 +49,7 @@ def lines(out: Path, given: JSON) -> list[list[str]]:
     short = f"--trainer.max_steps={given['short']}"
     rows = f"--data.init_args.train={out}/data/validation.jsonl"
     cache = ["predict", "--config=configs/cache/topk.yaml", log, f"--model.init_args.out={out}/cache", rows]
+    once = ["fit", "--config=configs/demo/read_once.yaml", *recover[2:]]  # no cache serves the demo's terms
     from_cache = ["--config=configs/cache/recover.yaml", f"--data.init_args.train={out}/cache"]
     lora = ["--model.init_args.scope=lora", short, "--trainer.logger.init_args.name=lora"]
     made = {"cut": [], **{name: ["--checkpoint", LAST.format(out, name)] for name in ("recover", "cached")}}
@@ -58,7 +59,7 @@ def lines(out: Path, given: JSON) -> list[list[str]]:
         [*recover, train, held_out, *given["recover"]],
         [*recover, train, held_out, *given["recover"], *lora],
         cache,
-        [*recover, *from_cache, *given["recover"], short, "--trainer.logger.init_args.name=cached"],
+        [*once, *from_cache, *given["recover"], short, "--trainer.logger.init_args.name=cached"],
         *(["export", "--mask", mask, "--out", f"{out}/export/{name}", *made[name]] for name in made),
         [*judge, "--model", *(f"{out}/export/{name}" for name in made), "--out", f"{out}/evaluate.json"],
     ]
