@@ -21,6 +21,7 @@ from scripts.arena.stages import mask as named_mask
 from scripts.arena.table import page
 from scripts.lab.pages import fill, made, table
 from scripts.lab.results import JSON, read
+from src.benchmark import PHASES
 from src.files import write_text
 from src.mask import Mask
 from src.report.figures import AMBER, INK, SLATE, TEAL, half_strip, styled, svg, tokens_text
@@ -83,6 +84,7 @@ def main() -> None:
         ("data_pipeline", data_lines, "data", "results"), ("export_matrix", matrix_lines, "export", "matrix"),
         ("interop", judged_lines, "interop", "results"), ("quantised", judged_lines, "interop", "quantised"),
         ("harder", judged_lines, "headline", "harder"), ("on_policy", judged_lines, "recovery", "on policy"),
+        ("width_speed", speed_lines, "width", "speed"),
         ("vision", vision_lines, "systems/prune_and_merge", "vision"),
     ):  # fmt: skip
         if found := read(name):
@@ -173,6 +175,13 @@ def judged_lines(found: JSON) -> list[str]:
     return [*table("model | exact match | agreement | KL | lost / gained", rows), "", f"`{found['command']}`"]
 
 
+def speed_lines(found: JSON) -> list[str]:
+    """What ``benchmark --out`` wrote: speed-ups of what the operations promise."""
+    told = "{speedup:.2f} of {ideal:.2f}"
+    rows = ([m["path"], *(told.format(**m[phase]) for phase in PHASES)] for m in found["measured"][1:])
+    return [*table(" | ".join(["times as fast", *PHASES]), rows), "", f"`{found['command']}`"]
+
+
 def vision_lines(found: JSON) -> list[str]:
     """Tokens of a vision transformer, pruned and merged."""
     return [*table(vision.HEAD, vision.cells(found)), "", made(found)]
@@ -220,8 +229,7 @@ def text_lines(results: JSON) -> list[str]:
     """Table of exact match against text read: again and again (the demo's recipe), or once."""
     teacher, rows = results["teacher"], []
     for row in sorted(results["rows"], key=lambda row: spent(results, row["runs"][0])):
-        found = [f"{100 * score:.1f}" for score in scores(row)]
-        each = f" ({', '.join(found)})" if len(found) > 1 else ""
+        each = f" ({', '.join(f'{100 * score:.1f}' for score in scores(row))})" if row["runs"][1:] else ""
         tokens = statistics.median(spent(results, run) * teacher["training_tokens"] for run in row["runs"])
         rows.append((
             f"{row['title']} ({tokens_text(tokens)})",

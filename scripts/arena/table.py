@@ -71,11 +71,9 @@ def lines(results: JSON) -> list[str]:
     if "exact_match" in teacher:
         judged = f"exact match {100 * teacher['exact_match']:.1f} % on {teacher['problems']} problems"
     out = [
-        f"Teacher: {judged}, perplexity {teacher['perplexity']:.3f}, {teacher['layers']} layers.",
-        "",
-        *origins(results["rows"]),
-        "",
-    ]
+        f"Teacher: {judged}, perplexity {teacher['perplexity']:.3f}, {teacher['layers']} layers.", "",
+        *origins(results["rows"]), "",
+    ]  # fmt: skip
     for failure in results["failed"]:
         out += [f"Not done: {failure}.", ""]
     sections = dict.fromkeys((row["group"], row["ratio"]) for row in results["rows"])

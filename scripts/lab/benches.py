@@ -23,14 +23,9 @@ BARE: dict[str, Any] = {
 
 
 def qwen(
-    vocabulary: int,
-    hidden: int,
-    layers: int,
-    heads: int = 4,
-    dtype: str = "float32",
-    device: str = "cpu",
+    vocabulary: int, hidden: int, layers: int, heads: int = 4, dtype: str = "float32", device: str = "cpu",
     **changes: Any,
-) -> PreTrainedModel:
+) -> PreTrainedModel:  # fmt: skip
     """A Qwen3 from config, with weights large enough that its predictions differ from token to token.
 
     ``changes`` replace keys of its config, ``model_type`` among them.
