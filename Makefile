@@ -220,21 +220,27 @@ distilled-calibration: $(VENV)/.installed  ## 16 distilled prompts against 16 ro
 	$(PY) -m scripts.distilled_calibration
 	$(PY) -m scripts.readme_results
 
-# Three kinds of the demo's problems: multiples, boxes, sums. A mask for each prompt, three routed cuts, beside the one mask of the same search.
+# Three kinds of the demo's problems: multiples, boxes, sums. A mask for each prompt, three routed cuts, beside one mask.
 KINDS := logs/prompts
 
 prompts: results/prompts.json results/prompts_public.json  ## a mask for each prompt against one mask -> results/prompts.json, results/prompts_public.json
 	$(PY) -m scripts.readme_results
 
-results/prompts.json: $(KINDS)/search/mask.json
+KINDS_FIT = $(CLI) fit --config configs/search/gumbel_topk.yaml $(1) --trainer.max_steps 60 --trainer.limit_val_batches 0 \
+  --data.init_args.train $(KINDS)/kinds/train.jsonl --data.init_args.validation $(KINDS)/kinds/validation.jsonl \
+  --trainer.logger.init_args.save_dir $(KINDS) --trainer.logger.init_args.version ""
+
+results/prompts.json: $(KINDS)/search/mask.json $(KINDS)/gumbel_topk/mask.json
 	$(CLI) export --mask $< --clusters 3 --out $(KINDS)/routed --force
 	$(CLI) export --mask $< --out $(KINDS)/one --force
-	$(CLI) evaluate --teacher $(TEACHER) --model $(KINDS)/routed $(KINDS)/one --data $(KINDS)/kinds/test.jsonl --no-exact-match --out $@
+	$(CLI) export --mask $(KINDS)/gumbel_topk/mask.json --out $(KINDS)/static --force
+	$(CLI) evaluate --teacher $(TEACHER) --model $(addprefix $(KINDS)/,routed one static) --data $(KINDS)/kinds/test.jsonl --no-exact-match --out $@
 
 $(KINDS)/search/mask.json: $(KINDS)/kinds/test.jsonl configs/search/prompts.yaml
-	$(CLI) fit --config configs/search/gumbel_topk.yaml --config configs/search/prompts.yaml --trainer.max_steps 60 \
-	  --trainer.limit_val_batches 0 --data.init_args.train $(KINDS)/kinds/train.jsonl --data.init_args.validation $(KINDS)/kinds/validation.jsonl \
-	  --trainer.logger.init_args.save_dir $(KINDS) --trainer.logger.init_args.version ""
+	$(call KINDS_FIT,--config configs/search/prompts.yaml)
+
+$(KINDS)/gumbel_topk/mask.json: $(KINDS)/kinds/test.jsonl
+	$(call KINDS_FIT,--data.init_args.supervise answer) --trainer.logger.init_args.name gumbel_topk
 
 $(KINDS)/kinds/test.jsonl: src/data/arithmetic.py | $(VENV)/.installed
 	$(PY) -m src.data.arithmetic --out $(KINDS)/all --train 30000 --validation 4000 --test 4000
