@@ -85,6 +85,7 @@ def main() -> None:
         ("interop", judged_lines, "interop", "results"), ("quantised", judged_lines, "interop", "quantised"),
         ("harder", judged_lines, "headline", "harder"), ("on_policy", judged_lines, "recovery", "on policy"),
         ("width_speed", speed_lines, "width", "speed"),
+        ("width_speed_stories", speed_lines, "width", "speed of stories"),
         ("vision", vision_lines, "systems/prune_and_merge", "vision"),
     ):  # fmt: skip
         if found := read(name):
