@@ -40,7 +40,7 @@ def parent_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def given(unit: str, **keys: Any) -> list[str]:
-    keys = {"unit": unit, "ratio": "0.5", "stages": 4, "amplitude": 0.3, **keys}
+    keys = {"unit": unit, "ratio": "0.5", "stages": 4, "until": 1.0, "amplitude": 0.3, **keys}
     return ["--config", OVERLAY, *(f"--model.init_args.{key}={value}" for key, value in keys.items())]
 
 
