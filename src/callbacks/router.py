@@ -11,8 +11,8 @@ from torch import nn
 
 from src.callbacks.record import check_path
 from src.mask import Mask
-from src.policies.prompt_masks import mean_jaccard
 from src.ranges import Share, checked
+from src.routing.clusters import mean_jaccard
 from src.routing.router import ADAPTERS, FILE
 
 if TYPE_CHECKING:

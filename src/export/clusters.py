@@ -22,8 +22,7 @@ from src.export.write import Parent, check_out, staged, write
 from src.files import write_json, write_text
 from src.mask import Mask
 from src.models.cut import cut
-from src.policies.prompt_masks import mean_jaccard
-from src.routing.clusters import clusters
+from src.routing.clusters import clusters, mean_jaccard
 from src.routing.router import ADAPTERS, CARD, FILE, Router
 from src.training.adapters import merged
 from src.units.kinds import KINDS

@@ -77,14 +77,11 @@ class PromptMasks(GumbelTopK):
 
     def reads(self, size: int) -> None:
         """Create the predictor for embeddings of a size; the search calls this after :meth:`setup`."""
-        self.down, self.up = (
-            nn.Linear(size, self.hidden, bias=False),
-            nn.Linear(self.hidden, self.units, bias=False),
-        )
+        self.down = nn.Linear(size, self.hidden, bias=False)
+        self.up = nn.Linear(self.hidden, self.units, bias=False)
+        start_DH = torch.randn(self.hidden, size, generator=self.generator(-1, 0)) * size**0.5
         with torch.no_grad():
-            self.down.weight.copy_(
-                torch.randn(self.hidden, size, generator=self.generator(-1, 0)) * size**0.5
-            )
+            self.down.weight.copy_(start_DH)
             self.up.weight.zero_()
 
     def refuse(self, quantize: str | None, adapted: bool, in_parts: bool) -> None:
@@ -201,17 +198,3 @@ class PromptMasks(GumbelTopK):
             pinned=tuple(sorted(self.pinned)),
             fingerprint=fingerprint,
         )
-
-
-def mean_jaccard(masks_PU: Tensor) -> float:
-    """Return the mean Jaccard index of the kept units of two different prompts; 1 if all masks are equal.
-
-    Args:
-        masks_PU: ones and zeros; of one prompt alone the index is 1.
-    """
-    kept_PU = masks_PU.float()
-    both_PP = kept_PU @ kept_PU.T
-    count_P = kept_PU.sum(1)
-    index_PP = both_PP / (count_P[:, None] + count_P - both_PP)
-    pairs = len(masks_PU) * (len(masks_PU) - 1)
-    return float((index_PP.sum() - index_PP.trace()) / pairs) if pairs else 1.0

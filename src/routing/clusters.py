@@ -74,3 +74,17 @@ def _lloyd(scores_PU: Tensor, masks_KU: Tensor, space: Space) -> tuple[Tensor, T
         if better_KU.shape == masks_KU.shape and torch.equal(better_KU, masks_KU):
             return masks_KU, of_P
         masks_KU = better_KU
+
+
+def mean_jaccard(masks_PU: Tensor) -> float:
+    """Return the mean Jaccard index of the kept units of two different prompts; 1 if all masks are equal.
+
+    Args:
+        masks_PU: ones and zeros; of one prompt alone the index is 1.
+    """
+    kept_PU = masks_PU.float()
+    both_PP = kept_PU @ kept_PU.T
+    count_P = kept_PU.sum(1)
+    index_PP = both_PP / (count_P[:, None] + count_P - both_PP)
+    pairs = len(masks_PU) * (len(masks_PU) - 1)
+    return float((index_PP.sum() - index_PP.trace()) / pairs) if pairs else 1.0

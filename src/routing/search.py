@@ -25,7 +25,8 @@ from src.errors import ConfigError
 from src.models.layers import text_config
 from src.models.loading import load_config
 from src.policies.probe import LABELS
-from src.policies.prompt_masks import PromptMasks, mean_jaccard
+from src.policies.prompt_masks import PromptMasks
+from src.routing.clusters import mean_jaccard
 from src.search import MaskSearch
 from src.training.half import float32_by_default
 from src.training.ranks import WholeBatch, from_all

@@ -6,9 +6,8 @@ keeps what it has gathered for what survives. The run ends with ``mask.json`` an
 
 *The paper's*: the turns and the one schedule; the centred importances that divide a removal of width among
 the layers; within a layer the first-order Taylor score of coupled weights. *Ours*: layers and halves of
-layers; a distillation as what trains; the batch at hand as calibration rows; and the end, where all layers
-are as wide, since the config of a plain checkpoint has one width. So the importances decide which layers
-become narrow early. Until the others follow, a narrow layer holds its place by closed units, behind gates.
+layers; a distillation as what trains; the batch at hand as calibration rows; and the end: all layers are as
+wide. So importances say which become narrow early; these hold their place by closed units, behind gates.
 """
 
 from __future__ import annotations

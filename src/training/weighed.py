@@ -9,11 +9,10 @@ added, ``pull * sum of w``; a feed-forward that matters resists:
 *The paper's*: a learned weight of each feed-forward, and that those of low weight are left out. It gives no
 equation that we know of. *Ours* is the rest:
 
-* The weight is in the model. Of the feed-forward's last map W a step gives the direction, and w the norm
-  (weight normalisation, arXiv 1602.07868), which cannot grow back what w takes. ``slope = <dLoss/dW, W>`` is
-  exact. There is nothing to fold, and each checkpoint is a plain model. Once no more can go, W is free.
-* ``speed`` is such that without resistance w reaches the threshold in a given share of the run. If the loss
-  is quadratic in w, those fall below 1/2 whose absence costs less than ``pull`` nats.
+* The weight is in the model. A step gives the direction of the feed-forward's last map W, and w the norm
+  (weight normalisation, arXiv 1602.07868), which cannot grow back what w takes, until no more can go. Each
+  checkpoint is a plain model, and ``slope = <dLoss/dW, W>`` is exact.
+* ``speed`` is such that without resistance w reaches the threshold in a given share of the run.
 * A lone feed-forward leaves no layer that stock transformers loads. So with each goes an attention: of those
   that come to stand between the same two feed-forwards, the one with the most block influence stays.
 
@@ -52,8 +51,7 @@ STAYS = 1e6
 class Weighed(Interleaved):
     """Drops feed-forwards of low weight in the course of a recovery, each with an attention.
 
-    ``mask``, ``remove`` or ``ratio`` says how many go at most; of a mask the number is taken. The record of
-    the run has all weights.
+    ``mask``, ``remove`` or ``ratio`` says how many go at most. The record of the run has all weights.
 
     Args:
         model: Hub id or directory of the parent.

@@ -16,7 +16,7 @@ from src.mask import Unit
 from src.models.gated import freeze
 from src.models.head import OutputHead
 from src.policies import GumbelTopK, PromptMasks
-from src.policies.prompt_masks import mean_jaccard
+from src.routing.clusters import mean_jaccard
 from src.routing.search import PromptSearch
 from src.search import MaskSearch
 from src.units.kinds import KINDS

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from src.mask import Unit
 from src.policies import PromptMasks
-from src.policies.prompt_masks import mean_jaccard
+from src.routing.clusters import mean_jaccard
 from tests.numerics.test_prompt_masks import UNITS, predictor, prompts, rows, search
 
 
