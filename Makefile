@@ -16,13 +16,16 @@ export TOKENIZERS_PARALLELISM := false
 	tensorboard schema clean
 
 # Told before anything is installed. Make, its shell and the YAML of a list take these characters for their own.
-ODD := : % ; & | , = < > ( ) [ ] { } * ? ! ~ ' " ` $$ \#
-UNFIT = $(filter-out 1,$(words x$(RUN)x))$(filter -%,$(RUN))$(strip $(foreach c,$(ODD),$(findstring $(c),$(RUN))))
+ODD := : % ; & | , = < > ( ) [ ] { } * ? ! ~ \ ' " ` $$ \#
+UNFIT = $(filter-out 1,$(words x$(RUN)x))$(filter -% null Null NULL,$(RUN))$(strip $(foreach c,$(ODD),$(findstring $(c),$(RUN))))
 $(if $(and $(RUN),$(if $(UNFIT),,fits)),,$(error RUN: '$(RUN)' given; accepted: a path that begins with no - and holds neither a space nor any of $(ODD)))
 GIVEN = $(foreach name,$(.VARIABLES),$(if $(filter command line,$(origin $(name))),$(name)))
-OF_demo := RUN SEED PROBLEMS SEARCH RECOVER
+OF_demo := RUN SEED PROBLEMS SEARCH RECOVER TEACHER
 OF_shorten := MODEL TRAIN HELD_OUT RATIO REMOVE TARGET UNIT METHOD TOKENS OUT RUN SEED SEARCH RECOVER MORE DRY
-$(foreach goal,$(filter demo shorten,$(MAKECMDGOALS)),$(foreach name,$(filter-out $(OF_$(goal)) VENV PY CLI,$(GIVEN)),$(error $(name): make $(goal) reads no such variable; accepted: $(OF_$(goal)))))
+OF_ALL := VENV PY CLI CUDA_% HF_% OMP_% MKL_% TORCH_% TOKENIZERS_% E3_%
+OF_GOALS = $(foreach goal,$(MAKECMDGOALS),$(OF_$(goal)))
+UNREAD = $(if $(filter-out demo shorten,$(MAKECMDGOALS)),,$(if $(MAKECMDGOALS),$(filter-out $(OF_GOALS) $(OF_ALL),$(GIVEN))))
+$(if $(UNREAD),$(error $(UNREAD): make $(MAKECMDGOALS) reads no such variable; accepted: $(OF_GOALS)))
 $(if $(filter shorten,$(MAKECMDGOALS)),$(if $(and $(MODEL),$(TRAIN)),,$(error give MODEL=NAME and TRAIN=TEXT, such as: make shorten MODEL=Qwen/Qwen3-0.6B TRAIN=my.jsonl)))
 
 help:  ## show the targets
@@ -260,7 +263,7 @@ MIXED_FIT = $(CLI) fit --config configs/search/gumbel_topk.yaml --config configs
   --model.init_args.model $(PARENT) --data.init_args.train $(MIXED)/train.jsonl --data.init_args.validation $< --trainer.limit_val_batches 0 \
   --trainer.logger.init_args.save_dir $(MIXED) --trainer.logger.init_args.name $* --trainer.logger.init_args.version
 
-.PRECIOUS: $(MIXED)/%/search/mask.json $(MIXED)/%/gumbel_topk/mask.json
+.PRECIOUS: $(MIXED)/%/search/mask.json $(MIXED)/%/gumbel_topk/mask.json $(MIXED)/%.jsonl
 
 MIXED_CUTS = $(foreach rows,0 1,$(addprefix $(MIXED)/$(rows)/,routed one static))
 

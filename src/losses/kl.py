@@ -196,5 +196,6 @@ def _blocks(*tensors_nV: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """
     n, vocabulary = tensors_nV[0].shape
     on_cpu = tensors_nV[0].device.type == "cpu"
-    rows = CACHED * torch.get_num_threads() // vocabulary if on_cpu else n
+    threads = torch.get_num_threads()  # which divide the rows among them: none shall be idle
+    rows = max(threads, CACHED * threads // vocabulary) if on_cpu else n
     return zip(*(x_nV.split(max(1, rows)) for x_nV in tensors_nV), strict=True)

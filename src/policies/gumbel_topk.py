@@ -113,13 +113,13 @@ class GumbelTopK(MaskPolicy):
             self.start(torch.log(_SCORES[self.init](probe, self.units).clamp_min(0) + 1e-8))
 
     @torch.no_grad()
-    def start(self, score_U: Tensor) -> Tensor:
-        """Set the logits to scores, standardised in each group; return the groups' deviations ``[G, 1]``."""
+    def start(self, score_U: Tensor, scale_G1: Tensor | None = None) -> None:
+        """Set the logits to scores, centred in each group and divided by ``scale``, or by their deviation."""
         free_GF = self.by_group(score_U[self.free])
-        scale_G1 = free_GF.std(-1, correction=0, keepdim=True).clamp_min(1e-8)
+        if scale_G1 is None:
+            scale_G1 = free_GF.std(-1, correction=0, keepdim=True).clamp_min(1e-8)
         spread_GF = (free_GF - free_GF.mean(-1, keepdim=True)) / scale_G1
         self.logits[self.free] = (self.init_scale * spread_GF).flatten().to(self.logits)
-        return scale_G1
 
     def _scores(self) -> tuple[Tensor, int]:
         """Return the free units' scores ``[G, F]`` for being selected, and how many to select in a group."""

@@ -121,9 +121,9 @@ class PromptMasks(GumbelTopK):
     def regress(self, importance_PU: Tensor) -> None:
         """Start at how much the units matter to each calibration row, by regression on its prompt.
 
-        A unit's importance counts as a share s of its group's. ``logits`` start at ``log m``, standardised as
-        the base class does, with m the mean of s over the rows. ``W2`` starts at the regression of ``s / m``,
-        which differs between prompts as ``log s`` does, to first order.
+        A unit's importance counts as a share s of its group's; m is the mean of s over the rows. ``logits``
+        start at ``log m``, ``W2`` at the regression of ``s / m``, which differs between prompts as ``log s``
+        does, to first order. The deviation of their sum, over rows and units of a group, is ``init_scale``.
 
         Args:
             importance_PU: not negative, one row for each prompt of :meth:`meet`.
@@ -134,8 +134,10 @@ class PromptMasks(GumbelTopK):
         mean_GF = share_PGF.mean(0).clamp_min(TINY)
         score_U = torch.zeros_like(importance_PU[0])
         score_U[self.free] = mean_GF.log().flatten()
-        factor_G1 = self.init_scale / self.start(score_U)
-        own_PU = (factor_G1 * share_PGF / mean_GF).flatten(1)
+        own_PGF = share_PGF / mean_GF
+        spread_G1 = (mean_GF.log() + own_PGF).std((0, -1), correction=0)[:, None].clamp_min(TINY)
+        self.start(score_U, spread_G1)
+        own_PU = (self.init_scale / spread_G1 * own_PGF).flatten(1)
         self.up.weight[self.free] = regression(self.read(self.prompts), own_PU).T.to(self.up.weight)
 
     # ------------------------------------------------------------------ masks
@@ -171,10 +173,7 @@ class PromptMasks(GumbelTopK):
         return soft_BU * hard_BU if self.gates_are == "soft" else straight_through(hard_BU, soft_BU)
 
     def sample(self, step: int, draw: int) -> Tensor:
-        """Return the one mask of :meth:`harden`: that of ``logits``, the mean of the calibration prompts.
-
-        A search of prompts asks :meth:`masks` in its place.
-        """
+        """Return the mask of the mean prompt, by :meth:`harden`; a search of prompts asks :meth:`masks`."""
         return self.gates(self.harden())
 
     # ------------------------------------------------------------------ use

@@ -47,7 +47,17 @@ def place(text: str) -> str:
     if not os.path.isabs(named(text)) and not os.path.exists(text):
         return text
     inside = os.path.relpath(text)
-    return os.path.normpath(text) if os.path.isabs(text) and inside.startswith(os.pardir) else inside
+    short = os.path.normpath(text) if os.path.isabs(text) and inside.startswith(os.pardir) else inside
+    same = os.path.realpath(short) == os.path.realpath(text)  # not where a link stands before a ".."
+    return short if same and _read_as_written(short) else text
+
+
+def _read_as_written(name: str) -> bool:
+    """Return whether a command line and YAML take a name for what it is, and not for an option or null."""
+    try:
+        return not name.startswith("-") and bool(yaml.safe_load(name) == name)
+    except yaml.YAMLError:
+        return False
 
 
 def parse(argv: list[str]) -> argparse.Namespace:

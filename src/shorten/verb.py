@@ -79,7 +79,8 @@ def settled(
     known = earlier(kept, dict, list)
     if known and known.keys() != {"about", "choices", "options", "notes"}:
         raise foreign(kept)
-    anew, stays = known.get("about") != about, args.dry_run and bool(known)
+    anew = known.get("about") != about
+    stays = args.dry_run and anew and bool(known)
     if held.exists() and not known:
         raise foreign(held)
     rows = (
@@ -89,7 +90,11 @@ def settled(
     )
     if anew:
         known = {"about": about, **_chosen(args)}
-    if (anew or rows) and not stays:
+    if stays:
+        print(
+            f"note: '{run}' holds another command's run, which stays; for these commands give another --run."
+        )
+    elif anew or rows:
         with lock(run, "--run"):  # another command may be at work here by these settings and rows
             if anew:
                 held.unlink(missing_ok=True)

@@ -125,7 +125,21 @@ def test_linked_sections_exist(page: Path) -> None:
         (["demo", "SEEDS=1"], "SEEDS: make demo reads no such variable; accepted: RUN SEED"),
         *(
             (["demo", f"RUN={name}"], f"RUN: '{name}' given; accepted: a path that begins with no -")
-            for name in ("", "my runs", "run ", "-n", "a:b", "a%b", "a=b", "a,b", "a#b", "it's", "a;b")
+            for name in (
+                "",
+                "my runs",
+                "run ",
+                "-n",
+                "a:b",
+                "a%b",
+                "a=b",
+                "a,b",
+                "a#b",
+                "it's",
+                "a;b",
+                "a\\b",
+                "null",
+            )
         ),
     ],
 )

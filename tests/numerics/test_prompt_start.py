@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from src.mask import Unit
@@ -55,6 +56,36 @@ def test_a_row_matters_as_it_does_alone(teacher_dir: str, unit: Unit) -> None:
         torch.testing.assert_close(*shares, rtol=1e-3, atol=1e-5)
     assert (together_BU >= 0).all()
     assert together_BU.max() > 0
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.1, 1.0])
+def test_where_kinds_balance_the_start_is_of_the_size_asked_for_and_still_learns(noise: float) -> None:
+    """The mean over the prompts then tells no unit from another, and is no measure of their differences."""
+    policy, kind_P = predictor(remove=6, moved=0.0, init_scale=0.5), torch.arange(20) % 2
+    policy.meet(prompts(20) * 0.1 + kind_P[:, None])
+    even_PU = (torch.arange(12) % 2 == kind_P[:, None]).float()
+    drawn_PU = torch.rand(20, 12, generator=torch.Generator().manual_seed(3))
+    policy.regress(0.2 + even_PU + noise * drawn_PU)
+    assert policy.prompts is not None
+    scores_PU = policy.scores(policy.prompts).detach()
+    assert float(scores_PU.std()) == pytest.approx(0.5, rel=0.4)
+    shares_PU = policy.shares(scores_PU)
+    assert 0.1 < shares_PU.min() < shares_PU.max() < 0.9, "none is so sure that nothing moves it"
+
+
+def test_what_matters_counts_the_size_of_activations_and_no_padding(teacher_dir: str) -> None:
+    """A channel twice as large, in front of a map half as large, computes the same and counts twice."""
+    made, batch = search(teacher_dir, "channel"), rows()
+    before_BU = made.importance(batch)
+    wider = {key: F.pad(value, (0, 3), value=-100 * (key == "labels")) for key, value in batch.items()}
+    torch.testing.assert_close(made.importance(wider), before_BU, rtol=1e-3, atol=1e-7)
+    maps = made.head.model.get_submodule("model.layers.0.mlp")
+    with torch.no_grad():
+        maps.get_parameter("up_proj.weight")[5] *= 2
+        maps.get_parameter("down_proj.weight")[:, 5] /= 2
+    told_BU = made.importance(batch) / before_BU
+    twice_U = torch.ones(told_BU.shape[1]).index_fill_(0, torch.tensor([5]), 2.0)
+    torch.testing.assert_close(told_BU, twice_U.expand_as(told_BU), rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize(("init", "step", "calls"), [("salience", 0, 1), ("salience", 7, 0), ("zeros", 0, 0)])

@@ -15,7 +15,7 @@ from src.data.options import add_columns, read_columns
 from src.errors import ConfigError
 from src.plan.experiment import Experiment
 from src.shorten import settings, verb
-from src.shorten.options import columns_of_evaluate, columns_of_fit
+from src.shorten.options import columns_of_evaluate, columns_of_fit, place
 from src.shorten.text import hold_out, look
 
 
@@ -103,3 +103,15 @@ def test_splits_of_the_hub_are_told_apart_though_they_have_one_commit(
     for split in ([], ["--split", "train"]):  # the only split of a dataset needs no name
         with pytest.raises(ConfigError, match="holds rows of --train"):
             verb._facts(verb.parse([*given, "org/data", *split]))
+
+
+def test_a_place_keeps_the_name_that_leads_to_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is made shorter only where that names the same file, and nothing else to a command line or YAML."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "real" / "sub").mkdir(parents=True)
+    (tmp_path / "data").symlink_to("real/sub")
+    for name in ("text", "real/text", "-text", "null"):
+        (tmp_path / name).touch()
+    assert [place(f"{tmp_path}/text"), place("./text"), place("real/../text")] == ["text"] * 3
+    for name in ("data/../text", "./-text", "./null", f"{tmp_path}/null", "no/such"):
+        assert place(name) == name

@@ -179,7 +179,11 @@ def test_a_killed_stage_has_the_status_that_a_shell_gives_it(
 
 
 def test_a_dry_run_leaves_what_an_earlier_command_has_written(
-    tmp_path: Path, teacher_dir: str, corpus_file: str, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    teacher_dir: str,
+    corpus_file: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """A new run gets what its printed commands name; another run's settings are not replaced unasked."""
     place, options = tmp_path / "run", {"search": [], "recover": []}
@@ -189,8 +193,13 @@ def test_a_dry_run_leaves_what_an_earlier_command_has_written(
     verb.main(given)
     before = {path: path.read_bytes() for path in place.iterdir()}
     assert {path.name for path in before} >= {verb.SETTINGS, verb.HELD_OUT}
+    capsys.readouterr()
     verb.main([*given, "--seed", "1"])
     assert {path: path.read_bytes() for path in place.iterdir()} == before
+    assert "give another --run" in capsys.readouterr().out
+    (place / verb.HELD_OUT).unlink()
+    verb.main(given)
+    assert {path: path.read_bytes() for path in place.iterdir()} == before, "rows that are named are there"
 
 
 @pytest.mark.parametrize("part", ["settings", "work"])
