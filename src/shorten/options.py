@@ -7,7 +7,7 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import yaml
 
@@ -21,17 +21,21 @@ from src.shorten.text import SHARE
 POLICIES = Path(__file__).parents[2] / "configs" / "policy"
 
 
+def _yaml(text: str, otherwise: Any = None) -> Any:
+    """Return what YAML reads in a text, as the parser of ``fit`` does; ``otherwise`` if it is no YAML."""
+    try:
+        return yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError):  # ValueError: a date that there is not, such as 2026-13-45
+        return otherwise
+
+
 def _goal(text: str) -> str:
     """Return the text of a target, as ``type`` of argparse.
 
     Raises:
         ArgumentTypeError: it is no mapping.
     """
-    try:
-        found = yaml.safe_load(text)
-    except yaml.YAMLError:
-        found = None
-    if not isinstance(found, dict):
+    if not isinstance(_yaml(text), dict):
         raise argparse.ArgumentTypeError(f"'{text}' given; accepted: such as '{{speedup: 1.3}}'")
     return text
 
@@ -54,10 +58,7 @@ def place(text: str) -> str:
 
 def _read_as_written(name: str) -> bool:
     """Return whether a command line and YAML take a name for what it is, and not for an option or null."""
-    try:
-        return not name.startswith("-") and bool(yaml.safe_load(name) == name)
-    except yaml.YAMLError:
-        return False
+    return not name.startswith("-") and bool(_yaml(name) == name)
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -130,7 +131,7 @@ def _check_names(args: argparse.Namespace) -> None:
         ConfigError: names the option.
     """
     for key, name in _columns(args):
-        if _null(name):
+        if _yaml(name, otherwise=name) is None:
             raise ConfigError(
                 f"--{key}: {name!r} given, which fit would read as null; accepted: a column of another name."
             )
@@ -141,14 +142,6 @@ def _columns(args: argparse.Namespace) -> Iterator[tuple[str, str]]:
     for key in COLUMN_OPTIONS:
         given = getattr(args, key)
         yield from ((key, name) for name in ([given] if isinstance(given, str) else given or ()))
-
-
-def _null(name: str) -> bool:
-    """Return whether YAML reads a name as null."""
-    try:
-        return yaml.safe_load(name) is None
-    except (yaml.YAMLError, ValueError):
-        return False
 
 
 def held_out(args: argparse.Namespace) -> Sources | None:

@@ -104,7 +104,7 @@ def choose(model: str, text: Text, tokens: int | None) -> Iterator[Choice]:
     yield Choice("recover", "trainer.val_check_interval", every, "five looks at the held-out rows")
 
 
-def prompts(model: str) -> tuple[str, ...]:
+def benchmark_lengths(model: str) -> tuple[str, ...]:
     """Return the options of ``benchmark`` by which a model of few positions is timed: as many as it has."""
     longest = positions_of(load_config(model))
     if longest is None or longest >= PROMPT + NEW:

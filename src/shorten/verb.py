@@ -25,7 +25,7 @@ from src.files import misfit, write_json, write_text
 from src.models.fingerprint import identity
 from src.plan.experiment import Experiment
 from src.shorten.options import POLICIES, columns_of_evaluate, columns_of_fit, held_out, parse
-from src.shorten.settings import RECOVER, SEARCH, Choice, choose, fitted, prompts
+from src.shorten.settings import RECOVER, SEARCH, Choice, benchmark_lengths, choose, fitted
 from src.shorten.stages import Stage, earlier, foreign, work_through
 from src.shorten.text import JUDGED, SHARE, hold_out, look
 from src.training.lock import lock
@@ -174,7 +174,8 @@ def stages(
         *columns_of_evaluate(args),
     ]
     judge = ["evaluate", "--teacher", args.model, *rows, "--out", str(scores), "--no-table"]
-    race = ["benchmark", "--baseline", args.model, *prompts(args.model), "--out", str(speeds), "--no-table"]
+    lengths = benchmark_lengths(args.model)
+    race = ["benchmark", "--baseline", args.model, *lengths, "--out", str(speeds), "--no-table"]
     both, read = ("--model", str(cut), str(out)), tuple(facts)
     return [
         Stage(

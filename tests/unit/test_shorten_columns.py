@@ -110,8 +110,8 @@ def test_a_place_keeps_the_name_that_leads_to_it(tmp_path: Path, monkeypatch: py
     monkeypatch.chdir(tmp_path)
     (tmp_path / "real" / "sub").mkdir(parents=True)
     (tmp_path / "data").symlink_to("real/sub")
-    for name in ("text", "real/text", "-text", "null"):
+    for name in ("text", "real/text", "-text", "null", "2026-13-45"):
         (tmp_path / name).touch()
     assert [place(f"{tmp_path}/text"), place("./text"), place("real/../text")] == ["text"] * 3
-    for name in ("data/../text", "./-text", "./null", f"{tmp_path}/null", "no/such"):
+    for name in ("data/../text", "./-text", "./null", f"{tmp_path}/null", "no/such", "./2026-13-45"):
         assert place(name) == name

@@ -256,7 +256,7 @@ def test_a_model_is_timed_within_its_positions(
     positions: int, asked: tuple[int, int] | None, tmp_path: Path, teacher_dir: str
 ) -> None:
     model = altered(teacher_dir, tmp_path / "model", max_position_embeddings=positions)
-    words = settings.prompts(str(model))
+    words = settings.benchmark_lengths(str(model))
     timed = benchmark._parse(["--model", "m", "--baseline", "b", *words])
     assert (timed.prompt_tokens, timed.new_tokens) == (asked or (128, 32))
     assert not asked or sum(asked) == positions
