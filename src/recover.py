@@ -143,6 +143,7 @@ class Recovery(Closing):
         if self.patch is not None:
             self.patch(student, parent, self.mask, load_tokenizer(self.name, self.revision))
             self.before = str(self.patch) if self.patch.repairs else None
+            self.read.unite([self.patch.read.sample])
         self.model = scoped(student, self.mask, self.scope, self.lora_rank)
         if self.compared is not None:
             confine(self.model, self.compared)

@@ -39,8 +39,9 @@ class StageRecord(Callback):
 
     Figures that the stage found stand beside these, such as the KL of each size that a search learned, and
     ``metrics``, the last value of every metric that was logged.
-    ``tokens`` counts a row each time it is read, ``distinct_tokens`` once. Hashes of the rows lie beside the
-    file, in ``record.rows.safetensors``: with them the report counts a row once that two stages read.
+    ``tokens`` counts a row each time it is read, ``distinct_tokens`` once. What a repair reads before the
+    first step is in ``distinct_tokens`` alone. Hashes of the rows lie beside the file, in
+    ``record.rows.safetensors``: with them the report counts a row once that two stages read.
 
     Args:
         path: the JSON file; None is ``record.json`` in the run's log directory.

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from src.data.batches import Batch
 from src.data.columns import Columns
+from src.data.distinct import Distinct
 from src.data.judging import batches, judged, read_rows
 from src.data.soft import SUFFIX, SoftPrompts
 from src.errors import ConfigError
@@ -42,6 +43,7 @@ class CutRepair(ABC):
 
     Attributes:
         repairs: the outcome of each change of the last call.
+        read: the documents of its calibration rows.
     """
 
     @checked
@@ -59,6 +61,7 @@ class CutRepair(ABC):
         self.split, self.max_length, self.batch_size = split, max_length, batch_size
         self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         self.repairs: list[Repair] = []
+        self.read = Distinct()
         self.used = f"{rows} rows"
 
     @property
@@ -113,6 +116,9 @@ class CutRepair(ABC):
             calibration = self.prompts(self.data, parent)
         else:
             calibration = self.calibration(tokenizer, position_limit(parent))
+        self.read = Distinct()
+        for batch in calibration:
+            self.read.add(batch)
         models = (student, parent)
         homes = [model.device for model in models]
         try:

@@ -56,7 +56,7 @@ class Stage(LightningModule, ABC):
         self.checkpoint_activations = checkpoint_activations
         self.tokens = 0
         self.read = Distinct()
-        """Documents that this rank has learned from or been judged by, however often."""
+        """Documents that this rank has been repaired on, learned from or been judged by, however often."""
         self.weights: str | None = None
         """Fingerprint of the model's weights, once they are loaded."""
         self.figures: dict[str, Any] = {}

@@ -64,3 +64,20 @@ def test_what_both_stages_read_counts_once(
     both = Distinct().unite([searched.sample, read.sample])
     assert both.tokens <= tokens(teacher_dir, corpus_file, 20)
     assert both.tokens < searched.tokens + read.tokens
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("repair", ["src.linear_patch.LinearPatch", "src.repair.mask_tuning.MaskTuning"])
+@pytest.mark.parametrize(("repaired", "needed"), [(24, 24), (8, 12)])
+def test_what_a_repair_reads_before_training_is_text_too(
+    repair: str, repaired: int, needed: int, tmp_path: Path, corpus_file: str, teacher_dir: str,
+    mask_file: str,
+) -> None:  # fmt: skip
+    """Twelve rows train; rows of the repair that are none of them count besides, and no other."""
+    record, read = fit(
+        "configs/recover/entropy_kd.yaml", tmp_path, f"--model.init_args.mask={mask_file}",
+        f"--model.init_args.patch={{class_path: {repair}, init_args: {{rows: {repaired}}}}}",
+        f"--data.init_args.train=[{{path: {corpus_file}, rows: 12}}]", "--data.init_args.batch_size=4",
+        "--trainer.max_steps=9",
+    )  # fmt: skip
+    assert record["distinct_tokens"] == read.tokens == tokens(teacher_dir, corpus_file, needed)

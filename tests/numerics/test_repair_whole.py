@@ -58,6 +58,7 @@ def test_a_recovery_starts_from_the_folded_model(
     parent = load_model(mask.model)
     made = Recovery(mask_file, patch=LinearPatch(corpus_file, device="cpu"), scope=scope)
     made.configure_model()
+    assert made.read.documents == 40  # its rows are text that the recovery needs
     with torch.no_grad():
         expected, plain = folded(ids).logits, cut(parent, mask)(ids).logits
         assert torch.equal(made.model.eval()(ids).logits, expected)
