@@ -100,6 +100,32 @@ def test_killed_and_resumed_equals_uninterrupted(
         assert len(moments) > 1, "the adapters' moments are in the checkpoint, beside those of the logits"
 
 
+PARTS = {
+    "tail, reverse and streams": [
+        *(f"--config=configs/recover/{name}.yaml" for name in ("tail", "reverse_kl", "hidden_states")),
+        "--model.init_args.distillation.init_args.reverse_below=4.18",  # half of the tiny teacher's tokens
+    ],
+    "linear patch": ["--config=configs/recover/linear_patch.yaml"],
+    "tuned scales": ["--config=configs/recover/mask_tuning.yaml"],
+    "an earlier recovery": [f"--model.init_args.patch=earlier/step={STEPS}.ckpt"],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", PARTS)
+def test_a_recovery_with_more_parts_resumes_bit_equal_too(
+    case: str, tmp_path: Path, teacher_dir: str, corpus_file: str, mask_file: str
+) -> None:
+    config, paths = "configs/recover/entropy_kd.yaml", {"teacher": teacher_dir, "corpus": corpus_file}
+    mask = f"--model.init_args.mask={mask_file}"
+    plain = fit(config, tmp_path / "earlier", False, mask, **paths)["state_dict"]
+    parts = [part.replace("earlier/", f"{tmp_path}/earlier/") for part in PARTS[case]]
+    broken_and_resumed(config, tmp_path, mask, *parts, **paths)
+    whole = torch.load(tmp_path / "whole" / f"step={STEPS}.ckpt", weights_only=False)
+    moved = [not torch.equal(weight, plain[name]) for name, weight in whole["state_dict"].items()]
+    assert any(moved), "a part that did nothing would resume as well"
+
+
 def test_what_the_user_asks_wins_over_the_checkpoint(
     tmp_path: Path, teacher_dir: str, corpus_file: str, mask_file: str
 ) -> None:
