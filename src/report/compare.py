@@ -19,6 +19,7 @@ from src.evaluate.flips import flips
 from src.files import write_json, write_text
 from src.mask import git_sha
 from src.report import figures
+from src.report.figures import tokens_text
 from src.report.pages import Page, Picture, html, printable, table_of
 from src.report.run import Record, as_written
 from src.report.run_files import RunFiles
@@ -110,10 +111,13 @@ def turned(shown: Sequence[list[list[str]]]) -> list[list[str]]:
 
 def _more(runs: Sequence[Record]) -> Iterator[list[str]]:
     """Yield the rows that a report of one run does not need."""
-    for label, key, form in (("KL of the mask, nats", "mask_kl", "{:.4f}"), ("removed", "removed", "{}"),
-                             ("steps", "steps", "{:,}"), ("code", "commit", "{}")):  # fmt: skip
+    for label, key, cell in (
+        ("KL of the mask, nats", "mask_kl", "{:.4f}".format),
+        ("search, forward tokens", "search_forward_tokens", tokens_text),
+        ("removed", "removed", str), ("steps", "steps", "{:,}".format), ("code", "commit", str),
+    ):  # fmt: skip
         if any(key in run for run in runs):
-            yield [label, *(form.format(run[key]) if key in run else "-" for run in runs)]
+            yield [label, *(cell(run[key]) if key in run else "-" for run in runs)]
     held_out = [run.get("validation", {}) for run in runs]
     for name in dict.fromkeys(name for own in held_out for name in own):
         yield [name, *(f"{own[name]:.4f}" if name in own else "-" for own in held_out)]

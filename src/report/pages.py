@@ -64,6 +64,10 @@ def _ends(m: Record, figure: str, scale: float, digits: int) -> str:
     return f" [{scale * low:.{digits}f}, {scale * high:.{digits}f}]" if low < high else ""
 
 
+def _nats(figure: str) -> Callable[[Record], str]:
+    return lambda m: f"{m[figure]:.4f}{_ends(m, figure, 1, 4)}"
+
+
 def _speed(phase: str) -> Callable[[Record], str]:
     def cell(m: Record) -> str:
         speed = m[phase]
@@ -78,7 +82,8 @@ ROWS: tuple[tuple[str, str, Callable[[Record], str]], ...] = (
     ("parameters", "parameters", lambda m: f"{m['parameters']:,}"),
     ("exact match", "exact_match", _match),
     ("items lost / gained", "flips", lambda m: "{lost} / {gained}  (p = {p:.2g})".format(**m["flips"])),
-    ("held-out KL, nats", "kl", lambda m: f"{m['kl']:.4f}{_ends(m, 'kl', 1, 4)}"),
+    ("held-out KL of the cut, nats", "cut_kl", _nats("cut_kl")),
+    ("held-out KL, nats", "kl", _nats("kl")),
     ("top-1 agreement", "agreement", lambda m: f"{m['agreement']:.2%}"),
     ("perplexity", "perplexity", lambda m: f"{m['perplexity']:.3f}"),
     ("distinct tokens read", "distinct_tokens", lambda m: tokens_text(m["distinct_tokens"])),

@@ -82,9 +82,12 @@ class RunFiles:
 
     @property
     def figures(self) -> Record:
-        """Figures of the last model that was judged, and what all stages cost together."""
+        """Figures of the last model that was judged and of its cut, and what all stages cost together."""
         models = models_of(self.evaluate, self.tasks, self.benchmark) if self.evaluate else [{}]
         found = models[-1] | {"name": self.name}
+        for model in models[:-1]:
+            if model["name"] == "cut" and "kl" in model:
+                found |= {f"cut_{key}": model[key] for key in ("kl", "kl_interval") if key in model}
         for key in ("tokens", "seconds", "steps"):
             if spent := [record[key] for record in self.records.values() if key in record]:
                 found |= {key: sum(spent)}
@@ -98,6 +101,8 @@ class RunFiles:
         if self.mask is not None:
             found |= {"removed": self.mask.missing}
             found |= {"mask_kl": self.mask.metrics["kl"]} if "kl" in self.mask.metrics else {}
+            if "forward_tokens" in self.mask.metrics:
+                found |= {"search_forward_tokens": self.mask.metrics["forward_tokens"]}
         return found
 
 

@@ -160,6 +160,20 @@ def test_held_out_metrics_are_the_later_stages(runs: list[Path]) -> None:
     assert (cells["val/kl"], cells["val/a"], "train/x" in cells) == (["2.0000", "-"], ["1.0000", "-"], False)
 
 
+def test_the_cut_stands_beside_what_its_recovery_made_of_it(runs: list[Path]) -> None:
+    """Its divergence is that of the same judgement; the search's cost is what its mask says."""
+    file = runs[0] / "evaluate.json"
+    judged = json.loads(file.read_text())
+    cut = {"path": str(runs[0] / "cut"), "layers": 4, "parameters": 400}
+    write_json(file, judged | {"models": [cut | {"kl": 2.0, "kl_interval": [1.5, 2.5]}, *judged["models"]]})
+    mask = Mask("parent", 6, (0, 1, 2, 4), "Random", metrics={"kl": 0.25, "forward_tokens": 12_000})
+    mask.save(runs[1] / "search" / "mask.json")
+    cells = {row[0]: row[1:] for row in tables(compared(*runs))[0]}
+    assert cells["held-out KL of the cut, nats"] == ["2.0000 [1.5000, 2.5000]", "-", "-"]
+    assert cells["held-out KL, nats"] == ["0.5000", "0.5000", "-"]
+    assert cells["search, forward tokens"] == ["-", "12 k", "-"]
+
+
 def test_items_of_other_rows_and_units_of_other_kinds_are_not_compared(runs: list[Path]) -> None:
     for about in ("others", None):
         judgement(runs[1], "0111", about)
