@@ -77,6 +77,16 @@ class Planner:
         self.tokens, self.steps = experiment.tokens(self.ranks, tokens)
         self._traces: dict[tuple[bool, str | None], Trace] = {}
 
+    def tried(self, seconds: float) -> None:
+        """Take the speed of the device from how long a step of the config took there.
+
+        The step's batch was a real one and counts as a full one, so hours are those of batches like it.
+        """
+        beside = self.calibration * self.trace().teacher_flops
+        flops = (self.configured.flops / self.ranks - beside) / self.steps
+        tflops = dict.fromkeys(self.device.tflops, flops / seconds / 1e12)
+        self.device = replace(self.device, tflops=tflops, efficiency=1.0)
+
     # ------------------------------------------------------------------ ways to run
 
     @property

@@ -2,7 +2,8 @@
 
 Everything that ``fit`` accepts is accepted, and nothing is loaded: the stage's own step runs on tensors
 without data (:mod:`src.plan.trace`). Batches count as full and every token as supervised, so a real run needs
-rather less. Hours are operations divided by the peak speed of the device and an assumed efficiency.
+rather less. Hours are operations divided by the peak speed of the device and an assumed efficiency; with
+``--trial`` by the speed of some steps that are run (:mod:`src.plan.trial`).
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from src.plan.advice import Advice, advise, label
 from src.plan.devices import GIB, device
 from src.plan.experiment import Experiment
 from src.plan.planner import Estimate, Planner
+from src.plan.trial import check, seconds_per_step
 from src.ranges import inside_unit, positive
 
 
@@ -31,9 +33,13 @@ def main(argv: list[str]) -> None:
     planner = Planner(
         Experiment(rest, args.ratio, args.length), device(args.device), args.devices, args.tokens
     )
+    if args.trial:
+        check(args.device, planner.ranks)
+        planner.tried(seconds_per_step(rest, planner.experiment.stage, args.trial))
     configured = planner.configured
     advice = advise(planner, args.disk)
     record = summary(planner, configured, advice)
+    record["trial"] = args.trial
     _print(record, configured, advice)
     if args.json:
         command = shlex.join(["python", "-m", "src.cli", "plan", *argv])
@@ -97,6 +103,9 @@ def _estimate(e: Estimate) -> dict[str, Any]:
 def _print(plan: dict[str, Any], configured: Estimate, advice: Advice) -> None:
     spec, counts = plan["device"], plan["parameters"]
     ranks = configured.setting.ranks
+    speed = f"at {spec['efficiency']:.0%} of the peak: an assumption"
+    if plan["trial"]:
+        speed = f"at the speed of {plan['trial']} steps that were run here"
     run = Table(title=f"{plan['stage']} of {plan['model']}, {ranks} x {spec['title']}", show_header=False)
     facts = {
         "parameters of the parent": f"{counts['parent']:,}",
@@ -113,7 +122,7 @@ def _print(plan: dict[str, Any], configured: Estimate, advice: Advice) -> None:
         else "",
         "repair before the first step": "not counted" if plan["repair"] else "",
         "operations": f"{configured.flops:.3g}",
-        "hours": f"{configured.hours:,.2f} (at {spec['efficiency']:.0%} of the peak: an assumption)",
+        "hours": f"{configured.hours:,.2f} ({speed})",
     }
     for key, value in facts.items():
         if value:
@@ -166,6 +175,12 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
         type=amount,
         metavar="BYTES",
         help="what a cache may take, such as 100G (default: no limit)",
+    )
+    add(
+        "--trial",
+        type=positive,
+        metavar="N",
+        help="run N steps here, on the real weights and text, for the hours; nothing of them is kept",
     )
     add("--json", type=new_file, metavar="FILE", help="write the plan as JSON")
     return parser.parse_known_args(argv)

@@ -1,0 +1,96 @@
+"""Time a few real steps of the run that is planned, on this machine: ``plan --trial 3``.
+
+The run begins as ``fit`` or ``predict`` begins it, with its weights and its text, in a directory of its own
+that is gone afterwards, and is ended after these steps.
+"""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+import time
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+import torch
+from lightning import Callback, LightningModule, Trainer
+
+from src.errors import ConfigError
+from src.plan.devices import this_machine
+
+
+class Enough(Exception):
+    """Ends a run whose steps have been timed.
+
+    Args:
+        marks: when each step ended, seconds.
+    """
+
+    def __init__(self, marks: Sequence[float]) -> None:
+        super().__init__("enough steps")
+        self.marks = marks
+
+
+class Marks(Callback):
+    """Notes when steps end, and ends the run after some.
+
+    Args:
+        steps: number of steps that are timed, after the first, which takes memory that the others find.
+    """
+
+    def __init__(self, steps: int) -> None:
+        self.steps, self.marks, self.before = steps, list[float](), 0
+
+    def on_train_batch_end(self, trainer: Trainer, module: LightningModule, *_: Any) -> None:
+        if trainer.global_step > self.before:  # accumulated batches make one step
+            self.before = trainer.global_step
+            self._mark()
+
+    def on_predict_batch_end(self, *_: Any) -> None:
+        self._mark()
+
+    def _mark(self) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.marks.append(time.perf_counter())
+        if len(self.marks) > self.steps:
+            raise Enough(self.marks)
+
+
+def seconds_per_step(argv: Sequence[str], stage: str, steps: int) -> float:
+    """Return the median seconds of a step, or of a batch of a cache.
+
+    Args:
+        argv: arguments of ``fit`` or ``predict``.
+        stage: ``search``, ``recover`` or ``cache``.
+        steps: number of steps that are timed.
+
+    Raises:
+        ConfigError: ``fit`` would refuse the arguments, or the run ends before so many steps.
+    """
+    from src.cli import run  # which imports what it runs
+
+    with tempfile.TemporaryDirectory() as folder:
+        elsewhere = ["--trainer.logger=false", f"--trainer.default_root_dir={folder}", "--ckpt_path=null"]
+        if stage == "cache":
+            elsewhere.append(f"--model.init_args.out={folder}/cache")
+        marks = [f"--trainer.callbacks+={Marks.__module__}.Marks", f"--trainer.callbacks.steps={steps}"]
+        try:
+            run(["predict" if stage == "cache" else "fit", *argv, *elsewhere, *marks])
+        except Enough as enough:
+            return statistics.median(end - begin for begin, end in pairwise(enough.marks))
+    raise ConfigError(f"--trial: {steps} given; accepted: less than the run's steps.")
+
+
+def check(device: str, ranks: int) -> None:
+    """Refuse a trial of what this process is not.
+
+    Raises:
+        ConfigError: the plan is for another device, or for several.
+    """
+    if device != (here := this_machine()) or ranks > 1:
+        raise ConfigError(
+            f"--trial: it times steps in this process; --device {device} x {ranks} given, and here is 1 x "
+            f"{here or 'a GPU that configs/devices.json does not list'}. Leave --trial out."
+        )

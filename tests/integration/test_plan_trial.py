@@ -1,0 +1,103 @@
+"""A trial of a plan: hours are those of the steps that were run, and nothing of the trial is left."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from src.cli import run
+from src.errors import ConfigError
+from src.mask import Mask
+from src.plan import trial, verb
+from src.plan.experiment import Experiment
+from src.plan.planner import Planner
+from src.plan.trial import Enough, Marks
+from tests.planning import CACHE, PLENTY, RECOVER, SEARCH, planner_of
+
+
+@pytest.fixture
+def asked(teacher_dir: str, corpus_file: str, tmp_path: Path) -> dict[str, list[str]]:
+    """Arguments of each stage on the tiny teacher."""
+    Mask.by_hand(teacher_dir, 6, (0, 1, 2, 5)).save(tmp_path / "mask.json")
+    own = {
+        SEARCH: {"model.init_args.model": teacher_dir, "model.init_args.draws": 1},
+        RECOVER: {"model.init_args.mask": tmp_path / "mask.json"},
+        CACHE: {"model.init_args.model": teacher_dir, "model.init_args.out": tmp_path / "cache"},
+    }
+    rows = {
+        "data.init_args.tokenizer": teacher_dir, "data.init_args.train": corpus_file,
+        "data.init_args.batch_size": 2, "data.init_args.max_length": 64, "trainer.accelerator": "cpu",
+    }  # fmt: skip
+    held = {"data.init_args.validation": corpus_file}
+    found = {}
+    for config, keys in own.items():
+        every = {**rows, **({} if config == CACHE else held), **keys}
+        found[config] = ["--config", config, *(f"--{key}={value}" for key, value in every.items())]
+    return found
+
+
+@pytest.mark.parametrize("config", [SEARCH, RECOVER, CACHE])
+def test_steps_are_timed_and_nothing_is_left(
+    asked: dict[str, list[str]], config: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No log, mask, checkpoint or cache; the hours are the steps times the seconds of one."""
+    argv = [part.replace("configs/", f"{Path('configs').resolve()}/", 1) for part in asked[config]]
+    (at := tmp_path / "here").mkdir()
+    monkeypatch.chdir(at)
+    more = ["--tokens", "100k"] if config == CACHE else []
+    seen = list[float]()
+    timed = trial.seconds_per_step
+    monkeypatch.setattr(verb, "seconds_per_step", lambda *args: seen.append(timed(*args)) or seen[0])
+    run(["plan", *argv, *more, "--trial", "2", "--json", str(tmp_path / "plan.json")])
+    assert [*at.iterdir()] == []
+    assert not (tmp_path / "cache").exists()
+    told = json.loads((tmp_path / "plan.json").read_text())
+    assert (told["trial"], told["device"]["efficiency"]) == (2, 1.0)
+    steps_alone = told["steps"] * seen[0] / 3600
+    assert seen[0] > 0
+    if config == SEARCH:  # the polish comes on top, at the same speed
+        assert told["configured"]["hours"] > steps_alone
+    else:
+        assert told["configured"]["hours"] == pytest.approx(steps_alone)
+
+
+def test_a_trial_scales_hours_and_nothing_else(tmp_path: Path) -> None:
+    planner = planner_of(tmp_path, SEARCH)
+    before = planner.configured
+    planner.tried(2.0)
+    slow = planner.configured
+    planner.tried(1.0)
+    fast = planner.configured
+    assert slow.hours == pytest.approx(2 * fast.hours)
+    assert (slow.flops, slow.parts) == (before.flops, before.parts)
+
+
+def test_the_first_step_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two steps of two batches each are three ends of a step; the batches between end none."""
+    clock = iter([10.0, 11.0, 13.0])
+    monkeypatch.setattr(trial.time, "perf_counter", lambda: next(clock))
+    marks = Marks(2)
+
+    class Running:
+        global_step = 0
+
+    def steps() -> None:
+        for batch in range(1, 9):
+            Running.global_step = batch // 2
+            marks.on_train_batch_end(Running, None)  # type: ignore[arg-type]
+
+    with pytest.raises(Enough) as enough:
+        steps()
+    assert enough.value.marks == [10.0, 11.0, 13.0]
+
+
+def test_what_cannot_be_tried_is_refused(asked: dict[str, list[str]]) -> None:
+    with pytest.raises(ConfigError, match="--device h100 x 1 given"):
+        run(["plan", *asked[RECOVER], "--trial", "2", "--device", "h100"])
+    with pytest.raises(ConfigError, match="--device cpu x 2 given"):
+        run(["plan", *asked[RECOVER], "--trial", "2", "--devices", "2"])
+    with pytest.raises(ConfigError, match="--trial: 2 given; accepted: less"):
+        run(["plan", *asked[RECOVER], "--trainer.max_steps", "2", "--trial", "2"])
+    assert Planner(Experiment(asked[RECOVER]), PLENTY).device is PLENTY
