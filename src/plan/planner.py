@@ -82,10 +82,20 @@ class Planner:
 
         The step's batch was a real one and counts as a full one, so hours are those of batches like it.
         """
-        beside = self.calibration * self.trace().teacher_flops
-        flops = (self.configured.flops / self.ranks - beside) / self.steps
-        tflops = dict.fromkeys(self.device.tflops, flops / seconds / 1e12)
+        tflops = dict.fromkeys(self.device.tflops, self._work[0] / seconds / 1e12)
         self.device = replace(self.device, tflops=tflops, efficiency=1.0)
+
+    def within(self, hours: float) -> int:
+        """Return how many steps of the config fit into so many hours, beside what a search measures anyway."""
+        kind = self._numbers(self.configured.precision)
+        step, beside = (self.device.seconds(flops, kind) for flops in self._work)
+        return max(0, int((3600 * hours - beside) / step))
+
+    @property
+    def _work(self) -> tuple[float, float]:
+        """Floating-point operations of a rank: of a step as configured, and of all that is not a step."""
+        beside = self.calibration * self.trace().teacher_flops
+        return (self.configured.flops / self.ranks - beside) / self.steps, beside
 
     # ------------------------------------------------------------------ ways to run
 

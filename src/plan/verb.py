@@ -24,7 +24,7 @@ from src.plan.devices import GIB, device
 from src.plan.experiment import Experiment
 from src.plan.planner import Estimate, Planner
 from src.plan.trial import check, seconds_per_step
-from src.ranges import inside_unit, positive
+from src.ranges import above_zero, inside_unit, positive
 
 
 def main(argv: list[str]) -> None:
@@ -39,7 +39,14 @@ def main(argv: list[str]) -> None:
     configured = planner.configured
     advice = advise(planner, args.disk)
     record = summary(planner, configured, advice)
-    record["trial"] = args.trial
+    record["trial"], record["within"] = args.trial, None
+    if args.hours:
+        steps = planner.within(args.hours)
+        record["within"] = {
+            "hours": args.hours,
+            "steps": steps,
+            "tokens": steps * planner.tokens // planner.steps,
+        }
     _print(record, configured, advice)
     if args.json:
         command = shlex.join(["python", "-m", "src.cli", "plan", *argv])
@@ -124,6 +131,8 @@ def _print(plan: dict[str, Any], configured: Estimate, advice: Advice) -> None:
         "operations": f"{configured.flops:.3g}",
         "hours": f"{configured.hours:,.2f} ({speed})",
     }
+    if fits := plan["within"]:
+        facts[f"in {fits['hours']:g} hours"] = f"{fits['steps']:,} steps, at most {fits['tokens']:,} tokens"
     for key, value in facts.items():
         if value:
             run.add_row(key, value)
@@ -182,5 +191,6 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
         metavar="N",
         help="run N steps here, on the real weights and text, for the hours; nothing of them is kept",
     )
+    add("--hours", type=above_zero, metavar="X", help="say also how many steps fit into so many hours")
     add("--json", type=new_file, metavar="FILE", help="write the plan as JSON")
     return parser.parse_known_args(argv)

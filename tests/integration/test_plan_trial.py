@@ -74,6 +74,15 @@ def test_a_trial_scales_hours_and_nothing_else(tmp_path: Path) -> None:
     assert (slow.flops, slow.parts) == (before.flops, before.parts)
 
 
+@pytest.mark.parametrize("config", [SEARCH, RECOVER, CACHE])
+def test_the_steps_that_fit_are_the_most_that_take_no_longer(config: str, tmp_path: Path) -> None:
+    planner = planner_of(tmp_path, config)
+    hours = planner.configured.hours
+    assert planner.within(hours * (1 + 1e-9)) == planner.steps
+    assert planner.within(hours * (1 - 1e-9)) == planner.steps - 1
+    assert planner.within(1e-30) == 0
+
+
 def test_the_first_step_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two steps of two batches each are three ends of a step; the batches between end none."""
     clock = iter([10.0, 11.0, 13.0])
