@@ -38,7 +38,7 @@ from src.training import identity
 from src.training.adapters import beside, check_saved, merged
 from src.training.closing import Closing
 from src.training.ranks import MicroBatches, WholeBatch
-from src.training.schedules import Decay, with_warmup
+from src.training.schedules import Decay, share_done, total_steps, with_warmup
 from src.training.scopes import Scope, check_scope, check_units, confine, recompute, scoped
 from src.training.start import check_start, started
 from src.training.strategies import check_device
@@ -107,6 +107,8 @@ class Recovery(Closing):
         """What changed the cut model before its first step, in words."""
         if self.patch is not None:
             self.patch.refuse(loaded)
+        self.done = 0.0
+        """Share of the run that is over, which some term may ask for."""
         self.micro = MicroBatches()
         self.optimizer = optimizer
         self.warmup, self.final_lr, self.decay = warmup, final_lr, decay
@@ -218,11 +220,14 @@ class Recovery(Closing):
             rows: a batch and its supervised positions.
             whole: the batch of all ranks that it is a part of; None if it is on its own.
         """
-        return self.objective(self.step(rows, whole, self.objective.pairs(self.mask)))
+        objective = self.objective.at(self.done)
+        return objective(self.step(rows, whole, objective.pairs(self.mask)))
 
     def training_step(self, batch: Batch, _: int) -> Tensor:
         rows = Supervised.of(batch)
         whole = WholeBatch(len(rows), real_tokens(batch), self.device)
+        if self.objective.timed:
+            self.done = share_done(self.trainer, self.trainer.global_step, total_steps(self.trainer))
         figures = self.losses(rows, whole)
         self.tokens += whole.tokens
         logged = {f"train/{key}": value.detach() for key, value in figures.items()}

@@ -1,6 +1,7 @@
 """Lightning callbacks of the stages: schedules, the final mask, checkpoints, figures, a clean stop."""
 
 from src.callbacks.anneal import PruningCurriculum, TemperatureAnnealing
+from src.callbacks.averaged import AveragedWeights
 from src.callbacks.harden import HardenMask
 from src.callbacks.last import LastCheckpoint
 from src.callbacks.monitor import SearchMonitor, Throughput
@@ -12,6 +13,7 @@ from src.callbacks.sparsify import Sparsify
 from src.callbacks.stop import StopOnSignal
 
 __all__ = [
+    "AveragedWeights",
     "CheckpointActivations",
     "HardenMask",
     "KeepRouter",

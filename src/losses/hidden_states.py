@@ -9,6 +9,8 @@ of layer j. The target of the last layer is what the parent's final norm reads.
 Here s is the student's stream and t the parent's. The error is relative at each position, for two reasons. A
 stream grows with depth; and at a few positions (attention sinks) it is a hundred times larger than at others.
 Divided by a mean over the batch, these positions would dominate the loss, and micro-batches would change it.
+With ``error: direction`` both are first brought to length 1, so that lengths, which the norm of the next
+layer takes out anyway, do not count: |s/|s| - t/|t||^2, twice one minus the cosine.
 
 The error may be *local*: its gradient ends where a layer begins, so that each layer learns its own target
 from the stream that it is given, and no pass runs back through the model. Nothing needs logits then, and a
@@ -29,6 +31,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from src.errors import ConfigError
 from src.losses.terms import Pair, Step, Term
@@ -43,10 +46,16 @@ class HiddenStates(Term):
             numbers in the parent, where a negative number counts from the parent's end.
         local: whether each of them is trained by its own error alone. What is not compared is then frozen,
             and no other term has a part in the loss.
+        error: ``relative`` or ``direction``, as above.
     """
 
-    def __init__(self, layers: Literal["all", "gaps"] | list[int] = "all", local: bool = False) -> None:
-        self.layers, self.local = layers, local
+    def __init__(
+        self,
+        layers: Literal["all", "gaps"] | list[int] = "all",
+        local: bool = False,
+        error: Literal["relative", "direction"] = "relative",
+    ) -> None:
+        self.layers, self.local, self.error = layers, local, error
 
     def pairs(self, mask: Mask) -> tuple[Pair, ...]:
         kept = mask.feed_forward  # what leaves a layer is written by its feed-forward
@@ -66,7 +75,8 @@ class HiddenStates(Term):
 
     def loss(self, step: Step) -> dict[str, Tensor]:
         pairs = self.pairs(step.mask)
-        errors = [relative_error(step.student[own], step.parent[theirs]) for own, theirs in pairs]
+        measure = relative_error if self.error == "relative" else direction_error
+        errors = [measure(step.student[own], step.parent[theirs]) for own, theirs in pairs]
         value = torch.stack(errors).sum() / step.count
         return {"loss": value, "states": value.detach()}
 
@@ -76,3 +86,8 @@ def relative_error(own_NH: Tensor, target_NH: Tensor) -> Tensor:
     target = target_NH.float()
     size_N = target.square().sum(-1).clamp_min(torch.finfo(torch.float32).tiny)
     return ((own_NH.float() - target).square().sum(-1) / size_N).sum()
+
+
+def direction_error(own_NH: Tensor, target_NH: Tensor) -> Tensor:
+    """Return the sum over N positions of ``|own / |own| - target / |target||^2``, a float32 scalar."""
+    return 2 * (1 - F.cosine_similarity(own_NH.float(), target_NH.float(), dim=-1)).sum()

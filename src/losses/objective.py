@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +13,7 @@ from src.errors import ConfigError
 from src.losses.distill import Distillation
 from src.losses.terms import Pair, Step, Term
 from src.mask import Mask
-from src.ranges import from_zero
+from src.ranges import from_zero, share
 
 
 @dataclass(frozen=True)
@@ -22,14 +23,17 @@ class Weighted:
     Attributes:
         term: one summand.
         weight: factor on its value; at 0 its figures are logged, and it trains nothing.
+        until: share of the run after which it counts no more, and costs nothing.
     """
 
     term: Term
     weight: float = 1.0
+    until: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.weight not in from_zero:
-            raise ConfigError(f"terms: weight: {self.weight} given; accepted: {from_zero}.")
+        for key, given, accepted in (("weight", self.weight, from_zero), ("until", self.until, share)):
+            if given not in accepted:
+                raise ConfigError(f"terms: {key}: {given} given; accepted: {accepted}.")
 
 
 class Objective:
@@ -45,8 +49,8 @@ class Objective:
             reports its divergence, and its ``k`` says how many tokens the teacher's signal holds.
 
     Raises:
-        ConfigError: two terms are of the same class, so their figures would have the same names; all weights
-            are 0; or a local term is not the only one.
+        ConfigError: two terms are of the same class, so their figures would have the same names; none has a
+            weight above 0 until the end; or a local term is not the only one.
     """
 
     def __init__(self, distillation: Distillation | None, terms: Sequence[Weighted] | None = None) -> None:
@@ -58,8 +62,11 @@ class Objective:
                 f"terms: {', '.join(repeated)} is given twice (model.distillation is a term of weight 1). "
                 f"Give it once; set model.distillation to null to give it another weight among the terms."
             )
-        if not any(each.weight for each in self.terms):
-            raise ConfigError("terms: weight: 0 given to every term, so nothing trains. Give one above 0.")
+        if not any(each.weight and each.until == 1 for each in self.terms):
+            raise ConfigError(
+                "terms: none has a weight above 0 until the end, so nothing would train. Give one term a "
+                "weight above 0 and until: 1."
+            )
         if self.local and len(names) > 1:
             raise ConfigError(
                 f"terms: a local term ends every gradient between two layers, so that {' and '.join(names)} "
@@ -68,9 +75,20 @@ class Objective:
         divergences = (each.term for each in self.terms if isinstance(each.term, Distillation))
         self.distillation = next(divergences, Distillation())
 
+    def at(self, done: float) -> Objective:
+        """Return the loss when a share ``done`` of the run is over: without the terms that count no more."""
+        left = copy(self)
+        left.terms = [each for each in self.terms if done < each.until or each.until == 1]
+        return left
+
     def pairs(self, mask: Mask) -> tuple[Pair, ...]:
         """Return, each once, the pairs (student's layer, parent's layer) whose streams some term compares."""
         return tuple(dict.fromkeys(pair for each in self.terms for pair in each.term.pairs(mask)))
+
+    @property
+    def timed(self) -> bool:
+        """Whether some term counts for a part of the run only."""
+        return any(each.until < 1 for each in self.terms)
 
     @property
     def local(self) -> bool:

@@ -13,7 +13,7 @@ from jsonargparse import Namespace
 from lightning import LightningModule, Trainer
 from lightning.fabric.plugins.precision.precision import _PRECISION_INPUT
 
-from src.callbacks import Sparsify
+from src.callbacks import AveragedWeights, Sparsify
 from src.data.options import token_count
 from src.errors import ConfigError
 from src.mask import Mask, Unit
@@ -220,6 +220,6 @@ class Experiment:
             module.trainer = Trainer(
                 accelerator="cpu", devices=1, precision=used, logger=False, enable_checkpointing=False,
                 enable_progress_bar=False, enable_model_summary=False,
-                callbacks=[Sparsify()] if "Sparsify" in self.callbacks else None,
+                callbacks=[kind() for kind in (Sparsify, AveragedWeights) if kind.__name__ in self.callbacks],
             )  # fmt: skip
         return module

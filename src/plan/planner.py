@@ -86,7 +86,7 @@ class Planner:
         self.device = replace(self.device, tflops=tflops, efficiency=1.0)
 
     def within(self, hours: float) -> int:
-        """Return how many steps of the config fit into so many hours, beside what a search measures anyway."""
+        """Return how many steps of the config fit into so many hours, beside what a search measures."""
         kind = self._numbers(self.configured.precision)
         step, beside = (self.device.seconds(flops, kind) for flops in self._work)
         return max(0, int((3600 * hours - beside) / step))

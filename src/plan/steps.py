@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from src.cache.teacher import CacheTeacher
-from src.callbacks import Sparsify
+from src.callbacks import AveragedWeights, Sparsify
 from src.data.batches import Batch, Supervised
 from src.losses.distill import Distillation
 from src.losses.signals import FLOOR, Signal, TopK, live_signal
@@ -112,6 +112,9 @@ def _recover(recovery: Recovery, batch: Batch, ledger: Ledger, gpu: bool) -> int
     for callback in getattr(recovery.trainer, "callbacks"):  # noqa: B009 (mypy)
         if isinstance(callback, Sparsify):
             callback.prepare(optimizer, recovery.model)
+        if isinstance(callback, AveragedWeights):
+            callback.average = {str(n): torch.empty_like(p) for n, p in enumerate(trained)}
+            ledger.own(list(callback.average.values()), "optimiser")
     for group in optimizer.param_groups:
         if gpu and group.get("foreach", False) is None and not group.get("fused"):
             group["foreach"] = True  # torch's choice on GPUs, at the price of temporaries

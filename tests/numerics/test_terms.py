@@ -12,6 +12,7 @@ from torch import Tensor
 from src.data.batches import Supervised, supervised
 from src.errors import ConfigError
 from src.losses import CrossEntropy, Distillation, HiddenStates, Weighted
+from src.losses.hidden_states import direction_error
 from src.mask import Mask
 from src.models.cut import cut
 from src.models.streams import streams
@@ -174,6 +175,37 @@ def test_the_sum_is_the_weighted_sum_in_value_and_gradient(mask_file: str, rows:
     close((value, grads), (total, summed))
 
 
+def test_a_term_counts_until_its_time_is_over_and_costs_nothing_then(mask_file: str, rows: Batch) -> None:
+    """Before, the loss is that of a term without an end; after, that without the term: to the last bit."""
+    made = recovery(mask_file, Weighted(HiddenStates(), 10.0, until=0.5), distillation=Distillation())
+    for done, terms in (
+        (0.0, [Weighted(HiddenStates(), 10.0)]),
+        (0.499, [Weighted(HiddenStates(), 10.0)]),
+        (0.5, []),
+    ):
+        made.done = done
+        value, grads = graded(made, rows)
+        other = graded(recovery(mask_file, *terms, distillation=Distillation()), rows)
+        assert torch.equal(value, other[0])
+        assert all(torch.equal(grad, other[1][name]) for name, grad in grads.items())
+    assert made.objective.at(0.5).pairs(made.mask) == ()
+    assert made.objective.timed
+    assert not recovery(mask_file, alone()).objective.timed
+
+
+def test_directions_are_compared_whatever_the_lengths(mask_file: str, rows: Batch) -> None:
+    """The error is that of streams of length 1, and no factor on either stream changes it."""
+    torch.manual_seed(0)
+    own, target = torch.randn(2, 6, 8)
+    unit = [x / x.norm(dim=-1, keepdim=True) for x in (own, target)]
+    measured = direction_error(own, target)
+    torch.testing.assert_close(measured, (unit[0] - unit[1]).square().sum())
+    torch.testing.assert_close(direction_error(3 * own, 0.1 * target), measured)
+    assert direction_error(own, 2 * own).abs() < 1e-5
+    value, _ = graded(recovery(mask_file, Weighted(HiddenStates(error="direction"))), rows)
+    assert 0 < value < 4 * LAYERS, "at most 4 for each layer"
+
+
 def test_cross_entropy_is_the_models_own_loss(mask_file: str, rows: Batch) -> None:
     made = recovery(mask_file, Weighted(CrossEntropy(chunk_tokens=5)))
     value, grads = graded(made, rows)
@@ -201,6 +233,14 @@ def test_validation_and_cache_ask_the_one_distillation(mask_file: str) -> None:
     assert Recovery(mask_file, terms=[alone(), Weighted(own, 0.1)]).distillation is own
     assert Recovery(mask_file, terms=[alone()], distillation=own).distillation is own
     assert Recovery(mask_file, terms=[alone()]).distillation.k == 10
+
+
+def test_something_counts_until_the_end(mask_file: str) -> None:
+    for terms in ([Weighted(HiddenStates(), until=0.5)], [Weighted(HiddenStates(), 0.0)]):
+        with pytest.raises(ConfigError, match="none has a weight above 0 until the end"):
+            Recovery(mask_file, terms=terms)
+    with pytest.raises(ConfigError, match=r"terms: until: 1.5 given; accepted: a number from 0 to 1"):
+        Weighted(HiddenStates(), 1.0, 1.5)
 
 
 @pytest.mark.parametrize("weight", [float("inf"), float("nan"), -0.5])

@@ -77,6 +77,13 @@ def test_shipped_configs_have_the_known_number_of_weights(name: str) -> None:
 # ---------------------------------------------------------------- counts by hand
 
 
+def test_an_average_is_a_third_copy_beside_the_moments(plan: Make) -> None:
+    averaged = "{class_path: src.callbacks.AveragedWeights}"
+    with_it, without = plan(RECOVER, **{"trainer.callbacks+": averaged}), plan(RECOVER)
+    more = with_it.configured.parts["optimiser"] - without.configured.parts["optimiser"]
+    assert more == 4 * without.trace().trainable
+
+
 def test_recovery_holds_parent_student_gradients_and_two_moments(plan: Make) -> None:
     planner = plan(RECOVER)
     traced, experiment = planner.trace(), planner.experiment
