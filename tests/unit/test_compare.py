@@ -52,19 +52,10 @@ def stage(folder: Path, name: str, tokens: int, rows: torch.Tensor = ROWS, **mod
 
 
 def judgement(folder: Path, correct: str, about: str = "rows", **figures: Any) -> None:
-    teacher = {
-        "path": "teacher",
-        "layers": 6,
-        "parameters": 600,
-        "exact_match": 1.0,
-        "correct": "1" * len(correct),
-    }
-    own = {
-        "path": str(folder / "model"),
-        "layers": 4,
-        "parameters": 400,
-        "exact_match": correct.count("1") / len(correct),
-    }
+    score = correct.count("1") / len(correct)
+    teacher = {"path": "teacher", "layers": 6, "parameters": 600, "exact_match": 1.0}
+    teacher["correct"] = "1" * len(correct)
+    own = {"path": str(folder / "model"), "layers": 4, "parameters": 400, "exact_match": score}
     judged = own | {"correct": correct} | figures
     write_json(folder / "evaluate.json", {"teacher": teacher, "models": [judged], "content": about})
 
