@@ -178,9 +178,7 @@ def test_items_of_other_rows_and_units_of_other_kinds_are_not_compared(runs: lis
 
 
 def test_a_single_stage_is_compared_by_its_name_and_a_recovery_has_its_searchs_mask(runs: list[Path]) -> None:
-    search, whole = (
-        RunFiles.read(name, place) for name, place in (("a", runs[0] / "search"), ("b", runs[0]))
-    )
+    search, whole = RunFiles.read("a", runs[0] / "search"), RunFiles.read("b", runs[0])
     assert search.settings == {k: v for k, v in whole.settings.items() if k.startswith("search: ")}
     assert search.mask == whole.mask
     stage(runs[0] / "recover", "recover", 1000, mask=str(runs[1] / "search" / "mask.json"))
