@@ -80,23 +80,9 @@ def run(argv: list[str]) -> Any:
         return importlib.import_module(TOOLS[argv[0]][0]).main(argv[1:])
     if argv[0] not in VERBS:
         raise ConfigError(f"unknown verb '{argv[0]}'.{did_you_mean(argv[0], [*VERBS, *TOOLS])}\n{_help()}")
-    from src.callbacks import ProgressLines, StopOnSignal
-    from src.training.arguments import PruneCLI, SaveConfig, ShortErrors
-    from src.training.resuming import with_settings
-    from src.training.trainer import Trainer
+    from src.training.running import lightning
 
-    return PruneCLI(
-        args=with_settings(argv),
-        parser_class=ShortErrors,
-        trainer_class=Trainer,
-        trainer_defaults={"callbacks": [StopOnSignal(), ProgressLines()], "enable_model_summary": False},
-        save_config_callback=SaveConfig,
-        auto_configure_optimizers=False,
-        subclass_mode_model=True,
-        subclass_mode_data=True,
-        seed_everything_default=0,
-        save_config_kwargs={"overwrite": True},
-    )
+    return lightning(argv)
 
 
 def main(argv: list[str] | None = None) -> None:

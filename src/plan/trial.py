@@ -18,6 +18,7 @@ from lightning import Callback, LightningModule, Trainer
 
 from src.errors import ConfigError
 from src.plan.devices import this_machine
+from src.training.running import lightning
 
 
 class Enough(Exception):
@@ -69,15 +70,13 @@ def seconds_per_step(argv: Sequence[str], stage: str, steps: int) -> float:
     Raises:
         ConfigError: ``fit`` would refuse the arguments, or the run ends before so many steps.
     """
-    from src.cli import run  # which imports what it runs
-
     with tempfile.TemporaryDirectory() as folder:
         elsewhere = ["--trainer.logger=false", f"--trainer.default_root_dir={folder}", "--ckpt_path=null"]
         if stage == "cache":
             elsewhere.append(f"--model.init_args.out={folder}/cache")
         marks = [f"--trainer.callbacks+={Marks.__module__}.Marks", f"--trainer.callbacks.steps={steps}"]
         try:
-            run(["predict" if stage == "cache" else "fit", *argv, *elsewhere, *marks])
+            lightning(["predict" if stage == "cache" else "fit", *argv, *elsewhere, *marks])
         except Enough as enough:
             return statistics.median(end - begin for begin, end in pairwise(enough.marks))
     raise ConfigError(f"--trial: {steps} given; accepted: less than the run's steps.")

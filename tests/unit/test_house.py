@@ -29,6 +29,7 @@ HIGHER = {
     "data.preview": 4,
     "training.arguments": 4,
     "training.parsing": 4,
+    "training.running": 4,
     "training.trainer": 3,
     "training.interleaved": 3,
     "training.weighed": 3,
