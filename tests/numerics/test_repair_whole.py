@@ -107,6 +107,31 @@ def test_the_overlay_runs_on_rows_that_train(
     assert repair.data == corpus_file
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("overlay", ["linear_patch", "mask_tuning"])
+def test_a_recovery_from_a_repair_is_exported_and_proven(
+    overlay: str, mask_file: str, corpus_file: str, tmp_path: Path
+) -> None:
+    """The directory holds the trained weights to the last bit, and its card both repair and recovery."""
+    arguments = {
+        "model.init_args.mask": mask_file, "data.init_args.train": corpus_file,
+        "data.init_args.batch_size": 4, "trainer.max_steps": 2, "trainer.limit_val_batches": 0,
+        "trainer.accelerator": "cpu", "trainer.logger.init_args.save_dir": tmp_path,
+    }  # fmt: skip
+    configs = ["configs/recover/entropy_kd.yaml", f"configs/recover/{overlay}.yaml"]
+    given = [f"--config={path}" for path in configs] + [f"--{k}={v}" for k, v in arguments.items()]
+    trained, out = cli.run(["fit", *given]).model, tmp_path / "out"
+    saved = next(tmp_path.rglob("last.ckpt"))
+    cli.main(["export", "--mask", mask_file, "--checkpoint", str(saved), "--out", str(out)])
+    back, own = AutoModelForCausalLM.from_pretrained(out).state_dict(), trained.model.state_dict()
+    assert back.keys() == own.keys()
+    assert all(torch.equal(weight, own[name]) for name, weight in back.items())
+    card = (out / "README.md").read_text()
+    assert f"| Repair | {trained.patch} |" in card
+    assert "| Recovery | distilled from the parent on " in card
+    assert "| logits = original | equal to the last bit |" in card
+
+
 def test_without_rows_of_its_own_or_text_to_take_them_from_a_repair_is_refused(teacher_dir: str) -> None:
     with pytest.raises(ConfigError, match=r"patch.data: null given.*patch.init_args.data"):
         LinearPatch(None, device="cpu").calibration(load_tokenizer(teacher_dir))
