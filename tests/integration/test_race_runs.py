@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,9 +11,10 @@ import torch
 from src.cli import main, run
 from src.mask import Mask
 from src.models.loading import load_model
+from src.policies.race import Race
 from tests.faults.runs import ended
 from tests.integration.test_overlays import SEARCH, arguments
-from tests.integration.test_resume import broken_and_resumed
+from tests.integration.test_resume import STEPS, Killed, broken_and_resumed, fit
 
 SHORT = {"runners": 4, "steps": 2, "lr": 0.01}
 OVERLAY = ["--config", "configs/search/recovered.yaml"]
@@ -64,6 +66,34 @@ def test_killed_and_resumed_ends_with_the_same_mask(
 ) -> None:
     extra = [*(f"--{key}={value}" for key, value in KEYS.items()), *GIVEN]
     broken_and_resumed(SEARCH, tmp_path, *extra, teacher=teacher_dir, corpus=corpus_file)
+    one, other = (next((tmp_path / name).rglob("mask.json")).read_bytes() for name in ("whole", "broken"))
+    assert one == other
+
+
+@pytest.mark.slow
+def test_killed_while_masks_race_ends_with_the_same_mask(
+    tmp_path: Path, teacher_dir: str, corpus_file: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Four run, then two: it is killed in the second round, and goes on from the search's last checkpoint."""
+    extra = [*(f"--{key}={value}" for key, value in KEYS.items()), *GIVEN]
+    paths, broken = {"teacher": teacher_dir, "corpus": corpus_file}, tmp_path / "broken"
+    fit(SEARCH, tmp_path / "whole", False, *extra, **paths)
+    recovered, runs = Race.recovered, list[Any]()
+
+    def killed(*about: Any) -> float:
+        runs.append(about)
+        if len(runs) == 6:
+            raise Killed
+        return recovered(*about)
+
+    monkeypatch.setattr(Race, "recovered", killed)
+    with pytest.raises(Killed):
+        fit(SEARCH, broken, False, *extra, **paths)
+    monkeypatch.setattr(Race, "recovered", recovered)
+    assert not list(broken.rglob("mask*.json"))
+    last = next(broken.rglob("last.ckpt"))
+    assert torch.load(last, weights_only=False)["global_step"] == STEPS, "the search itself has ended"
+    fit(SEARCH, broken, False, *extra, f"--ckpt_path={last}", **paths)
     one, other = (next((tmp_path / name).rglob("mask.json")).read_bytes() for name in ("whole", "broken"))
     assert one == other
 
