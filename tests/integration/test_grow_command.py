@@ -109,6 +109,12 @@ def test_what_was_interrupted_goes_on_and_what_was_grown_otherwise_stays(
     assert ended(given) == 0
     assert (out / "4-layers" / "README.md").stat().st_mtime_ns == kept
     assert {path.name for path in out.iterdir()} == {"4-layers", "5-layers", "grow.json"}
+    whole = tmp_path / "whole"
+    assert ended([*given[:-1], str(whole)]) == 0
+    files = sorted(path.relative_to(whole) for path in whole.rglob("*.safetensors"))
+    assert [path.parts[0] for path in files] == ["4-layers", "5-layers"]
+    for path in files:
+        assert (out / path).read_bytes() == (whole / path).read_bytes(), "as if nothing had interrupted"
     with pytest.raises(ConfigError, match="4-layers' was grown otherwise"):
         verb.main([*given[1:], "--rows", "5"])
     assert (out / "4-layers" / "README.md").stat().st_mtime_ns == kept
