@@ -11,7 +11,7 @@ export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo shorten test test-full headline mask-quality public-model public-contest budgets fair-fight width width-stories grow recovery ablations search-step teacher-cache \
+.PHONY: help setup demo shorten test test-full headline mask-quality public-model public-contest budgets fair-fight width width-stories grow recovery on-policy harder ablations search-step teacher-cache \
 	data-pipeline distilled-calibration prompts linear-patch vision export-matrix other-engine plan-accuracy scale gpu-checks results docs lint types teacher \
 	tensorboard schema clean
 
@@ -251,6 +251,42 @@ grow: $(VENV)/.installed  ## layers put back into one recovered model, beside re
 
 recovery: $(VENV)/.installed  ## recoveries from half a percent of the text -> results/recovery.json, docs/recovery.md (resumable)
 	$(PY) -m scripts.arena configs/arena/recovery.yaml --jobs $(JOBS)
+
+# The student of a first recovery writes, and its teacher says what it would have said there; beside one recovery of as many
+# operations: 750 steps are 375, the writing (as much as 18) and 357.
+ON := $(RUN)/on_policy
+ON_FIT = $(CLI) fit --config configs/demo/read_once.yaml --model.init_args.mask $(RUN)/search/mask.json --model.init_args.optimizer.init_args.lr 5.0e-4 \
+  --data.init_args.batch_size 8 --data.init_args.seed 0 --data.init_args.validation null --trainer.limit_val_batches 0 \
+  --trainer.logger.init_args.save_dir $(ON) --trainer.logger.init_args.name $(notdir $(@D)) --ckpt_path last --trainer.max_steps
+GIVEN_TEXT = --data.init_args.train '[$(RUN)/data/train.jsonl$(COMMA)$(RUN)/data/validation.jsonl]'
+
+on-policy: results/on_policy.json  ## a recovery that ends on the student's own text -> results/on_policy.json, docs/recovery.md (resumable)
+	$(PY) -m scripts.readme_results
+
+results/on_policy.json: $(foreach run,eight one two,$(ON)/$(run)-student/config.json)
+	$(CLI) evaluate --teacher $(TEACHER) --model $(^D) --data $(RUN)/data/test.jsonl --supervise all --out $@ --no-table
+
+$(ON)/%-student/config.json: $(ON)/%/record.json
+	$(CLI) export --mask $(RUN)/search/mask.json --checkpoint $(<D)/checkpoints/last.ckpt --out $(@D) --force
+
+$(ON)/eight/record.json: $(RUN)/search/mask.json
+	$(ON_FIT) 750 $(GIVEN_TEXT)
+
+$(ON)/one/record.json: $(RUN)/search/mask.json
+	$(ON_FIT) 375 $(GIVEN_TEXT)
+
+$(ON)/own.jsonl: $(ON)/one-student/config.json
+	$(CLI) generate --model $(<D) --prompts $(RUN)/data/train.jsonl --temperature 1 --finished --max-new-tokens 96 --device cpu --out $@
+
+$(ON)/two/record.json: $(ON)/own.jsonl
+	$(ON_FIT) 357 --data.init_args.train $< --model.init_args.patch $(ON)/one/checkpoints/last.ckpt
+
+harder: results/harder.json  ## the demo's models where their teacher fails: problems of five operations -> results/harder.json, docs/headline.md
+	$(PY) -m scripts.readme_results
+
+results/harder.json: $(RUN)/cut/config.json $(RUN)/recovered/config.json
+	$(PY) -m src.data.arithmetic --out logs/harder --train 8 --validation 8 --test 500 --seed 1000 --steps 5 5
+	$(CLI) evaluate --teacher $(TEACHER) --model $(^D) --data logs/harder/test.jsonl --supervise all --out $@ --no-table
 
 ablations: $(VENV)/.installed  ## every choice of search and recovery -> results/ablations.json, docs/ablations.md (resumable)
 	$(PY) -m scripts.arena configs/arena/ablations.yaml --jobs $(JOBS)
