@@ -243,8 +243,8 @@ def text_lines(results: JSON) -> list[str]:
     for row in sorted(results["rows"], key=lambda row: spent(results, row["runs"][0])):
         each = f" ({', '.join(f'{100 * score:.1f}' for score in scores(row))})" if row["runs"][1:] else ""
         tokens = statistics.median(spent(results, run) * teacher["training_tokens"] for run in row["runs"])
-        rows.append((
-            f"{row['title']} ({tokens_text(tokens)})",
+        passes = statistics.median(run["search"]["tokens"] + run["recovery"]["tokens"] for run in row["runs"])
+        rows.append((f"{row['title']} ({tokens_text(tokens)} / {tokens_text(passes)})",
             f"**{100 * statistics.median(scores(row)):.1f} %**{each}",
             f"{100 * teacher['exact_match']:.1f} %", f"{100 * row['runs'][0]['cut']['exact_match']:.1f} %",
         ))  # fmt: skip
@@ -252,7 +252,7 @@ def text_lines(results: JSON) -> list[str]:
     how = "Read again and again, the demo's recipe" if again else "Each row read once, by distillation alone"
     return [
         f"**{how}.** Exact match on {teacher['problems']:,} problems, median over seeds: `make headline`", "",
-        *table("text read, of the teacher's training | recovered | teacher | cut, not recovered", rows),
+        *table("text read (distinct tokens / processed) | recovered | teacher | cut, not recovered", rows),
     ]  # fmt: skip
 
 

@@ -191,6 +191,17 @@ class Experiment:
             return limit, -(-limit // step)
         return int(steps) * step, int(steps)
 
+    def distinct(self, tokens: int) -> int | None:
+        """Return how many of the tokens that a run processes are distinct, at most.
+
+        It is known where each entry of ``data.train`` says how many ``rows`` of it are read; else None.
+        """
+        given = self.data.get("train")
+        entries = [x.get("rows") if isinstance(x, dict | Namespace) else None for x in given or ()]
+        if not isinstance(given, list) or not all(entries):
+            return None
+        return min(tokens, sum(entries) * self.rows.length)
+
     def module(self, checkpoint: bool = False, precision: str | None = None) -> LightningModule:
         """Return the module of the config, newly made, without weights, and attached to a trainer.
 

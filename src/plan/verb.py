@@ -75,6 +75,7 @@ def summary(planner: Planner, configured: Estimate, advice: Advice) -> dict[str,
         "rows": {"count": experiment.rows.count, "length": experiment.rows.length},
         "steps": planner.steps,
         "tokens": planner.tokens,
+        "distinct_tokens": experiment.distinct(planner.tokens),
         "calibration_passes": planner.calibration,
         "remembered_bytes": planner.remembered,
         "repair": experiment.repairs,
@@ -121,7 +122,8 @@ def _print(plan: dict[str, Any], configured: Estimate, advice: Advice) -> None:
         "trained": f"{counts['trained']:,}" if counts["trained"] else "",
         "batch of a rank": f"{plan['rows']['count']} x {plan['rows']['length']} tokens",
         "steps": f"{plan['steps']:,}" if plan["stage"] != "cache" else "",
-        "tokens, at most": f"{plan['tokens']:,}",
+        "tokens processed, at most": f"{plan['tokens']:,}",
+        "distinct tokens, at most": f"{plan['distinct_tokens']:,}" if plan["distinct_tokens"] else "",
         "cache of these tokens": f"{plan['cache_bytes']['expected'] / 1e9:,.2f} GB ("
         f"{plan['cache_bytes']['raw'] / 1e9:,.2f} before compression)",
         "streams that masks share": f"{plan['remembered_bytes'] / GIB:,.2f} GiB, at most"

@@ -110,3 +110,15 @@ def test_what_cannot_be_tried_is_refused(asked: dict[str, list[str]]) -> None:
     with pytest.raises(ConfigError, match="--trial: 2 given; accepted: less"):
         run(["plan", *asked[RECOVER], "--trainer.max_steps", "2", "--trial", "2"])
     assert Planner(Experiment(asked[RECOVER]), PLENTY).device is PLENTY
+
+
+def test_distinct_tokens_are_planned_where_the_data_say_how_many_rows_are_read(
+    asked: dict[str, list[str]], corpus_file: str
+) -> None:
+    """Eight rows of 64 tokens, however often they are read; and never more than are processed."""
+    rows = f"[{{path: {corpus_file}, rows: 5}}, {{path: {corpus_file}, rows: 3}}]"
+    told = [*asked[RECOVER], f"--data.init_args.train={rows}"]
+    assert Experiment(told).distinct(10_000) == 8 * 64
+    assert Experiment(told).distinct(100) == 100
+    assert Experiment(asked[RECOVER]).distinct(10_000) is None
+    assert Experiment([*told, f"--data.init_args.train=[{corpus_file}]"]).distinct(10_000) is None
