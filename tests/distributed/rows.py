@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from lightning import Callback, LightningDataModule, LightningModule, Trainer
+from safetensors.torch import save_file
 from torch import Tensor
 
 from src.models.loading import load_tokenizer
@@ -132,6 +133,21 @@ class Diary(Callback):
         self.steps.append(step)
         self.directory.mkdir(parents=True, exist_ok=True)
         (self.directory / f"{trainer.global_rank}.json").write_text(json.dumps(self.steps))
+
+
+class Weights(Callback):
+    """Writes ``<directory>/<rank>.safetensors``: the weights that a rank has trained.
+
+    Args:
+        directory: of the run.
+    """
+
+    def __init__(self, directory: str) -> None:
+        self.directory = Path(directory)
+
+    def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
+        trained = {name: weight.data for name, weight in module.named_parameters() if weight.requires_grad}
+        save_file(trained, self.directory / f"{trainer.global_rank}.safetensors")
 
 
 class Killed(Callback):
