@@ -33,7 +33,8 @@ class CutRepair(ABC):
 
     Args:
         data: calibration rows: JSONL, Parquet, text or a Hub id; or a file of soft prompts
-            (:mod:`src.data.soft`). None, in a recovery, is the first source of the text that it trains on.
+            (:mod:`src.data.soft`). None, in a recovery, is the first source of the text that it trains on, of
+            which it reads no more rows than train.
         rows: largest number of calibration rows that are read; of soft prompts all are.
         columns: columns of these rows; None looks for well-known names.
         split: split of a Hub or saved dataset; None is the only one that it has.

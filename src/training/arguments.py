@@ -140,7 +140,10 @@ class PruneCLI(LightningCLI):
         repair = getattr(model.get("patch"), "init_args", Namespace())
         for part, key in ((repair, "data"), (model, "rows")):
             if part.get(key, "") is None and "tokenizer" in data:  # a cache holds no text
-                part[key] = next((source.path for source in sources(data.train, "data.train")), None)
+                for source in sources(data.train, "data.train")[:1]:
+                    part[key] = source.path
+                    if part is repair:  # it reads no row that training does not
+                        part.rows = min(part.rows, source.rows or part.rows)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Build the trainer, add the callbacks that every run has, and settle the number of threads.

@@ -74,9 +74,10 @@ def test_what_a_repair_reads_before_training_is_text_too(
     mask_file: str,
 ) -> None:  # fmt: skip
     """Twelve rows train; rows of the repair that are none of them count besides, and no other."""
+    rows = f"{{data: {corpus_file}, rows: {repaired}}}"
     record, read = fit(
         "configs/recover/entropy_kd.yaml", tmp_path, f"--model.init_args.mask={mask_file}",
-        f"--model.init_args.patch={{class_path: {repair}, init_args: {{rows: {repaired}}}}}",
+        f"--model.init_args.patch={{class_path: {repair}, init_args: {rows}}}",
         f"--data.init_args.train=[{{path: {corpus_file}, rows: 12}}]", "--data.init_args.batch_size=4",
         "--trainer.max_steps=9",
     )  # fmt: skip

@@ -90,9 +90,9 @@ def test_a_mask_without_an_inner_gap_records_no_repair(
     assert saved["recovery"]["patch"] is None
 
 
-@pytest.mark.parametrize("train", ["{}", "[{{path: {}, rows: 3}}]"])
+@pytest.mark.parametrize(("train", "rows"), [("{}", 40), ("[{{path: {}, rows: 3}}]", 3)])
 def test_the_overlay_runs_on_rows_that_train(
-    mask_file: str, corpus_file: str, tmp_path: Path, train: str
+    mask_file: str, corpus_file: str, tmp_path: Path, train: str, rows: int
 ) -> None:
     arguments = {
         "model.init_args.mask": mask_file, "data.init_args.train": train.format(corpus_file),
@@ -105,6 +105,7 @@ def test_the_overlay_runs_on_rows_that_train(
     repair = cli.run(["fit", *given]).model.patch
     assert len(repair.repairs) == 2
     assert repair.data == corpus_file
+    assert repair.read.documents == rows, "a budget of text is not exceeded"
 
 
 @pytest.mark.slow
