@@ -197,10 +197,11 @@ class Experiment:
         It is known where each entry of ``data.train`` says how many ``rows`` of it are read; else None.
         """
         given = self.data.get("train")
-        entries = [x.get("rows") if isinstance(x, dict | Namespace) else None for x in given or ()]
-        if not isinstance(given, list) or not all(entries):
+        if not isinstance(given, list):
             return None
-        return min(tokens, sum(entries) * self.rows.length)
+        counts = [x.get("rows") if isinstance(x, dict | Namespace) else None for x in given]
+        known = [count for count in counts if count]
+        return min(tokens, sum(known) * self.rows.length) if len(known) == len(counts) else None
 
     def module(self, checkpoint: bool = False, precision: str | None = None) -> LightningModule:
         """Return the module of the config, newly made, without weights, and attached to a trainer.
