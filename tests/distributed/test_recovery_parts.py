@@ -29,17 +29,24 @@ pytestmark = pytest.mark.slow
 def trained(bench: Bench, overlay: str, ranks: int, name: str, **keys: Any) -> tuple[Path, list[Tensor]]:
     """Recover; return the directory of the run, and all trained weights of each rank as one vector."""
     weights = f"tests.distributed.rows.Weights={{directory: {bench.out / name}}}"
-    keys = {"trainer__max_steps": STEPS, "callbacks": [weights], **keys}
+    keys = {"trainer__max_steps": STEPS, **keys, "callbacks": [*keys.pop("callbacks", []), weights]}
     run = bench.fit(name, "recover", overlay, ranks, **keys)
     each = [load_file(run / f"{rank}.safetensors") for rank in range(ranks)]
     return run, [torch.cat([own[name].flatten() for name in sorted(own)]) for own in each]
 
 
-@pytest.mark.parametrize("case", ["a repair, the tail and the reverse", "an earlier recovery"])
+STREAMS = {"term": {"class_path": "src.losses.HiddenStates"}, "weight": 10.0, "until": 0.5}
+CASES = "a repair, the tail and the reverse", "an earlier recovery", "streams for half of it, averaged"
+
+
+@pytest.mark.parametrize("case", CASES)
 def test_two_ranks_train_the_weights_of_one_process(case: str, bench: Bench, record_property: Any) -> None:
     plain, (without,) = trained(bench, "single", 1, "plain")
     keys: dict[str, Any] = {"model__init_args__patch": next(plain.rglob("last.ckpt"))}
-    if case != "an earlier recovery":
+    if case == CASES[2]:
+        averaged = "src.callbacks.AveragedWeights={decay: 0.5}"
+        keys = {"model__init_args__terms": [STREAMS], "callbacks": [averaged]}
+    if case == CASES[0]:
         rows = {"data": bench.corpus, "rows": 8}
         keys = {"model__init_args__patch": {"class_path": "src.linear_patch.LinearPatch", "init_args": rows}}
         keys |= {SETTINGS + "tail": 2.0, SETTINGS + "reverse_below": 4.18}  # half of the teacher's tokens
