@@ -24,7 +24,10 @@ OF_demo := RUN SEED PROBLEMS SEARCH RECOVER TEACHER
 OF_shorten := MODEL TRAIN HELD_OUT RATIO REMOVE TARGET UNIT METHOD TOKENS OUT RUN SEED SEARCH RECOVER MORE DRY
 OF_ALL := VENV PY CLI CUDA_% HF_% OMP_% MKL_% TORCH_% TOKENIZERS_% E3_%
 OF_GOALS = $(foreach goal,$(MAKECMDGOALS),$(OF_$(goal)))
-UNREAD = $(if $(filter-out demo shorten,$(MAKECMDGOALS)),,$(if $(MAKECMDGOALS),$(filter-out $(OF_GOALS) $(OF_ALL),$(GIVEN))))
+OF_public-model := KEEP SEED CUT PUBLIC PARENT SHARED SEARCH RECOVER
+OF_public-contest := SEED PUBLIC PARENT SHARED
+OF_on-policy := RUN
+UNREAD = $(if $(filter-out demo shorten public-model public-contest on-policy,$(MAKECMDGOALS)),,$(if $(MAKECMDGOALS),$(filter-out $(OF_GOALS) $(OF_ALL),$(GIVEN))))
 $(if $(UNREAD),$(error $(UNREAD): make $(MAKECMDGOALS) reads no such variable; accepted: $(OF_GOALS)))
 $(if $(filter shorten,$(MAKECMDGOALS)),$(if $(and $(MODEL),$(TRAIN)),,$(error give MODEL=NAME and TRAIN=TEXT, such as: make shorten MODEL=Qwen/Qwen3-0.6B TRAIN=my.jsonl)))
 
@@ -125,9 +128,9 @@ PUBLIC_JUDGE = $(CLI) evaluate --teacher $(PARENT) --model $(^D) --max-length 25
 PUBLIC_TASKS = HF_HUB_OFFLINE=1 $(CLI) evaluate --teacher $(PARENT) --model $(^D) --include-path configs/tasks --data-dir $(SHARED)/data/eval \
   --limit 500 --dtype bfloat16 --out $@ --tasks
 PUBLIC_MODELS = $(CUT)/cut/config.json $(CUT)/recovered/config.json
-.PRECIOUS: $(PUBLIC)/%.json
+.PRECIOUS: %.json
 
-public-model: $(addprefix $(CUT)/,evaluate.json held_out.json tasks.json benchmark.json answers/recovered.jsonl)  ## SmolLM2-135M-Instruct to KEEP=22 or 25 of its 30 layers -> docs/public_model.md (hours; resumable)
+public-model: $(addprefix $(CUT)/,evaluate.json held_out.json tasks.json benchmark.json answers/recovered.jsonl)  ## SmolLM2-135M-Instruct to KEEP=22 or 25 of its 30 layers [SEED, SEARCH, RECOVER: keys of fit] -> docs/public_model.md (hours; resumable)
 	$(CLI) report --run $(CUT)
 	$(if $(filter 22 25,$(notdir $(CUT))),$(PY) -m scripts.public_model page --run $(CUT) && $(PY) -m scripts.readme_results)
 
@@ -154,10 +157,10 @@ $(CUT)/search/mask.json: $(PUBLIC_TEXT)
 $(CUT)/recover/record.json: $(CUT)/search/mask.json
 	$(call PUBLIC_RECOVER,$(call SEEDED,--data.init_args.seed $(SEED)) $(RECOVER))
 
-$(PUBLIC)/%/cut/config.json: $(PUBLIC)/%/search/mask.json
+%/cut/config.json: %/search/mask.json
 	$(CLI) export --mask $< --out $(@D) --force
 
-$(PUBLIC)/%/recovered/config.json: $(PUBLIC)/%/recover/record.json
+%/recovered/config.json: %/recover/record.json
 	$(CLI) export --mask $(<D)/recovers.json --checkpoint $(<D)/checkpoints/last.ckpt --out $(@D) --force
 
 $(CUT)/evaluate.json: $(PUBLIC_MODELS)
@@ -180,7 +183,7 @@ $(CUT)/benchmark.json: $(PUBLIC_MODELS)
 	$(CLI) benchmark --baseline $(PARENT) --model $(^D) --out $@
 
 # Seven ways to choose what goes, and five losses for the mask of the first; the recovery is the same short one.
-CONTEST := $(PUBLIC)/contest
+CONTEST := $(PUBLIC)/contest$(if $(filter-out 0,$(SEED)),-s$(SEED))
 METHODS := gumbel_topk half block_influence angular sleb tail random
 LOSSES  := none linear topq reverse top10
 SHORT   := --trainer.max_steps 60 --trainer.limit_val_batches 0
@@ -270,15 +273,18 @@ $(ON)/%-student/config.json: $(ON)/%/record.json
 	$(CLI) export --mask $(RUN)/search/mask.json --checkpoint $(<D)/checkpoints/last.ckpt --out $(@D) --force
 
 $(ON)/eight/record.json: $(RUN)/search/mask.json
+	@$(STALE)
 	$(ON_FIT) 750 $(GIVEN_TEXT)
 
 $(ON)/one/record.json: $(RUN)/search/mask.json
+	@$(STALE)
 	$(ON_FIT) 375 $(GIVEN_TEXT)
 
 $(ON)/own.jsonl: $(ON)/one-student/config.json
 	$(CLI) generate --model $(<D) --prompts $(RUN)/data/train.jsonl --temperature 1 --finished --max-new-tokens 96 --device cpu --out $@
 
 $(ON)/two/record.json: $(ON)/own.jsonl
+	@$(STALE)
 	$(ON_FIT) 357 --data.init_args.train $< --model.init_args.patch $(ON)/one/checkpoints/last.ckpt
 
 harder: results/harder.json  ## the demo's models where their teacher fails: problems of five operations -> results/harder.json, docs/headline.md

@@ -40,7 +40,7 @@ from src.training.closing import Closing
 from src.training.ranks import MicroBatches, WholeBatch
 from src.training.schedules import Decay, share_done, total_steps, with_warmup
 from src.training.scopes import Scope, check_scope, check_units, confine, recompute, scoped
-from src.training.start import check_start, started
+from src.training.start import check_averaged, check_start, started
 from src.training.strategies import check_device
 from src.units.width import feed_forward_writers
 
@@ -223,10 +223,10 @@ class Recovery(Closing):
         objective = self.objective.at(self.done)
         return objective(self.step(rows, whole, objective.pairs(self.mask)))
 
-    def training_step(self, batch: Batch, _: int) -> Tensor:
+    def training_step(self, batch: Batch, index: int) -> Tensor:
         rows = Supervised.of(batch)
         whole = WholeBatch(len(rows), real_tokens(batch), self.device)
-        if self.objective.timed:
+        if self.objective.timed and index % self.trainer.accumulate_grad_batches == 0:
             self.done = share_done(self.trainer, self.trainer.global_step, total_steps(self.trainer))
         figures = self.losses(rows, whole)
         self.tokens += whole.tokens
@@ -276,4 +276,6 @@ class Recovery(Closing):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
         check_units(checkpoint["recovery"], self.mask)
+        if self._trainer is not None:
+            check_averaged(checkpoint, self.trainer)
         self.tokens = checkpoint["recovery"]["tokens"]

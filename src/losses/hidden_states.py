@@ -9,8 +9,8 @@ of layer j. The target of the last layer is what the parent's final norm reads.
 Here s is the student's stream and t the parent's. The error is relative at each position, for two reasons. A
 stream grows with depth; and at a few positions (attention sinks) it is a hundred times larger than at others.
 Divided by a mean over the batch, these positions would dominate the loss, and micro-batches would change it.
-With ``error: direction`` both are first brought to length 1, so that lengths, which the norm of the next
-layer takes out anyway, do not count: |s/|s| - t/|t||^2, twice one minus the cosine.
+With ``error: direction`` both are first brought to length 1, since what a layer reads is normalised, and
+lengths do not count: |s/|s| - t/|t||^2, twice one minus the cosine.
 
 The error may be *local*: its gradient ends where a layer begins, so that each layer learns its own target
 from the stream that it is given, and no pass runs back through the model. Nothing needs logits then, and a

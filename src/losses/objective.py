@@ -23,7 +23,8 @@ class Weighted:
     Attributes:
         term: one summand.
         weight: factor on its value; at 0 its figures are logged, and it trains nothing.
-        until: share of the run after which it counts no more, and costs nothing.
+        until: share of the run after which a term on inner layers counts no more, and nothing is collected
+            for it.
     """
 
     term: Term
@@ -34,6 +35,16 @@ class Weighted:
         for key, given, accepted in (("weight", self.weight, from_zero), ("until", self.until, share)):
             if given not in accepted:
                 raise ConfigError(f"terms: {key}: {given} given; accepted: {accepted}.")
+        if self.until < 1 and not self.inner:
+            raise ConfigError(
+                f"terms: until: {self.until} given to {type(self.term).__name__}, without which some weights "
+                f"may get no gradient. Accepted below 1: of a term on inner layers, such as HiddenStates."
+            )
+
+    @property
+    def inner(self) -> bool:
+        """Whether the term reads inner layers, so that others reach all that it reaches."""
+        return type(self.term).pairs is not Term.pairs or self.term.activations
 
 
 class Objective:
@@ -62,7 +73,8 @@ class Objective:
                 f"terms: {', '.join(repeated)} is given twice (model.distillation is a term of weight 1). "
                 f"Give it once; set model.distillation to null to give it another weight among the terms."
             )
-        if not any(each.weight and each.until == 1 for each in self.terms):
+        ends = {each.until for each in self.terms if each.weight}
+        if 1 not in ends or (len(ends) > 1 and all(each.inner for each in self.terms)):
             raise ConfigError(
                 "terms: none has a weight above 0 until the end, so nothing would train. Give one term a "
                 "weight above 0 and until: 1."

@@ -88,6 +88,8 @@ def advise(planner: Planner, disk: float | None = None) -> Advice:
     cached = not planner.needs_live and (disk is None or planner.cache.expected <= disk)
     refused: list[Estimate] = []
     for mode, strategy, checkpoint, offload in ways(stage, planner.ranks, cached):
+        if planner.experiment.whole and strategy not in ("single", "ddp"):
+            continue
         estimate = planner.way(mode, strategy, checkpoint, offload)
         if estimate.fits:
             return Advice(estimate, tuple(_options(estimate, planner)), _reason(estimate, refused, planner))

@@ -88,6 +88,11 @@ class Experiment:
         return patch is not None and not isinstance(patch, str)
 
     @property
+    def whole(self) -> bool:
+        """Whether some part of the run needs whole weights on each device, which no sharding leaves."""
+        return bool({"AveragedWeights", "Sparsify"} & {*self.callbacks}) or bool(self.model.get("closing"))
+
+    @property
     def callbacks(self) -> dict[str, Any]:
         """Arguments of the callbacks, by the name of their class."""
         given = self.trainer.callbacks or []
@@ -194,10 +199,11 @@ class Experiment:
     def distinct(self, tokens: int) -> int | None:
         """Return how many of the tokens that a run processes are distinct, at most.
 
-        It is known where each entry of ``data.train`` says how many ``rows`` of it are read; else None.
+        It is known where each entry of ``data.train`` says how many ``rows`` of it are read, and each is one
+        row of the batches; else None.
         """
         given = self.data.get("train")
-        if not isinstance(given, list):
+        if not isinstance(given, list) or self.data.get("too_long") == "split":
             return None
         counts = [x.get("rows") if isinstance(x, dict | Namespace) else None for x in given]
         known = [count for count in counts if count]

@@ -78,12 +78,12 @@ class Planner:
         self._traces: dict[tuple[bool, str | None], Trace] = {}
 
     def tried(self, seconds: float) -> None:
-        """Take the speed of the device from how long a step of the config took there.
+        """Take the share of the peak that is reached from how long a step of the config took on the device.
 
         The step's batch was a real one and counts as a full one, so hours are those of batches like it.
         """
-        tflops = dict.fromkeys(self.device.tflops, self._work[0] / seconds / 1e12)
-        self.device = replace(self.device, tflops=tflops, efficiency=1.0)
+        peak = self.device.tflops[self._numbers(self.configured.precision)] * 1e12
+        self.device = replace(self.device, efficiency=self._work[0] / seconds / peak)
 
     def within(self, hours: float) -> int:
         """Return how many steps of the config fit into so many hours, beside what a search measures."""

@@ -15,9 +15,11 @@ from typing import Any
 
 import torch
 from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 
 from src.errors import ConfigError
 from src.plan.devices import this_machine
+from src.plan.planner import Planner
 from src.training.running import lightning
 
 
@@ -37,11 +39,20 @@ class Marks(Callback):
     """Notes when steps end, and ends the run after some.
 
     Args:
-        steps: number of steps that are timed, after the first, which takes memory that the others find.
+        steps: number of steps that are timed, after a first, which takes memory that the others find.
     """
 
     def __init__(self, steps: int) -> None:
         self.steps, self.marks, self.before = steps, list[float](), 0
+
+    def setup(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
+        """Leave out what writes to places of its own."""
+        writing = {
+            each
+            for each in trainer.callbacks
+            if isinstance(each, ModelCheckpoint) or getattr(each, "path", None)
+        }
+        trainer.callbacks = [each for each in trainer.callbacks if each not in writing]
 
     def on_train_batch_end(self, trainer: Trainer, module: LightningModule, *_: Any) -> None:
         if trainer.global_step > self.before:  # accumulated batches make one step
@@ -79,15 +90,18 @@ def seconds_per_step(argv: Sequence[str], stage: str, steps: int) -> float:
             lightning(["predict" if stage == "cache" else "fit", *argv, *elsewhere, *marks])
         except Enough as enough:
             return statistics.median(end - begin for begin, end in pairwise(enough.marks))
-    raise ConfigError(f"--trial: {steps} given; accepted: less than the run's steps.")
+    raise ConfigError(f"--trial: {steps} given, and the text ended before. Give less, or more text.")
 
 
-def check(device: str, ranks: int) -> None:
-    """Refuse a trial of what this process is not.
+def check(steps: int, planner: Planner) -> None:
+    """Refuse a trial of what this process is not, or of more steps than the run has.
 
     Raises:
-        ConfigError: the plan is for another device, or for several.
+        ConfigError: the plan is for another device, or for several; or the run is as short as its trial.
     """
+    device, ranks = planner.device.name, planner.ranks
+    if steps >= planner.steps:
+        raise ConfigError(f"--trial: {steps} given; accepted: less than the run's steps, {planner.steps:,}.")
     if device != (here := this_machine()) or ranks > 1:
         raise ConfigError(
             f"--trial: it times steps in this process; --device {device} x {ranks} given, and here is 1 x "

@@ -24,7 +24,7 @@ from src.plan.devices import GIB, device
 from src.plan.experiment import Experiment
 from src.plan.planner import Estimate, Planner
 from src.plan.trial import check, seconds_per_step
-from src.ranges import above_zero, inside_unit, positive
+from src.ranges import Range, inside_unit, positive
 
 
 def main(argv: list[str]) -> None:
@@ -34,7 +34,7 @@ def main(argv: list[str]) -> None:
         Experiment(rest, args.ratio, args.length), device(args.device), args.devices, args.tokens
     )
     if args.trial:
-        check(args.device, planner.ranks)
+        check(args.trial, planner)
         planner.tried(seconds_per_step(rest, planner.experiment.stage, args.trial))
     configured = planner.configured
     advice = advise(planner, args.disk)
@@ -111,9 +111,7 @@ def _estimate(e: Estimate) -> dict[str, Any]:
 def _print(plan: dict[str, Any], configured: Estimate, advice: Advice) -> None:
     spec, counts = plan["device"], plan["parameters"]
     ranks = configured.setting.ranks
-    speed = f"at {spec['efficiency']:.0%} of the peak: an assumption"
-    if plan["trial"]:
-        speed = f"at the speed of {plan['trial']} steps that were run here"
+    source = f"as {plan['trial']} steps reached" if plan["trial"] else "an assumption"
     run = Table(title=f"{plan['stage']} of {plan['model']}, {ranks} x {spec['title']}", show_header=False)
     facts = {
         "parameters of the parent": f"{counts['parent']:,}",
@@ -131,10 +129,12 @@ def _print(plan: dict[str, Any], configured: Estimate, advice: Advice) -> None:
         else "",
         "repair before the first step": "not counted" if plan["repair"] else "",
         "operations": f"{configured.flops:.3g}",
-        "hours": f"{configured.hours:,.2f} ({speed})",
+        "hours": f"{configured.hours:,.2f} (at {spec['efficiency']:.0%} of the peak: {source})",
     }
     if fits := plan["within"]:
-        facts[f"in {fits['hours']:g} hours"] = f"{fits['steps']:,} steps, at most {fits['tokens']:,} tokens"
+        key = "limit_predict_batches" if plan["stage"] == "cache" else "max_steps"
+        told = f"--trainer.{key} {fits['steps']}, at most {fits['tokens']:,} tokens"
+        facts[f"in {fits['hours']:g} hours"] = told if fits["steps"] else "no step"
     for key, value in facts.items():
         if value:
             run.add_row(key, value)
@@ -191,8 +191,16 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
         "--trial",
         type=positive,
         metavar="N",
-        help="run N steps here, on the real weights and text, for the hours; nothing of them is kept",
+        help="run N steps here after a first one, on its weights and text, for the hours; nothing is kept",
     )
-    add("--hours", type=above_zero, metavar="X", help="say also how many steps fit into so many hours")
+    add(
+        "--hours",
+        type=Range(float, 0, 1e6, open="low"),
+        metavar="X",
+        help="say also how many steps fit into so many hours",
+    )
     add("--json", type=new_file, metavar="FILE", help="write the plan as JSON")
-    return parser.parse_known_args(argv)
+    args, rest = parser.parse_known_args(argv)
+    if args.trial and (args.ratio or args.length):
+        parser.error("--trial: it runs the config as it stands; leave out --ratio and --length")
+    return args, rest

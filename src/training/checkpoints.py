@@ -29,6 +29,9 @@ from src.errors import ConfigError
 from src.training import watchdog
 
 _WEIGHTS = ("state_dict", "model")
+UNAVERAGED = "unaveraged"
+"""Key under which the weights that train lie, where a checkpoint's own are their average
+(:class:`src.callbacks.AveragedWeights`)."""
 """Names under which FSDP2 and FSDP save the module's weights."""
 _ONLY_WEIGHTS = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
 """Environment variable for every ``torch.load``, also those of Lightning, PyTorch and DeepSpeed."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from lightning import Trainer
+from lightning.pytorch.trainer.states import TrainerFn
 from transformers import PreTrainedModel
 
 from src.errors import ConfigError
@@ -13,6 +15,7 @@ from src.models.cut import cut
 from src.models.fingerprint import differ
 from src.models.loading import weightless
 from src.training import checkpoints
+from src.training.checkpoints import UNAVERAGED
 from src.training.scopes import check_units, load_student
 
 
@@ -36,6 +39,21 @@ def check_start(checkpoint: str, mask: Mask) -> dict[str, Any]:
         raise ConfigError(f"model.patch: '{checkpoint}' is no checkpoint of a recovery. Give one that is.")
     check_units(content["recovery"], mask)
     return content
+
+
+def check_averaged(checkpoint: dict[str, Any], trainer: Trainer) -> None:
+    """Refuse to go on from an average with the optimiser of the weights that it is the average of.
+
+    Raises:
+        ConfigError: the checkpoint's weights are averaged, and the run that resumes from it does not average.
+    """
+    averages = any(type(each).__name__ == "AveragedWeights" for each in getattr(trainer, "callbacks"))  # noqa: B009
+    if UNAVERAGED in checkpoint and trainer.state.fn == TrainerFn.FITTING and not averages:
+        raise ConfigError(
+            "ckpt_path: the checkpoint's weights are an average (src.callbacks.AveragedWeights), and this "
+            "run does not average. Give configs/recover/averaged.yaml again; or start anew from the average, "
+            "with the checkpoint as model.patch."
+        )
 
 
 def started(

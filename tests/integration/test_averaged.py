@@ -9,11 +9,12 @@ import pytest
 import torch
 from lightning import Callback, LightningModule, Trainer
 
-from src.callbacks.averaged import TRAINED
-from src.cli import main
+from src.cli import main, run
+from src.errors import ConfigError
 from src.models.loading import load_model
+from src.training.checkpoints import UNAVERAGED
 from tests.faults.runs import ended
-from tests.integration.test_resume import STEPS, broken_and_resumed, fit
+from tests.integration.test_resume import SAVED, STEPS, broken_and_resumed, fit
 
 CONFIG, OVERLAY = "configs/recover/entropy_kd.yaml", ("--config", "configs/recover/averaged.yaml")
 DECAY = "--trainer.callbacks.decay"
@@ -49,7 +50,7 @@ def test_a_checkpoint_has_the_average_and_what_trains_does_not_notice(
         torch.testing.assert_close(mean, average)
     torch.testing.assert_close({name: saved["state_dict"][name] for name in average}, average)
     plain = fit(CONFIG, tmp_path / "b", False, mask, **paths)
-    trained = saved[TRAINED]["weights"]
+    trained = saved[UNAVERAGED]["weights"]
     assert all(torch.equal(x, plain["state_dict"][name]) for name, x in trained.items())
     assert any(not torch.equal(x, saved["state_dict"][name]) for name, x in trained.items())
     last, out = tmp_path / "a" / f"step={STEPS}.ckpt", tmp_path / "out"
@@ -63,7 +64,7 @@ def test_nothing_is_averaged_at_a_decay_of_0(
 ) -> None:
     mask, paths = f"--model.init_args.mask={mask_file}", {"teacher": teacher_dir, "corpus": corpus_file}
     saved = fit(CONFIG, tmp_path, False, mask, *OVERLAY, f"{DECAY}=0", **paths)
-    for name, weight in saved[TRAINED]["weights"].items():
+    for name, weight in saved[UNAVERAGED]["weights"].items():
         assert torch.equal(weight, saved["state_dict"][name])
 
 
@@ -74,14 +75,44 @@ def test_killed_and_resumed_equals_uninterrupted(
     extra = [f"--model.init_args.mask={mask_file}", *OVERLAY]
     broken_and_resumed(CONFIG, tmp_path, *extra, teacher=teacher_dir, corpus=corpus_file)
     whole, broken = (
-        torch.load(tmp_path / name / f"step={STEPS}.ckpt", weights_only=False)[TRAINED]
+        torch.load(tmp_path / name / f"step={STEPS}.ckpt", weights_only=False)[UNAVERAGED]
         for name in ("whole", "broken")
     )
-    assert whole["steps"] == broken["steps"] == STEPS
+    assert whole["seen"] == broken["seen"] == STEPS
     assert all(torch.equal(x, broken["weights"][name]) for name, x in whole["weights"].items())
 
 
+@pytest.mark.slow
+def test_an_average_begins_where_it_is_switched_on_and_is_not_taken_for_what_trains(
+    tmp_path: Path, teacher_dir: str, corpus_file: str, mask_file: str
+) -> None:
+    """From a plain checkpoint it is the mean of the steps since; a plain run does not go on from it."""
+    mask, paths = f"--model.init_args.mask={mask_file}", {"teacher": teacher_dir, "corpus": corpus_file}
+    fit(CONFIG, tmp_path, False, mask, **paths)
+    Seen.weights.clear()
+    watch = "--trainer.callbacks+=tests.integration.test_averaged.Seen"
+    resumed = f"--ckpt_path={tmp_path / f'step={SAVED}.ckpt'}"
+    saved = fit(CONFIG, tmp_path / "on", False, mask, *OVERLAY, watch, resumed, **paths)
+    mean = {name: torch.stack([w[name] for w in Seen.weights]).mean(0) for name in Seen.weights[0]}
+    assert saved[UNAVERAGED]["seen"] == len(Seen.weights) == STEPS - SAVED
+    torch.testing.assert_close({name: saved["state_dict"][name] for name in mean}, mean)
+    last = f"--ckpt_path={tmp_path / 'on' / f'step={STEPS}.ckpt'}"
+    with pytest.raises(ConfigError, match="ckpt_path: the checkpoint's weights are an average"):
+        fit(CONFIG, tmp_path / "off", False, mask, last, f"--trainer.max_steps={STEPS + 1}", **paths)
+    judged = []
+    for verb in ("validate", "test"):
+        done = run([verb, "--config", CONFIG, *OVERLAY, mask, last, f"--model.init_args.model={teacher_dir}",
+                    f"--data.init_args.validation={corpus_file}", "--trainer.accelerator=cpu",
+                    f"--trainer.logger.init_args.save_dir={tmp_path / verb}"])  # fmt: skip
+        judged.append(float(done.trainer.callback_metrics["val/kl"]))
+    assert judged[0] == judged[1]
+
+
 REFUSED = {
+    "turns": (
+        ["--config=configs/recover/interleaved.yaml"],
+        "model: 'Interleaved' is not src.recover.Recovery",
+    ),
     "strategy": (["--config=configs/strategy/fsdp2.yaml"], "strategy: 'fsdp2' shards the weights"),
     "precision": (["--trainer.precision=bf16-true"], "precision: 'bf16-true' rounds a step"),
     "sparse": (["--config=configs/recover/sparse_2_4.yaml"], "Sparsify: its zeros"),

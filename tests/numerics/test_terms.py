@@ -236,9 +236,12 @@ def test_validation_and_cache_ask_the_one_distillation(mask_file: str) -> None:
 
 
 def test_something_counts_until_the_end(mask_file: str) -> None:
-    for terms in ([Weighted(HiddenStates(), until=0.5)], [Weighted(HiddenStates(), 0.0)]):
+    ended = Weighted(HiddenStates(), until=0.5)
+    for terms in ([ended], [Weighted(HiddenStates(), 0.0)], [ended, Weighted(Distillation(), 0.0)]):
         with pytest.raises(ConfigError, match="none has a weight above 0 until the end"):
             Recovery(mask_file, terms=terms)
+    with pytest.raises(ConfigError, match=r"until: 0.5 given to CrossEntropy, without which some weights"):
+        Weighted(CrossEntropy(), until=0.5)
     with pytest.raises(ConfigError, match=r"terms: until: 1.5 given; accepted: a number from 0 to 1"):
         Weighted(HiddenStates(), 1.0, 1.5)
 
