@@ -251,8 +251,8 @@ def text_lines(results: JSON) -> list[str]:
     again = results["name"] == "headline"
     how = "Read again and again, the demo's recipe" if again else "Each row read once, by distillation alone"
     return [
-        f"**{how}.** Exact match on {teacher['problems']:,} problems, the median of seeds: `make headline`", "",
-        *table("text read (distinct tokens / with each reading) | recovered | teacher | cut, not recovered", rows),
+        f"**{how}.** Exact match on {teacher['problems']:,} problems, median of seeds: `make headline`", "",
+        *table("text read (distinct tokens / every reading) | recovered | teacher | cut, not recovered", rows),
     ]  # fmt: skip
 
 

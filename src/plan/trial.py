@@ -47,12 +47,8 @@ class Marks(Callback):
 
     def setup(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
         """Leave out what writes to places of its own."""
-        writing = {
-            each
-            for each in trainer.callbacks
-            if isinstance(each, ModelCheckpoint) or getattr(each, "path", None)
-        }
-        trainer.callbacks = [each for each in trainer.callbacks if each not in writing]
+        kept = [each for each in getattr(trainer, "callbacks") if not _writes(each)]  # noqa: B009 (mypy)
+        setattr(trainer, "callbacks", kept)  # noqa: B010 (mypy)
 
     def on_train_batch_end(self, trainer: Trainer, module: LightningModule, *_: Any) -> None:
         if trainer.global_step > self.before:  # accumulated batches make one step
@@ -91,6 +87,10 @@ def seconds_per_step(argv: Sequence[str], stage: str, steps: int) -> float:
         except Enough as enough:
             return statistics.median(end - begin for begin, end in pairwise(enough.marks))
     raise ConfigError(f"--trial: {steps} given, and the text ended before. Give less, or more text.")
+
+
+def _writes(callback: Callback) -> bool:
+    return isinstance(callback, ModelCheckpoint) or bool(getattr(callback, "path", None))
 
 
 def check(steps: int, planner: Planner) -> None:
