@@ -252,7 +252,7 @@ def text_lines(results: JSON) -> list[str]:
     how = "Read again and again, the demo's recipe" if again else "Each row read once, by distillation alone"
     return [
         f"**{how}.** Exact match on {teacher['problems']:,} problems, median of seeds: `make headline`", "",
-        *table("text read (distinct tokens / every reading) | recovered | teacher | cut, not recovered", rows),
+        *table("text read (distinct tokens / all readings) | recovered | teacher | cut, not recovered", rows),
     ]  # fmt: skip
 
 
