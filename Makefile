@@ -128,7 +128,7 @@ PUBLIC_JUDGE = $(CLI) evaluate --teacher $(PARENT) --model $(^D) --max-length 25
 PUBLIC_TASKS = HF_HUB_OFFLINE=1 $(CLI) evaluate --teacher $(PARENT) --model $(^D) --include-path configs/tasks --data-dir $(SHARED)/data/eval \
   --limit 500 --dtype bfloat16 --out $@ --tasks
 PUBLIC_MODELS = $(CUT)/cut/config.json $(CUT)/recovered/config.json
-.PRECIOUS: %.json
+.PRECIOUS: %.json %.jsonl
 
 public-model: $(addprefix $(CUT)/,evaluate.json held_out.json tasks.json benchmark.json answers/recovered.jsonl)  ## SmolLM2-135M-Instruct to KEEP=22 or 25 of its 30 layers [SEED, SEARCH, RECOVER: keys of fit] -> docs/public_model.md (hours; resumable)
 	$(CLI) report --run $(CUT)
@@ -256,36 +256,37 @@ recovery: $(VENV)/.installed  ## recoveries from half a percent of the text -> r
 	$(PY) -m scripts.arena configs/arena/recovery.yaml --jobs $(JOBS)
 
 # The student of a first recovery writes, and its teacher says what it would have said there; beside one recovery of as many
-# operations: 750 steps are 375, the writing (as much as 18) and 357.
+# operations: 750 steps are 375, the writing (as much as 18) and 357. Three seeds of the recovery: $* is 0, 1 or 2.
 ON := $(RUN)/on_policy
-ON_FIT = $(CLI) fit --config configs/demo/read_once.yaml --model.init_args.mask $(RUN)/search/mask.json --model.init_args.optimizer.init_args.lr 5.0e-4 \
-  --data.init_args.batch_size 8 --data.init_args.seed 0 --data.init_args.validation null --trainer.limit_val_batches 0 \
-  --trainer.logger.init_args.save_dir $(ON) --trainer.logger.init_args.name $(notdir $(@D)) --ckpt_path last --trainer.max_steps
+ON_MODELS := $(foreach run,eight one two,$(foreach seed,0 1 2,$(ON)/$(seed)/$(run)-student/config.json))
+define ON_FIT
+@$(STALE)
+	$(CLI) fit --config configs/demo/read_once.yaml --model.init_args.mask $(RUN)/search/mask.json --model.init_args.optimizer.init_args.lr 5.0e-4 \
+	  --seed_everything $* --data.init_args.batch_size 8 --data.init_args.seed $* --data.init_args.validation null --trainer.limit_val_batches 0 \
+	  --trainer.logger.init_args.save_dir $(ON)/$* --trainer.logger.init_args.name $(notdir $(@D)) --ckpt_path last --trainer.max_steps $(1)
+endef
 GIVEN_TEXT = --data.init_args.train '[$(RUN)/data/train.jsonl$(COMMA)$(RUN)/data/validation.jsonl]'
 
 on-policy: results/on_policy.json  ## a recovery that ends on the student's own text -> results/on_policy.json, docs/recovery.md (resumable)
 	$(PY) -m scripts.readme_results
 
-results/on_policy.json: $(foreach run,eight one two,$(ON)/$(run)-student/config.json)
+results/on_policy.json: $(ON_MODELS)
 	$(CLI) evaluate --teacher $(TEACHER) --model $(^D) --data $(RUN)/data/test.jsonl --supervise all --out $@ --no-table
 
 $(ON)/%-student/config.json: $(ON)/%/record.json
 	$(CLI) export --mask $(RUN)/search/mask.json --checkpoint $(<D)/checkpoints/last.ckpt --out $(@D) --force
 
-$(ON)/eight/record.json: $(RUN)/search/mask.json
-	@$(STALE)
-	$(ON_FIT) 750 $(GIVEN_TEXT)
+$(ON)/%/eight/record.json: $(RUN)/search/mask.json
+	$(call ON_FIT,750 $(GIVEN_TEXT))
 
-$(ON)/one/record.json: $(RUN)/search/mask.json
-	@$(STALE)
-	$(ON_FIT) 375 $(GIVEN_TEXT)
+$(ON)/%/one/record.json: $(RUN)/search/mask.json
+	$(call ON_FIT,375 $(GIVEN_TEXT))
 
-$(ON)/own.jsonl: $(ON)/one-student/config.json
-	$(CLI) generate --model $(<D) --prompts $(RUN)/data/train.jsonl --temperature 1 --finished --max-new-tokens 96 --device cpu --out $@
+$(ON)/%/own.jsonl: $(ON)/%/one-student/config.json
+	$(CLI) generate --model $(<D) --prompts $(RUN)/data/train.jsonl --temperature 1 --seed $* --finished --max-new-tokens 96 --device cpu --out $@
 
-$(ON)/two/record.json: $(ON)/own.jsonl
-	@$(STALE)
-	$(ON_FIT) 357 --data.init_args.train $< --model.init_args.patch $(ON)/one/checkpoints/last.ckpt
+$(ON)/%/two/record.json: $(ON)/%/own.jsonl
+	$(call ON_FIT,357 --data.init_args.train $< --model.init_args.patch $(ON)/$*/one/checkpoints/last.ckpt)
 
 harder: results/harder.json  ## the demo's models where their teacher fails: problems of five operations -> results/harder.json, docs/headline.md
 	$(PY) -m scripts.readme_results
