@@ -60,8 +60,8 @@ class Objective:
             reports its divergence, and its ``k`` says how many tokens the teacher's signal holds.
 
     Raises:
-        ConfigError: two terms are of the same class, so their figures would have the same names; none has a
-            weight above 0 until the end; or a local term is not the only one.
+        ConfigError: two terms are of the same class, so their figures would have the same names; all weights
+            are 0; none reaches all weights until the end; or a local term is not the only one.
     """
 
     def __init__(self, distillation: Distillation | None, terms: Sequence[Weighted] | None = None) -> None:
@@ -73,11 +73,13 @@ class Objective:
                 f"terms: {', '.join(repeated)} is given twice (model.distillation is a term of weight 1). "
                 f"Give it once; set model.distillation to null to give it another weight among the terms."
             )
+        if not any(each.weight for each in self.terms):
+            raise ConfigError("terms: weight: 0 given to every term, so nothing trains. Give one above 0.")
         ends = {each.until for each in self.terms if each.weight}
         if 1 not in ends or (len(ends) > 1 and all(each.inner for each in self.terms)):
             raise ConfigError(
-                "terms: none has a weight above 0 until the end, so nothing would train. Give one term a "
-                "weight above 0 and until: 1."
+                "terms: none with a weight above 0 reaches all weights until the end. Give model.distillation, "
+                "or another term on the logits, with until: 1."
             )
         if self.local and len(names) > 1:
             raise ConfigError(
