@@ -78,8 +78,8 @@ class Objective:
         ends = {each.until for each in self.terms if each.weight}
         if 1 not in ends or (len(ends) > 1 and all(each.inner for each in self.terms)):
             raise ConfigError(
-                "terms: none with a weight above 0 reaches all weights until the end. Give model.distillation, "
-                "or another term on the logits, with until: 1."
+                "terms: none with a weight above 0 reaches all weights until the end. Give "
+                "model.distillation, or another term on the logits, with until: 1."
             )
         if self.local and len(names) > 1:
             raise ConfigError(
