@@ -44,7 +44,7 @@ class Weighted:
     @property
     def inner(self) -> bool:
         """Whether the term reads inner layers, so that others reach all that it reaches."""
-        return type(self.term).pairs is not Term.pairs or self.term.activations
+        return self.term.compares() or self.term.activations
 
 
 class Objective:

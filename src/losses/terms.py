@@ -80,6 +80,11 @@ class Term(ABC):
         """
         return ()
 
+    @classmethod
+    def compares(cls) -> bool:
+        """Return whether the term compares inner layers, so that its teacher must run live."""
+        return cls.pairs is not Term.pairs
+
     @abstractmethod
     def loss(self, step: Step) -> dict[str, Tensor]:
         """Return the term's value as ``loss``, a scalar, and figures without gradient, logged by their names.

@@ -13,7 +13,6 @@ import yaml
 from jsonargparse import Namespace
 
 from src.errors import ConfigError
-from src.losses.terms import Term
 from src.models.loading import Quantization, load_config, numbers
 from src.plan.devices import Device
 from src.plan.experiment import Experiment
@@ -238,7 +237,7 @@ class Planner:
     @property
     def needs_live(self) -> bool:
         """Whether some term reads what no cache holds: inner layers, or the distribution within the tail."""
-        compares = any(resolve_name(term.class_path).pairs is not Term.pairs for term in self.terms)
+        compares = any(resolve_name(term.class_path).compares() for term in self.terms)
         return compares or any((term.get("init_args") or {}).get("tail") for term in self.terms)
 
     @property

@@ -79,6 +79,14 @@ class Files:
         return self.directory(stage, version) / "checkpoints" / "last.ckpt"
 
 
+def recovery(out: Path, teacher: str, corpus: str, mask: str) -> list[str]:
+    """The arguments of a recovery, beside its configs, whose teacher no strategy shards."""
+    keys = {"model": teacher, "mask": mask, "teacher.init_args.shard": "false"}
+    given = [f"--model.init_args.{key}={value}" for key, value in keys.items()]
+    more = ["--trainer.accelerator=cpu", f"--trainer.logger.init_args.save_dir={out}"]
+    return [*given, f"--data.init_args.train={corpus}", *more]
+
+
 def ended(argv: list[str]) -> int:
     """Run a command line in this process; return the status it ends with."""
     try:

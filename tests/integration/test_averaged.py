@@ -13,7 +13,7 @@ from src.cli import main, run
 from src.errors import ConfigError
 from src.models.loading import load_model
 from src.training.checkpoints import UNAVERAGED
-from tests.faults.runs import ended
+from tests.faults.runs import ended, recovery
 from tests.integration.test_resume import SAVED, STEPS, broken_and_resumed, fit
 
 CONFIG, OVERLAY = "configs/recover/entropy_kd.yaml", ("--config", "configs/recover/averaged.yaml")
@@ -126,9 +126,6 @@ def test_what_has_no_average_is_refused_before_anything_is_loaded(
 ) -> None:  # fmt: skip
     monkeypatch.setattr("src.models.loading.load_model", None)
     more, told = REFUSED[case]
-    keys = {"model": teacher_dir, "mask": mask_file, "teacher.init_args.shard": "false"}
-    given = [f"--model.init_args.{key}={value}" for key, value in keys.items()]
-    given += [f"--data.init_args.train={corpus_file}", "--trainer.accelerator=cpu"]
-    given.append(f"--trainer.logger.init_args.save_dir={tmp_path}")
+    given = recovery(tmp_path, teacher_dir, corpus_file, mask_file)
     assert ended(["fit", "--config", CONFIG, *OVERLAY, *given, *more]) == 2
     assert told in capsys.readouterr().err

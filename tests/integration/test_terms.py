@@ -146,6 +146,23 @@ def test_a_recovery_with_another_divergence_is_logged_and_exports(
     torch.testing.assert_close(load_model(str(tmp_path / "out"))(ids).logits, trained(ids).logits)
 
 
+@pytest.mark.slow
+def test_directions_for_a_part_of_the_run_are_trained_on_and_exported(
+    tmp_path: Path, teacher_dir: str, corpus_file: str, mask_file: str
+) -> None:
+    """The last of three steps is without them; the run ends elsewhere than one that has none."""
+    term = STATES["term"] | {"init_args": {"error": "direction"}}  # type: ignore[operator]
+    terms = f"--model.init_args.terms=[{STATES | {'term': term, 'until': 0.5}}]"
+    plain = fit(tmp_path / "plain", teacher_dir, corpus_file, mask_file).model.model.eval()
+    done = fit(tmp_path, teacher_dir, corpus_file, mask_file, terms)
+    assert done.model.done == pytest.approx(2 / 3)
+    checkpoint = str(tmp_path / "recover" / "run" / "checkpoints" / "last.ckpt")
+    export(["--mask", mask_file, "--checkpoint", checkpoint, "--out", str(tmp_path / "out")])
+    ids, trained = torch.arange(3, 23)[None], done.model.model.eval()
+    torch.testing.assert_close(load_model(str(tmp_path / "out"))(ids).logits, trained(ids).logits)
+    assert not torch.allclose(plain(ids).logits, trained(ids).logits, rtol=1e-4, atol=1e-5)
+
+
 def test_the_loss_falls_on_the_streams_too(
     tmp_path: Path, teacher_dir: str, corpus_file: str, mask_file: str
 ) -> None:
