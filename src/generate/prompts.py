@@ -20,6 +20,9 @@ from src.data.judging import Rows
 from src.data.rendering import Rendering
 from src.errors import ConfigError
 
+_MARK = "\ue000"
+"""Stands for what a user says; private use, so that no template has it."""
+
 
 @dataclass(frozen=True)
 class Prompt:
@@ -96,6 +99,29 @@ class Prompts:
             return {"messages": [*turns, {"role": "assistant", "content": self._words(new)}], **known}
 
         return Prompt(ids, row)
+
+    def questions(self, number: int) -> list[Prompt]:
+        """Return prompts that end where the words of a user begin, all the same: the model asks.
+
+        An instruction-tuned model that goes on there writes questions like those of its training (Magpie,
+        arXiv 2406.08464). Each becomes a chat of one turn.
+
+        Args:
+            number: how many.
+
+        Raises:
+            ConfigError: the tokenizer has no chat template, or the template rewrites what a user says.
+        """
+        turn, where = {"role": "user", "content": _MARK}, "--questions: a question"
+        before, mark, _ = rendered([turn], None, where, self.rendering, "").partition(_MARK)
+        if not mark:
+            raise ConfigError("--questions: the chat template rewrites what a user says. Give --prompts.")
+        ids = self.tokenizer(before, add_special_tokens=False).input_ids
+
+        def row(new: list[int]) -> dict[str, Any]:
+            return {"messages": [{"role": "user", "content": self._words(new).strip()}]}
+
+        return [Prompt(ids, row)] * number
 
     def _words(self, ids: list[int]) -> str:
         """Return tokens as text. Many tokenizers drop the space before the first one of a text."""

@@ -1,8 +1,10 @@
 """Let a model write rows of text: ``python -m src.cli generate --model M --prompts FILE --out own.jsonl``.
 
-A student learns most from text as its teacher writes it. The rows have the form in which corpora are read
-(docs/data.md), so that ``own.jsonl`` can be trained on as it is. Each batch is kept as it is written; the
-same command after an interruption goes on behind the last whole one, and writes what it would have written.
+A student learns most from text as its teacher writes it. Without prompts, an instruction-tuned model asks
+the questions too: ``--questions 1000 --temperature 0.7 --out questions.jsonl``, which are prompts then.
+The rows have the form in which corpora are read (docs/data.md), so that ``own.jsonl`` can be trained on as
+it is. Each batch is kept as it is written; the same command after an interruption goes on behind the last
+whole one, and writes what it would have written.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from src.command import Parser, load, new_file, provenance
 from src.data.content import fingerprint
@@ -51,13 +53,7 @@ def main(argv: list[str]) -> None:
         print(f"{out}: written already by this command")
         return
     tokenizer = load_tokenizer(args.model)
-    first, of = args.part
-    rows = read_rows(args.prompts, args.limit, args.split)
-    prompts = Prompts(tokenizer, read_columns(args), args.start)(rows[first::of])
-    if not prompts:
-        raise ConfigError(
-            f"--prompts: '{args.prompts}' has {len(rows) or 'no'} rows, none for part {first}/{of}."
-        )
+    prompts = _prompts(args, tokenizer)
     places = longest_row(args.model) or sys.maxsize
     new_tokens([prompt.ids for prompt in prompts], places, None, args.max_new_tokens)  # refuses the longest
     model = load(args.model, args)
@@ -70,15 +66,16 @@ def main(argv: list[str]) -> None:
     for number, batch in enumerate(track(batches, "batches written")):
         part = parts / f"{number:06d}.json"
         if not part.exists():
-            seed = args.seed * len(batches) + number  # of this batch alone, in every run
+            seed, (first, of) = args.seed * len(batches) + number, args.part  # of this batch, in every run
             torch.manual_seed(seed * of + first)
             write_json(part, written(model, stop, [prompts[n] for n in batch], places, args))
         done |= zip(batch, read_json(part), strict=True)
     unfinished = sum(not each["finished"] for each in done.values())
-    kept = [done[n] for n in sorted(done) if done[n]["finished"] or not args.finished]
+    asked = [done[n] for n in sorted(done) if args.prompts or done[n]["row"]["messages"][0]["content"]]
+    kept = [each for each in asked if each["finished"] or not args.finished]
     if not kept:
         raise ConfigError(
-            f"--finished: none of the {len(done)} rows ended within {args.max_new_tokens} tokens. Raise "
+            f"none of the {len(done)} rows has words and ended within {args.max_new_tokens} tokens. Raise "
             f"--max-new-tokens, or leave --finished out."
         )
     write_text(out, "".join(json.dumps(each["row"], ensure_ascii=False) + "\n" for each in kept))
@@ -91,6 +88,22 @@ def main(argv: list[str]) -> None:
     write_json(record, settings | figures | provenance("generate", argv, model))
     discard(parts)
     print("{rows} rows, {tokens:,} tokens, {unfinished} rows not finished".format(**figures), f"-> {out}")
+
+
+def _prompts(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:
+    """What the model goes on from: rows of the corpus, or the place where a user begins to ask.
+
+    Raises:
+        ConfigError: there is no row for this part, or questions would all be the same.
+    """
+    (first, of), read = args.part, Prompts(tokenizer, read_columns(args), args.start)
+    if args.questions and not args.temperature:
+        raise ConfigError("--questions: all would be the same at --temperature 0. Add --temperature 0.7.")
+    rows = list(range(args.questions)) if args.questions else read_rows(args.prompts, args.limit, args.split)
+    if not rows[first::of]:
+        given = "--questions:" if args.questions else f"--prompts: '{args.prompts}' has"
+        raise ConfigError(f"{given} {len(rows) or 'no'} rows, none for part {first}/{of}.")
+    return read.questions(len(rows[first::of])) if args.questions else read(rows[first::of])
 
 
 @torch.inference_mode()
@@ -138,7 +151,8 @@ def _settings(args: argparse.Namespace) -> dict[str, Any]:
     """What the rows follow from: model and prompts by their content, and the options."""
     plain = ("out", "force", "device", "model", "prompts")
     options = {key: value for key, value in vars(args).items() if key not in plain}
-    model, prompts = identity(args.model), fingerprint(Source(args.prompts, split=args.split))
+    prompts = fingerprint(Source(args.prompts, split=args.split)) if args.prompts else None
+    model = identity(args.model)
     return {
         "model": model or args.model,
         "prompts": prompts or args.prompts,
@@ -191,11 +205,15 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser = Parser("generate", "Let a model write the answers to prompts, as rows to train on.")
     add = parser.add_argument
     add("--model", required=True, metavar="DIR", help="who writes: Hub id or directory")
-    add(
-        "--prompts",
-        required=True,
-        metavar="FILE",
-        help="chats, questions or texts: JSONL, Parquet, text or a Hub id",
+    given = parser.add_mutually_exclusive_group(required=True)
+    given.add_argument(
+        "--prompts", metavar="FILE", help="chats, questions or texts: JSONL, Parquet, text or a Hub id"
+    )
+    given.add_argument(
+        "--questions",
+        type=positive,
+        metavar="N",
+        help="instead of prompts: N questions that the model asks itself",
     )
     add("--out", required=True, type=new_file, metavar="FILE", help="the rows, as JSONL")
     add_columns(parser)
