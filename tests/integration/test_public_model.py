@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from scripts.public_model import TEXTS, text
+from scripts.public_model import HELD_OUT, TEXTS, text
 from src.cli import run
 from src.models.layers import num_layers
 from src.models.loading import load_model
@@ -39,8 +39,8 @@ def test_the_settings_lead_to_a_proven_export(teacher_dir: str, corpus_file: str
 
 
 def test_every_row_is_trained_on_or_held_out(tmp_path: Path) -> None:
-    """Problems become chats, all else stays text; the same rows come out in every run."""
-    count, data = 90, tmp_path / "shared" / "data"
+    """Problems and own chats are chats, all else stays text; the same rows come out in every run."""
+    count, data, own = 90, tmp_path / "shared" / "data", tmp_path / "own.jsonl"
     data.mkdir(parents=True)
     for name in TEXTS:
         rows = (
@@ -49,12 +49,15 @@ def test_every_row_is_trained_on_or_held_out(tmp_path: Path) -> None:
         )
         lines = "".join(json.dumps(row) + "\n" for row in rows).encode()
         (data / name).write_bytes(gzip.compress(lines) if name.endswith(".gz") else lines)
+    said = [{"messages": [{"role": "user", "content": f"{n} who?"}]} for n in range(count)]
+    own.write_text("".join(json.dumps(row) + "\n" for row in said))
     found = []
     for out in (tmp_path / "one", tmp_path / "other"):
-        text(tmp_path / "shared", out)
+        text(tmp_path / "shared", own, out)
         found.append([(out / f"{part}.jsonl").read_text().splitlines() for part in ("train", "held_out")])
     train, held = found[0]
     assert found[0] == found[1]
-    assert len(held) == sum(TEXTS.values())
-    assert len({*train, *held}) == len(train) + len(held) == 3 * count
-    assert sum("messages" in json.loads(row) for row in [*train, *held]) == count
+    assert len(held) == 4 * HELD_OUT
+    assert len({*train, *held}) == len(train) + len(held) == 4 * count
+    assert sum("messages" in json.loads(row) for row in [*train, *held]) == 2 * count
+    assert all(json.dumps(row) in {*train, *held} for row in said)

@@ -229,3 +229,38 @@ def test_what_cannot_be_answered_is_refused_by_its_row(chatty: str, tmp_path: Pa
     with pytest.raises(ConfigError, match=r"in\.jsonl row 1: the chat has no turn before its last answer"):
         main(command(chatty, tmp_path / "in.jsonl", tmp_path / "own.jsonl"))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["chatty", "in.jsonl"]
+
+
+def test_a_model_asks_itself(chatty: str, tmp_path: Path) -> None:
+    """It goes on where a user's words begin: other words each time, the same in each run."""
+    out, answers = tmp_path / "questions.jsonl", tmp_path / "own.jsonl"
+    ask = ["--model", chatty, "--questions", "7", "--temperature", "0.7", "--out", str(out), "--force"]
+    short = ["--max-new-tokens", "6", "--batch-size", "3", "--device", "cpu"]
+    main([*ask, *short])
+    rows = rows_of(out)
+    questions = [row["messages"] for row in rows]
+    assert all(len(turns) == 1 and turns[0]["role"] == "user" and turns[0]["content"] for turns in questions)
+    assert len({turns[0]["content"] for turns in questions}) > 1
+    main([*ask, *short])
+    assert rows_of(out) == rows
+    main(command(chatty, out, answers))
+    assert [row["messages"][:1] for row in rows_of(answers)] == questions
+    tokenizer = AutoTokenizer.from_pretrained(chatty)
+    begun = Prompts(tokenizer, Columns(), 3).questions(2)
+    assert [prompt.ids for prompt in begun] == [tokenizer("<user>", add_special_tokens=False).input_ids] * 2
+
+
+def test_questions_that_cannot_be_asked_are_refused(chatty: str, teacher_dir: str, tmp_path: Path) -> None:
+    ask = ["--questions", "7", "--out", str(tmp_path / "own.jsonl"), "--device", "cpu"]
+    for model, more, told in (
+        (chatty, [], "all would be the same at --temperature 0"),
+        (teacher_dir, ["--temperature", "1"], "has no chat template"),
+        (chatty, ["--temperature", "1", "--part", "8/9"], "--questions: 7 rows, none for part 8/9"),
+    ):
+        with pytest.raises(ConfigError, match=told):
+            main(["--model", model, *ask, *more])
+    assert not list(tmp_path.glob("own*"))
+    tokenizer = AutoTokenizer.from_pretrained(chatty)
+    tokenizer.chat_template = "{{ raise_exception('no') if not messages[0].content.isascii() }}"
+    with pytest.raises(ConfigError, match="--questions: a question: the chat template refuses"):
+        Prompts(tokenizer, Columns(), 3).questions(1)
