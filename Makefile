@@ -121,9 +121,9 @@ PUBLIC_FIT = --data.init_args.tokenizer $(PARENT) --data.init_args.train $(PUBLI
   --data.init_args.validation $(PUBLIC)/text/held_out.jsonl --data.init_args.max_length 256 --data.init_args.too_long split \
   --trainer.logger.init_args.save_dir $(patsubst %/,%,$(dir $(@D))) --trainer.logger.init_args.name $(notdir $(@D)) \
   --trainer.logger.init_args.version "" --ckpt_path last
-PUBLIC_SEARCH = $(CLI) fit --config configs/search/gumbel_topk.yaml --config configs/public_model/search.yaml $(1) --model.init_args.model $(PARENT) \
+PUBLIC_SEARCH = $(CLI) $(or $(PLANS),fit) --config configs/search/gumbel_topk.yaml --config configs/public_model/search.yaml $(1) --model.init_args.model $(PARENT) \
   $(call SEEDED,--model.init_args.policy.init_args.seed $(SEED) --data.init_args.seed $(SEED)) $(PUBLIC_FIT) $(2)
-PUBLIC_RECOVER = $(CLI) fit --config configs/recover/entropy_kd.yaml --config configs/public_model/recover.yaml --model.init_args.mask $< $(PUBLIC_FIT) $(1)
+PUBLIC_RECOVER = $(CLI) $(or $(PLANS),fit) --config configs/recover/entropy_kd.yaml --config configs/public_model/recover.yaml --model.init_args.mask $< $(PUBLIC_FIT) $(1)
 PUBLIC_JUDGE = $(CLI) evaluate --teacher $(PARENT) --model $(^D) --max-length 256 --batch-size 8 --dtype bfloat16 --supervise all --out $@
 PUBLIC_TASKS = HF_HUB_OFFLINE=1 $(CLI) evaluate --teacher $(PARENT) --model $(^D) --include-path configs/tasks --data-dir $(SHARED)/data/eval \
   --limit 500 --dtype bfloat16 --out $@ --tasks
@@ -161,10 +161,15 @@ $(PUBLIC)/text/train.jsonl: $(PUBLIC)/text/own.jsonl
 
 PUBLIC_TEXT = $(PUBLIC)/text/train.jsonl $(PUBLIC_PARENT)
 
-$(CUT)/search/mask.json: $(PUBLIC_TEXT)
+$(CUT)/search.plan.json $(CUT)/recover.plan.json: private PLANS = plan --trial 3 --json $@
+
+$(CUT)/search.plan.json $(CUT)/search/mask.json: $(PUBLIC_TEXT)
 	$(call PUBLIC_SEARCH,,--model.init_args.remove $$((30 - $(KEEP))) $(SEARCH))
 
-$(CUT)/recover/record.json: $(CUT)/search/mask.json
+$(CUT)/search/mask.json: | $(CUT)/search.plan.json
+$(CUT)/recover/record.json: | $(CUT)/recover.plan.json
+
+$(CUT)/recover.plan.json $(CUT)/recover/record.json: $(CUT)/search/mask.json
 	$(call PUBLIC_RECOVER,$(call SEEDED,--data.init_args.seed $(SEED)) $(RECOVER))
 
 %/cut/config.json: %/search/mask.json

@@ -18,10 +18,11 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.quantization_config import GgufConfig
 
-from scripts.lab.pages import fill
+from scripts.lab.pages import fill, table
 from scripts.lab.results import JSON, options, read
 from src.data.judging import read_rows
 from src.files import whole, write_json, write_text
@@ -66,8 +67,34 @@ def shaped(row: JSON) -> JSON:
     return {"messages": [{"role": role, "content": content} for role, content in said]}
 
 
+def costs(run: Path) -> JSON:
+    """What search and recovery took, beside what ``plan`` said before: hours, GiB of memory, GB on disk."""
+    found = dict[str, Any]()
+    for stage in ("search", "recover"):
+        at, plan = run / stage, read(run / f"{stage}.plan.json")
+        events = EventAccumulator(str(at)).Reload()
+        peak = max(event.value for event in events.Scalars("perf/peak_memory_mib"))
+        found[stage] = {
+            "hours": (plan["configured"]["hours"], read(at / "record.json")["seconds"] / 3600),
+            "memory_gib": (plan["configured"]["total"] / 2**30, peak / 2**10),
+            "checkpoints_gb": (
+                plan["checkpoint_bytes"] / 1e9,
+                sum(file.stat().st_size for file in at.glob("checkpoints/*")) / 1e9,
+            ),
+        }
+    return found
+
+
 def page(run: Path) -> None:
-    """Publish a run's report, and its judgement on held-out rows of the text that it learned from."""
+    """Publish a run: its report, its costs, its judgement on held-out rows of the text it learned from."""
+    measured = costs(run)
+    write_json(Path(f"results/public_model_{run.name}_costs.json"), measured)
+    head = "stage | hours, planned | hours | GiB of memory, planned | memory | GB on disk, planned | disk"
+    rows = (
+        [stage, *(f"{value:,.2f}" for pair in each.values() for value in pair)]
+        for stage, each in measured.items()
+    )
+    fill(Path("docs/public_model.md"), table(head, rows, right=True), f"costs {run.name}")
     for name in ("report", "held_out"):
         write_json(Path(f"results/public_model_{run.name}_{name}.json"), read(run / f"{name}.json"))
     lines = (run / "report.md").read_text().splitlines()

@@ -249,6 +249,15 @@ class Planner:
         positions = self.tokens * rows.positions // (rows.count * rows.length)
         return cache_size(self.tokens, positions, k, model.get("precision") or "float16")
 
+    @property
+    def checkpoints(self) -> int:
+        """Bytes of the checkpoints that the run keeps, at most: trained weights in float32, optimiser's state."""
+        kept = self.experiment.callbacks.get("LastCheckpoint") or {}
+        files = int(kept.get("save_top_k", 1)) + bool(kept.get("save_last"))
+        traced = self.trace()
+        state = max(held.get("optimiser", 0) for held in (traced.peak, traced.step))
+        return files * (4 * traced.trainable + state)
+
     def _numbers(self, precision: str) -> str:
         """Return the type of the numbers that are multiplied under a precision of the trainer."""
         if precision.startswith(("bf16", "16")):

@@ -80,6 +80,7 @@ def summary(planner: Planner, configured: Estimate, advice: Advice) -> dict[str,
         "remembered_bytes": planner.remembered,
         "repair": experiment.repairs,
         "cache_bytes": {"raw": size.raw, "expected": size.expected},
+        "checkpoint_bytes": planner.checkpoints,
         "device": {
             "name": device.name, "title": device.title, "memory": device.memory, "tflops": device.tflops,
             "efficiency": device.efficiency, "source": device.source,
@@ -124,6 +125,9 @@ def _print(plan: dict[str, Any], configured: Estimate, advice: Advice) -> None:
         "distinct tokens, at most": f"{plan['distinct_tokens']:,}" if plan["distinct_tokens"] else "",
         "cache of these tokens": f"{plan['cache_bytes']['expected'] / 1e9:,.2f} GB ("
         f"{plan['cache_bytes']['raw'] / 1e9:,.2f} before compression)",
+        "checkpoints on disk, at most": f"{plan['checkpoint_bytes'] / 1e9:,.2f} GB"
+        if plan["checkpoint_bytes"]
+        else "",
         "streams that masks share": f"{plan['remembered_bytes'] / GIB:,.2f} GiB, at most"
         if plan["remembered_bytes"]
         else "",
