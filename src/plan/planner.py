@@ -251,12 +251,10 @@ class Planner:
 
     @property
     def checkpoints(self) -> int:
-        """Bytes of the checkpoints that the run keeps, at most: trained weights in float32, optimiser's state."""
+        """Bytes of the checkpoints that the run keeps, at most: weights that train, optimiser's state."""
         kept = self.experiment.callbacks.get("LastCheckpoint") or {}
         files = int(kept.get("save_top_k", 1)) + bool(kept.get("save_last"))
-        traced = self.trace()
-        state = max(held.get("optimiser", 0) for held in (traced.peak, traced.step))
-        return files * (4 * traced.trainable + state)
+        return files * (4 * self.trace().trainable + self.trace().peak.get("optimiser", 0))
 
     def _numbers(self, precision: str) -> str:
         """Return the type of the numbers that are multiplied under a precision of the trainer."""
