@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from src.files import write_json
 from src.ranges import Count, checked
+from src.training.heap import peak
 
 if TYPE_CHECKING:
     from src.search import MaskSearch
@@ -84,9 +84,5 @@ class Throughput(Callback):
         tokens = cast(int, module.tokens)
         speed = (tokens - self._tokens) / max(1e-9, now - self._time)
         self._time, self._tokens = now, tokens
-        if module.device.type == "cuda":
-            peak = torch.cuda.max_memory_allocated() / 2**20
-        else:
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
         module.log("perf/tokens_per_s", speed, prog_bar=True)
-        module.log("perf/peak_memory_mib", peak)
+        module.log("perf/peak_memory_mib", peak(module.device) / 2**20)

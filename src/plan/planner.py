@@ -16,7 +16,7 @@ from src.errors import ConfigError
 from src.models.loading import Quantization, load_config, numbers
 from src.plan.devices import Device
 from src.plan.experiment import Experiment
-from src.plan.memory import Mode, Setting, memory, strategy_name
+from src.plan.memory import OVERHEAD, Mode, Setting, memory, strategy_name
 from src.plan.trace import Trace, trace
 from src.plan.work import CacheSize, cache_size, calibration
 from src.policies.probe import PREFIX_GIB, stream_bytes
@@ -76,13 +76,22 @@ class Planner:
         self.tokens, self.steps = experiment.tokens(self.ranks, tokens)
         self._traces: dict[tuple[bool, str | None], Trace] = {}
 
-    def tried(self, seconds: float) -> None:
-        """Take the share of the peak that is reached from how long a step of the config took on the device.
+    def tried(self, seconds: float, held: int) -> None:
+        """Take speed and memory from a step of the config that was run on the device.
 
-        The step's batch was a real one and counts as a full one, so hours are those of batches like it.
+        The step's batch was a real one and counts as a full one, so hours are those of batches like it. What
+        the process held beyond the tensors that are counted is its overhead, in all ways to run.
+
+        Args:
+            seconds: how long the step took.
+            held: peak bytes.
         """
+        parts = self.configured.parts
+        counted = sum(parts.values()) - parts[OVERHEAD]
         peak = self.device.tflops[self._numbers(self.configured.precision)] * 1e12
-        self.device = replace(self.device, efficiency=self._work[0] / seconds / peak)
+        reached = self._work[0] / seconds / peak
+        beyond = max(0, held - counted)
+        self.device = replace(self.device, efficiency=reached, overhead=beyond, fragmentation=0.0)
 
     def within(self, hours: float) -> int:
         """Return how many steps of the config fit into so many hours, beside what a search measures."""

@@ -1,4 +1,4 @@
-"""Time a few real steps of the run that is planned, on this machine: ``plan --trial 3``.
+"""Measure a few real steps of the run that is planned, on this machine: ``plan --trial 3``.
 
 The run begins as ``fit`` or ``predict`` begins it, with its weights and its text, in a directory of its own
 that is gone afterwards, and is ended after these steps.
@@ -10,6 +10,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -20,7 +21,21 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from src.errors import ConfigError
 from src.plan.devices import this_machine
 from src.plan.planner import Planner
+from src.training.heap import peak
 from src.training.running import lightning
+
+
+@dataclass(frozen=True)
+class Tried:
+    """What a trial took.
+
+    Attributes:
+        seconds: median of a step, or of a batch of a cache.
+        memory: peak bytes of the process, or on a GPU of its tensors.
+    """
+
+    seconds: float
+    memory: int
 
 
 class Enough(Exception):
@@ -28,11 +43,12 @@ class Enough(Exception):
 
     Args:
         marks: when each step ended, seconds.
+        memory: peak bytes until then.
     """
 
-    def __init__(self, marks: Sequence[float]) -> None:
+    def __init__(self, marks: Sequence[float], memory: int) -> None:
         super().__init__("enough steps")
-        self.marks = marks
+        self.marks, self.memory = marks, memory
 
 
 class Marks(Callback):
@@ -53,21 +69,21 @@ class Marks(Callback):
     def on_train_batch_end(self, trainer: Trainer, module: LightningModule, *_: Any) -> None:
         if trainer.global_step > self.before:  # accumulated batches make one step
             self.before = trainer.global_step
-            self._mark()
+            self._mark(module)
 
-    def on_predict_batch_end(self, *_: Any) -> None:
-        self._mark()
+    def on_predict_batch_end(self, trainer: Trainer, module: LightningModule, *_: Any) -> None:
+        self._mark(module)
 
-    def _mark(self) -> None:
+    def _mark(self, module: LightningModule) -> None:
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         self.marks.append(time.perf_counter())
         if len(self.marks) > self.steps:
-            raise Enough(self.marks)
+            raise Enough(self.marks, peak(module.device))
 
 
-def seconds_per_step(argv: Sequence[str], stage: str, steps: int) -> float:
-    """Return the median seconds of a step, or of a batch of a cache.
+def tried(argv: Sequence[str], stage: str, steps: int) -> Tried:
+    """Return what some steps take.
 
     Args:
         argv: arguments of ``fit`` or ``predict``.
@@ -85,7 +101,8 @@ def seconds_per_step(argv: Sequence[str], stage: str, steps: int) -> float:
         try:
             lightning(["predict" if stage == "cache" else "fit", *argv, *elsewhere, *marks])
         except Enough as enough:
-            return statistics.median(end - begin for begin, end in pairwise(enough.marks))
+            seconds = statistics.median(end - begin for begin, end in pairwise(enough.marks))
+            return Tried(seconds, enough.memory)
     raise ConfigError(f"--trial: {steps} given, and the text ended before. Give less, or more text.")
 
 

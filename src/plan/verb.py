@@ -3,7 +3,7 @@
 Everything that ``fit`` accepts is accepted, and nothing is loaded: the stage's own step runs on tensors
 without data (:mod:`src.plan.trace`). Batches count as full and every token as supervised, so a real run needs
 rather less. Hours are operations divided by the peak speed of the device and an assumed efficiency; with
-``--trial`` by the speed of some steps that are run (:mod:`src.plan.trial`).
+``--trial`` by the speed of some steps that are run (:mod:`src.plan.trial`), whose memory counts then too.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from src.plan.advice import Advice, advise, label
 from src.plan.devices import GIB, device
 from src.plan.experiment import Experiment
 from src.plan.planner import Estimate, Planner
-from src.plan.trial import check, seconds_per_step
+from src.plan.trial import check, tried
 from src.ranges import Range, inside_unit, positive
 
 
@@ -35,7 +35,8 @@ def main(argv: list[str]) -> None:
     )
     if args.trial:
         check(args.trial, planner)
-        planner.tried(seconds_per_step(rest, planner.experiment.stage, args.trial))
+        trial = tried(rest, planner.experiment.stage, args.trial)
+        planner.tried(trial.seconds, trial.memory)
     configured = planner.configured
     advice = advise(planner, args.disk)
     record = summary(planner, configured, advice)
@@ -146,7 +147,8 @@ def _print(plan: dict[str, Any], configured: Estimate, advice: Advice) -> None:
     ways = [("as configured", configured)]
     if advice.best is not None and advice.best != configured:
         ways.append(("recommended", advice.best))
-    memory = Table(title=f"Peak memory of a rank, GiB; {spec['memory'] / GIB:,.1f} are there")
+    reached = f", as {plan['trial']} steps reached" if plan["trial"] else ""
+    memory = Table(title=f"Peak memory of a rank, GiB{reached}; {spec['memory'] / GIB:,.1f} are there")
     memory.add_column("part")
     for name, _ in ways:
         memory.add_column(name, justify="right")

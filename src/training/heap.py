@@ -1,14 +1,16 @@
-"""Give memory that tensors no longer use back to the machine, on CPUs.
+"""The memory of this process: its peak, and what it gives back to the machine.
 
-Rows differ in length, and so do a step's tensors. The allocator of glibc keeps the holes that they leave, and
-a process grows by half in the course of a run.
+On a CPU, rows differ in length, and so do a step's tensors. The allocator of glibc keeps the holes that
+they leave, and a process grows by half in the course of a run.
 """
 
 from __future__ import annotations
 
 import ctypes
+import resource
 from typing import Any
 
+import torch
 from lightning import Callback, LightningModule, Trainer
 
 EVERY = 10
@@ -34,3 +36,10 @@ def trim() -> bool:
         return bool(ctypes.CDLL(None).malloc_trim(0))
     except (AttributeError, OSError, TypeError):
         return False
+
+
+def peak(device: torch.device) -> int:
+    """Return the most bytes that this process has held: on a GPU of its tensors, otherwise in all."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 2**10

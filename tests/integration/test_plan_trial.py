@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from src.cli import run
 from src.errors import ConfigError
@@ -13,8 +14,9 @@ from src.mask import Mask
 from src.plan import trial, verb
 from src.plan.devices import device
 from src.plan.experiment import Experiment
+from src.plan.memory import OVERHEAD
 from src.plan.planner import Planner
-from src.plan.trial import Enough, Marks
+from src.plan.trial import Enough, Marks, Tried
 from tests.planning import CACHE, PLENTY, RECOVER, SEARCH, planner_of
 
 
@@ -53,32 +55,37 @@ def test_steps_are_timed_and_nothing_is_left(
         saves = f"{{dirpath: {at / 'ck'}, every_n_train_steps: 1}}"
         saver = f"{{class_path: src.callbacks.LastCheckpoint, init_args: {saves}}}"
         more.append(f"--trainer.callbacks=[{record}, {saver}]")
-    seen = list[float]()
-    timed = trial.seconds_per_step
-    monkeypatch.setattr(verb, "seconds_per_step", lambda *args: seen.append(timed(*args)) or seen[0])
+    seen = list[Tried]()
+    timed = trial.tried
+    monkeypatch.setattr(verb, "tried", lambda *args: seen.append(timed(*args)) or seen[0])
     run(["plan", *argv, *more, "--trial", "2", "--json", str(tmp_path / "plan.json")])
     assert [*at.iterdir()] == []
     assert not (tmp_path / "cache").exists()
     told = json.loads((tmp_path / "plan.json").read_text())
     assert told["trial"] == 2
     assert told["device"]["efficiency"] != device("cpu").efficiency
-    steps_alone = told["steps"] * seen[0] / 3600
-    assert seen[0] > 0
+    steps_alone = told["steps"] * seen[0].seconds / 3600
+    assert seen[0].seconds > 0
+    assert told["configured"]["total"] == seen[0].memory > 100 * 2**20, "the process, with its libraries"
     if config == SEARCH:  # the polish comes on top, at the same speed
         assert told["configured"]["hours"] > steps_alone
     else:
         assert told["configured"]["hours"] == pytest.approx(steps_alone)
 
 
-def test_a_trial_scales_hours_and_nothing_else(tmp_path: Path) -> None:
+def test_a_trial_scales_hours_and_tells_the_overhead(tmp_path: Path) -> None:
     planner = planner_of(tmp_path, SEARCH)
     before = planner.configured
-    planner.tried(2.0)
+    planner.tried(2.0, 0)
     slow = planner.configured
-    planner.tried(1.0)
+    planner.tried(1.0, before.total + 1000)
     fast = planner.configured
     assert slow.hours == pytest.approx(2 * fast.hours)
-    assert (slow.flops, slow.parts) == (before.flops, before.parts)
+    tensors = {part: count for part, count in before.parts.items() if part != OVERHEAD}
+    assert slow.flops == fast.flops == before.flops
+    assert slow.parts == {**tensors, OVERHEAD: 0}, "less than what is counted: shorter rows"
+    assert fast.parts == {**tensors, OVERHEAD: before.parts[OVERHEAD] + 1000}
+    assert fast.total == before.total + 1000
     assert planner.device.tflops == PLENTY.tflops, "the peak stays what it is"
 
 
@@ -98,12 +105,12 @@ def test_the_first_step_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     marks = Marks(2)
 
     class Running:
-        global_step = 0
+        global_step, device = 0, torch.device("cpu")
 
     def steps() -> None:
         for batch in range(1, 9):
             Running.global_step = batch // 2
-            marks.on_train_batch_end(Running, None)  # type: ignore[arg-type]
+            marks.on_train_batch_end(Running, Running)  # type: ignore[arg-type]
 
     with pytest.raises(Enough) as enough:
         steps()
