@@ -316,9 +316,8 @@ ablations: $(VENV)/.installed  ## every choice of search and recovery -> results
 search-step: $(VENV)/.installed  ## one search step against the naive one -> results/search_step.json
 	$(PY) -m scripts.search_step
 
-teacher-cache: $(VENV)/.installed  ## bytes, time and memory of the teacher's cache and of the loss -> results/teacher_cache.json
+teacher-cache: $(VENV)/.installed  ## bytes, time and memory of the teacher's cache -> results/teacher_cache.json
 	$(PY) -m scripts.bench_teacher_cache $(if $(TEXT),--text $(TEXT) --model $(PARENT))
-	$(PY) -m scripts.bench_loss
 	$(PY) -m scripts.cache_results
 
 data-pipeline: $(VENV)/.installed  ## loader alone and waiting; real corpora from SHARED=DIR -> results/data_pipeline.json
