@@ -201,7 +201,7 @@ $(CUT)/benchmark.json: $(PUBLIC_MODELS)
 CONTEST := $(PUBLIC)/contest$(if $(filter-out 0,$(SEED)),-s$(SEED))
 METHODS := gumbel_topk half block_influence angular sleb tail random
 LOSSES  := none linear topq reverse top10
-SHORT   := --trainer.max_steps 60 --trainer.limit_val_batches 0
+SHORT   := --trainer.max_steps 40 --trainer.limit_val_batches 0
 OF_half   := --config configs/unit/half.yaml
 OF_random := --config configs/policy/random.yaml --model.init_args.policy.init_args.masks 1
 LOSS_none    := weight none
