@@ -34,6 +34,7 @@ from src.models.layers import num_layers
 from src.models.loading import load_config
 from src.plan.devices import device
 from src.plan.experiment import Experiment
+from src.plan.memory import OVERHEAD
 from src.plan.planner import Planner
 
 BAR = 0.10
@@ -118,7 +119,7 @@ def planned(case: Case, work: Path) -> JSON:
     planner = Planner(experiment, device("cpu"), tokens=tokens)
     found, traced = planner.configured, planner.trace()
     return {
-        "parameters": traced.parent, "parts": found.parts, "planned": found.total,
+        "parameters": traced.parent, "parts": found.parts, "planned": found.total - found.parts[OVERHEAD],
         "planned_cpu_seconds": planner.device.seconds(traced.flops * planner.steps, "float32"),
     }  # fmt: skip
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from src.files import write_json
 from src.ranges import Count, checked
-from src.training.heap import peak
+from src.training.memory import peak
 
 if TYPE_CHECKING:
     from src.search import MaskSearch

@@ -80,7 +80,8 @@ class Planner:
         """Take speed and memory from a step of the config that was run on the device.
 
         The step's batch was a real one and counts as a full one, so hours are those of batches like it. What
-        the process held beyond the tensors that are counted is its overhead, in all ways to run.
+        the process held beyond the tensors that are counted is its overhead, in all ways to run; the holes
+        between tensors are still to come.
 
         Args:
             seconds: how long the step took.
@@ -90,8 +91,7 @@ class Planner:
         counted = sum(parts.values()) - parts[OVERHEAD]
         peak = self.device.tflops[self._numbers(self.configured.precision)] * 1e12
         reached = self._work[0] / seconds / peak
-        beyond = max(0, held - counted)
-        self.device = replace(self.device, efficiency=reached, overhead=beyond, fragmentation=0.0)
+        self.device = replace(self.device, efficiency=reached, overhead=max(0, held - counted))
 
     def within(self, hours: float) -> int:
         """Return how many steps of the config fit into so many hours, beside what a search measures."""

@@ -21,7 +21,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from src.errors import ConfigError
 from src.plan.devices import this_machine
 from src.plan.planner import Planner
-from src.training.heap import peak
+from src.training.memory import peak
 from src.training.running import lightning
 
 

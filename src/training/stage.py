@@ -20,7 +20,6 @@ from src.models.vocabulary import check_vocabulary
 from src.training import identity
 from src.training.data import Data, data_of
 from src.training.finite import FiniteOnly
-from src.training.heap import Trimmed
 from src.training.progress import waiting
 from src.training.ranks import from_all
 from src.training.strategies import kind
@@ -88,7 +87,7 @@ class Stage(LightningModule, ABC):
         """
 
     def configure_callbacks(self) -> list[Callback]:
-        return [FiniteOnly(), Trimmed()]
+        return [FiniteOnly()]
 
     def setup(self, stage: str) -> None:
         """Call :meth:`refuse`, as the command line does earlier, for a Trainer that is used without it."""

@@ -66,7 +66,10 @@ def test_steps_are_timed_and_nothing_is_left(
     assert told["device"]["efficiency"] != device("cpu").efficiency
     steps_alone = told["steps"] * seen[0].seconds / 3600
     assert seen[0].seconds > 0
-    assert told["configured"]["total"] == seen[0].memory > 100 * 2**20, "the process, with its libraries"
+    tensors = sum(size for part, size in told["configured"]["parts"].items() if part != OVERHEAD)
+    holes = int(device("cpu").fragmentation * tensors)
+    assert seen[0].memory < told["configured"]["total"] <= seen[0].memory + holes
+    assert seen[0].memory > 100 * 2**20, "the process, with its libraries"
     if config == SEARCH:  # the polish comes on top, at the same speed
         assert told["configured"]["hours"] > steps_alone
     else:
@@ -78,14 +81,14 @@ def test_a_trial_scales_hours_and_tells_the_overhead(tmp_path: Path) -> None:
     before = planner.configured
     planner.tried(2.0, 0)
     slow = planner.configured
-    planner.tried(1.0, before.total + 1000)
+    tensors = {part: count for part, count in before.parts.items() if part != OVERHEAD}
+    planner.tried(1.0, sum(tensors.values()) + 1000)
     fast = planner.configured
     assert slow.hours == pytest.approx(2 * fast.hours)
-    tensors = {part: count for part, count in before.parts.items() if part != OVERHEAD}
     assert slow.flops == fast.flops == before.flops
-    assert slow.parts == {**tensors, OVERHEAD: 0}, "less than what is counted: shorter rows"
-    assert fast.parts == {**tensors, OVERHEAD: before.parts[OVERHEAD] + 1000}
-    assert fast.total == before.total + 1000
+    holes = int(PLENTY.fragmentation * sum(tensors.values()))
+    assert slow.parts == {**tensors, OVERHEAD: holes}, "less than what is counted: shorter rows"
+    assert fast.parts == {**tensors, OVERHEAD: holes + 1000}
     assert planner.device.tflops == PLENTY.tflops, "the peak stays what it is"
 
 
