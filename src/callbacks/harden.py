@@ -29,6 +29,13 @@ Final = Callable[[], tuple[Kept, dict[str, float]]]
 """Replaces the mask that was chosen; returns figures besides."""
 
 
+def answers(search: MaskSearch) -> Iterator[tuple[Budget, Kept]]:
+    """Yield what the policy would keep now, for each budget."""
+    for budget in search.budgets:
+        with search.aimed(budget):
+            yield budget, search.policy.harden()
+
+
 def choose(
     search: MaskSearch, probe: Probe, recent: Sequence[Kept], final: Final | None = None
 ) -> Iterator[tuple[Budget, Kept, dict[str, float]]]:
@@ -39,7 +46,7 @@ def choose(
     Args:
         search: the search, at the end of its run.
         probe: measures masks.
-        recent: the last distinct masks that the policy gave as its answer, of all budgets.
+        recent: distinct masks that the policy gave as its answer, of all budgets.
         final: has the last word on each budget's mask; None leaves it as it is.
 
     Yields:
@@ -60,7 +67,8 @@ class HardenMask(Callback):
     """Initialises the policy before the first step, and writes its final mask to a file after the last.
 
     The final mask is the policy's own answer (``policy.harden()``), unless the policy asks for more. With
-    ``candidates`` its last distinct answers compete on held-out rows. With ``polish`` single swaps of a kept
+    ``candidates`` its last distinct answers compete on held-out rows, and its first, so that a short search of
+    a deep model does not end behind its start. With ``polish`` single swaps of a kept
     and a removed unit are tried until none helps. A search may let the masks that were measured best race
     through short recoveries (:class:`src.policies.race.Race`). ``forward_tokens`` in the file counts all of
     this.
@@ -78,6 +86,8 @@ class HardenMask(Callback):
     @checked
     def __init__(self, path: str | None = None, prefix_gib: NonNegative = PREFIX_GIB) -> None:
         self.path, self.prefix_gib = path, prefix_gib
+        self.first: list[Kept] = []
+        """What the policy would keep before its first step, of each budget."""
         self.recent: list[Kept] = []
         self.rows: list[Batch] = []
         """Rows for a race at the end, the first that are read."""
@@ -89,6 +99,8 @@ class HardenMask(Callback):
         search = cast("MaskSearch", module)
         if trainer.global_step == 0:
             search.policy.initialise(CalibrationProbe(search, self.prefix_gib))
+            if search.policy.candidates > 1:
+                self.first = [kept for _, kept in answers(search)]
 
     def on_train_batch_end(
         self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Batch, batch_idx: int
@@ -96,9 +108,7 @@ class HardenMask(Callback):
         search = cast("MaskSearch", module)
         if search.race is not None and len(self.rows) < search.race.batches:
             self.rows.append({key: value.cpu() for key, value in batch.items()})
-        for budget in search.budgets:
-            with search.aimed(budget):
-                kept = search.policy.harden()
+        for _, kept in answers(search):
             same_size = [other for other in self.recent if len(other) == len(kept)]
             others = [other for other in self.recent if len(other) != len(kept)]
             newest = [*(other for other in same_size if other != kept), kept]
@@ -110,7 +120,7 @@ class HardenMask(Callback):
         search = cast("MaskSearch", module)
         probe, curve = CalibrationProbe(search, self.prefix_gib), list[dict[str, Any]]()
         final = None if search.race is None else partial(search.race, probe, search.policy, self.rows)
-        for budget, kept, figures in list(choose(search, probe, self.recent, final)):
+        for budget, kept, figures in list(choose(search, probe, [*self.first, *self.recent], final)):
             if search.adapters is not None:
                 figures["kl_adapted"] = probe.adapted(search.policy.gates(kept))
             metrics = {**figures, "forward_tokens": search.forward_tokens}
@@ -136,8 +146,9 @@ class HardenMask(Callback):
         return own.name
 
     def state_dict(self) -> dict[str, Any]:
-        return {"recent": self.recent, "rows": self.rows}
+        return {"first": self.first, "recent": self.recent, "rows": self.rows}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.recent = [tuple(kept) for kept in state_dict["recent"]]
+        self.first = [tuple(kept) for kept in state_dict.get("first", ())]
         self.rows = list(state_dict.get("rows", ()))
