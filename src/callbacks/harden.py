@@ -67,11 +67,10 @@ class HardenMask(Callback):
     """Initialises the policy before the first step, and writes its final mask to a file after the last.
 
     The final mask is the policy's own answer (``policy.harden()``), unless the policy asks for more. With
-    ``candidates`` its last distinct answers compete on held-out rows, and its first, so that a short search of
-    a deep model does not end behind its start. With ``polish`` single swaps of a kept
-    and a removed unit are tried until none helps. A search may let the masks that were measured best race
-    through short recoveries (:class:`src.policies.race.Race`). ``forward_tokens`` in the file counts all of
-    this.
+    ``candidates`` its last distinct answers compete on held-out rows, and its first: a short search of a deep
+    model may end behind its start. With ``polish`` single swaps of a kept and a removed unit are tried until
+    none helps. A search may let the masks that were measured best race through short recoveries
+    (:class:`src.policies.race.Race`). ``forward_tokens`` in the file counts all of this.
 
     A search for several sizes writes a file for each, such as ``mask-0.25.json``; ``mask.json`` is then the
     mask of the largest removal.

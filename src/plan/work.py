@@ -64,9 +64,10 @@ def calibration(search: MaskSearch, streams: int = 10**6) -> float | None:
         probe.renew()
         policy.remove = policy.target
         for _, chosen, _ in choose(search, probe, ()):
-            # Further candidates are other masks of the same size.
+            # Further candidates, and the first mask, are other masks of the same size.
             share = 1.0 if policy.kind.wide else len(chosen) / policy.units
-            probe.forward += batches * share * (policy.candidates - 1)
+            others = policy.candidates if policy.candidates > 1 else 0
+            probe.forward += batches * share * others
     except TooMany:
         return None
     return probe.forward

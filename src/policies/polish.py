@@ -18,8 +18,8 @@ Measure = Callable[[Sequence[Kept], bool], Sequence[float]]
 def settle(policy: MaskPolicy, probe: Probe, recent: Sequence[Kept]) -> tuple[Kept, dict[str, float]]:
     """Choose the search's final mask on held-out rows, among what the policy allows.
 
-    The policy's ``candidates`` says how many recent masks compete, beside its first. With ``polish``, starting points that its
-    space knows compete too, and the best is improved by swaps.
+    The policy's ``candidates`` says how many recent masks compete, beside its first. With ``polish``,
+    starting points that its space knows compete too, and the best is improved by swaps.
 
     Args:
         policy: the policy at the end of its run.
