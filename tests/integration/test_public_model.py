@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
+from functools import partial
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 
 from scripts.public_model import HELD_OUT, TEXTS, text
@@ -13,27 +17,41 @@ from src.cli import run
 from src.models.layers import num_layers
 from src.models.loading import load_model
 
+LOSSES = dict(re.findall(r"^LOSS_(\w+) +:= (.+)$", Path("Makefile").read_text(), re.M))
 
-def test_the_settings_lead_to_a_proven_export(teacher_dir: str, corpus_file: str, tmp_path: Path) -> None:
-    """The search's weights and the recovery's teacher are bf16; what trains stays float32."""
+
+@pytest.fixture(scope="module")
+def recover(teacher_dir: str, corpus_file: str, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Runs two steps of the recovery of a mask that two steps of the search found; returns its directory."""
+    out = tmp_path_factory.mktemp("public")
     keys = {
         "data.init_args.tokenizer": teacher_dir, "data.init_args.train": corpus_file,
         "data.init_args.validation": corpus_file, "trainer.max_steps": 2, "trainer.accelerator": "cpu",
         "trainer.limit_val_batches": 1, "trainer.val_check_interval": 2,
-        "trainer.logger.init_args.save_dir": tmp_path, "trainer.logger.init_args.version": "",
+        "trainer.logger.init_args.save_dir": out, "trainer.logger.init_args.version": "",
     }  # fmt: skip
     shared = [f"--{key}={value}" for key, value in keys.items()]
 
-    def fit(stage: str, shipped: str, *more: str) -> None:
+    def fit(stage: str, shipped: str, *more: str, name: str) -> Path:
         files = ["--config", shipped, "--config", f"configs/public_model/{stage}.yaml"]
-        run(["fit", *files, *shared, f"--trainer.logger.init_args.name={stage}", *more])
+        run(["fit", *files, *shared, f"--trainer.logger.init_args.name={name}", *more])
+        return out / name
 
-    fewer = ["--model.init_args.remove=2", "--model.init_args.draws=1"]
-    fit("search", "configs/search/gumbel_topk.yaml", f"--model.init_args.model={teacher_dir}", *fewer)
-    mask = tmp_path / "search/mask.json"
-    fit("recover", "configs/recover/entropy_kd.yaml", f"--model.init_args.mask={mask}")
-    last = str(tmp_path / "recover/checkpoints/last.ckpt")
-    run(["export", "--mask", str(mask), "--checkpoint", last, "--out", str(tmp_path / "out")])
+    fewer = [f"--model.init_args.model={teacher_dir}", "--model.init_args.remove=2"]
+    search = "configs/search/gumbel_topk.yaml"
+    mask = fit("search", search, *fewer, "--model.init_args.draws=1", name="search") / "mask.json"
+    return partial(fit, "recover", "configs/recover/entropy_kd.yaml", f"--model.init_args.mask={mask}")
+
+
+@pytest.mark.parametrize("loss", [None, *LOSSES])
+def test_the_settings_lead_to_a_proven_export(loss: str | None, recover: Any, tmp_path: Path) -> None:
+    """The search's weights and the recovery's teacher are bf16; what trains stays float32."""
+    assert len(LOSSES) == 5
+    key, value = LOSSES[loss].split() if loss else ("weight", "linear")
+    asked = f"--model.init_args.distillation.init_args.{key}={value}"
+    at: Path = recover(asked, name=loss or "recover")
+    last = str(at / "checkpoints/last.ckpt")
+    run(["export", "--mask", str(at / "recovers.json"), "--checkpoint", last, "--out", str(tmp_path / "out")])
     model = load_model(str(tmp_path / "out"), dtype="auto")
     assert (num_layers(model.config), model.dtype) == (4, torch.float32)
 
