@@ -39,13 +39,12 @@ def settle(policy: MaskPolicy, probe: Probe, recent: Sequence[Kept]) -> tuple[Ke
     assert policy.space.legal(learned), "a policy must harden to a set of its space"
     soft = probe.divergence(policy.keep_probabilities().to(policy.logits))
 
-    worth = policy.worth()
     competing = [*reversed(recent), learned]
     if policy.polish:
-        competing += policy.space.starts(torch.tensor(worth))
+        competing += policy.space.starts(torch.tensor(policy.worth()))
     divergences = dict(zip(competing, measure(competing), strict=True))
     best = min(competing, key=divergences.__getitem__)
-    chosen = polish(best, policy.space, measure, worth) if policy.polish else best
+    chosen = polish(best, policy.space, measure) if policy.polish else best
     kl, kl_learned, kl_best = measure([chosen, learned, best])
     return chosen, {
         "kl": kl,
@@ -56,38 +55,52 @@ def settle(policy: MaskPolicy, probe: Probe, recent: Sequence[Kept]) -> tuple[Ke
     }
 
 
-def polish(
-    kept: Kept, space: Space, measure: Measure, worth: Sequence[float], swaps: int = 64, finalists: int = 8
-) -> Kept:
+def polish(kept: Kept, space: Space, measure: Measure, swaps: int = 64, finalists: int = 8) -> Kept:
     """Replace a mask by its best neighbour (one swap) for as long as that lowers its divergence.
 
-    A round has two stages, because a deep model has many swaps (768 where 16 of 64 layers go). First, the
-    swaps that most raise the total worth of the kept units are measured on the quick rows, a part of all
-    rows. Then the best of these are measured on all rows, and the one of lowest divergence is taken.
-    Divergence is heavy-tailed over rows: a few rows are enough to drop bad masks, but not to rank good ones.
+    A round has two stages, because a deep model has many swaps (768 where 16 of 64 layers go). First, swaps
+    are measured on the quick rows, a part of all rows; of too many those that :func:`promising` finds. Then
+    the best of these are measured on all rows, and the one of lowest divergence is taken. Divergence is
+    heavy-tailed over rows: a few rows are enough to drop bad masks, but not to rank good ones.
 
     Args:
         kept: kept units to start from.
         space: defines the neighbours of a mask.
         measure: divergences of masks, on all rows or on the quick ones.
-        worth: estimated value of keeping each unit (U numbers), such as the policy's logits.
-        swaps: swaps of each round that are measured on the quick rows.
+        swaps: swaps of each round that are measured on the quick rows; if there are more, half as many.
         finalists: swaps of each round that are measured on all rows.
 
     Returns:
         The kept units of the first mask that none of its finalists improves on.
     """
 
-    def loss_of_worth(swap: Kept) -> float:
-        return sum(worth[out] for out in {*kept} - {*swap}) - sum(worth[back] for back in {*swap} - {*kept})
-
     def better() -> Kept:
-        likely = sorted(space.neighbours(kept), key=loss_of_worth)[:swaps]
-        return successor(kept, likely, measure, finalists)
+        others = list(space.neighbours(kept))
+        if len(others) > swaps:
+            others = promising(kept, others, measure)[: swaps // 2]
+        return successor(kept, others, measure, finalists)
 
     while (best := better()) != kept:
         kept = best
     return kept
+
+
+def promising(kept: Kept, others: Sequence[Kept], measure: Measure) -> list[Kept]:
+    """Return a mask's neighbours, the lowest expected divergence first.
+
+    Each unit is removed, or put back, alone. What a swap is expected to cost is the sum of what its units
+    cost alone, which is exact where units do not act on each other.
+
+    Args:
+        kept: kept units of the mask.
+        others: kept units of each of its neighbours.
+        measure: divergences of masks; it is asked for the quick rows, and for sets of other sizes.
+    """
+    units = sorted({unit for other in others for unit in {*other} ^ {*kept}})
+    alone = [tuple(sorted({*kept} ^ {unit})) for unit in units]
+    at, *values = measure([kept, *alone], True)
+    cost = {unit: value - at for unit, value in zip(units, values, strict=True)}
+    return sorted(others, key=lambda other: sum(cost[unit] for unit in {*other} ^ {*kept}))
 
 
 def successor(kept: Kept, others: Sequence[Kept], measure: Measure, finalists: int) -> Kept:

@@ -200,7 +200,7 @@ def test_polish_ends_where_no_neighbour_is_better() -> None:
         ) -> list[float]:
             return table.walk([torch.zeros(12).index_fill(0, torch.tensor(kept), 1.0) for kept in masks], "")
 
-        end = polish(start, space, measure, [0.0] * 12, swaps=1000, finalists=1000)
+        end = polish(start, space, measure, swaps=1000, finalists=1000)
         assert space.legal(end)
         assert measure([end])[0] <= min(measure([start, *space.neighbours(end)]))
 
