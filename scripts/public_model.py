@@ -18,7 +18,7 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator, ScalarEvent
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.quantization_config import GgufConfig
 
@@ -69,11 +69,10 @@ def shaped(row: JSON) -> JSON:
 
 def costs(run: Path) -> JSON:
     """What search and recovery took, beside what ``plan`` said before: hours, GiB of memory, GB on disk."""
-    found = dict[str, Any]()
+    found = JSON()
     for stage in ("search", "recover"):
         at, plan = run / stage, read(run / f"{stage}.plan.json")
-        events = EventAccumulator(str(at)).Reload()
-        peak = max(event.value for event in events.Scalars("perf/peak_memory_mib"))
+        peak = max(event.value for event in scalars(at, "perf/peak_memory_mib"))
         found[stage] = {
             "hours": (plan["configured"]["hours"], read(at / "record.json")["seconds"] / 3600),
             "memory_gib": (plan["configured"]["total"] / 2**30, peak / 2**10),
@@ -85,21 +84,45 @@ def costs(run: Path) -> JSON:
     return found
 
 
+def curve(run: Path) -> list[tuple[float, float]]:
+    """How the divergence on held-out rows falls in the recovery: tokens processed, nats."""
+    tokens = {event.step: event.value for event in scalars(run / "recover", "data/tokens")}
+    return [(tokens[event.step + 1], event.value) for event in scalars(run / "recover", "val/kl")]
+
+
+def scalars(run: Path, name: str) -> list[ScalarEvent]:
+    """What a run logged under a name."""
+    found: list[ScalarEvent] = EventAccumulator(str(run)).Reload().Scalars(name)
+    return found
+
+
 def page(run: Path) -> None:
-    """Publish a run: its report, its costs, its judgement on held-out rows of the text it learned from."""
-    measured = costs(run)
-    write_json(Path(f"results/public_model_{run.name}_costs.json"), measured)
-    head = "stage | hours, planned | hours | GiB of memory, planned | memory | GB on disk, planned | disk"
-    rows = (
-        [stage, *(f"{value:,.2f}" for pair in each.values() for value in pair)]
-        for stage, each in measured.items()
-    )
-    fill(Path("docs/public_model.md"), table(head, rows, right=True), f"costs {run.name}")
-    for name in ("report", "held_out"):
-        write_json(Path(f"results/public_model_{run.name}_{name}.json"), read(run / f"{name}.json"))
+    """Publish a run: report, mask, costs, its course, and how it is judged on held-out rows of its text."""
+    took, course = costs(run), curve(run)
+    found: JSON = {"costs": took, "curve": course, "mask": read(run / "search" / "mask.json")}
+    found |= {name: read(run / f"{name}.json") for name in ("report", "held_out")}
+    for name, value in found.items():
+        write_json(Path(f"results/public_model_{run.name}_{name}.json"), value)
     lines = (run / "report.md").read_text().splitlines()
-    for name, begins in (("results", ("|", ">")), ("answers", ("<t", "</t"))):
-        fill(Path("docs/public_model.md"), [x for x in lines if x.startswith(begins)], f"{name} {run.name}")
+    parts = {
+        "results": [line for line in lines if line.startswith(("|", ">"))],
+        "answers": [line for line in lines if line.startswith(("<t", "</t"))],
+        "costs": table(
+            "stage | hours, planned | hours | GiB of memory, planned | memory | GB on disk, planned | disk",
+            (
+                [stage, *(f"{value:,.2f}" for pair in each.values() for value in pair)]
+                for stage, each in took.items()
+            ),
+            right=True,
+        ),
+        "curve": table(
+            "tokens processed | KL, held-out rows",
+            ([f"{tokens:,.0f}", f"{kl:.4f}"] for tokens, kl in course),
+            right=True,
+        ),
+    }
+    for name, part in parts.items():
+        fill(Path("docs/public_model.md"), part, f"{name} {run.name}")
 
 
 if __name__ == "__main__":
