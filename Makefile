@@ -197,18 +197,20 @@ $(CUT)/answers/recovered.jsonl: $(PUBLIC_MODELS)
 $(CUT)/benchmark.json: $(PUBLIC_MODELS)
 	$(CLI) benchmark --baseline $(PARENT) --model $(^D) --out $@
 
-# Seven ways to choose what goes, and five losses for the mask of the first; the recovery is the same short one.
+# Seven ways to choose what goes, and six losses for the mask of the first; the recovery is the same short one.
 CONTEST := $(PUBLIC)/contest$(if $(filter-out 0,$(SEED)),-s$(SEED))
 METHODS := gumbel_topk half block_influence angular sleb tail random
-LOSSES  := none linear topq reverse top10
+LOSSES  := none linear topq reverse top10 logits
 SHORT   := --trainer.max_steps 40 --trainer.limit_val_batches 0
 OF_half   := --config configs/unit/half.yaml
 OF_random := --config configs/policy/random.yaml --model.init_args.policy.init_args.masks 1
-LOSS_none    := weight none
-LOSS_linear  := weight linear
-LOSS_topq    := weight topq
-LOSS_reverse := reverse_below 0.5
-LOSS_top10   := k 10
+OF_LOSS := --model.init_args.distillation.init_args
+LOSS_none    := $(OF_LOSS).weight none
+LOSS_linear  := $(OF_LOSS).weight linear
+LOSS_topq    := $(OF_LOSS).weight topq
+LOSS_reverse := $(OF_LOSS).reverse_below 0.5
+LOSS_top10   := $(OF_LOSS).k 10
+LOSS_logits  := --model.init_args.terms null
 
 public-contest: results/public_contest.json results/public_losses.json  ## methods and losses on it under one short recovery -> docs/public_model.md (hours; resumable)
 	$(PY) -m scripts.readme_results
@@ -226,7 +228,7 @@ $(METHODS:%=$(CONTEST)/%/recover/record.json): $(CONTEST)/%/recover/record.json:
 	$(call PUBLIC_RECOVER,$(SHORT))
 
 $(CONTEST)/%/recover/record.json: $(CONTEST)/gumbel_topk/search/mask.json
-	$(call PUBLIC_RECOVER,$(SHORT) --model.init_args.distillation.init_args.$(LOSS_$(word 1,$(subst -, ,$*))) --seed_everything $(word 2,$(subst -, ,$*)) --data.init_args.seed $(word 2,$(subst -, ,$*)))
+	$(call PUBLIC_RECOVER,$(SHORT) $(LOSS_$(word 1,$(subst -, ,$*))) --seed_everything $(word 2,$(subst -, ,$*)) --data.init_args.seed $(word 2,$(subst -, ,$*)))
 
 $(METHODS:%=$(CONTEST)/%/evaluate.json): $(CONTEST)/%/evaluate.json: $(CONTEST)/%/cut/config.json $(CONTEST)/%/recovered/config.json
 	$(PUBLIC_JUDGE) --data $(PUBLIC)/text/held_out.jsonl --no-exact-match

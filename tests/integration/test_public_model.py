@@ -17,7 +17,9 @@ from src.cli import run
 from src.models.layers import num_layers
 from src.models.loading import load_model
 
-LOSSES = dict(re.findall(r"^LOSS_(\w+) +:= (.+)$", Path("Makefile").read_text(), re.M))
+MADE = Path("Makefile").read_text()
+LOSSES = dict(re.findall(r"^LOSS_(\w+) +:= (.+)$", MADE, re.M))
+PART = re.findall(r"^OF_LOSS := (.+)$", MADE, re.M)[0]
 
 
 @pytest.fixture(scope="module")
@@ -46,10 +48,9 @@ def recover(teacher_dir: str, corpus_file: str, tmp_path_factory: pytest.TempPat
 @pytest.mark.parametrize("loss", [None, *LOSSES])
 def test_the_settings_lead_to_a_proven_export(loss: str | None, recover: Any, tmp_path: Path) -> None:
     """The search's weights and the recovery's teacher are bf16; what trains stays float32."""
-    assert len(LOSSES) == 5
-    key, value = LOSSES[loss].split() if loss else ("weight", "linear")
-    asked = f"--model.init_args.distillation.init_args.{key}={value}"
-    at: Path = recover(asked, name=loss or "recover")
+    assert len(LOSSES) == 6
+    asked = LOSSES[loss].replace("$(OF_LOSS)", PART).split() if loss else []
+    at: Path = recover(*asked, name=loss or "recover")
     last = str(at / "checkpoints/last.ckpt")
     run(["export", "--mask", str(at / "recovers.json"), "--checkpoint", last, "--out", str(tmp_path / "out")])
     model = load_model(str(tmp_path / "out"), dtype="auto")
