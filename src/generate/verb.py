@@ -70,14 +70,14 @@ def main(argv: list[str]) -> None:
             torch.manual_seed(seed * of + first)
             write_json(part, written(model, stop, [prompts[n] for n in batch], places, args))
         done |= zip(batch, read_json(part), strict=True)
-    unfinished = sum(not each["finished"] for each in done.values())
     asked = [done[n] for n in sorted(done) if args.prompts or done[n]["row"]["messages"][0]["content"]]
+    unfinished = sum(not each["finished"] for each in asked)
     kept = [each for each in asked if each["finished"] or not args.finished]
     if not kept:
         raise ConfigError(
             f"--finished: none of the {len(done)} rows ended within {args.max_new_tokens} tokens. Raise "
             f"--max-new-tokens, or leave --finished out."
-            if args.finished
+            if asked
             else f"--questions: the model says nothing in {len(done)} tries. Give --prompts."
         )
     write_text(out, "".join(json.dumps(each["row"], ensure_ascii=False) + "\n" for each in kept))
@@ -99,6 +99,8 @@ def _prompts(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> li
         ConfigError: there is no row for this part, or questions would all be the same.
     """
     (first, of), read = args.part, Prompts(tokenizer, read_columns(args), args.start)
+    if args.questions and (args.limit or args.split):
+        raise ConfigError("--questions: says how many rows there are; leave out --limit and --split.")
     if args.questions and not args.temperature:
         raise ConfigError("--questions: all would be the same at --temperature 0. Add --temperature 0.7.")
     rows = None if args.questions else read_rows(args.prompts, args.limit, args.split)
@@ -154,6 +156,8 @@ def _settings(args: argparse.Namespace) -> dict[str, Any]:
     """What the rows follow from: model and prompts by their content, and the options."""
     plain = ("out", "force", "device", "model", "prompts")
     options = {key: value for key, value in vars(args).items() if key not in plain}
+    if not args.questions:
+        del options["questions"]  # rows that were begun before there was this option
     prompts = fingerprint(Source(args.prompts, split=args.split)) if args.prompts else None
     model = identity(args.model)
     return {

@@ -52,6 +52,19 @@ class Device:
         return flops / (self.tflops[dtype] * 1e12 * self.efficiency)
 
 
+@dataclass(frozen=True)
+class Tried:
+    """What a trial took (:mod:`src.plan.trial`).
+
+    Attributes:
+        seconds: median of a step, or of a batch of a cache.
+        memory: peak bytes of the process, or on a GPU of its tensors.
+    """
+
+    seconds: float
+    memory: int
+
+
 def device(name: str) -> Device:
     """Return the device of this name; ``cpu`` is this machine, whose speed is measured.
 

@@ -14,7 +14,7 @@ from jsonargparse import Namespace
 
 from src.errors import ConfigError
 from src.models.loading import Quantization, load_config, numbers
-from src.plan.devices import Device
+from src.plan.devices import Device, Tried
 from src.plan.experiment import Experiment
 from src.plan.memory import OVERHEAD, Mode, Setting, memory, strategy_name
 from src.plan.trace import Trace, trace
@@ -74,24 +74,29 @@ class Planner:
             )
         self.experiment, self.device, self.ranks = experiment, device, ranks or experiment.ranks
         self.tokens, self.steps = experiment.tokens(self.ranks, tokens)
+        self.held = 0
+        """Peak bytes of a trial; 0 without one."""
         self._traces: dict[tuple[bool, str | None], Trace] = {}
 
-    def tried(self, seconds: float, held: int) -> None:
-        """Take speed and memory from a step of the config that was run on the device.
+    def tried(self, trial: Tried) -> None:
+        """Take speed and memory from steps of the config that were run on the device.
 
-        The step's batch was a real one and counts as a full one, so hours are those of batches like it. What
-        the process held beyond the tensors that are counted is its overhead, in all ways to run; the holes
-        between tensors are still to come.
+        The batches were real ones and count as full ones, so hours are those of batches like them. What the
+        steps held beyond the tensors that are counted becomes overhead, in all ways to run; of a GPU they
+        tell the tensors only, so it comes on top. Holes between tensors are still to come.
 
         Args:
-            seconds: how long the step took.
-            held: peak bytes.
+            trial: what the steps took.
         """
+        self.held = trial.memory
         parts = self.configured.parts
-        counted = sum(parts.values()) - parts[OVERHEAD]
+        beyond = max(0, self.held - (sum(parts.values()) - parts[OVERHEAD]))
         peak = self.device.tflops[self._numbers(self.configured.precision)] * 1e12
-        reached = self._work[0] / seconds / peak
-        self.device = replace(self.device, efficiency=reached, overhead=max(0, held - counted))
+        self.device = replace(
+            self.device,
+            efficiency=self._work[0] / trial.seconds / peak,
+            overhead=beyond + (self.device.overhead if self.device.gpu else 0),
+        )
 
     def within(self, hours: float) -> int:
         """Return how many steps of the config fit into so many hours, beside what a search measures."""
@@ -260,9 +265,13 @@ class Planner:
 
     @property
     def checkpoints(self) -> int:
-        """Bytes of the checkpoints that the run keeps, at most: weights that train, optimiser's state."""
-        kept = self.experiment.callbacks.get("LastCheckpoint") or {}
-        files = int(kept.get("save_top_k", 1)) + bool(kept.get("save_last"))
+        """Bytes of the checkpoints that are there at the end: weights that train, optimiser's state."""
+        callbacks = self.experiment.callbacks
+        kept = callbacks.get("LastCheckpoint") or callbacks.get("ModelCheckpoint") or {}
+        best = int(kept.get("save_top_k", 1))
+        if best < 0:  # all
+            best = self.steps // int(kept.get("every_n_train_steps") or 1)
+        files = best + bool(kept.get("save_last"))
         return files * (4 * self.trace().trainable + self.trace().peak.get("optimiser", 0))
 
     def _numbers(self, precision: str) -> str:

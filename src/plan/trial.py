@@ -10,7 +10,6 @@ import statistics
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -19,23 +18,10 @@ from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from src.errors import ConfigError
-from src.plan.devices import this_machine
+from src.plan.devices import Tried, this_machine
 from src.plan.planner import Planner
 from src.training.memory import peak
 from src.training.running import lightning
-
-
-@dataclass(frozen=True)
-class Tried:
-    """What a trial took.
-
-    Attributes:
-        seconds: median of a step, or of a batch of a cache.
-        memory: peak bytes of the process, or on a GPU of its tensors.
-    """
-
-    seconds: float
-    memory: int
 
 
 class Enough(Exception):

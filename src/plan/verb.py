@@ -20,7 +20,7 @@ from src.data.options import amount
 from src.files import write_json
 from src.mask import git_sha
 from src.plan.advice import Advice, advise, label
-from src.plan.devices import GIB, device
+from src.plan.devices import GIB, device, this_machine
 from src.plan.experiment import Experiment
 from src.plan.planner import Estimate, Planner
 from src.plan.trial import check, tried
@@ -31,16 +31,19 @@ def main(argv: list[str]) -> None:
     """Plan the run, print the tables and the recommendation, write the JSON."""
     args, rest = _parse(argv)
     planner = Planner(
-        Experiment(rest, args.ratio, args.length), device(args.device), args.devices, args.tokens
+        Experiment(rest, args.ratio, args.length),
+        device(args.device or (args.trial and this_machine()) or "cpu"),
+        args.devices,
+        args.tokens,
     )
     if args.trial:
         check(args.trial, planner)
-        trial = tried(rest, planner.experiment.stage, args.trial)
-        planner.tried(trial.seconds, trial.memory)
+        planner.tried(tried(rest, planner.experiment.stage, args.trial))
     configured = planner.configured
     advice = advise(planner, args.disk)
     record = summary(planner, configured, advice)
     record["trial"], record["within"] = args.trial, None
+    record["trial_bytes"] = planner.held
     if args.hours:
         steps = planner.within(args.hours)
         record["within"] = {
@@ -126,12 +129,13 @@ def _print(plan: dict[str, Any], configured: Estimate, advice: Advice) -> None:
         "distinct tokens, at most": f"{plan['distinct_tokens']:,}" if plan["distinct_tokens"] else "",
         "cache of these tokens": f"{plan['cache_bytes']['expected'] / 1e9:,.2f} GB ("
         f"{plan['cache_bytes']['raw'] / 1e9:,.2f} before compression)",
-        "checkpoints on disk, at most": f"{plan['checkpoint_bytes'] / 1e9:,.2f} GB"
+        "checkpoints that stay": f"{plan['checkpoint_bytes'] / 1e9:,.2f} GB"
         if plan["checkpoint_bytes"]
         else "",
         "streams that masks share": f"{plan['remembered_bytes'] / GIB:,.2f} GiB, at most"
         if plan["remembered_bytes"]
         else "",
+        "memory of the trial": f"{plan['trial_bytes'] / GIB:,.2f} GiB" if plan["trial"] else "",
         "repair before the first step": "not counted" if plan["repair"] else "",
         "operations": f"{configured.flops:.3g}",
         "hours": f"{configured.hours:,.2f} (at {spec['efficiency']:.0%} of the peak: {source})",
@@ -147,8 +151,7 @@ def _print(plan: dict[str, Any], configured: Estimate, advice: Advice) -> None:
     ways = [("as configured", configured)]
     if advice.best is not None and advice.best != configured:
         ways.append(("recommended", advice.best))
-    reached = f", as {plan['trial']} steps reached" if plan["trial"] else ""
-    memory = Table(title=f"Peak memory of a rank, GiB{reached}; {spec['memory'] / GIB:,.1f} are there")
+    memory = Table(title=f"Peak memory of a rank, GiB; {spec['memory'] / GIB:,.1f} are there")
     memory.add_column("part")
     for name, _ in ways:
         memory.add_column(name, justify="right")
@@ -172,7 +175,10 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
         "--model.init_args.model configs/models/qwen3-32b.json.",
     )
     add = parser.add_argument
-    add("--device", default="cpu", help="a name in configs/devices.json, such as h100 (default: cpu)")
+    add(
+        "--device",
+        help="a name in configs/devices.json, such as h100 (default: cpu; with --trial this)",
+    )
     add("--devices", type=positive, metavar="N", help="how many (default: as the config says)")
     add(
         "--ratio",
@@ -197,7 +203,7 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
         "--trial",
         type=positive,
         metavar="N",
-        help="run N steps here after a first one, on its weights and text, for the hours; nothing is kept",
+        help="run N steps here after a first one, on its weights and text, for hours and memory",
     )
     add(
         "--hours",

@@ -39,7 +39,8 @@ class MaskPolicy(nn.Module, ABC):
         always_keep: layers that may not be removed, such as ``[0, -1]``; negative counts from the end.
         seed: seed of the policy's own draws.
         candidates: number of masks, the last distinct ones that :meth:`harden` gave in training, of which the
-            best on held-out rows becomes the final one; 1 is the plain answer of the method.
+            best on held-out rows becomes the final one, or the first mask if that is better; 1 is the plain
+            answer of the method.
         polish: whether exchanges of a removed and a kept unit are tried on held-out rows for as long as they
             help.
     """
@@ -256,7 +257,7 @@ class MaskPolicy(nn.Module, ABC):
     def worth(self) -> list[float]:
         """Return how much each of the U units is worth keeping: by default its logit.
 
-        The polish tries the exchanges first that promise most by this.
+        Starts of the polish and a race are found by it.
         """
         return self.logits.tolist()
 

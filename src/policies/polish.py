@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from math import isfinite, isnan
 
 import torch
 
@@ -13,6 +14,8 @@ from src.units.spaces import Kept, Space
 
 Measure = Callable[[Sequence[Kept], bool], Sequence[float]]
 """Called as ``measure(masks, quick)``; returns their divergences, on a part of the rows if ``quick``."""
+HUGE = 1e6
+"""Counts for a divergence that overflowed, nats."""
 
 
 def settle(policy: MaskPolicy, probe: Probe, recent: Sequence[Kept]) -> tuple[Kept, dict[str, float]]:
@@ -43,7 +46,7 @@ def settle(policy: MaskPolicy, probe: Probe, recent: Sequence[Kept]) -> tuple[Ke
     if policy.polish:
         competing += policy.space.starts(torch.tensor(policy.worth()))
     divergences = dict(zip(competing, measure(competing), strict=True))
-    best = min(competing, key=divergences.__getitem__)
+    best = best_of(competing, [divergences[kept] for kept in competing])
     chosen = polish(best, policy.space, measure) if policy.polish else best
     kl, kl_learned, kl_best = measure([chosen, learned, best])
     return chosen, {
@@ -59,25 +62,33 @@ def polish(kept: Kept, space: Space, measure: Measure, swaps: int = 64, finalist
     """Replace a mask by its best neighbour (one swap) for as long as that lowers its divergence.
 
     A round has two stages, because a deep model has many swaps (768 where 16 of 64 layers go). First, swaps
-    are measured on the quick rows, a part of all rows; of too many those that :func:`promising` finds. Then
-    the best of these are measured on all rows, and the one of lowest divergence is taken. Divergence is
-    heavy-tailed over rows: a few rows are enough to drop bad masks, but not to rank good ones.
+    are measured on the quick rows, a part of all rows; of too many those whose units promise most alone
+    (:func:`gains`). Then the best of these are measured on all rows, and the one of lowest divergence is
+    taken. Divergence is heavy-tailed over rows: a few rows are enough to drop bad masks, but not to rank good
+    ones.
 
     Args:
         kept: kept units to start from.
         space: defines the neighbours of a mask.
         measure: divergences of masks, on all rows or on the quick ones.
-        swaps: swaps of each round that are measured on the quick rows; if there are more, half as many.
+        swaps: swaps of each round that are measured on the quick rows. If there are more, half as many are,
+            and each unit alone; of more than twice so many units in the first round only.
         finalists: swaps of each round that are measured on all rows.
 
     Returns:
         The kept units of the first mask that none of its finalists improves on.
     """
+    gain = dict[int, float]()
+
+    def loss(swap: Kept) -> float:
+        return sum(gain[out] for out in {*kept} - {*swap}) - sum(gain[back] for back in {*swap} - {*kept})
 
     def better() -> Kept:
         others = list(space.neighbours(kept))
         if len(others) > swaps:
-            others = promising(kept, others, measure)[: swaps // 2]
+            if len(gain) <= 2 * swaps:
+                gain.update(gains(kept, others, measure))
+            others = sorted(others, key=loss)[: swaps // 2]
         return successor(kept, others, measure, finalists)
 
     while (best := better()) != kept:
@@ -85,22 +96,22 @@ def polish(kept: Kept, space: Space, measure: Measure, swaps: int = 64, finalist
     return kept
 
 
-def promising(kept: Kept, others: Sequence[Kept], measure: Measure) -> list[Kept]:
-    """Return a mask's neighbours, the lowest expected divergence first.
+def gains(kept: Kept, others: Sequence[Kept], measure: Measure) -> dict[int, float]:
+    """Return what keeping each unit lowers the divergence by, with all other units as they are in a mask.
 
-    Each unit is removed, or put back, alone. What a swap is expected to cost is the sum of what its units
-    cost alone, which is exact where units do not act on each other.
+    Where units do not act on each other, a swap lowers it by just the difference of its units.
 
     Args:
         kept: kept units of the mask.
-        others: kept units of each of its neighbours.
+        others: kept units of its neighbours; the units that they exchange are measured.
         measure: divergences of masks; it is asked for the quick rows, and for sets of other sizes.
     """
     units = sorted({unit for other in others for unit in {*other} ^ {*kept}})
-    alone = [tuple(sorted({*kept} ^ {unit})) for unit in units]
-    at, *values = measure([kept, *alone], True)
-    cost = {unit: value - at for unit, value in zip(units, values, strict=True)}
-    return sorted(others, key=lambda other: sum(cost[unit] for unit in {*other} ^ {*kept}))
+    measured = measure([kept, *(tuple(sorted({*kept} ^ {unit})) for unit in units)], True)
+    at, *values = (value if isfinite(value) else HUGE for value in measured)
+    return {
+        unit: value - at if unit in kept else at - value for unit, value in zip(units, values, strict=True)
+    }
 
 
 def successor(kept: Kept, others: Sequence[Kept], measure: Measure, finalists: int) -> Kept:
@@ -115,5 +126,5 @@ def successor(kept: Kept, others: Sequence[Kept], measure: Measure, finalists: i
         finalists: how many others are measured on all rows.
     """
     few = dict(zip(others, measure(others, True), strict=True))
-    field = [kept, *sorted(others, key=few.__getitem__)[:finalists]]
+    field = [kept, *sorted(others, key=lambda each: (isnan(few[each]), few[each]))[:finalists]]
     return best_of(field, measure(field, False))

@@ -81,8 +81,12 @@ def command(out: Path, parent: Path, shared: Path) -> list[str]:
     ]  # fmt: skip
 
 
+ALONE = os.environ | {"OMP_NUM_THREADS": "1"}
+"""The last bits depend on the number of threads."""
+
+
 def finish(argv: Sequence[str]) -> None:
-    done = subprocess.run(argv, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    done = subprocess.run(argv, capture_output=True, text=True, env=ALONE)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
 
 
@@ -108,7 +112,7 @@ def test_killed_at_random_it_ends_with_the_same(parent: Path, shared: Path, tmp_
     argv, chance = command(killed, parent, shared), random.Random(1)
     for _ in range(KILLS):
         quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-        running = subprocess.Popen(argv, start_new_session=True, **quiet)  # type: ignore[call-overload]
+        running = subprocess.Popen(argv, start_new_session=True, env=ALONE, **quiet)  # type: ignore[call-overload]
         try:
             running.wait(chance.uniform(5, 45))
         except subprocess.TimeoutExpired:

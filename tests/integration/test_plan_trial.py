@@ -12,11 +12,11 @@ from src.cli import run
 from src.errors import ConfigError
 from src.mask import Mask
 from src.plan import trial, verb
-from src.plan.devices import device
+from src.plan.devices import Tried, device
 from src.plan.experiment import Experiment
 from src.plan.memory import OVERHEAD
 from src.plan.planner import Planner
-from src.plan.trial import Enough, Marks, Tried
+from src.plan.trial import Enough, Marks
 from tests.planning import CACHE, PLENTY, RECOVER, SEARCH, planner_of
 
 
@@ -79,10 +79,10 @@ def test_steps_are_timed_and_nothing_is_left(
 def test_a_trial_scales_hours_and_tells_the_overhead(tmp_path: Path) -> None:
     planner = planner_of(tmp_path, SEARCH)
     before = planner.configured
-    planner.tried(2.0, 0)
+    planner.tried(Tried(2.0, 0))
     slow = planner.configured
     tensors = {part: count for part, count in before.parts.items() if part != OVERHEAD}
-    planner.tried(1.0, sum(tensors.values()) + 1000)
+    planner.tried(Tried(1.0, sum(tensors.values()) + 1000))
     fast = planner.configured
     assert slow.hours == pytest.approx(2 * fast.hours)
     assert slow.flops == fast.flops == before.flops

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from scripts.public_model import HELD_OUT, TEXTS, text
+from scripts import public_model
+from scripts.public_model import HELD_OUT, TEXTS, curve, text
 from src.cli import run
 from src.models.layers import num_layers
 from src.models.loading import load_model
@@ -57,8 +58,19 @@ def test_the_settings_lead_to_a_proven_export(loss: str | None, recover: Any, tm
     assert (num_layers(model.config), model.dtype) == (4, torch.float32)
 
 
-def test_every_row_is_trained_on_or_held_out(tmp_path: Path) -> None:
+def test_the_course_of_a_recovery_ends_with_its_last_step(recover: Any) -> None:
+    """The last validation comes after the last batch, of which nothing more is logged."""
+    at: Path = recover("--trainer.log_every_n_steps=1", "--trainer.val_check_interval=1", name="run/recover")
+    (first, _), (last, kl) = curve(at.parent)
+    assert 0 < first < last == json.loads((at / "record.json").read_text())["tokens"]
+    assert kl > 0
+
+
+def test_rows_that_are_taken_are_trained_on_or_held_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Problems and own chats are chats, all else stays text; the same rows come out in every run."""
+    monkeypatch.setattr(public_model, "TEXTS", dict.fromkeys(TEXTS, 70))
     count, data, own = 90, tmp_path / "shared" / "data", tmp_path / "own.jsonl"
     data.mkdir(parents=True)
     for name in TEXTS:
@@ -77,6 +89,6 @@ def test_every_row_is_trained_on_or_held_out(tmp_path: Path) -> None:
     train, held = found[0]
     assert found[0] == found[1]
     assert len(held) == 4 * HELD_OUT
-    assert len({*train, *held}) == len(train) + len(held) == 4 * count
-    assert sum("messages" in json.loads(row) for row in [*train, *held]) == 2 * count
+    assert len({*train, *held}) == len(train) + len(held) == 3 * 70 + count
+    assert sum("messages" in json.loads(row) for row in [*train, *held]) == 70 + count
     assert all(json.dumps(row) in {*train, *held} for row in said)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import pytest
@@ -81,3 +82,30 @@ def test_it_measures_few_swaps_on_all_rows_and_none_twice_in_a_round() -> None:
     rounds.clear()
     polish(next(iter(space)), space, measure, swaps=20, finalists=2)
     assert rounds == [(True, 20), exact] * (len(rounds) // 2), "where there are few, all"
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_masks_that_overflow_are_passed_over(bad: float) -> None:
+    """Masks without unit 8 overflow; the polish leaves such a start, and finds the best of the others."""
+    space, costs = AnyOf(9, 5), Costs(AnyOf(9, 5), 0, pairs=0.0)
+
+    def measure(masks: Sequence[Kept], quick: bool = False) -> list[float]:
+        return [costs.of(kept) if 8 in kept else bad for kept in masks]
+
+    for start in ((0, 1, 2, 3, 4), (0, 1, 2, 3, 8)):
+        end = polish(start, space, measure, swaps=6, finalists=2)
+        assert measure([end])[0] == min(costs.of(kept) for kept in space if 8 in kept)
+
+
+def test_of_many_units_each_is_measured_alone_in_the_first_round_only() -> None:
+    space, seen = AnyOf(40, 20), list[int]()
+    costs = Costs(space, 1, pairs=0.0)
+
+    def measure(masks: Sequence[Kept], quick: bool = False) -> list[float]:
+        seen.append(len(masks))
+        return costs.measure(masks)
+
+    polish(tuple(range(20)), space, measure, swaps=16, finalists=2)
+    assert seen[:3] == [41, 8, 3]
+    assert len(seen) > 6
+    assert max(seen[3:]) == 8

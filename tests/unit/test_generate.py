@@ -254,6 +254,7 @@ def test_questions_that_cannot_be_asked_are_refused(chatty: str, teacher_dir: st
     ask = ["--questions", "7", "--out", str(tmp_path / "own.jsonl"), "--device", "cpu"]
     for model, more, told in (
         (chatty, [], "all would be the same at --temperature 0"),
+        (chatty, ["--temperature", "1", "--limit", "3"], "leave out --limit and --split"),
         (teacher_dir, ["--temperature", "1"], "has no chat template"),
         (chatty, ["--temperature", "1", "--part", "8/9"], "--questions: 7 rows, none for part 8/9"),
     ):
@@ -264,3 +265,13 @@ def test_questions_that_cannot_be_asked_are_refused(chatty: str, teacher_dir: st
     tokenizer.chat_template = "{{ raise_exception('no') if not messages[0].content.isascii() }}"
     with pytest.raises(ConfigError, match="--questions: a question: the chat template refuses"):
         Prompts(tokenizer, Columns(), 3).questions(1)
+
+
+def test_a_question_ends_where_the_template_ends_a_turn(chatty: str) -> None:
+    """What ends it is no stop token of many models, which go on and answer."""
+    tokenizer = AutoTokenizer.from_pretrained(chatty)
+    tokenizer.chat_template = "{% for m in messages %}<user>{{ m.content }}?{% endfor %}"
+    (asks,) = Prompts(tokenizer, Columns(), 3).questions(1)
+    for said, asked in (("1 + 2? 3", "1 + 2"), ("1 + 2", "1 + 2"), ("? 3", "")):
+        new = tokenizer(said, add_special_tokens=False).input_ids
+        assert asks.row(new) == {"messages": [{"role": "user", "content": asked}]}
