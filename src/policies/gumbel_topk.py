@@ -49,12 +49,13 @@ class GumbelTopK(MaskPolicy):
             (ShortGPT), ``salience`` (the gates' gradients, one backward pass), ``zeros``, or ``random``
             (normal, by the seed). Scores go through a logarithm and are standardised, those of KV groups or
             channels within their layer.
-        init_scale: standard deviation of the initial logits.
+        init_scale: standard deviation of the initial logits. A larger one keeps the first draws near the
+            start, as a deep model needs of which most masks tell nothing (docs/public_model.md).
         temperature: softness of the relaxation; :class:`src.callbacks.TemperatureAnnealing` moves it.
         always_keep: layers that may not be removed, such as ``[0, -1]``.
         seed: seed of the noise.
-        candidates: how many of the last distinct masks compete on held-out rows. The last mask is not always
-            the best: E3-Pruner's own results do not improve steadily with the budget.
+        candidates: how many of the last distinct masks compete on held-out rows, with the first. The last
+            mask is not always the best: E3-Pruner's own results do not improve steadily with the budget.
         polish: try single swaps of a removed and a kept layer on held-out rows.
     """
 
