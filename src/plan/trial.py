@@ -1,7 +1,6 @@
 """Measure a few real steps of the run that is planned, on this machine: ``plan --trial 3``.
 
-The run begins as ``fit`` or ``predict`` begins it, with its weights and its text, in a directory of its own
-that is gone afterwards, and is ended after these steps.
+The run begins as ``fit`` or ``predict`` begins it, and ends after these steps; its directory is removed.
 """
 
 from __future__ import annotations
@@ -87,8 +86,7 @@ def tried(argv: Sequence[str], stage: str, steps: int) -> Tried:
         try:
             lightning(["predict" if stage == "cache" else "fit", *argv, *elsewhere, *marks])
         except Enough as enough:
-            seconds = statistics.median(end - begin for begin, end in pairwise(enough.marks))
-            return Tried(seconds, enough.memory)
+            return Tried(statistics.median(b - a for a, b in pairwise(enough.marks)), enough.memory)
     raise ConfigError(f"--trial: {steps} given, and the text ended before. Give less, or more text.")
 
 

@@ -22,8 +22,8 @@ from torch import Tensor
 
 from src.policies.measuring import Probe
 from src.policies.one_shot import OneShot
-from src.policies.polish import successor
 from src.policies.random_search import best_of
+from src.policies.swaps import successor
 from src.ranges import Count, Natural, checked
 from src.units.spaces import Kept
 

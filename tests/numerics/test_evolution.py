@@ -19,7 +19,7 @@ from src.mask import Unit
 from src.plan.work import calibration
 from src.policies import LevelSwitch, MaskPolicy, RandomSearch, SegmentEvolution, Tail
 from src.policies.measuring import Measure, Probe
-from src.policies.polish import successor
+from src.policies.swaps import successor
 from src.search import MaskSearch
 from src.units.spaces import Kept
 from tests.numerics.test_polish import Costs
