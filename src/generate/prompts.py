@@ -12,16 +12,13 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from src.data.chat import rendered
+from src.data.chat import render, rendered
 from src.data.columns import Columns
 from src.data.documents import Chat, read_chat, read_parts
 from src.data.formats import WHERE, Row
 from src.data.judging import Rows
 from src.data.rendering import Rendering
 from src.errors import ConfigError
-
-_MARK = "\ue000"
-"""Stands for what a user says; private use, so that no template has it."""
 
 
 @dataclass(frozen=True)
@@ -117,11 +114,12 @@ class Prompts:
                 "--questions: the tokenizer has no chat template, so the model knows no user who asks. Take "
                 "an instruction-tuned model, or give --prompts."
             )
-        turn, where = {"role": "user", "content": _MARK}, "--questions: a question"
-        before, mark, after = rendered([turn], None, where, self.rendering, "").partition(_MARK)
-        if not mark:
+        turn, where = {"role": "user", "content": "?"}, "--questions: a question"
+        text, spans = render([turn], None, [True], where, self.rendering, "")
+        if not spans:
             raise ConfigError("--questions: the chat template rewrites what a user says. Give --prompts.")
-        ids, end = self.tokenizer(before, add_special_tokens=False).input_ids, after.strip()
+        begin, stop = spans[0]
+        ids, end = self.tokenizer(text[:begin], add_special_tokens=False).input_ids, text[stop:].strip()
 
         def row(new: list[int]) -> dict[str, Any]:
             said, ended, _ = str(self.tokenizer.decode(new)).partition(end) if end else ("", "", "")

@@ -103,12 +103,14 @@ def _prompts(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> li
         raise ConfigError("--questions: says how many rows there are; leave out --limit and --split.")
     if args.questions and not args.temperature:
         raise ConfigError("--questions: all would be the same at --temperature 0. Add --temperature 0.7.")
-    rows = None if args.questions else read_rows(args.prompts, args.limit, args.split)
-    known = range(args.questions) if rows is None else rows
-    if not known[first::of]:
-        given = f"--prompts: '{args.prompts}' has" if args.prompts else "--questions:"
-        raise ConfigError(f"{given} {len(known) or 'no'} rows, none for part {first}/{of}.")
-    return read.questions(len(known[first::of])) if rows is None else read(rows[first::of])
+    if args.questions:
+        given, number, prompts = "--questions:", args.questions, read.questions(args.questions)[first::of]
+    else:
+        rows = read_rows(args.prompts, args.limit, args.split)
+        given, number, prompts = f"--prompts: '{args.prompts}' has", len(rows), read(rows[first::of])
+    if not prompts:
+        raise ConfigError(f"{given} {number or 'no'} rows, none for part {first}/{of}.")
+    return prompts
 
 
 @torch.inference_mode()

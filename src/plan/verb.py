@@ -177,7 +177,7 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     add = parser.add_argument
     add(
         "--device",
-        help="a name in configs/devices.json, such as h100 (default: cpu; with --trial this)",
+        help="a name in configs/devices.json, such as h100 (default: cpu; with --trial this machine)",
     )
     add("--devices", type=positive, metavar="N", help="how many (default: as the config says)")
     add(
@@ -203,7 +203,8 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
         "--trial",
         type=positive,
         metavar="N",
-        help="run N steps here after a first one, on its weights and text, for hours and memory",
+        help="run N steps here after a first one, on its weights and text, for hours and memory; nothing is "
+        "kept",
     )
     add(
         "--hours",

@@ -45,6 +45,11 @@ class RandomSearch(OneShot):
         return self.gates(best_of(masks, probe.walk([self.gates(kept) for kept in masks], "random masks")))
 
 
+def ranked(masks: Sequence[Kept], values: Sequence[float]) -> list[Kept]:
+    """Return masks by their values, the lowest first; equal ones stay in their order, NaN comes last."""
+    return [masks[i] for i in sorted(range(len(masks)), key=lambda i: (math.isnan(values[i]), values[i]))]
+
+
 def best_of(masks: Sequence[Kept], values: Sequence[float]) -> Kept:
     """Return the first of the masks that has the lowest value; NaN never wins against a number."""
-    return masks[min(range(len(masks)), key=lambda i: (math.isnan(values[i]), values[i]))]
+    return ranked(masks, values)[0]

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from math import isfinite, isnan
+from math import isfinite
 
-from src.policies.random_search import best_of
+from src.policies.random_search import best_of, ranked
 from src.units.spaces import Kept
 
 Measure = Callable[[Sequence[Kept], bool], Sequence[float]]
@@ -43,6 +43,5 @@ def successor(kept: Kept, others: Sequence[Kept], measure: Measure, finalists: i
         measure: divergences of masks, on all rows or on the quick ones.
         finalists: how many others are measured on all rows.
     """
-    few = dict(zip(others, measure(others, True), strict=True))
-    field = [kept, *sorted(others, key=lambda each: (isnan(few[each]), few[each]))[:finalists]]
+    field = [kept, *ranked(others, measure(others, True))[:finalists]]
     return best_of(field, measure(field, False))

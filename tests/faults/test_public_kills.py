@@ -68,15 +68,14 @@ def shared(tmp_path: Path) -> Path:
 
 def command(out: Path, parent: Path, shared: Path) -> list[str]:
     """Two layers of 30 go; the checkpoints are those of the shipped configs, of each 25 and 100 steps."""
-    (venv := out / "venv/bin").mkdir(parents=True)
-    (venv / "python").symlink_to(sys.executable)
-    for there in (venv.parent, out):
+    (venv := out / "venv").mkdir(parents=True)
+    for there in (venv, out):
         (there / ".installed").touch()
     search = "--trainer.max_steps 60 --model.init_args.draws 1 --trainer.accelerator cpu"
     recover = "--trainer.max_steps 210 --trainer.val_check_interval 105 --trainer.accelerator cpu"
     return [
         "make", "--no-print-directory", "public-model", "KEEP=28", f"PUBLIC={out}", f"PARENT={parent}",
-        f"SHARED={shared}", f"SEARCH={search}", f"RECOVER={recover}", f"VENV={venv.parent}",
+        f"SHARED={shared}", f"SEARCH={search}", f"RECOVER={recover}", f"VENV={venv}",
         f"PY={sys.executable}",
     ]  # fmt: skip
 
@@ -99,9 +98,14 @@ def results(out: Path) -> dict[str, Any]:
     found |= {path.name: path.read_text() for path in (cut / "answers").glob("*.jsonl")}
     mask = json.loads((cut / "search/mask.json").read_text())
     found["mask"] = (mask["keep"], mask["metrics"])
-    for name in ("evaluate.json", "held_out.json"):
-        told = json.loads((cut / name).read_text().replace(str(out), "OUT"))
-        found[name] = [[(key, row[key]) for key in ("kl", "agreement")] for row in told["models"]]
+    judged = {
+        "evaluate.json": ("kl", "agreement"),
+        "held_out.json": ("kl", "agreement"),
+        "tasks.json": ("tasks",),
+    }
+    for name, keys in judged.items():
+        told = json.loads((cut / name).read_text())
+        found[name] = [[row[key] for key in keys] for row in told["models"]]
     return found
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -90,6 +91,9 @@ def test_a_trial_scales_hours_and_tells_the_overhead(tmp_path: Path) -> None:
     assert slow.parts == {**tensors, OVERHEAD: holes}, "less than what is counted: shorter rows"
     assert fast.parts == {**tensors, OVERHEAD: holes + 1000}
     assert planner.device.tflops == PLENTY.tflops, "the peak stays what it is"
+    planner.device = replace(planner.device, overhead=7)
+    planner.tried(Tried(1.0, sum(tensors.values()) + 1000))
+    assert planner.configured.parts[OVERHEAD] == holes + 1007, "of a GPU a trial tells the tensors alone"
 
 
 @pytest.mark.parametrize("config", [SEARCH, RECOVER, CACHE])

@@ -36,14 +36,16 @@ def recover(teacher_dir: str, corpus_file: str, tmp_path_factory: pytest.TempPat
     shared = [f"--{key}={value}" for key, value in keys.items()]
 
     def fit(stage: str, shipped: str, *more: str, name: str) -> Path:
-        files = ["--config", shipped, "--config", f"configs/public_model/{stage}.yaml"]
-        run(["fit", *files, *shared, f"--trainer.logger.init_args.name={name}", *more])
+        files = [*shipped.split(), f"configs/public_model/{stage}.yaml"]
+        configs = [part for file in files for part in ("--config", file)]
+        run(["fit", *configs, *shared, f"--trainer.logger.init_args.name={name}", *more])
         return out / name
 
     fewer = [f"--model.init_args.model={teacher_dir}", "--model.init_args.remove=2"]
     search = "configs/search/gumbel_topk.yaml"
     mask = fit("search", search, *fewer, "--model.init_args.draws=1", name="search") / "mask.json"
-    return partial(fit, "recover", "configs/recover/entropy_kd.yaml", f"--model.init_args.mask={mask}")
+    kd = "configs/recover/entropy_kd.yaml configs/recover/hidden_states.yaml"
+    return partial(fit, "recover", kd, f"--model.init_args.mask={mask}")
 
 
 @pytest.mark.parametrize("loss", [None, *LOSSES])
