@@ -131,8 +131,9 @@ PUBLIC_SEARCH = $(if $(PLANNED),-)$(CLI) $(VERB) --config configs/search/gumbel_
 PUBLIC_RECOVER = $(if $(PLANNED),-)$(CLI) $(VERB) --config configs/recover/entropy_kd.yaml --config configs/recover/hidden_states.yaml \
   --config configs/public_model/recover.yaml --model.init_args.mask $< $(PUBLIC_FIT) $(1)
 PUBLIC_JUDGE = $(CLI) evaluate --teacher $(PARENT) --model $(^D) --max-length 256 --batch-size 8 --dtype bfloat16 --supervise all --out $@
-PUBLIC_TASKS = HF_HUB_OFFLINE=1 $(CLI) evaluate --teacher $(PARENT) --model $(^D) --include-path configs/tasks --data-dir $(SHARED)/data/eval \
+PUBLIC_TASKS = HF_HUB_OFFLINE=1 $(CLI) evaluate $(BESIDE) --model $(^D) --include-path configs/tasks --data-dir $(SHARED)/data/eval \
   --limit 500 --dtype bfloat16 --out $@ --tasks
+BESIDE = --teacher $(PARENT)
 PUBLIC_MODELS = $(CUT)/cut/config.json $(CUT)/recovered/config.json
 .PRECIOUS: %.json %.jsonl
 
@@ -209,7 +210,7 @@ $(CUT)/benchmark.json: $(PUBLIC_MODELS)
 CONTEST := $(PUBLIC)/contest$(if $(filter-out 0,$(SEED)),-s$(SEED))
 METHODS := gumbel_topk half block_influence angular sleb tail random
 LOSSES  := none linear topq reverse top10 logits
-SHORT   := --trainer.max_steps 40 --trainer.limit_val_batches 0
+SHORT   := --trainer.max_steps 32 --trainer.limit_val_batches 0
 OF_half   := --config configs/unit/half.yaml
 OF_random := --config configs/policy/random.yaml --model.init_args.policy.init_args.masks 1
 OF_LOSS := --model.init_args.distillation.init_args
@@ -247,6 +248,7 @@ $(METHODS:%=$(CONTEST)/%/evaluate.json): $(CONTEST)/%/evaluate.json: $(CONTEST)/
 $(CONTEST)/%/evaluate.json: $(CONTEST)/%/recovered/config.json
 	$(PUBLIC_JUDGE) --data $(PUBLIC)/text/held_out.jsonl --no-exact-match
 
+$(CONTEST)/%/tasks.json: private BESIDE =
 $(CONTEST)/%/tasks.json: $(CONTEST)/%/recovered/config.json | $(PUBLIC)/.installed
 	$(PUBLIC_TASKS) lambada_openai_local
 

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from src.errors import ConfigError
 from src.evaluate.intervals import interval
+from src.losses.kl import blocks
 from src.losses.signals import FLOOR
 from src.models.vocabulary import within
 from src.training.progress import track
@@ -100,12 +101,21 @@ def row_sums(
         labels_N = labels_BT[judged_BT]
         own_NV = _logits(student, batch)
         other_NV = own_NV if teacher is None else _logits(teacher, batch).to(student.device)
-        parts = zip(*(x.split(chunk) for x in (own_NV, other_NV, labels_N)), strict=True)
-        compared_NC = torch.cat([_compare(*part) for part in parts])
+        chunks = zip(*(x.split(chunk) for x in (own_NV, other_NV, labels_N)), strict=True)
+        compared_NC = torch.cat([_compare(*part) for each in chunks for part in blocks(*each)])
         row_N = judged_BT.nonzero()[:, 0]
         sums_BC = compared_NC.new_zeros(len(labels_BT), len(ROW_SUMS)).index_add_(0, row_N, compared_NC)
         rows.append(sums_BC.cpu())
     return torch.cat(rows)
+
+
+def of_teacher(sums_RC: Tensor) -> Tensor:
+    """Return the teacher's own sums, from those of a model that was compared with it; same shape.
+
+    The teacher's loss is its whole vocabulary's either way, so it need not read the rows once more alone.
+    """
+    _, loss_R, _, _, tokens_R = sums_RC.unbind(-1)
+    return torch.stack([loss_R, loss_R, torch.zeros_like(loss_R), tokens_R, tokens_R], -1)
 
 
 def _logits(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:

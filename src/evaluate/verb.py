@@ -20,6 +20,7 @@ import sys
 import time
 from typing import Any
 
+import torch
 from rich.table import Table
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -36,7 +37,7 @@ from src.evaluate.flips import flips
 from src.evaluate.generate import greedy, new_tokens, stop_tokens
 from src.evaluate.intervals import matched
 from src.evaluate.routed import Turn, home, joined, turns
-from src.evaluate.text import row_sums
+from src.evaluate.text import of_teacher, row_sums
 from src.files import write_json
 from src.models.loading import load_tokenizer, shared_positions
 from src.ranges import natural, positive
@@ -127,18 +128,21 @@ def main(argv: list[str]) -> None:
     parts = list[tuple[Turn, dict[str, Any], Tensor]]()
     for result, model in each_model(args, tokenizer):  # in a zip, a model would outlive its turn
         turn = next(order)
-        mine = [encoded.rows[number] for number in turn.numbers]
-        text = batches(mine, args.batch_size, tokenizer.pad_token_id or 0)
-        parts.append((turn, result, row_sums(model, teacher, text)))
         if task:
             new, size, own = args.max_new_tokens, args.batch_size, [rows[number] for number in turn.numbers]
             result |= exact_match(model, tokenizer, own, columns, new, size, positions)
-        if turn.last:
+        if args.teacher and teacher is None:
+            teacher, first = model, (turn, result)  # its loss is measured beside the first model's
+        else:
+            mine = [encoded.rows[number] for number in turn.numbers]
+            text = batches(mine, args.batch_size, tokenizer.pad_token_id or 0)
+            parts.append((turn, result, row_sums(model, teacher, text)))
+        if parts and turn.last:
+            if teacher is not None and not results:
+                sums_RC = of_teacher(torch.cat([sums for _, _, sums in parts]))
+                results.append(joined([(*first, sums_RC)], False) | {"kl": 0.0, "agreement": 1.0})
             results.append(joined(parts, teacher is not None))
             parts = []
-        if args.teacher and teacher is None:
-            teacher = model
-            results[0] |= {"kl": 0.0, "agreement": 1.0}
         origin = provenance("evaluate", argv, model)
         del model
     if task and teacher is not None:

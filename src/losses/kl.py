@@ -177,7 +177,7 @@ class _DenseKL(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits_nV: Tensor, log_p_nV: Tensor, into_nV: Tensor) -> Tensor:
         ctx.difference, values = into_nV, list[Tensor]()
-        for x, log_p, difference in _blocks(logits_nV, log_p_nV, into_nV):
+        for x, log_p, difference in blocks(logits_nV, log_p_nV, into_nV):
             log_q, p = x.log_softmax(-1).clamp_min_(FLOOR), log_p.exp()
             values.append((log_p - log_q).mul_(p).sum(-1))
             torch.sub(log_q.exp_(), p, out=difference)
@@ -189,7 +189,7 @@ class _DenseKL(torch.autograd.Function):
         return ctx.difference.mul_(g_n[:, None]), None, None
 
 
-def _blocks(*tensors_nV: Tensor) -> Iterator[tuple[Tensor, ...]]:
+def blocks(*tensors_nV: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """Yield the rows of tensors a few at a time, so that what is done to them stays in a processor's cache.
 
     On other devices the rows come all at once.

@@ -18,7 +18,7 @@ from src.data.documents import Columns
 from src.data.judging import batches, judged, read_rows
 from src.errors import ConfigError
 from src.evaluate.generate import greedy, stop_tokens
-from src.evaluate.text import held_out
+from src.evaluate.text import held_out, of_teacher, row_sums
 from src.evaluate.verb import exact_match, flips, main
 from tests.marks import slow
 from tests.tiny import tiny_ids, tiny_model
@@ -117,6 +117,14 @@ def test_a_model_judged_beside_itself_is_perfect(models, tokenizer, rows) -> Non
     figures = held_out(teacher, teacher, text)
     assert (figures["kl"], figures["agreement"]) == (0.0, 1.0)
     assert figures["loss"] == figures["teacher_loss"]
+
+
+def test_a_teacher_judged_beside_a_model_is_as_judged_alone(models, tokenizer, rows) -> None:
+    text = list(batches(judged(tokenizer, rows, QA, "all").rows, 4, 0))
+    beside = row_sums(*models, text)
+    alone = row_sums(models[1], None, text)
+    assert torch.equal(of_teacher(beside), alone)
+    assert not torch.equal(beside, alone)
 
 
 def test_rows_without_supervised_tokens_are_refused(models, tokenizer, rows) -> None:
