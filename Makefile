@@ -212,7 +212,7 @@ METHODS := gumbel_topk half block_influence angular sleb tail random
 LOSSES  := none linear topq reverse top10 logits
 SHORT   := --trainer.max_steps 32 --trainer.limit_val_batches 0
 OF_half   := --config configs/unit/half.yaml
-OF_random := --config configs/policy/random.yaml --model.init_args.policy.init_args.masks 1
+OF_random := --model.init_args.policy.init_args.masks 1
 OF_LOSS := --model.init_args.distillation.init_args
 LOSS_none    := $(OF_LOSS).weight none
 LOSS_linear  := $(OF_LOSS).weight linear
@@ -230,9 +230,10 @@ results/public_contest.json: $(METHODS:%=$(CONTEST)/%/evaluate.json)
 results/public_losses.json: $(foreach loss,$(LOSSES),$(foreach seed,0 1,$(CONTEST)/$(loss)-$(seed)/evaluate.json $(CONTEST)/$(loss)-$(seed)/tasks.json))
 	$(CLI) compare $(sort $(^D)) --json $@
 
+METHOD_OF = $(notdir $(patsubst %/search/,%,$(dir $@)))
 $(METHODS:%=$(CONTEST)/%/search/mask.json): $(PUBLIC_TEXT)
 	$(BEGINS)
-	$(call PUBLIC_SEARCH,$(or $(OF_$(notdir $(patsubst %/search/,%,$(dir $@)))),--config configs/policy/$(notdir $(patsubst %/search/,%,$(dir $@))).yaml))
+	$(call PUBLIC_SEARCH,$(addprefix --config ,$(wildcard configs/policy/$(METHOD_OF).yaml)) $(OF_$(METHOD_OF)))
 
 $(METHODS:%=$(CONTEST)/%/recover/record.json): $(CONTEST)/%/recover/record.json: $(CONTEST)/%/search/mask.json
 	$(BEGINS)

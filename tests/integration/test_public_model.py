@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import re
+import subprocess
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -94,3 +95,11 @@ def test_rows_that_are_taken_are_trained_on_or_held_out(
     assert len({*train, *held}) == len(train) + len(held) == 3 * 70 + count
     assert sum("messages" in json.loads(row) for row in [*train, *held]) == 70 + count
     assert all(json.dumps(row) in {*train, *held} for row in said)
+
+
+@pytest.mark.parametrize("target", ["demo", "public-model", "public-contest", "headline", "recovery", "fair-fight"])
+def test_every_config_that_a_target_names_is_there(target: str) -> None:
+    made = subprocess.run(["make", "-nB", target], capture_output=True, text=True, check=True).stdout
+    named = set(re.findall(r"configs/[\w/.-]+\.yaml", made))
+    assert named
+    assert [name for name in sorted(named) if not Path(name).is_file()] == []
