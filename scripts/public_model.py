@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.quantization_config import GgufConfig
 
 from scripts.lab.pages import fill, table
-from scripts.lab.results import JSON, options, read
+from scripts.lab.results import JSON, options, origin, read
 from src.data.judging import read_rows
 from src.files import whole, write_json, write_text
 
@@ -108,27 +108,23 @@ def scalars(run: Path, name: str) -> list[ScalarEvent]:
 def page(run: Path) -> None:
     """Publish a run: report, mask, costs, its course, and how it is judged on held-out rows of its text."""
     took, course = costs(run), curve(run)
-    found: JSON = {"costs": took, "curve": course, "mask": read(run / "search" / "mask.json")}
-    found |= {name: read(run / f"{name}.json") for name in ("report", "held_out")}
+    found: JSON = {"costs": {**origin(), "stages": took}, "curve": {**origin(), "points": course}}
+    for name in ("report", "held_out", "search/mask"):
+        found[Path(name).name] = read(run / f"{name}.json")
     for name, value in found.items():
         write_json(Path(f"results/public_model_{run.name}_{name}.json"), value)
     lines = (run / "report.md").read_text().splitlines()
+    spent = ([stage, *(f"{n:,.2f}" for pair in each.values() for n in pair)] for stage, each in took.items())
+    points = ([f"{tokens:,.0f}", f"{kl:.4f}"] for tokens, kl in course)
     parts = {
         "results": [line for line in lines if line.startswith(("|", ">"))],
         "answers": [line for line in lines if line.startswith(("<t", "</t"))],
         "costs": table(
             "stage | hours, planned | hours | GiB of memory, planned | memory | GB on disk, planned | disk",
-            (
-                [stage, *(f"{value:,.2f}" for pair in each.values() for value in pair)]
-                for stage, each in took.items()
-            ),
+            spent,
             right=True,
         ),
-        "curve": table(
-            "tokens processed | KL, held-out rows",
-            ([f"{tokens:,.0f}", f"{kl:.4f}"] for tokens, kl in course),
-            right=True,
-        ),
+        "curve": table("tokens processed | KL, held-out rows", points, right=True),
     }
     for name, part in parts.items():
         fill(Path("docs/public_model.md"), part, f"{name} {run.name}")

@@ -26,11 +26,14 @@ from src.files import write_text
 from src.mask import Mask
 from src.report.compare import tables, turned
 from src.report.figures import AMBER, INK, SLATE, TEAL, half_strip, styled, svg, tokens_text
+from src.report.pages import table_of
 from src.units.kinds import KINDS
 from src.vision import verb as vision
 
 HALVES = (0, 1, 2, 5, 6, 7, 8, 11, 12, 13, 14, 15, 16, 19, 20, 21, 22, 23)
 """The mask by hand of docs/units.md, of 12 layers: no result, an example."""
+PUBLIC = "**A real model.** [SmolLM2-135M-Instruct](docs/public_model.md), on one core. `make public-model`"
+SHOWN = ("layers", "parameters", "held-out KL, nats", "perplexity", "decode, tokens/s")
 OUTCOMES, MISSING = ("pass", "refused", "cannot be built", "WRONG"), "not measured yet"
 
 
@@ -73,9 +76,9 @@ def scores(row: JSON) -> list[float]:
 
 def main() -> None:
     """Fill the pages, and draw the figures of the README and of docs/units.md."""
-    parts = {"headline": text_lines, "read_once": text_lines, "mask_quality": mask_lines,
-             "search_step": step_lines, "export_matrix": lambda x: [f"**Export.** {counted(x)}"],
-             "fair_fight": fight_lines}  # fmt: skip
+    parts = {"headline": text_lines, "read_once": text_lines, "public_model_22_report": public_lines,
+             "mask_quality": mask_lines, "search_step": step_lines,
+             "export_matrix": lambda x: [f"**Export.** {counted(x)}"], "fair_fight": fight_lines}  # fmt: skip
     lines = [["", *make(found)] for name, make in parts.items() if (found := read(name))]
     write_text("docs/figures/headline.svg", svg(curve(read("read_once"), read("headline"))))
     example = Mask("any", 12, HALVES, "by hand", unit="half")
@@ -174,11 +177,13 @@ def judged_lines(found: JSON) -> list[str]:
     """What ``evaluate --out`` wrote: each model beside the teacher."""
     rows, keys = list[list[str]](), ("exact_match", "agreement", "kl")
     for row in (found["teacher"], *found["models"]):
-        flips = "{lost} / {gained}".format(**row.get("flips", {"lost": "-", "gained": "-"}))
+        flips = "{lost} / {gained}".format(**row["flips"]) if "flips" in row else "-"
         ends = " [{:.4g}, {:.4g}]".format(*row["kl_interval"]) if "kl_interval" in row else ""
         *told, kl = (f"{row[key]:.4g}" if key in row else "-" for key in keys)
         rows.append([row["path"], *told, kl + ends, flips])
-    return [*table("model | exact match | agreement | KL | lost / gained", rows), "", f"`{found['command']}`"]
+    every = zip(("model", "exact match", "agreement", "KL", "lost / gained"), *rows, strict=True)
+    head, *rows = map(list, zip(*(column for column in every if {*column[1:]} != {"-"}), strict=True))
+    return [*table(" | ".join(head), rows), "", f"`{found['command']}`"]
 
 
 def compared_lines(found: JSON) -> list[str]:
@@ -219,6 +224,13 @@ def matrix_lines(matrix: JSON) -> list[str]:
         why = [f"{', '.join(units)}: {shorten(t, 200, placeholder=' ...')}" for t, units in told.items() if t]
         rows.append([family, *(row[unit]["result"] for unit in KINDS), " ".join(why)])
     return [counted(matrix), "", *table(" | ".join(["family", *KINDS, "limits, or the reason"]), rows)]
+
+
+def public_lines(report: JSON) -> list[str]:
+    """The public model in short: the report without its costs."""
+    head, *rows = table_of(report)
+    told = (row for row in rows if row[0] in SHOWN or row[0].endswith(", acc"))
+    return [PUBLIC, "", *table(" | ".join(head), told)]
 
 
 def fight_lines(fight: JSON, ratio: float = 0.25) -> list[str]:

@@ -121,7 +121,9 @@ def budgets_of(report: Record) -> list[list[str]]:
 def _score(record: Record | None) -> str:
     if record is None:
         return "-"
-    return f"{record['score']:.4g}" + (f"  ({record['ratio']:.3g}x)" if "ratio" in record else "")
+    beside = [f"{record['ratio']:.3g}x"] if "ratio" in record else []
+    beside += [f"p = {record['flips']['p']:.2g}"] if "flips" in record else []
+    return f"{record['score']:.4g}" + (f"  ({', '.join(beside)})" if beside else "")
 
 
 def headline(report: Record) -> str:

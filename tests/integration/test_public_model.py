@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import re
+import shlex
 import subprocess
 from functools import partial
 from pathlib import Path
@@ -18,7 +19,9 @@ from scripts.public_model import HELD_OUT, TEXTS, curve, text
 from src.cli import run
 from src.models.layers import num_layers
 from src.models.loading import load_model
+from tests.blocks import run_by
 
+PAGE = Path("docs/public_model.md")
 MADE = Path("Makefile").read_text()
 LOSSES = dict(re.findall(r"^LOSS_(\w+) +:= (.+)$", MADE, re.M))
 PART = re.findall(r"^OF_LOSS := (.+)$", MADE, re.M)[0]
@@ -97,9 +100,62 @@ def test_rows_that_are_taken_are_trained_on_or_held_out(
     assert all(json.dumps(row) in {*train, *held} for row in said)
 
 
-@pytest.mark.parametrize("target", ["demo", "public-model", "public-contest", "headline", "recovery", "fair-fight"])
-def test_every_config_that_a_target_names_is_there(target: str) -> None:
-    made = subprocess.run(["make", "-nB", target], capture_output=True, text=True, check=True).stdout
+@pytest.fixture
+def shared(tmp_path: Path) -> Path:
+    """The files that the targets ask for, empty."""
+    for name in re.findall(r"^\| `([\w./]+)` \| ", PAGE.read_text(), re.M):
+        (file := tmp_path / "data" / name).parent.mkdir(parents=True, exist_ok=True)
+        file.touch()
+    return tmp_path
+
+
+def printed(target: str, shared: Path, *words: str) -> str:
+    """What make would run."""
+    argv = ["make", "-nB", target, f"SHARED={shared}", *words]
+    return subprocess.run(argv, capture_output=True, text=True, check=True).stdout
+
+
+@pytest.mark.parametrize("target", ["public-model", "public-contest"])
+def test_what_is_missing_is_told_before_anything_is_done(target: str, shared: Path) -> None:
+    (shared / "data/eval/piqa.jsonl").unlink()
+    told = subprocess.run(["make", "-n", target, f"SHARED={shared}"], capture_output=True, text=True)
+    assert (told.returncode, told.stdout) == (2, "")
+    assert f"SHARED: no {shared}/data/eval/piqa.jsonl; accepted" in told.stderr
+
+
+@pytest.mark.parametrize("target", ["public-model", "public-contest", "headline", "fair-fight"])
+def test_a_target_names_configs_that_are_there_and_keeps_what_it_makes(target: str, shared: Path) -> None:
+    made = printed(target, shared)
     named = set(re.findall(r"configs/[\w/.-]+\.yaml", made))
     assert named
     assert [name for name in sorted(named) if not Path(name).is_file()] == []
+    assert not re.search(r"^rm ", made, re.M), "make would delete what it takes for a step in between"
+
+
+def test_the_page_prints_the_commands_of_the_target(shared: Path) -> None:
+    made = re.sub(
+        r"\$\(\((\d+) - (\d+)\)\)", lambda m: str(int(m[1]) - int(m[2])), printed("public-model", shared)
+    )
+    run = [shlex.split(line.partition("python ")[2]) for line in made.splitlines() if "python -m" in line]
+    shown = [line for block in run_by("make public-model", [PAGE]) for line in block.lines]
+    assert len(shown) > 10
+    for _, *words in shown:
+        assert [word.replace("../shared", str(shared)) for word in words] in run
+
+
+@pytest.mark.parametrize(
+    "words", [["RECOVER=--trainer.max_steps 9"], ["SEARCH=--x 1"], ["SEED=1"], ["PARENT=a/b"]]
+)
+@pytest.mark.parametrize("target", ["public-model", "public-contest"])
+def test_only_the_runs_of_the_page_are_published(target: str, words: list[str], shared: Path) -> None:
+    publishes = r"public_model page|readme_results|results/"
+    assert re.search(publishes, printed(target, shared))
+    if target == "public-model" or words[0].startswith(("SEED", "PARENT")):  # the contest reads no others
+        assert not re.search(publishes, printed(target, shared, *words))
+
+
+def test_parents_of_one_name_have_places_of_their_own(shared: Path) -> None:
+    places = {
+        re.search(r"report --run (\S+)", printed("public-model", shared, f"PARENT={x}/m"))[1] for x in "ab"
+    }  # type: ignore[index]
+    assert places == {"logs/public-model-a--m/22", "logs/public-model-b--m/22"}
