@@ -123,7 +123,15 @@ def prompt(row: TokenRow) -> list[int]:
     return row.ids[:first]
 
 
+def by_length(rows: list[TokenRow]) -> list[int]:
+    """Return the places of rows from the shortest to the longest, those of one length as they stand."""
+    return sorted(range(len(rows)), key=lambda place: len(rows[place].ids))
+
+
 def batches(rows: list[TokenRow], batch_size: int, pad: int) -> Iterator[Batch]:
-    """Yield batches of rows of similar length, padded on the right by the token ``pad``."""
+    """Yield batches of rows of similar length, padded on the right by the token ``pad``.
+
+    They come in the order of :func:`by_length`.
+    """
     padded = Padded(batch_size, sys.maxsize, pad)
     return map(padded.collate, padded.plan(rows, None))

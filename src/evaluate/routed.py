@@ -12,9 +12,11 @@ from torch import Tensor
 
 from src.errors import ConfigError
 from src.evaluate.intervals import matched
-from src.evaluate.text import figures
+from src.evaluate.text import ROW_SUMS, figures
 from src.files import read_json
 from src.routing.router import CARD, FILE, Router
+
+KL, TOKENS = ROW_SUMS.index("kl"), ROW_SUMS.index("tokens")
 
 
 @dataclass(frozen=True)
@@ -92,15 +94,19 @@ def joined(parts: Sequence[tuple[Turn, dict[str, Any], Tensor]], teacher: bool) 
 
     Args:
         parts: each checkpoint, its result, and its sums for each row (:func:`src.evaluate.text.row_sums`).
-        teacher: whether the sums compare with a teacher.
+        teacher: whether the sums compare with a teacher. Then ``row_kl`` and ``row_tokens`` are each row's
+            KL, summed over its tokens, and their number, so that evaluations can be compared row by row.
     """
     (first, result, _), everything = parts[0], torch.cat([sums for _, _, sums in parts])
     out = {"path": first.owner, "parameters": result["parameters"], "layers": result["layers"]}
     out |= figures(everything, first.owner, teacher)
+    places = [number for turn, _, _ in parts for number in turn.numbers]
+    if teacher:
+        in_order = everything[torch.tensor(places).argsort()]
+        out |= {"row_kl": in_order[:, KL].tolist(), "row_tokens": in_order[:, TOKENS].tolist()}
     if first.path != first.owner:
         out["routed"] = {Path(turn.path).name: len(turn.numbers) for turn, _, _ in parts}
     if "correct" in result:
-        places = [number for turn, _, _ in parts for number in turn.numbers]
         for key in ("correct", "texts"):
             said = [each for _, own, _ in parts for each in own[key]]
             out[key] = [value for _, value in sorted(zip(places, said, strict=True))]

@@ -29,7 +29,7 @@ from src.command import Parser, each_model, provenance, show
 from src.data.arithmetic import final_answer
 from src.data.columns import Columns
 from src.data.formats import WHERE
-from src.data.judging import Rows, batches, content, judged, prompt, read_rows
+from src.data.judging import Rows, batches, by_length, content, judged, prompt, read_rows
 from src.data.options import COLUMN_OPTIONS, add_columns, read_columns
 from src.errors import ConfigError
 from src.evaluate import tasks
@@ -136,7 +136,8 @@ def main(argv: list[str]) -> None:
         else:
             mine = [encoded.rows[number] for number in turn.numbers]
             text = batches(mine, args.batch_size, tokenizer.pad_token_id or 0)
-            parts.append((turn, result, row_sums(model, teacher, text)))
+            as_given = torch.tensor(by_length(mine)).argsort()
+            parts.append((turn, result, row_sums(model, teacher, text)[as_given]))
         if parts and turn.last:
             if teacher is not None and not results:
                 sums_RC = of_teacher(torch.cat([sums for _, _, sums in parts]))

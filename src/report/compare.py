@@ -13,9 +13,12 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from src.command import Parser, new_file, rich_table, show
 from src.errors import ConfigError
 from src.evaluate.flips import flips
+from src.evaluate.intervals import interval
 from src.files import write_json, write_text
 from src.mask import git_sha
 from src.report import figures
@@ -60,8 +63,9 @@ def pair(one: RunFiles, other: RunFiles) -> Record:
 
     Returns:
         ``runs``, their names; ``removed_by_both`` and ``removed_by_either``, numbers of units, if the masks
-        choose among the same units; ``lost``, ``gained`` and ``p`` of the second against the first
-        (:func:`src.evaluate.flips.flips`), if both were judged by the same rows.
+        choose among the same units. If both were judged by the same rows: ``lost``, ``gained`` and ``p`` of
+        the second against the first (:func:`src.evaluate.flips.flips`); and ``kl`` and ``cut_kl``, the
+        second's less the first's, paired by rows (:func:`src.evaluate.intervals.interval`).
     """
     found: Record = {"runs": [one.name, other.name]}
     masks = [mask for mask in (one.mask, other.mask) if mask is not None]
@@ -71,6 +75,10 @@ def pair(one: RunFiles, other: RunFiles) -> Record:
     rows = {run.evaluate.get("content") for run in (one, other)}
     if len(rows) == 1 and None not in rows and one.verdicts and other.verdicts:
         found |= flips(other.verdicts, one.verdicts)
+    if len(rows) == 1 and None not in rows:
+        ours, theirs = one.row_kl, other.row_kl
+        for key in [key for key in ours if key in theirs and np.array_equal(ours[key][1], theirs[key][1])]:
+            found[key] = interval(theirs[key][:1] - ours[key][:1], ours[key][1])
     return found
 
 
@@ -88,6 +96,12 @@ def tables(compared: Record) -> list[list[list[str]]]:
     names = [run["name"] for run in compared["runs"]]
     scores = table_of({"models": compared["runs"]})
     scores = [["", *names], *scores[1:], *_more(compared["runs"])]
+    against = {each["runs"][1]: each for each in compared["pairs"] if each["runs"][0] == names[0]}
+    for key, label in (("cut_kl", "KL of the cut"), ("kl", "KL")):
+        if any(key in each for each in against.values()):
+            cells = ("{value:+.4f} [{low:.4f}, {high:.4f}]".format(**against[name][key])
+                     if key in against.get(name, {}) else "-" for name in names)  # fmt: skip
+            scores.append([f"{label}, less that of {names[0]}", *cells])
     found = [["setting", *names]]
     for key, values in compared["settings"].items():
         found.append([key, *(_text(values[name]) if name in values else "-" for name in names)])

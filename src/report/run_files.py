@@ -8,10 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from src.data.distinct import Distinct
 from src.errors import ConfigError
+from src.evaluate.intervals import Array
 from src.mask import Mask
 from src.report.run import STAGES, Record, read_record, read_rows
 from src.report.verb import judged, models_of
@@ -79,6 +81,16 @@ class RunFiles:
         """Whether the last model that was judged is right on each row; empty without such a judgement."""
         listed = judged(self.evaluate)
         return [verdict == "1" for verdict in listed[-1].get("correct", "")] if listed else []
+
+    @property
+    def row_kl(self) -> dict[str, Array]:
+        """Each row's KL, summed over its tokens, and their number, ``[2, R]``: of ``kl`` and ``cut_kl``.
+
+        These are the last model that was judged, and its cut.
+        """
+        *others, last = self.evaluate.get("models") or [{}]
+        named = [*(("cut_kl", m) for m in others if Path(m["path"]).name == "cut"), ("kl", last)]
+        return {key: np.array([m["row_kl"], m["row_tokens"]]) for key, m in named if "row_kl" in m}
 
     @property
     def figures(self) -> Record:

@@ -113,7 +113,7 @@ def test_a_routed_export_of_equal_checkpoints_is_judged_as_one_of_them(
     replace(router, bias_U=torch.stack([-middle, middle])).save(out / "router.safetensors")
     card = out / "router.json"
     card.write_text(json.dumps({"models": [{"directory": "0"}, {"directory": "1"}]}))
-    argv = ["evaluate", "--data", corpus_file, "--limit=12", "--max-new-tokens=3"]
+    argv = ["evaluate", "--teacher", teacher_dir, "--data", corpus_file, "--limit=12", "--max-new-tokens=3"]
     run([*argv, "--model", str(out), str(out / "0"), str(out), "--out", str(tmp_path / "figures.json")])
     first, plain, again = json.loads((tmp_path / "figures.json").read_text())["models"]
     assert {*first["routed"].values()} == {6}
@@ -121,6 +121,9 @@ def test_a_routed_export_of_equal_checkpoints_is_judged_as_one_of_them(
     for key in ("exact_match", "correct", "samples", "tokens", "new_tokens", "layers", "parameters"):
         assert first[key] == plain[key] == again[key], key
     assert first["loss"] == pytest.approx(plain["loss"], rel=1e-5)
+    assert first["row_tokens"] == plain["row_tokens"]
+    assert first["row_kl"] == pytest.approx(plain["row_kl"], rel=1e-4)
+    assert sum(plain["row_kl"]) / sum(plain["row_tokens"]) == pytest.approx(plain["kl"])
     card.write_text(json.dumps({"models": [{"directory": "0"}]}))
     with pytest.raises(ConfigError, match="names 1 checkpoints, and its router 2"):
         run([*argv, "--model", str(out)])

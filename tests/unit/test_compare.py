@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -15,7 +16,7 @@ from safetensors.torch import save_file
 
 from src.data.judging import content, read_rows
 from src.errors import ConfigError
-from src.files import write_json
+from src.files import read_json, write_json
 from src.mask import Mask
 from src.report import compare as verb
 from src.report.compare import differences, tables
@@ -114,6 +115,22 @@ def test_what_runs_cost_is_the_sum_of_their_stages_and_a_row_read_twice_is_one(r
     assert (three["tokens"], three["seconds"], three["distinct_tokens"]) == (50, 5.0, 70)
     assert (one["exact_match"], one["kl"], one["mask_kl"], one["removed"]) == (0.75, 0.5, 0.25, "[2, 3]")
     assert not {"exact_match", "kl", "mask_kl", "removed"} & set(three)
+
+
+def test_divergences_are_compared_row_by_row(runs: list[Path]) -> None:
+    """What all rows share does not blur a difference: it is exact where each row differs by the same."""
+    tokens, shared = np.array([10.0, 20.0, 30.0, 40.0]), np.array([1.0, 90.0, 3.0, 400.0])
+    for run, more in zip(runs[:2], (0.0, 0.25), strict=True):
+        told = read_json(run / "evaluate.json")
+        told["models"][-1] |= {"row_kl": [*(shared + more * tokens)], "row_tokens": [*tokens]}
+        write_json(run / "evaluate.json", told)
+    found = compared(*runs)
+    assert found["pairs"][0]["kl"] == pytest.approx({"value": 0.25, "low": 0.25, "high": 0.25})
+    cells = {row[0]: row[1:] for row in tables(found)[0]}
+    assert cells["KL, less that of one"] == ["-", "+0.2500 [0.2500, 0.2500]", "-"]
+    assert compared(*runs[1::-1])["pairs"][0]["kl"]["value"] == -found["pairs"][0]["kl"]["value"]
+    write_json(runs[1] / "evaluate.json", told | {"content": "other rows"})
+    assert "kl" not in compared(*runs)["pairs"][0]
 
 
 def test_what_a_run_does_not_have_is_a_dash(runs: list[Path]) -> None:

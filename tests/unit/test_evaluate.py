@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import weakref
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from src import command
 from src.data.arithmetic import build_tokenizer, problems
 from src.data.documents import Columns
-from src.data.judging import batches, judged, read_rows
+from src.data.judging import batches, by_length, judged, read_rows
 from src.errors import ConfigError
 from src.evaluate.generate import greedy, stop_tokens
 from src.evaluate.text import held_out, of_teacher, row_sums
@@ -125,6 +126,16 @@ def test_a_teacher_judged_beside_a_model_is_as_judged_alone(models, tokenizer, r
     alone = row_sums(models[1], None, text)
     assert torch.equal(of_teacher(beside), alone)
     assert not torch.equal(beside, alone)
+
+
+def test_batches_come_by_length(tokenizer, rows) -> None:
+    encoded = judged(tokenizer, rows, QA, "all").rows
+    encoded += [replace(row, ids=row.ids[::-1]) for row in encoded]  # as long, and another
+    read = list[list[int]]()
+    for batch in batches(encoded, 5, 0):
+        lengths = batch["attention_mask"].sum(-1).tolist()
+        read += [row[:n] for row, n in zip(batch["input_ids"].tolist(), lengths, strict=True)]
+    assert read == [encoded[place].ids for place in by_length(encoded)]
 
 
 def test_rows_without_supervised_tokens_are_refused(models, tokenizer, rows) -> None:
