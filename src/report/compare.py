@@ -7,6 +7,7 @@ stage, as a fit leaves it. What a run does not have is shown as "-".
 from __future__ import annotations
 
 import argparse
+import math
 import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import combinations
@@ -65,7 +66,8 @@ def pair(one: RunFiles, other: RunFiles) -> Record:
         ``runs``, their names; ``removed_by_both`` and ``removed_by_either``, numbers of units, if the masks
         choose among the same units. If both were judged by the same rows: ``lost``, ``gained`` and ``p`` of
         the second against the first (:func:`src.evaluate.flips.flips`); and ``kl`` and ``cut_kl``, the
-        second's less the first's, paired by rows (:func:`src.evaluate.intervals.interval`).
+        second's less the first's, paired by rows (:func:`src.evaluate.intervals.interval`), if both are
+        distances from one teacher.
     """
     found: Record = {"runs": [one.name, other.name]}
     masks = [mask for mask in (one.mask, other.mask) if mask is not None]
@@ -75,11 +77,20 @@ def pair(one: RunFiles, other: RunFiles) -> Record:
     rows = {run.evaluate.get("content") for run in (one, other)}
     if len(rows) == 1 and None not in rows and one.verdicts and other.verdicts:
         found |= flips(other.verdicts, one.verdicts)
-    if len(rows) == 1 and None not in rows:
+    if len(rows) == 1 and None not in rows and _one_teacher(one.evaluate, other.evaluate):
         ours, theirs = one.row_kl, other.row_kl
         for key in [key for key in ours if key in theirs and np.array_equal(ours[key][1], theirs[key][1])]:
             found[key] = interval(theirs[key][:1] - ours[key][:1], ours[key][1])
     return found
+
+
+def _one_teacher(one: Record, other: Record) -> bool:
+    """Return whether two evaluations measure the distance from one teacher: as named, as typed, as good."""
+    teachers = [told.get("teacher") or {} for told in (one, other)]
+    named = {
+        (teacher.get("path"), told.get("dtype")) for teacher, told in zip(teachers, (one, other), strict=True)
+    }
+    return len(named) == 1 and math.isclose(*(teacher.get("loss", 0.0) for teacher in teachers), rel_tol=1e-4)
 
 
 def compare(runs: Sequence[RunFiles]) -> Record:

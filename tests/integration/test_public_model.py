@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import re
 import shlex
 import subprocess
@@ -109,27 +110,50 @@ def shared(tmp_path: Path) -> Path:
     return tmp_path
 
 
+MAKES = ("MAKE", "MFLAGS", "PARENT", "PUBLIC", "KEEP", "CUT", "SEED", "SEARCH", "RECOVER", "SHARED", "E3_")
+"""Variables of the environment that would tell make another thing: make sets some of them itself."""
+
+
+def make(*words: str) -> subprocess.CompletedProcess[str]:
+    """What make would run, from nothing."""
+    env = {key: value for key, value in os.environ.items() if not key.startswith(MAKES)}
+    argv = ["make", "--no-print-directory", "-nB", *words]
+    return subprocess.run(argv, capture_output=True, text=True, env=env)
+
+
 def printed(target: str, shared: Path, *words: str) -> str:
-    """What make would run."""
-    argv = ["make", "-nB", target, f"SHARED={shared}", *words]
-    return subprocess.run(argv, capture_output=True, text=True, check=True).stdout
+    done = make(target, f"SHARED={shared}", *words)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
-@pytest.mark.parametrize("target", ["public-model", "public-contest"])
-def test_what_is_missing_is_told_before_anything_is_done(target: str, shared: Path) -> None:
+def test_what_is_missing_is_told_before_anything_is_done(shared: Path) -> None:
+    def told(*words: str) -> str:
+        done = make("public-model", *words)
+        assert (done.returncode, done.stdout) == (2, "")
+        return done.stderr
+
+    assert "SHARED: 'my data' given; accepted" in told("SHARED=my data")
+    assert "KEEP: '31' given; accepted: 1 to 29" in told(f"SHARED={shared}", "KEEP=31")
     (shared / "data/eval/piqa.jsonl").unlink()
-    told = subprocess.run(["make", "-n", target, f"SHARED={shared}"], capture_output=True, text=True)
-    assert (told.returncode, told.stdout) == (2, "")
-    assert f"SHARED: no {shared}/data/eval/piqa.jsonl; accepted" in told.stderr
+    assert f"SHARED: no {shared}/data/eval/piqa.jsonl; accepted" in told(f"SHARED={shared}")
+    assert printed("public-contest", shared), "which does not read it"
 
 
-@pytest.mark.parametrize("target", ["public-model", "public-contest", "headline", "fair-fight"])
+@pytest.mark.parametrize("target", ["public-model", "public-contest", "headline", "fair-fight", "on-policy"])
 def test_a_target_names_configs_that_are_there_and_keeps_what_it_makes(target: str, shared: Path) -> None:
-    made = printed(target, shared)
+    made = printed(target, shared) if target.startswith("public") else make(target).stdout
     named = set(re.findall(r"configs/[\w/.-]+\.yaml", made))
     assert named
     assert [name for name in sorted(named) if not Path(name).is_file()] == []
     assert not re.search(r"^rm ", made, re.M), "make would delete what it takes for a step in between"
+
+
+def test_each_method_of_the_contest_has_its_overlay(shared: Path) -> None:
+    methods = re.findall(r"^METHODS := (.+)$", MADE, re.M)[0].split()
+    made = printed("public-contest", shared)
+    overlays = re.findall(r"search.yaml +--config configs/(?:policy|unit)/(\w+)\.yaml", made)
+    assert sorted([*overlays, "gumbel_topk"]) == sorted(methods)
 
 
 def test_the_page_prints_the_commands_of_the_target(shared: Path) -> None:
@@ -144,14 +168,20 @@ def test_the_page_prints_the_commands_of_the_target(shared: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "words", [["RECOVER=--trainer.max_steps 9"], ["SEARCH=--x 1"], ["SEED=1"], ["PARENT=a/b"]]
-)
-@pytest.mark.parametrize("target", ["public-model", "public-contest"])
+    ("target", "words"),
+    [
+        ("public-model", ["RECOVER=--trainer.max_steps 9"]),
+        ("public-model", ["SEARCH=--x 1"]),
+        ("public-model", ["CUT=logs/public-model/22", "KEEP=25"]),
+        *((target, words) for target in ("public-model", "public-contest") for words in (
+            ["SEED=1"], ["PARENT=a/b"], ["PARENT=a/b", "PUBLIC=logs/public-model"], ["PUBLIC=logs/x"],
+        )),
+    ],
+)  # fmt: skip
 def test_only_the_runs_of_the_page_are_published(target: str, words: list[str], shared: Path) -> None:
     publishes = r"public_model page|readme_results|results/"
     assert re.search(publishes, printed(target, shared))
-    if target == "public-model" or words[0].startswith(("SEED", "PARENT")):  # the contest reads no others
-        assert not re.search(publishes, printed(target, shared, *words))
+    assert not re.search(publishes, printed(target, shared, *words))
 
 
 def test_parents_of_one_name_have_places_of_their_own(shared: Path) -> None:

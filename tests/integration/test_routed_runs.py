@@ -122,6 +122,7 @@ def test_a_routed_export_of_equal_checkpoints_is_judged_as_one_of_them(
         assert first[key] == plain[key] == again[key], key
     assert first["loss"] == pytest.approx(plain["loss"], rel=1e-5)
     assert first["row_tokens"] == plain["row_tokens"]
+    assert first["kl_interval"] == pytest.approx(plain["kl_interval"], rel=1e-4)
     assert first["row_kl"] == pytest.approx(plain["row_kl"], rel=1e-4)
     assert sum(plain["row_kl"]) / sum(plain["row_tokens"]) == pytest.approx(plain["kl"])
     card.write_text(json.dumps({"models": [{"directory": "0"}]}))

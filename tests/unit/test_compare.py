@@ -129,8 +129,10 @@ def test_divergences_are_compared_row_by_row(runs: list[Path]) -> None:
     cells = {row[0]: row[1:] for row in tables(found)[0]}
     assert cells["KL, less that of one"] == ["-", "+0.2500 [0.2500, 0.2500]", "-"]
     assert compared(*runs[1::-1])["pairs"][0]["kl"]["value"] == -found["pairs"][0]["kl"]["value"]
-    write_json(runs[1] / "evaluate.json", told | {"content": "other rows"})
-    assert "kl" not in compared(*runs)["pairs"][0]
+    other = {"dtype": "bfloat16"}, {"teacher": told["teacher"] | {"loss": 9.0}}, {"content": "other rows"}
+    for differs in other:
+        write_json(runs[1] / "evaluate.json", told | differs)
+        assert "kl" not in compared(*runs)["pairs"][0]
 
 
 def test_what_a_run_does_not_have_is_a_dash(runs: list[Path]) -> None:
