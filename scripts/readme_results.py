@@ -188,7 +188,7 @@ def judged_lines(found: JSON) -> list[str]:
 
 def compared_lines(found: JSON) -> list[str]:
     """What ``compare --json`` wrote: a row for each run."""
-    head, *rows = turned(tables(found))
+    head, *rows = turned(tables(found))[0]
     return [*table(" | ".join(head), rows), "", f"`{found['command']}`"]
 
 

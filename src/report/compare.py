@@ -124,14 +124,14 @@ def tables(compared: Record) -> list[list[list[str]]]:
     return [scores, *([found] if len(found) > 1 else []), pairs]
 
 
-def turned(shown: Sequence[list[list[str]]]) -> list[list[str]]:
-    """Return one table with a row for each run: the figures that are not equal in all, and the settings."""
+def turned(shown: Sequence[list[list[str]]]) -> list[list[list[str]]]:
+    """Return tables with a row for each run: the figures that are not equal in all, then the settings."""
     (names, *figures), *settings, _ = shown
     differ = [row for row in figures if len({*row[1:]}) > 1]
     words = [
         [row[0].replace(".init_args", "").replace(".", " "), *row[1:]] for t in settings for row in t[1:]
     ]
-    return [list(column) for column in zip(names, *differ, *words, strict=True)]
+    return [[list(column) for column in zip(names, *rows, strict=True)] for rows in (differ, words) if rows]
 
 
 def _more(runs: Sequence[Record]) -> Iterator[list[str]]:
@@ -174,7 +174,7 @@ def main(argv: list[str]) -> None:
         "command": printable(shlex.join(["python", "-m", "src.cli", "compare", *argv])),
     }
     shown = tables(compared)
-    shown = shown if len(runs) <= MANY else [turned(shown)]
+    shown = shown if len(runs) <= MANY else turned(shown)
     for table in shown:
         show(rich_table(table))
     if not compared["settings"]:

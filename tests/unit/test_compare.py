@@ -151,7 +151,9 @@ def test_many_runs_are_rows_with_the_cells_that_few_have_as_columns(
     runs: list[Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     figures, settings, _ = few = tables(compared(*runs))
-    columns = [list(column) for column in zip(*verb.turned(few), strict=True)]
+    scores, chosen = ([list(column) for column in zip(*table, strict=True)] for table in verb.turned(few))
+    assert scores[0] == chosen[0] == ["", "one", "two", "three"]
+    columns = [*scores, *chosen[1:]]
     shown = [figures[0], *(row for row in figures[1:] if len(set(row[1:])) > 1), *settings[1:]]
     assert [column[1:] for column in columns] == [row[1:] for row in shown]
     assert "search: model draws" in [column[0] for column in columns]
