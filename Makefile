@@ -171,6 +171,7 @@ PUBLIC_PARENT = $(if $(filter $(PUBLIC)/parent,$(PARENT)),$(PUBLIC)/parent/confi
 WRITES = $(CLI) generate --model $(PARENT) --temperature 0.7 --batch-size 100 --dtype bfloat16 --out $@
 
 $(PUBLIC)/text/questions.jsonl: $(PUBLIC_PARENT) | $(VENV)/.installed
+	$(if $(OWN),@test $(KEEP) -lt $(DEPTH) || { echo "KEEP: '$(KEEP)' given; accepted: fewer layers than $(PARENT) has"; exit 2; })
 	$(WRITES) --questions 1200 --max-new-tokens 96
 
 $(PUBLIC)/text/own.jsonl: $(PUBLIC)/text/questions.jsonl
