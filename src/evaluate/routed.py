@@ -12,11 +12,9 @@ from torch import Tensor
 
 from src.errors import ConfigError
 from src.evaluate.intervals import matched
-from src.evaluate.text import ROW_SUMS, figures
+from src.evaluate.text import figures
 from src.files import read_json
 from src.routing.router import CARD, FILE, Router
-
-KL, TOKENS = ROW_SUMS.index("kl"), ROW_SUMS.index("tokens")
 
 
 @dataclass(frozen=True)
@@ -94,16 +92,13 @@ def joined(parts: Sequence[tuple[Turn, dict[str, Any], Tensor]], teacher: bool) 
 
     Args:
         parts: each checkpoint, its result, and its sums for each row (:func:`src.evaluate.text.row_sums`).
-        teacher: whether the sums compare with a teacher. Then ``row_kl`` and ``row_tokens`` are each row's
-            KL, summed over its tokens, and their number, so that evaluations can be compared row by row.
+        teacher: whether the sums compare with a teacher.
     """
     first, result, _ = parts[0]
     places = [number for turn, _, _ in parts for number in turn.numbers]
     sums_RC = torch.cat([sums for _, _, sums in parts])[torch.tensor(places).argsort()]
     out = {"path": first.owner, "parameters": result["parameters"], "layers": result["layers"]}
     out |= figures(sums_RC, first.owner, teacher)
-    if teacher:
-        out |= {"row_kl": sums_RC[:, KL].tolist(), "row_tokens": sums_RC[:, TOKENS].tolist()}
     if first.path != first.owner:
         out["routed"] = {Path(turn.path).name: len(turn.numbers) for turn, _, _ in parts}
     if "correct" in result:

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from src.errors import ConfigError
 from src.evaluate.intervals import interval
-from src.losses.kl import blocks
+from src.losses.blocks import blocks
 from src.losses.signals import FLOOR
 from src.models.vocabulary import within
 from src.training.progress import track
@@ -46,7 +46,8 @@ def held_out(
 
     Returns:
         ``loss`` (nats), ``perplexity``, ``tokens``; beside a teacher also ``kl`` (nats, teacher to
-        student) and its ``kl_interval`` of 95 %, ``agreement`` and ``teacher_loss``.
+        student) and its ``kl_interval`` of 95 %, ``agreement`` and ``teacher_loss``; and, so that
+        evaluations can be compared row by row, ``row_kl``, summed over tokens, and ``row_tokens``.
 
     Raises:
         ConfigError: nothing is supervised.
@@ -80,7 +81,8 @@ def figures(sums_RC: Tensor, name: str, beside: bool) -> dict[str, Any]:
         return alone
     ends = interval(sums_RC[None, :, 2].numpy(), sums_RC[:, -1].numpy())
     compared = {"kl": kl, "agreement": agreement, "teacher_loss": teacher_loss}
-    return {**alone, **compared, "kl_interval": [ends["low"], ends["high"]]}
+    rows = {"row_kl": sums_RC[:, 2].tolist(), "row_tokens": sums_RC[:, -1].tolist()}
+    return {**alone, **compared, "kl_interval": [ends["low"], ends["high"]], **rows}
 
 
 @torch.inference_mode()

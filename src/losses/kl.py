@@ -34,16 +34,14 @@ Shapes: n tokens of a chunk, V vocabulary, K tokens kept.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from src.losses.blocks import blocks
 from src.losses.signals import FLOOR, Dense, Signal
-
-CACHED = 1 << 17
-"""Number of logits that a thread of a processor handles at a time: 512 KiB of float32."""
 
 Rule = Literal["bucket", "renormalise", "zero"]
 
@@ -187,15 +185,3 @@ class _DenseKL(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, g_n: Tensor) -> tuple[Tensor, None, None]:
         return ctx.difference.mul_(g_n[:, None]), None, None
-
-
-def blocks(*tensors_nV: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Yield the rows of tensors a few at a time, so that what is done to them stays in a processor's cache.
-
-    On other devices the rows come all at once.
-    """
-    n, vocabulary = tensors_nV[0].shape
-    on_cpu = tensors_nV[0].device.type == "cpu"
-    threads = torch.get_num_threads()  # which divide the rows among them: none shall be idle
-    rows = max(threads, CACHED * threads // vocabulary) if on_cpu else n
-    return zip(*(x_nV.split(max(1, rows)) for x_nV in tensors_nV), strict=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-import src.losses.kl as losses
+from src.losses import blocks
 from src.losses.kl import kl
 from src.losses.signals import dense_signal
 from tests.numerics.test_losses import graded, logits
@@ -17,8 +17,8 @@ def test_the_full_divergence_of_a_few_rows_at_a_time_has_the_bits_of_all_rows_at
 ) -> None:
     outcomes = []
     for rows in (8, 2, 1):
-        monkeypatch.setattr(losses, "CACHED", rows * 23)
-        assert next(len(x) for (x,) in losses._blocks(logits(0, tokens))) == min(rows, tokens)
+        monkeypatch.setattr(blocks, "CACHED", rows * 23)
+        assert next(len(x) for (x,) in blocks.blocks(logits(0, tokens))) == min(rows, tokens)
         ours = graded(logits(0, tokens))
         value = kl(ours, dense_signal(logits(1, tokens)))
         (value * torch.arange(1.0, tokens + 1)).sum().backward()
