@@ -129,6 +129,26 @@ class Prompts:
 
         return [Prompt(ids, row)] * number
 
+    def documents(self, number: int) -> list[Prompt]:
+        """Return prompts of the one token that begins a text, all the same: the model writes what it knows.
+
+        Drawn at temperature 1, such texts follow the model's own distribution (LLM-QAT, arXiv 2305.17888).
+        Where no token begins a text, the one that ends it stands before the next.
+
+        Args:
+            number: how many.
+
+        Raises:
+            ConfigError: the tokenizer has neither token.
+        """
+        tokens = (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id)
+        first = next((token for token in tokens if token is not None), None)
+        if first is None:
+            raise ConfigError(
+                "--documents: the tokenizer has no token that begins or ends a text. Give --prompts."
+            )
+        return [Prompt([first], lambda new: {"text": self._words(new)})] * number
+
     def _words(self, ids: list[int]) -> str:
         """Return tokens as text. Many tokenizers drop the space before the first one of a text."""
         return str(self.tokenizer.decode(ids, skip_special_tokens=True))

@@ -1,7 +1,8 @@
 """Let a model write rows of text: ``python -m src.cli generate --model M --prompts FILE --out own.jsonl``.
 
 A student learns most from text as its teacher writes it. Without prompts, an instruction-tuned model asks
-the questions too: ``--questions 1000 --temperature 0.7 --out questions.jsonl``, which are prompts then.
+the questions too: ``--questions 1000 --temperature 0.7 --out questions.jsonl``, which are prompts then. Any
+model writes plain texts from their first token on: ``--documents 1000 --temperature 1``.
 The rows have the form in which corpora are read (docs/data.md), so that ``own.jsonl`` can be trained on as
 it is. Each batch is kept as it is written; the same command after an interruption goes on behind the last
 whole one, and writes what it would have written.
@@ -21,6 +22,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from src.command import Parser, load, new_file, provenance
 from src.data.content import fingerprint
+from src.data.formats import Row
 from src.data.judging import read_rows
 from src.data.options import add_columns, read_columns
 from src.data.sources import Source
@@ -35,6 +37,8 @@ from src.training.progress import track
 
 COLDEST = 1e-3
 """Least temperature that is drawn at; logits divided by much less than that would overflow float32."""
+FREE = {"questions": 0.7, "documents": 1}
+"""What a model writes without prompts, a method of :class:`Prompts` each, and a temperature to draw it at."""
 Written = dict[str, Any]
 """``row``, the row of the corpus; ``tokens``, how many are new; ``finished``, whether the model ended it."""
 
@@ -70,7 +74,7 @@ def main(argv: list[str]) -> None:
             torch.manual_seed(seed * of + first)
             write_json(part, written(model, stop, [prompts[n] for n in batch], places, args))
         done |= zip(batch, read_json(part), strict=True)
-    asked = [done[n] for n in sorted(done) if args.prompts or done[n]["row"]["messages"][0]["content"]]
+    asked = [done[n] for n in sorted(done) if args.prompts or _says(done[n]["row"])]
     unfinished = sum(not each["finished"] for each in asked)
     kept = [each for each in asked if each["finished"] or not args.finished]
     if not kept:
@@ -78,7 +82,7 @@ def main(argv: list[str]) -> None:
             f"--finished: none of the {len(done)} rows ended within {args.max_new_tokens} tokens. Raise "
             f"--max-new-tokens, or leave --finished out."
             if asked
-            else f"--questions: the model says nothing in {len(done)} tries. Give --prompts."
+            else f"--{_free(args)}: the model says nothing in {len(done)} tries. Give --prompts."
         )
     write_text(out, "".join(json.dumps(each["row"], ensure_ascii=False) + "\n" for each in kept))
     figures = {
@@ -92,19 +96,32 @@ def main(argv: list[str]) -> None:
     print("{rows} rows, {tokens:,} tokens, {unfinished} rows not finished".format(**figures), f"-> {out}")
 
 
+def _says(row: Row) -> str:
+    """What the model says of its own in a row: a text, or a question."""
+    return str(row["text"] if "text" in row else row["messages"][0]["content"])
+
+
+def _free(args: argparse.Namespace) -> str:
+    """The option by which the model writes without prompts; empty with prompts."""
+    return next((name for name in FREE if getattr(args, name)), "")
+
+
 def _prompts(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:
-    """What the model goes on from: rows of the corpus, or the place where a user begins to ask.
+    """What the model goes on from: rows of the corpus, or the place where a user or a text begins.
 
     Raises:
-        ConfigError: there is no row for this part, or questions would all be the same.
+        ConfigError: there is no row for this part, or what is free would be all the same.
     """
-    (first, of), read = args.part, Prompts(tokenizer, read_columns(args), args.start)
-    if args.questions and (args.limit or args.split):
-        raise ConfigError("--questions: says how many rows there are; leave out --limit and --split.")
-    if args.questions and not args.temperature:
-        raise ConfigError("--questions: all would be the same at --temperature 0. Add --temperature 0.7.")
-    if args.questions:
-        given, number, prompts = "--questions:", args.questions, read.questions(args.questions)[first::of]
+    (first, of), read, free = args.part, Prompts(tokenizer, read_columns(args), args.start), _free(args)
+    if free and (args.limit or args.split):
+        raise ConfigError(f"--{free}: says how many rows there are; leave out --limit and --split.")
+    if free and not args.temperature:
+        raise ConfigError(
+            f"--{free}: all would be the same at --temperature 0. Add --temperature {FREE[free]}."
+        )
+    if free:
+        number = getattr(args, free)
+        given, prompts = f"--{free}:", getattr(read, free)(number)[first::of]
     else:
         rows = read_rows(args.prompts, args.limit, args.split)
         given, number, prompts = f"--prompts: '{args.prompts}' has", len(rows), read(rows[first::of])
@@ -158,8 +175,9 @@ def _settings(args: argparse.Namespace) -> dict[str, Any]:
     """What the rows follow from: model and prompts by their content, and the options."""
     plain = ("out", "force", "device", "model", "prompts")
     options = {key: value for key, value in vars(args).items() if key not in plain}
-    if not args.questions:
-        del options["questions"]  # rows that were begun before there was this option
+    for name in FREE:
+        if not options[name]:
+            del options[name]  # rows that were begun before there was this option
     prompts = fingerprint(Source(args.prompts, split=args.split)) if args.prompts else None
     model = identity(args.model)
     return {
@@ -223,6 +241,12 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         type=positive,
         metavar="N",
         help="instead of prompts: N questions that the model asks itself",
+    )
+    given.add_argument(
+        "--documents",
+        type=positive,
+        metavar="N",
+        help="instead of prompts: N texts that the model writes from the first token on",
     )
     add("--out", required=True, type=new_file, metavar="FILE", help="the rows, as JSONL")
     add_columns(parser)
