@@ -57,7 +57,7 @@ class Tried:
     """What a trial took (:mod:`src.plan.trial`).
 
     Attributes:
-        seconds: median of a step, or of a batch of a cache.
+        seconds: of a step, or a batch of a cache, with as many tokens as they have on average.
         memory: peak bytes of the process, or on a GPU of its tensors.
     """
 

@@ -81,9 +81,10 @@ class Planner:
     def tried(self, trial: Tried) -> None:
         """Take speed and memory from steps of the config that were run on the device.
 
-        The batches were real ones and count as full ones, so hours are those of batches like them. What the
-        steps held beyond the tensors that are counted becomes overhead, in all ways to run; of a GPU they
-        tell the tensors only, so it comes on top. Holes between tensors are still to come.
+        A step is planned with as many tokens as one has on average and counts as one of full rows, so the
+        efficiency makes up for shorter ones, also in what a search measures beside its steps. What the steps
+        held beyond the tensors that are counted becomes overhead, in all ways to run; of a GPU they tell the
+        tensors only, so it comes on top. Holes between tensors are still to come.
 
         Args:
             trial: what the steps took.

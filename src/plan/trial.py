@@ -1,6 +1,8 @@
 """Measure a few real steps of the run that is planned, on this machine: ``plan --trial 3``.
 
-The run begins as ``fit`` or ``predict`` begins it, and ends after these steps; its directory is removed.
+The run begins as ``fit`` or ``predict`` begins it, and ends after these steps; its directory is removed. A
+padded batch is as long as its longest row, so one batch may have several times the tokens of another. So the
+seconds are taken by the token, and a step is planned with as many tokens as a step of the corpus has.
 """
 
 from __future__ import annotations
@@ -9,7 +11,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import islice, pairwise
 from typing import Any
 
 import torch
@@ -22,22 +24,24 @@ from src.plan.planner import Planner
 from src.training.memory import peak
 from src.training.running import lightning
 
+SAMPLE = 64
+"""Batches of the corpus whose tokens are counted."""
+
 
 class Enough(Exception):
     """Ends a run whose steps have been timed.
 
     Args:
-        marks: when each step ended, seconds.
-        memory: peak bytes until then.
+        tried: what they took.
     """
 
-    def __init__(self, marks: Sequence[float], memory: int) -> None:
+    def __init__(self, tried: Tried) -> None:
         super().__init__("enough steps")
-        self.marks, self.memory = marks, memory
+        self.tried = tried
 
 
 class Marks(Callback):
-    """Notes when steps end, and ends the run after some.
+    """Notes when steps end and how many tokens they have, padding included; ends the run after some.
 
     Args:
         steps: number of steps that are timed, after a first, which takes memory that the others find.
@@ -45,26 +49,41 @@ class Marks(Callback):
 
     def __init__(self, steps: int) -> None:
         self.steps, self.marks, self.before = steps, list[float](), 0
+        self.tokens = [0]
+        """Of each step, the one that goes on included."""
 
     def setup(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
         """Leave out what writes to places of its own."""
         kept = [each for each in getattr(trainer, "callbacks") if not _writes(each)]  # noqa: B009 (mypy)
         setattr(trainer, "callbacks", kept)  # noqa: B010 (mypy)
 
-    def on_train_batch_end(self, trainer: Trainer, module: LightningModule, *_: Any) -> None:
+    def on_train_batch_end(
+        self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self.tokens[-1] += batch["input_ids"].numel()
         if trainer.global_step > self.before:  # accumulated batches make one step
             self.before = trainer.global_step
-            self._mark(module)
+            self._mark(module, trainer.train_dataloader, trainer.accumulate_grad_batches)
 
-    def on_predict_batch_end(self, trainer: Trainer, module: LightningModule, *_: Any) -> None:
-        self._mark(module)
+    def on_predict_batch_end(
+        self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, *_: Any
+    ) -> None:
+        self.tokens[-1] += batch["input_ids"].numel()
+        self._mark(module, trainer.predict_dataloaders)
 
-    def _mark(self, module: LightningModule) -> None:
+    def _mark(self, module: LightningModule, corpus: Any, batches: int = 1) -> None:
+        """Note the end of a step of so many batches of the corpus."""
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         self.marks.append(time.perf_counter())
         if len(self.marks) > self.steps:
-            raise Enough(self.marks, peak(module.device))
+            memory = peak(module.device)
+            timed = zip(pairwise(self.marks), self.tokens[1:], strict=True)
+            each = statistics.median((end - begin) / tokens for (begin, end), tokens in timed)
+            sizes = [batch["input_ids"].numel() for batch in islice(corpus, SAMPLE)]
+            usual = batches * statistics.mean(sizes) if sizes else statistics.mean(self.tokens)
+            raise Enough(Tried(each * usual, memory))
+        self.tokens.append(0)
 
 
 def tried(argv: Sequence[str], stage: str, steps: int) -> Tried:
@@ -86,7 +105,7 @@ def tried(argv: Sequence[str], stage: str, steps: int) -> Tried:
         try:
             lightning(["predict" if stage == "cache" else "fit", *argv, *elsewhere, *marks])
         except Enough as enough:
-            return Tried(statistics.median(b - a for a, b in pairwise(enough.marks)), enough.memory)
+            return enough.tried
     raise ConfigError(f"--trial: {steps} given, and the text ended before. Give less, or more text.")
 
 

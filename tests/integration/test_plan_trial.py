@@ -105,23 +105,28 @@ def test_the_steps_that_fit_are_the_most_that_take_no_longer(config: str, tmp_pa
     assert planner.within(1e-30) == 0
 
 
-def test_the_first_step_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two steps of two batches each are three ends of a step; the batches between end none."""
-    clock = iter([10.0, 11.0, 13.0])
+def test_seconds_are_those_of_a_step_of_the_usual_length(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two steps after a first, of two batches each: 60 and 20 tokens. The corpus has 12 in a batch."""
+    clock = iter([10.0, 16.0, 20.0])
     monkeypatch.setattr(trial.time, "perf_counter", lambda: next(clock))
     marks = Marks(2)
 
     class Running:
-        global_step, device = 0, torch.device("cpu")
+        global_step, device, accumulate_grad_batches = 0, torch.device("cpu"), 2
+        train_dataloader = (batch(1, 6), batch(3, 6))
 
     def steps() -> None:
-        for batch in range(1, 9):
-            Running.global_step = batch // 2
-            marks.on_train_batch_end(Running, Running)  # type: ignore[arg-type]
+        for at, length in enumerate((100, 1, 30, 30, 5, 15), 1):
+            Running.global_step = at // 2
+            marks.on_train_batch_end(Running, Running, None, batch(1, length), at)  # type: ignore[arg-type]
 
     with pytest.raises(Enough) as enough:
         steps()
-    assert enough.value.marks == [10.0, 11.0, 13.0]
+    assert enough.value.tried.seconds == pytest.approx(24 * (6 / 60 + 4 / 20) / 2)
+
+
+def batch(rows: int, length: int) -> dict[str, torch.Tensor]:
+    return {"input_ids": torch.zeros(rows, length)}
 
 
 def test_what_cannot_be_tried_is_refused(asked: dict[str, list[str]]) -> None:
