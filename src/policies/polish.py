@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -17,7 +17,8 @@ def settle(policy: MaskPolicy, probe: Probe, recent: Sequence[Kept]) -> tuple[Ke
     """Choose the search's final mask on held-out rows, among what the policy allows.
 
     The policy's ``candidates`` says how many recent masks compete, beside its first. With ``polish``,
-    starting points that its space knows compete too, and the best is improved by swaps.
+    starting points that its space knows compete too, and the best is improved by swaps; where units are
+    halves, the best of whole layers is so first, by swaps of layers, and competes.
 
     Args:
         policy: the policy at the end of its run.
@@ -42,7 +43,7 @@ def settle(policy: MaskPolicy, probe: Probe, recent: Sequence[Kept]) -> tuple[Ke
         competing += policy.space.starts(torch.tensor(policy.worth()))
     divergences = dict(zip(competing, measure(competing), strict=True))
     best = best_of(competing, [divergences[kept] for kept in competing])
-    chosen = polish(best, policy.space, measure) if policy.polish else best
+    chosen = polished(policy.space, divergences, measure) if policy.polish else best
     kl, kl_learned, kl_best = measure([chosen, learned, best])
     return chosen, {
         "kl": kl,
@@ -51,6 +52,22 @@ def settle(policy: MaskPolicy, probe: Probe, recent: Sequence[Kept]) -> tuple[Ke
         "kl_soft": soft,
         "hard_soft_gap": kl_learned - soft,
     }
+
+
+def polished(space: Space, divergences: Mapping[Kept, float], measure: Measure) -> Kept:
+    """Return what the best of some masks becomes by swaps; those of whole layers are swapped as such first.
+
+    Args:
+        space: of the masks.
+        divergences: of each mask, on all rows.
+        measure: divergences of masks, on all rows or on the quick ones.
+    """
+    known, whole = dict(divergences), space.whole()
+    layers = {kept: kl for kept, kl in known.items() if whole is not None and whole.legal(kept)}
+    if whole is not None and layers:
+        end = polish(best_of([*layers], [*layers.values()]), whole, measure)
+        known[end] = measure([end], False)[0]
+    return polish(best_of([*known], [*known.values()]), space, measure)
 
 
 def polish(kept: Kept, space: Space, measure: Measure, swaps: int = 64, finalists: int = 8) -> Kept:

@@ -11,9 +11,10 @@ from transformers import PretrainedConfig, PreTrainedModel
 from src.mask import Unit
 from src.models.constraints import Constraints
 from src.models.gated import GatedLayers, Gates
+from src.units.alternating import Alternating
 from src.units.groups import InEach
 from src.units.half_gates import HalfGates
-from src.units.spaces import Alternating, AnyOf, Space
+from src.units.spaces import AnyOf, Space
 from src.units.width import Width, find_width
 from src.units.width_gates import WidthGates
 

@@ -11,6 +11,8 @@ AnyOf        layers, or the width of a layer any ``keep`` of them
 Alternating  2 L halves of L layers          attention, feed-forward, attention, feed-forward, ... in order
 ============ =============================== ==============================================================
 
+The second is in :mod:`src.units.alternating`.
+
 Logits theta, one for each unit, define a distribution over the legal sets:
 ``P(S) ~ exp(sum of theta over S)``. It is uniform at theta = 0, and concentrates on the best set as theta
 grows. Gumbel noise on theta followed by :meth:`Space.argmax` is perturb-and-MAP (Papandreou and Yuille, ICCV
@@ -93,6 +95,10 @@ class Space:
             scores: ``[U]``, by which such sets are found; high is worth keeping.
         """
         return iter(())
+
+    def whole(self) -> Space | None:
+        """Return the space of those sets that are whole layers, if units are halves of layers; else None."""
+        return None
 
     # ------------------------------------------------------------------ counting
 
@@ -254,47 +260,3 @@ class AnyOf(Space):
     def shorter(self, kept: Kept) -> Iterator[Kept]:
         """Yield each set without one of the kept units."""
         return (tuple(k for k in kept if k != out) for out in kept if out not in self.pinned)
-
-
-class Alternating(Space):
-    """The space of the sets of halves that pair up into whole layers again.
-
-    Unit 2 l is the attention of layer l, unit 2 l + 1 its feed-forward. In a legal set an attention comes
-    first and a feed-forward last, and the two kinds take turns: new layer k has the attention of layer
-    ``i_k`` and the feed-forward of ``j_k``, with ``i_1 <= j_1 < i_2 <= j_2 < ...``. Whole layers are the sets
-    with i = j.
-    """
-
-    def allowed(self, unit: Tensor, before: Tensor) -> Tensor:
-        return (unit % 2 == before % 2) & (unit >= before)
-
-    def neighbours(self, kept: Kept) -> Iterator[Kept]:
-        """Yield each legal set that has one or two removed halves in the place of as many kept ones.
-
-        A single half takes the place of one of its kind: attention or feed-forward. Two removed halves that
-        are adjacent in the model, in one layer or in two, take the place of two consecutive kept halves.
-        """
-        gone = sorted(set(range(self.units)) - set(kept))
-        swaps: list[tuple[Kept, Kept]] = [
-            ((back,), (out,)) for back in gone for out in kept if (back - out) % 2 == 0
-        ]
-        beside = [(a, b) for a, b in pairwise(gone) if b == a + 1]
-        swaps += [(back, pair) for back in beside for pair in pairwise(kept)]
-        for back, out in swaps:
-            swapped = sorted({*kept, *back} - {*out})
-            if self._chain(swapped):
-                yield tuple(swapped)
-
-    def starts(self, scores: Tensor) -> Iterator[Kept]:
-        """Yield the best set of whole layers, from which few exchanges lead to good sets of halves."""
-        layers = AnyOf(self.units // 2, self.keep // 2, {unit // 2 for unit in self.pinned})
-        if len(layers.pinned) > layers.keep:
-            return
-        kept = layers.argmax(scores.reshape(-1, 2).sum(1)).nonzero().flatten().tolist()
-        yield tuple(unit for layer in kept for unit in (2 * layer, 2 * layer + 1))
-
-    def shorter(self, kept: Kept) -> Iterator[Kept]:
-        """Yield each set without two consecutive kept halves, which make up one layer of the cut model."""
-        for pair in pairwise(kept):
-            if not self.pinned & {*pair}:
-                yield tuple(k for k in kept if k not in pair)

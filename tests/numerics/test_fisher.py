@@ -19,7 +19,8 @@ from src.policies.fisher import cost, exchanged, rearranged
 from src.policies.measuring import Probe
 from src.policies.scores import salience
 from src.search import MaskSearch
-from src.units.spaces import Alternating, AnyOf, Space
+from src.units.alternating import Alternating
+from src.units.spaces import AnyOf, Space
 from tests.numerics.test_probe import BATCHES, batches, probe_of
 
 COPIES = torch.tensor([[1.0, 1.0, 0.0, 0.0], [0.0, 0.0, 1.2, 0.0], [0.0, 0.0, 0.0, 9.0]]).double()

@@ -15,7 +15,8 @@ from src.grow.host import OUTSIDE, Host
 from src.mask import Mask, Unit
 from src.models.cut import cut
 from src.models.head import OutputHead
-from src.units.spaces import Alternating, AnyOf
+from src.units.alternating import Alternating
+from src.units.spaces import AnyOf
 from tests.tiny import LAYERS, tiny_ids, tiny_model
 
 MASKS: dict[Unit, tuple[int, ...]] = {"layer": (0, 2, 3, 6), "half": (0, 1, 2, 5, 6, 7, 12, 13)}

@@ -8,8 +8,9 @@ from collections.abc import Sequence
 import pytest
 import torch
 
-from src.policies.polish import polish
-from src.units.spaces import Alternating, AnyOf, Kept, Space
+from src.policies.polish import polish, polished
+from src.units.alternating import Alternating
+from src.units.spaces import AnyOf, Kept, Space
 
 SPACES = [AnyOf(9, 5), AnyOf(9, 5, [8]), Alternating(12, 8), Alternating(12, 6, [0, 1])]
 
@@ -65,6 +66,32 @@ def test_halves_that_cost_alone_reach_the_best_of_all_from_anywhere(seed: int) -
     best = min(map(costs.of, space))
     ends = [costs.of(polish(start, space, costs.measure, swaps=10_000, finalists=10_000)) for start in space]
     assert sum(end == pytest.approx(best) for end in ends) >= 0.9 * len(ends)
+
+
+class Torn(Costs):
+    """Layers that lose one half and keep the other cost more than their halves."""
+
+    def of(self, kept: Kept) -> float:
+        return super().of(kept) + 0.5 * sum(unit ^ 1 not in kept for unit in kept)
+
+
+def test_halves_end_nowhere_above_whole_layers() -> None:
+    """Few of hundreds of swaps are measured, so a walk over halves alone ends above for some seeds."""
+    space, alone, best = Alternating(60, 44), list[float](), list[float]()
+    whole = space.whole()
+    assert whole is not None
+    for seed in range(12):
+        costs = Torn(space, seed, pairs=0.3)
+        scores = torch.rand(60, generator=torch.Generator().manual_seed(seed))
+        (start,) = space.starts(scores)
+        layers = polish(start, whole, costs.measure)
+        assert whole.legal(layers)
+        best.append(costs.of(layers))
+        alone.append(costs.of(polish(start, space, costs.measure)))
+        starts = [start, space.uniform(torch.Generator().manual_seed(seed))]
+        end = polished(space, {kept: costs.of(kept) for kept in starts}, costs.measure)
+        assert costs.of(end) <= best[-1] <= costs.of(start)
+    assert any(a > b for a, b in zip(alone, best, strict=True))
 
 
 def test_it_measures_few_swaps_on_all_rows_and_none_twice_in_a_round() -> None:

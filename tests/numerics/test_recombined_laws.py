@@ -26,8 +26,8 @@ from src.policies.measuring import Probe
 from src.policies.polish import polish
 from src.repair.stream import junctions
 from src.training.scopes import cut_adjacent
+from src.units.alternating import Alternating
 from src.units.halves import find_halves
-from src.units.spaces import Alternating
 from tests.tiny import LAYERS, tiny_ids, tiny_model
 
 KEEP = (0, 1, 2, 3, 4, 7, 8, 9, 12, 13)

@@ -10,8 +10,9 @@ import pytest
 
 from src.errors import ConfigError
 from src.mask import Mask, Unit
+from src.units.alternating import Alternating
 from src.units.groups import InEach
-from src.units.spaces import Alternating, AnyOf
+from src.units.spaces import AnyOf
 
 L, W = 4, 3
 

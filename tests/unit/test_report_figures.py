@@ -14,7 +14,7 @@ from matplotlib.colors import to_hex
 from src.mask import Mask
 from src.report import figures
 from src.report.figures import AMBER, SLATE, TEAL
-from src.units.spaces import Alternating
+from src.units.alternating import Alternating
 
 NAMES = ["teacher", "cut", "recovered", "runs/other"]
 

@@ -14,8 +14,9 @@ from src.errors import ConfigError
 from src.mask import Mask
 from src.routing.clusters import clusters
 from src.routing.router import Router
+from src.units.alternating import Alternating
 from src.units.groups import InEach
-from src.units.spaces import Alternating, AnyOf, Space
+from src.units.spaces import AnyOf, Space
 
 SPACES: list[Space] = [AnyOf(8, 5), AnyOf(8, 5, {0, 3}), Alternating(8, 4), InEach(2, AnyOf(4, 3))]
 

@@ -9,8 +9,9 @@ from math import comb
 import pytest
 import torch
 
+from src.units.alternating import Alternating
 from src.units.groups import InEach
-from src.units.spaces import Alternating, AnyOf, Space
+from src.units.spaces import AnyOf, Space
 
 
 def halves(layers: int, keep: int, pinned: Iterable[int] = ()) -> Alternating:
@@ -177,6 +178,18 @@ def test_a_walk_over_halves_may_start_from_the_best_whole_layers(pinned: tuple[i
     assert start == max(whole, key=lambda kept: float(scores[list(kept)].sum()))
     assert list(halves(8, 3, range(0, 16, 2)[:4]).starts(scores)) == []
     assert list(AnyOf(8, 3).starts(scores[:8])) == []
+
+
+@pytest.mark.parametrize("pinned", [(), (6, 7), (3,)])
+def test_whole_layers_are_a_space_whose_neighbours_differ_by_a_layer(pinned: tuple[int, ...]) -> None:
+    space = halves(6, 4, pinned)
+    within = space.whole()
+    assert within is not None
+    whole = {kept for kept in space if all(unit ^ 1 in kept for unit in kept)}
+    assert {kept for kept in space if within.legal(kept)} == whole
+    for kept in whole:
+        assert set(within.neighbours(kept)) == {other for other in whole if len({*other} ^ {*kept}) == 4}
+    assert AnyOf(8, 3).whole() is None
 
 
 @pytest.mark.parametrize("layers", range(2, 8))
