@@ -41,10 +41,13 @@ class Prompts:
         tokenizer: the model's.
         columns: which columns of a row are read.
         start: number of tokens of a plain text that its prompt keeps; the model writes the rest.
+        begins: the token that begins a text by the model's config, if the tokenizer names none.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, columns: Columns, start: int) -> None:
-        self.tokenizer, self.columns, self.start = tokenizer, columns, start
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, columns: Columns, start: int, begins: int | None = None
+    ) -> None:
+        self.tokenizer, self.columns, self.start, self.begins = tokenizer, columns, start, begins
         self.rendering = Rendering(tokenizer)
 
     def __call__(self, rows: Rows) -> list[Prompt]:
@@ -141,7 +144,7 @@ class Prompts:
         Raises:
             ConfigError: the tokenizer has neither token.
         """
-        tokens = (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id)
+        tokens = (self.tokenizer.bos_token_id, self.begins, self.tokenizer.eos_token_id)
         first = next((token for token in tokens if token is not None), None)
         if first is None:
             raise ConfigError(

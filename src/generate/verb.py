@@ -11,6 +11,7 @@ whole one, and writes what it would have written.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import sys
 import time
@@ -31,13 +32,13 @@ from src.evaluate.generate import new_tokens, stop_tokens
 from src.files import discard, read_json, write_json, write_text
 from src.generate.prompts import Prompt, Prompts
 from src.models.fingerprint import identity
-from src.models.loading import load_tokenizer, longest_row
+from src.models.loading import load_config, load_tokenizer, longest_row
 from src.ranges import SEED, Range, positive
 from src.training.progress import track
 
 COLDEST = 1e-3
 """Least temperature that is drawn at; logits divided by much less than that would overflow float32."""
-FREE = {"questions": 0.7, "documents": 1}
+UNPROMPTED = {"questions": 0.7, "documents": 1}
 """What a model writes without prompts, a method of :class:`Prompts` each, and a temperature to draw it at."""
 Written = dict[str, Any]
 """``row``, the row of the corpus; ``tokens``, how many are new; ``finished``, whether the model ended it."""
@@ -70,8 +71,7 @@ def main(argv: list[str]) -> None:
     for number, batch in enumerate(track(batches, "batches written")):
         part = parts / f"{number:06d}.json"
         if not part.exists():
-            seed, (first, of) = args.seed * len(batches) + number, args.part  # of this batch, in every run
-            torch.manual_seed(seed * of + first)
+            torch.manual_seed(_seed(args, number))
             write_json(part, written(model, stop, [prompts[n] for n in batch], places, args))
         done |= zip(batch, read_json(part), strict=True)
     asked = [done[n] for n in sorted(done) if args.prompts or _says(done[n]["row"])]
@@ -96,14 +96,20 @@ def main(argv: list[str]) -> None:
     print("{rows} rows, {tokens:,} tokens, {unfinished} rows not finished".format(**figures), f"-> {out}")
 
 
+def _seed(args: argparse.Namespace, number: int) -> int:
+    """The seed of a batch in every run; no other seed, number or part of the command gives it."""
+    key = json.dumps([args.seed, args.part, number]).encode()
+    return int.from_bytes(hashlib.blake2b(key, digest_size=7).digest(), "big")
+
+
 def _says(row: Row) -> str:
     """What the model says of its own in a row: a text, or a question."""
-    return str(row["text"] if "text" in row else row["messages"][0]["content"])
+    return str(row["text"] if "text" in row else row["messages"][0]["content"]).strip()
 
 
 def _free(args: argparse.Namespace) -> str:
     """The option by which the model writes without prompts; empty with prompts."""
-    return next((name for name in FREE if getattr(args, name)), "")
+    return next((name for name in UNPROMPTED if getattr(args, name)), "")
 
 
 def _prompts(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:
@@ -112,13 +118,16 @@ def _prompts(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> li
     Raises:
         ConfigError: there is no row for this part, or what is free would be all the same.
     """
-    (first, of), read, free = args.part, Prompts(tokenizer, read_columns(args), args.start), _free(args)
+    (first, of), free, config = args.part, _free(args), load_config(args.model).get_text_config()
+    begins = getattr(config, "bos_token_id", None)
+    read = Prompts(tokenizer, read_columns(args), args.start, begins)
     if free and (args.limit or args.split):
         raise ConfigError(f"--{free}: says how many rows there are; leave out --limit and --split.")
     if free and not args.temperature:
         raise ConfigError(
-            f"--{free}: all would be the same at --temperature 0. Add --temperature {FREE[free]}."
+            f"--{free}: all would be the same at --temperature 0. Add --temperature {UNPROMPTED[free]}."
         )
+    prompts: list[Prompt]
     if free:
         number = getattr(args, free)
         given, prompts = f"--{free}:", getattr(read, free)(number)[first::of]
@@ -175,9 +184,11 @@ def _settings(args: argparse.Namespace) -> dict[str, Any]:
     """What the rows follow from: model and prompts by their content, and the options."""
     plain = ("out", "force", "device", "model", "prompts")
     options = {key: value for key, value in vars(args).items() if key not in plain}
-    for name in FREE:
+    for name in UNPROMPTED:
         if not options[name]:
             del options[name]  # rows that were begun before there was this option
+    if args.temperature:
+        options["drawn"] = "by batch"  # rows that were begun with seeds of another rule
     prompts = fingerprint(Source(args.prompts, split=args.split)) if args.prompts else None
     model = identity(args.model)
     return {

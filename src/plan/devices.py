@@ -57,12 +57,14 @@ class Tried:
     """What a trial took (:mod:`src.plan.trial`).
 
     Attributes:
-        seconds: of a step, or a batch of a cache, with as many tokens as they have on average.
+        seconds: of a step, or a batch of a cache, as long as they are on average.
         memory: peak bytes of the process, or on a GPU of its tensors.
+        tokens: of such a step, without padding; None is those of full rows.
     """
 
     seconds: float
     memory: int
+    tokens: float | None = None
 
 
 def device(name: str) -> Device:

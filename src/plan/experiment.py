@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Sequence
 from functools import cached_property
+from math import ceil
 from pathlib import Path
 from typing import Any, cast
 
@@ -174,17 +175,18 @@ class Experiment:
         config = cut_config(load_config(self.name, self.model.get("revision")), self.mask)
         return parameters_of(config)
 
-    def tokens(self, ranks: int, given: int | None) -> tuple[int, int]:
-        """Return how many tokens the run processes at most, and its steps.
+    def tokens(self, ranks: int, given: int | None, step: float | None = None) -> tuple[int, int]:
+        """Return how many tokens the run processes, and its steps.
 
         Args:
             ranks: number of devices.
             given: number of tokens from ``--tokens``, which replaces the config's; None if not given.
+            step: tokens of a step; None is those of full rows, the most there can be.
 
         Raises:
             ConfigError: nothing says when the run ends.
         """
-        step = self.rows.count * self.rows.length * self.accumulate * ranks
+        step = step or self.rows.count * self.rows.length * self.accumulate * ranks
         limit = given or token_count(self.data.get("max_tokens"))
         steps = self.trainer.max_steps if self.stage != "cache" else -1
         if limit is None and steps in (-1, None):
@@ -193,8 +195,8 @@ class Experiment:
                 f"{', or set trainer.max_steps' if self.stage != 'cache' else ''}."
             )
         if limit is not None and (given or steps in (-1, None) or limit < steps * step):
-            return limit, -(-limit // step)
-        return int(steps) * step, int(steps)
+            return limit, ceil(limit / step)
+        return int(steps * step), int(steps)
 
     def distinct(self, tokens: int) -> int | None:
         """Return how many of the tokens that a run processes are distinct, at most.

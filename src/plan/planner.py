@@ -73,6 +73,7 @@ class Planner:
                 f"Recovery, CacheTeacher."
             )
         self.experiment, self.device, self.ranks = experiment, device, ranks or experiment.ranks
+        self.asked = tokens
         self.tokens, self.steps = experiment.tokens(self.ranks, tokens)
         self.held = 0
         """Peak bytes of a trial; 0 without one."""
@@ -81,15 +82,17 @@ class Planner:
     def tried(self, trial: Tried) -> None:
         """Take speed and memory from steps of the config that were run on the device.
 
-        A step is planned with as many tokens as one has on average and counts as one of full rows, so the
-        efficiency makes up for shorter ones, also in what a search measures beside its steps. What the steps
-        held beyond the tensors that are counted becomes overhead, in all ways to run; of a GPU they tell the
-        tensors only, so it comes on top. Holes between tensors are still to come.
+        A step is planned with as many tokens as one has on average; where a number of tokens ends the run, it
+        takes so many steps more. Operations are those of full rows, so the efficiency makes up for shorter
+        ones, also in what a search measures beside its steps. What the steps held beyond the tensors that are
+        counted becomes overhead, in all ways to run; of a GPU they tell the tensors only, so it comes on top.
+        Holes between tensors are still to come.
 
         Args:
             trial: what the steps took.
         """
         self.held = trial.memory
+        self.tokens, self.steps = self.experiment.tokens(self.ranks, self.asked, trial.tokens)
         parts = self.configured.parts
         beyond = max(0, self.held - (sum(parts.values()) - parts[OVERHEAD]))
         peak = self.device.tflops[self._numbers(self.configured.precision)] * 1e12

@@ -18,6 +18,7 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from src.data.batches import Batch, real_tokens
 from src.errors import ConfigError
 from src.plan.devices import Tried, this_machine
 from src.plan.planner import Planner
@@ -51,6 +52,8 @@ class Marks(Callback):
         self.steps, self.marks, self.before = steps, list[float](), 0
         self.tokens = [0]
         """Of each step, the one that goes on included."""
+        self.seen = list[tuple[int, int]]()
+        """Tokens of each batch, with padding and without."""
 
     def setup(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
         """Leave out what writes to places of its own."""
@@ -60,7 +63,7 @@ class Marks(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self.tokens[-1] += batch["input_ids"].numel()
+        self._see(batch)
         if trainer.global_step > self.before:  # accumulated batches make one step
             self.before = trainer.global_step
             self._mark(module, trainer.train_dataloader, trainer.accumulate_grad_batches)
@@ -68,8 +71,12 @@ class Marks(Callback):
     def on_predict_batch_end(
         self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, *_: Any
     ) -> None:
-        self.tokens[-1] += batch["input_ids"].numel()
+        self._see(batch)
         self._mark(module, trainer.predict_dataloaders)
+
+    def _see(self, batch: Batch) -> None:
+        self.seen.append(sizes(batch))
+        self.tokens[-1] += self.seen[-1][0]
 
     def _mark(self, module: LightningModule, corpus: Any, batches: int = 1) -> None:
         """Note the end of a step of so many batches of the corpus."""
@@ -80,10 +87,15 @@ class Marks(Callback):
             memory = peak(module.device)
             timed = zip(pairwise(self.marks), self.tokens[1:], strict=True)
             each = statistics.median((end - begin) / tokens for (begin, end), tokens in timed)
-            sizes = [batch["input_ids"].numel() for batch in islice(corpus, SAMPLE)]
-            usual = batches * statistics.mean(sizes) if sizes else statistics.mean(self.tokens)
-            raise Enough(Tried(each * usual, memory))
+            sample = list(map(sizes, islice(corpus, SAMPLE))) or self.seen  # max_tokens may end the text here
+            padded, real = (batches * statistics.mean(column) for column in zip(*sample, strict=True))
+            raise Enough(Tried(each * padded, memory, real))
         self.tokens.append(0)
+
+
+def sizes(batch: Batch) -> tuple[int, int]:
+    """Return the number of tokens of a batch, with padding and without."""
+    return batch["input_ids"].numel(), real_tokens(batch)
 
 
 def tried(argv: Sequence[str], stage: str, steps: int) -> Tried:

@@ -17,6 +17,7 @@ from rich.table import Table
 
 from src.command import Parser, new_file, show
 from src.data.options import amount
+from src.errors import ConfigError
 from src.files import write_json
 from src.mask import git_sha
 from src.plan.advice import Advice, advise, label
@@ -25,6 +26,8 @@ from src.plan.experiment import Experiment
 from src.plan.planner import Estimate, Planner
 from src.plan.trial import check, tried
 from src.ranges import Range, inside_unit, positive
+
+AS_IT_STANDS = "--trial: it runs the config as it stands; leave out --ratio and --length."
 
 
 def main(argv: list[str]) -> None:
@@ -37,6 +40,8 @@ def main(argv: list[str]) -> None:
         args.tokens,
     )
     if args.trial:
+        if args.length and planner.experiment.data.get("max_length"):
+            raise ConfigError(AS_IT_STANDS)
         check(args.trial, planner)
         planner.tried(tried(rest, planner.experiment.stage, args.trial))
     configured = planner.configured
@@ -214,6 +219,6 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     )
     add("--json", type=new_file, metavar="FILE", help="write the plan as JSON")
     args, rest = parser.parse_known_args(argv)
-    if args.trial and (args.ratio or args.length):
-        parser.error("--trial: it runs the config as it stands; leave out --ratio and --length")
+    if args.trial and args.ratio:
+        parser.error(AS_IT_STANDS)
     return args, rest

@@ -17,8 +17,8 @@ def settle(policy: MaskPolicy, probe: Probe, recent: Sequence[Kept]) -> tuple[Ke
     """Choose the search's final mask on held-out rows, among what the policy allows.
 
     The policy's ``candidates`` says how many recent masks compete, beside its first. With ``polish``,
-    starting points that its space knows compete too, and the best is improved by swaps; where units are
-    halves, the best of whole layers is so first, by swaps of layers, and competes.
+    starting points that its space knows compete too, and the best is improved by swaps
+    (:func:`polished`).
 
     Args:
         policy: the policy at the end of its run.
@@ -55,18 +55,26 @@ def settle(policy: MaskPolicy, probe: Probe, recent: Sequence[Kept]) -> tuple[Ke
 
 
 def polished(space: Space, divergences: Mapping[Kept, float], measure: Measure) -> Kept:
-    """Return what the best of some masks becomes by swaps; those of whole layers are swapped as such first.
+    """Polish the best of some masks. Of halves, the best that is whole layers is first polished as such.
+
+    From one mask of whole layers to another lead many swaps of halves, most of which are worse than both.
 
     Args:
         space: of the masks.
         divergences: of each mask, on all rows.
         measure: divergences of masks, on all rows or on the quick ones.
     """
-    known, whole = dict(divergences), space.whole()
-    layers = {kept: kl for kept, kl in known.items() if whole is not None and whole.legal(kept)}
-    if whole is not None and layers:
-        end = polish(best_of([*layers], [*layers.values()]), whole, measure)
-        known[end] = measure([end], False)[0]
+    known = dict(divergences)
+    if whole := space.layerwise():
+        halves = whole.halves
+
+        def layerwise(masks: Sequence[Kept], quick: bool) -> Sequence[float]:
+            return measure([halves(layers) for layers in masks], quick)
+
+        among = {layers: known[kept] for kept in known if (layers := whole.layers(kept)) is not None}
+        if among:
+            end = polish(best_of([*among], [*among.values()]), whole.space, layerwise)
+            known[halves(end)] = measure([halves(end)], False)[0]
     return polish(best_of([*known], [*known.values()]), space, measure)
 
 

@@ -5,12 +5,12 @@ Unit 2 l is the attention of layer l, unit 2 l + 1 its feed-forward (:mod:`src.u
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from itertools import pairwise
 
 from torch import Tensor
 
-from src.units.spaces import AnyOf, Kept, Space
+from src.units.spaces import AnyOf, Kept, Layerwise, Space
 
 
 class Alternating(Space):
@@ -43,14 +43,14 @@ class Alternating(Space):
 
     def starts(self, scores: Tensor) -> Iterator[Kept]:
         """Yield the best set of whole layers, from which few exchanges lead to good sets of halves."""
-        layers = self._layers()
-        if len(layers.pinned) > layers.keep:
-            return
-        yield _both(layers.argmax(scores.reshape(-1, 2).sum(1)).nonzero().flatten().tolist())
+        if whole := self.layerwise():
+            kept = whole.space.argmax(scores.reshape(-1, 2).sum(1)).nonzero().flatten().tolist()
+            yield whole.halves(tuple(kept))
 
-    def whole(self) -> Space:
-        """Return the space of those sets that are whole layers."""
-        return WholeLayers(self.units, self.keep, self.pinned)
+    def layerwise(self) -> Layerwise | None:
+        """Return the sets that are whole layers, as sets of layers; None if more are pinned than may stay."""
+        layers = AnyOf(self.units // 2, self.keep // 2, {unit // 2 for unit in self.pinned})
+        return None if len(layers.pinned) > layers.keep else Layerwise(layers, both_halves, whole_layers)
 
     def shorter(self, kept: Kept) -> Iterator[Kept]:
         """Yield each set without two consecutive kept halves, which make up one layer of the cut model."""
@@ -58,27 +58,13 @@ class Alternating(Space):
             if not self.pinned & {*pair}:
                 yield tuple(k for k in kept if k not in pair)
 
-    def _layers(self) -> AnyOf:
-        """Return the space of the layers that are kept where no pair is recombined."""
-        return AnyOf(self.units // 2, self.keep // 2, {unit // 2 for unit in self.pinned})
 
-
-class WholeLayers(Alternating):
-    """The space of those sets of :class:`Alternating` that are whole layers, each with both its halves.
-
-    From one of them to another lead many exchanges of halves, most of which are worse than both. A walk over
-    this space first passes them by.
-    """
-
-    def legal(self, kept: Iterable[int]) -> bool:
-        units = {*kept}
-        return super().legal(units) and all(unit ^ 1 in units for unit in units)
-
-    def neighbours(self, kept: Kept) -> Iterator[Kept]:
-        """Yield each set that has one removed layer in the place of a kept one."""
-        return map(_both, self._layers().neighbours(tuple(unit // 2 for unit in kept[::2])))
-
-
-def _both(layers: Iterable[int]) -> Kept:
+def both_halves(layers: Kept) -> Kept:
     """Return both halves of each of these layers."""
     return tuple(unit for layer in layers for unit in (2 * layer, 2 * layer + 1))
+
+
+def whole_layers(halves: Kept) -> Kept | None:
+    """Return the layers of which these are both halves, or None if they have one half of some layer."""
+    layers = tuple(unit // 2 for unit in halves[::2])
+    return layers if both_halves(layers) == halves else None

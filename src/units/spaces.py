@@ -27,9 +27,10 @@ independently by the same rule, such as the layers whose channels are the units.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -42,6 +43,20 @@ TABULATED = 512
 
 Kept = tuple[int, ...]
 """Units that stay, rising."""
+
+
+class Layerwise(NamedTuple):
+    """Those sets of a space of halves that are whole layers.
+
+    Attributes:
+        space: the same sets, with layers as units.
+        halves: both halves of each of some layers.
+        layers: the layers of which a set has both halves, or None if it has one half of some layer.
+    """
+
+    space: Space
+    halves: Callable[[Kept], Kept]
+    layers: Callable[[Kept], Kept | None]
 
 
 class Space:
@@ -96,8 +111,8 @@ class Space:
         """
         return iter(())
 
-    def whole(self) -> Space | None:
-        """Return the space of those sets that are whole layers, if units are halves of layers; else None."""
+    def layerwise(self) -> Layerwise | None:
+        """Return the sets that are whole layers, as sets of layers, if units are halves; else None."""
         return None
 
     # ------------------------------------------------------------------ counting

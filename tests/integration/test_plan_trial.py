@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 from src.cli import run
 from src.errors import ConfigError
@@ -44,7 +46,12 @@ def asked(teacher_dir: str, corpus_file: str, tmp_path: Path) -> dict[str, list[
 
 @pytest.mark.parametrize("config", [SEARCH, RECOVER, CACHE])
 def test_steps_are_timed_and_nothing_is_left(
-    asked: dict[str, list[str]], config: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    asked: dict[str, list[str]],
+    config: str,
+    teacher_dir: str,
+    corpus_file: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """No log, mask, checkpoint or cache; the hours are the steps times the seconds of one."""
     argv = [part.replace("configs/", f"{Path('configs').resolve()}/", 1) for part in asked[config]]
@@ -65,6 +72,14 @@ def test_steps_are_timed_and_nothing_is_left(
     told = json.loads((tmp_path / "plan.json").read_text())
     assert told["trial"] == 2
     assert told["device"]["efficiency"] != device("cpu").efficiency
+    tokenizer = AutoTokenizer.from_pretrained(teacher_dir)
+    rows = [json.loads(line) for line in Path(corpus_file).read_text().splitlines()]
+    ids = tokenizer([f"{row['question']}\n{row['answer']}{tokenizer.eos_token}" for row in rows]).input_ids
+    mean = 2 * sum(min(64, len(row)) for row in ids) / len(ids)
+    assert seen[0].tokens == pytest.approx(mean, rel=0.05), "two rows, as long as they are on average"
+    if config == CACHE:  # the tokens end it
+        assert told["steps"] == math.ceil(100_000 / seen[0].tokens)
+    assert told["tokens"] == (100_000 if config == CACHE else int(told["steps"] * seen[0].tokens))
     steps_alone = told["steps"] * seen[0].seconds / 3600
     assert seen[0].seconds > 0
     tensors = sum(size for part, size in told["configured"]["parts"].items() if part != OVERHEAD)
@@ -96,6 +111,15 @@ def test_a_trial_scales_hours_and_tells_the_overhead(tmp_path: Path) -> None:
     assert planner.configured.parts[OVERHEAD] == holes + 1007, "of a GPU a trial tells the tensors alone"
 
 
+def test_where_tokens_end_the_run_shorter_steps_are_more(tmp_path: Path) -> None:
+    planner = planner_of(tmp_path, CACHE)
+    tokens, steps, rows = planner.tokens, planner.steps, planner.experiment.rows
+    planner.tried(Tried(2.0, 0, rows.count * rows.length / 4))
+    assert planner.tokens == tokens
+    assert 4 * (steps - 1) < planner.steps <= 4 * steps
+    assert planner.configured.hours == pytest.approx(planner.steps * 2.0 / 3600)
+
+
 @pytest.mark.parametrize("config", [SEARCH, RECOVER, CACHE])
 def test_the_steps_that_fit_are_the_most_that_take_no_longer(config: str, tmp_path: Path) -> None:
     planner = planner_of(tmp_path, config)
@@ -123,10 +147,12 @@ def test_seconds_are_those_of_a_step_of_the_usual_length(monkeypatch: pytest.Mon
     with pytest.raises(Enough) as enough:
         steps()
     assert enough.value.tried.seconds == pytest.approx(24 * (6 / 60 + 4 / 20) / 2)
+    assert enough.value.tried.tokens == 2 * (1 + 6) / 2, "of a lower triangle"
 
 
 def batch(rows: int, length: int) -> dict[str, torch.Tensor]:
-    return {"input_ids": torch.zeros(rows, length)}
+    ids = torch.zeros(rows, length, dtype=torch.long)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids).tril()}
 
 
 def test_what_cannot_be_tried_is_refused(asked: dict[str, list[str]]) -> None:

@@ -267,29 +267,6 @@ def test_questions_that_cannot_be_asked_are_refused(chatty: str, teacher_dir: st
         Prompts(tokenizer, Columns(), 3).questions(1)
 
 
-def test_a_model_writes_texts_from_their_first_token_on(teacher_dir: str, tmp_path: Path) -> None:
-    """The token that begins a text stands before each; where there is none, the one that ends it."""
-    tokenizer = AutoTokenizer.from_pretrained(teacher_dir)
-    ends, digit = tokenizer.eos_token, tokenizer("7", add_special_tokens=False).input_ids[0]
-    for bos, eos, wanted in ((None, ends, tokenizer.eos_token_id), ("7", ends, digit), ("7", None, digit)):
-        tokenizer.bos_token, tokenizer.eos_token = bos, eos
-        prompt, *others = Prompts(tokenizer, Columns(), 3).documents(5)
-        assert prompt.ids == [wanted]
-        assert others == [prompt] * 4
-    assert prompt.row(tokenizer("1 + 2", add_special_tokens=False).input_ids) == {"text": "1 + 2"}
-    tokenizer.bos_token = tokenizer.eos_token = None
-    with pytest.raises(ConfigError, match="--documents: the tokenizer has no token that begins or ends"):
-        Prompts(tokenizer, Columns(), 3).documents(1)
-    out = tmp_path / "own.jsonl"
-    write = ["--model", teacher_dir, "--documents", "7", "--max-new-tokens", "6", "--out", str(out)]
-    with pytest.raises(ConfigError, match="--documents: all would be the same at --temperature 0"):
-        main([*write, "--device", "cpu"])
-    main([*write, "--device", "cpu", "--temperature", "1"])
-    rows = rows_of(out)
-    assert len({row["text"] for row in rows}) > 1
-    assert all(set(row) == {"text"} for row in rows)
-
-
 def test_a_question_ends_where_the_template_ends_a_turn(chatty: str) -> None:
     """What ends it is no stop token of many models, which go on and answer."""
     tokenizer = AutoTokenizer.from_pretrained(chatty)

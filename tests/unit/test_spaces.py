@@ -181,15 +181,15 @@ def test_a_walk_over_halves_may_start_from_the_best_whole_layers(pinned: tuple[i
 
 
 @pytest.mark.parametrize("pinned", [(), (6, 7), (3,)])
-def test_whole_layers_are_a_space_whose_neighbours_differ_by_a_layer(pinned: tuple[int, ...]) -> None:
+def test_the_sets_of_whole_layers_are_sets_of_layers(pinned: tuple[int, ...]) -> None:
     space = halves(6, 4, pinned)
-    within = space.whole()
+    within = space.layerwise()
     assert within is not None
     whole = {kept for kept in space if all(unit ^ 1 in kept for unit in kept)}
-    assert {kept for kept in space if within.legal(kept)} == whole
-    for kept in whole:
-        assert set(within.neighbours(kept)) == {other for other in whole if len({*other} ^ {*kept}) == 4}
-    assert AnyOf(8, 3).whole() is None
+    assert {within.halves(layers) for layers in within.space} == whole
+    assert {kept for kept in space if within.layers(kept)} == whole
+    assert all(within.layers(within.halves(layers)) == layers for layers in within.space)
+    assert AnyOf(8, 3).layerwise() is None
 
 
 @pytest.mark.parametrize("layers", range(2, 8))
