@@ -14,8 +14,8 @@ from src.callbacks.record import check_path
 from src.data.batches import Batch
 from src.mask import Mask
 from src.policies.measuring import Probe
-from src.policies.polish import settle
 from src.policies.probe import PREFIX_GIB, CalibrationProbe
+from src.policies.settle import settle
 from src.ranges import NonNegative, checked
 from src.training.adapters import beside
 from src.units.amount import Budget

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+import time
+from typing import Annotated, Any
 
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+
+from src.ranges import Range, checked
 
 
 class LastCheckpoint(ModelCheckpoint):
@@ -13,8 +16,24 @@ class LastCheckpoint(ModelCheckpoint):
 
     Lightning's own saves every ``every_n_train_steps``. A run that ends between two of these steps, as when
     its data end (``data.max_tokens``), leaves an older step in ``last.ckpt``, which an export would take
-    without a warning.
+    without a warning. And where a step takes long, so many of them are much to lose to a kill.
+
+    Args:
+        minutes: ``last.ckpt`` is written at the end of a step, too, if it is older than this.
+        kwargs: those of ``ModelCheckpoint``.
     """
+
+    @checked
+    def __init__(
+        self, *, minutes: Annotated[float, Range(float, 0, 1e6, "low")] = 10.0, **kwargs: Any
+    ) -> None:
+        super().__init__(**kwargs)
+        self.minutes = minutes
+        self._steps, self._written = 0, 0.0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        self._steps, self._written = trainer.global_step, time.monotonic()
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         """Save the final step too, before Lightning counts its epoch as complete.
@@ -22,8 +41,17 @@ class LastCheckpoint(ModelCheckpoint):
         So a run with more steps can resume in the middle of that epoch.
         """
         super().on_train_batch_end(trainer, pl_module, *args)
-        if trainer.global_step == trainer.max_steps or trainer.should_stop:
+        step = trainer.global_step
+        ended = step > self._steps  # not between batches that are accumulated: their gradients are not saved
+        if step == trainer.max_steps or trainer.should_stop or (ended and self._due(trainer)):
             self.save(trainer)
+        if self._last_global_step_saved == step:
+            self._written = time.monotonic()
+        self._steps = step
+
+    def _due(self, trainer: Trainer) -> bool:
+        """Whether ``last.ckpt`` is too old; all ranks go by the clock of the first."""
+        return trainer.strategy.broadcast(time.monotonic() - self._written > 60 * self.minutes)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save the end of the last epoch too, before anything that follows training can fail."""

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 import pytest
 import torch
 
-from src.policies.polish import polish, polished
+from src.policies.polish import polish
+from src.policies.settle import polished
 from src.units.alternating import Alternating
 from src.units.spaces import AnyOf, Kept, Space
 

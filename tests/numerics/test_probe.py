@@ -18,8 +18,8 @@ from src.data.encode import TokenRow
 from src.mask import Unit
 from src.plan.toy import CountingProbe
 from src.policies import SLEB, Exhaustive, GumbelTopK, LayerKL, MaskPolicy
-from src.policies.polish import settle
 from src.policies.probe import CalibrationProbe
+from src.policies.settle import settle
 from src.search import MaskSearch
 from tests.marks import slow
 

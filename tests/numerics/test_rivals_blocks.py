@@ -10,7 +10,7 @@ import torch
 from src.errors import ConfigError
 from src.policies import ConcaveGate, TinyFusion
 from src.policies.measuring import Probe
-from src.policies.polish import settle
+from src.policies.settle import settle
 from src.policies.tinyfusion import ways_to_keep
 from tests.numerics.test_rivals_gates import additive, learn
 

@@ -11,7 +11,7 @@ import yaml
 from lightning import LightningModule, Trainer, seed_everything
 from torch import Tensor, nn
 
-from src.callbacks import LastCheckpoint
+from src.callbacks import LastCheckpoint, last
 
 ROWS = 10
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -75,6 +75,28 @@ def test_a_second_run_in_the_same_directory_replaces_the_first(tmp_path: Path) -
     fit(tmp_path, 7)
     fit(tmp_path, 6)
     assert saved(tmp_path)["global_step"] == 6
+
+
+@pytest.mark.parametrize(("together", "written"), [(1, [3, 4, 7, 8, 9]), (2, [2, 4])])
+def test_where_steps_are_slow_it_is_written_by_the_clock(
+    together: int, written: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each batch takes 4 of 10 minutes. A save at every fourth step starts the clock anew, and none falls
+    between batches that are accumulated."""
+    clock, steps, real = [0.0], list[int](), LastCheckpoint.on_train_batch_end
+
+    def slow(self: LastCheckpoint, trainer: Trainer, *args: Any) -> None:
+        clock[0] += 4 * 60
+        before = self._last_global_step_saved
+        real(self, trainer, *args)
+        if self._last_global_step_saved != before:
+            steps.append(trainer.global_step)
+            assert saved(tmp_path)["global_step"] == trainer.global_step
+
+    monkeypatch.setattr(last.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(LastCheckpoint, "on_train_batch_end", slow)
+    fit(tmp_path, 9 // together, accumulate_grad_batches=together)
+    assert steps == written
 
 
 def test_every_shipped_config_uses_it() -> None:
