@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
+import pytest
 import torch
+from transformers import AutoTokenizer
 
 from src.cache import Cache
 from src.cli import run
@@ -27,14 +30,19 @@ def test_predict_writes_a_cache_and_recovery_learns_from_it(
     recover = ["fit", "--config", "configs/recover/entropy_kd.yaml", "--config", "configs/cache/recover.yaml"]
     recover += [*quick, f"--model.init_args.model={teacher_dir}", f"--model.init_args.mask={mask_file}"]
     recover += [f"--data.init_args.tokenizer={teacher_dir}", f"--data.init_args.train={out}"]
-    run(
-        [
-            *recover,
-            f"--data.init_args.validation={out}",
-            "--data.init_args.batch_size=4",
-            "--trainer.max_steps=6",
-        ]
-    )
+    recover += [
+        f"--data.init_args.validation={out}",
+        "--data.init_args.batch_size=4",
+        "--trainer.max_steps=6",
+    ]
+    trial = ["--length", "256", "--trial", "2", "--json", str(tmp_path / "plan.json")]
+    run(["plan", *recover[1:], *trial])
+    told = json.loads((tmp_path / "plan.json").read_text())
+    tokenizer = AutoTokenizer.from_pretrained(teacher_dir)
+    rows = [json.loads(line) for line in Path(corpus_file).read_text().splitlines()]
+    ids = tokenizer([f"{row['question']}\n{row['answer']}{tokenizer.eos_token}" for row in rows]).input_ids
+    assert told["tokens"] == pytest.approx(6 * 4 * sum(map(len, ids)) / len(ids), rel=0.05)
+    run(recover)
     (checkpoint,) = (tmp_path / "logs").rglob("last.ckpt")
     state = torch.load(checkpoint, weights_only=False)
     assert not [key for key in state["state_dict"] if "teacher" in key]

@@ -164,6 +164,8 @@ def test_what_cannot_be_tried_is_refused(asked: dict[str, list[str]]) -> None:
         run(["plan", *asked[RECOVER], "--trainer.max_steps", "2", "--trial", "2"])
     with pytest.raises(ConfigError, match="leave out --ratio and --length"):
         run(["plan", *asked[RECOVER], "--ratio", "0.5", "--trial", "2"])
+    with pytest.raises(ConfigError, match="leave out --ratio and --length"):
+        run(["plan", *asked[RECOVER], "--length", "32", "--trial", "2"])
     assert Planner(Experiment(asked[RECOVER]), PLENTY).device is PLENTY
 
 
