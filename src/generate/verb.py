@@ -25,7 +25,7 @@ from src.command import Parser, load, new_file, provenance
 from src.data.content import fingerprint
 from src.data.formats import Row
 from src.data.judging import read_rows
-from src.data.options import add_columns, read_columns
+from src.data.options import COLUMN_OPTIONS, add_columns, read_columns
 from src.data.sources import Source
 from src.errors import ConfigError
 from src.evaluate.generate import new_tokens, stop_tokens
@@ -40,6 +40,10 @@ COLDEST = 1e-3
 """Least temperature that is drawn at; logits divided by much less than that would overflow float32."""
 UNPROMPTED = {"questions": 0.7, "documents": 1}
 """What a model writes without prompts, a method of :class:`Prompts` each, and a temperature to draw it at."""
+START = 16
+"""Tokens given of a plain text, where the command does not say how many."""
+OF_PROMPTS = ("limit", "start", *COLUMN_OPTIONS)
+"""Options that say what is read of ``--prompts``."""
 Written = dict[str, Any]
 """``row``, the row of the corpus; ``tokens``, how many are new; ``finished``, whether the model ended it."""
 
@@ -120,9 +124,9 @@ def _prompts(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> li
     """
     (first, of), free, config = args.part, _free(args), load_config(args.model).get_text_config()
     begins = getattr(config, "bos_token_id", None)
-    read = Prompts(tokenizer, read_columns(args), args.start, begins)
-    if free and (args.limit or args.split):
-        raise ConfigError(f"--{free}: says how many rows there are; leave out --limit and --split.")
+    read = Prompts(tokenizer, read_columns(args), args.start or START, begins)
+    if free and (unread := [f"--{name}" for name in OF_PROMPTS if getattr(args, name)]):
+        raise ConfigError(f"--{free}: there are no rows to read; leave out {', '.join(unread)}.")
     if free and not args.temperature:
         raise ConfigError(
             f"--{free}: all would be the same at --temperature 0. Add --temperature {UNPROMPTED[free]}."
@@ -184,6 +188,7 @@ def _settings(args: argparse.Namespace) -> dict[str, Any]:
     """What the rows follow from: model and prompts by their content, and the options."""
     plain = ("out", "force", "device", "model", "prompts")
     options = {key: value for key, value in vars(args).items() if key not in plain}
+    options["start"] = args.start or START
     for name in UNPROMPTED:
         if not options[name]:
             del options[name]  # rows that were begun before there was this option
@@ -264,7 +269,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     add("--limit", type=positive, metavar="N", help="the first N rows only")
     add("--part", type=_part, default=(0, 1), metavar="K/N", help="of N parts of these, part K, from 0")
     add("--finished", action="store_true", help="leave out rows that the model did not end")
-    add("--start", type=positive, default=16, metavar="T", help="tokens given of a plain text (default: 16)")
+    add("--start", type=positive, metavar="T", help=f"tokens given of a plain text (default: {START})")
     add("--max-new-tokens", type=positive, default=512, metavar="T", help="of a row (default: 512)")
     add("--batch-size", type=positive, default=32, metavar="B", help="rows at once (default: 32)")
     add(

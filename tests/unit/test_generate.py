@@ -254,7 +254,8 @@ def test_questions_that_cannot_be_asked_are_refused(chatty: str, teacher_dir: st
     ask = ["--questions", "7", "--out", str(tmp_path / "own.jsonl"), "--device", "cpu"]
     for model, more, told in (
         (chatty, [], "all would be the same at --temperature 0"),
-        (chatty, ["--temperature", "1", "--limit", "3"], "leave out --limit and --split"),
+        (chatty, ["--temperature", "1", "--limit", "3", "--start", "16"], "leave out --limit, --start"),
+        (chatty, ["--temperature", "1", "--ignore", "a", "--text", "b"], "leave out --text, --ignore"),
         (teacher_dir, ["--temperature", "1"], "has no chat template"),
         (chatty, ["--temperature", "1", "--part", "8/9"], "--questions: 7 rows, none for part 8/9"),
     ):
