@@ -150,7 +150,7 @@ PUBLIC_MODELS = $(CUT)/cut/config.json $(CUT)/recovered/config.json
 # Make deletes what it takes for steps on the way to something else, unless the rule's own pattern stands here.
 .PRECIOUS: %/cut/config.json %/recovered/config.json $(CONTEST)/%/recover/record.json
 
-public-model: $(addprefix $(CUT)/,evaluate.json held_out.json tasks.json benchmark.json answers/recovered.jsonl)  ## SmolLM2-135M-Instruct to KEEP=22 or 25 of its 30 layers [SEED, SEARCH, RECOVER: keys of fit] -> docs/public_model.md (hours; resumable)
+public-model: $(addprefix $(CUT)/,evaluate.json held_out.json tasks.json benchmark.json answers/recovered.jsonl)  ## SmolLM2-135M-Instruct to KEEP=22, or so many, of its 30 layers [SEED, SEARCH, RECOVER: keys of fit] -> docs/public_model.md (hours; resumable)
 	$(CLI) report --run $(CUT)
 	$(if $(filter logs/public-model/$(KEEP),$(filter $(CUT),$(SHOWN))),$(PY) -m scripts.public_model page --run $(CUT) && $(PY) -m scripts.readme_results)
 
