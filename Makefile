@@ -140,8 +140,8 @@ PLANNED = $(filter plan,$(firstword $(VERB)))
 BEGINS = @$(if $(PLANNED),true,$(STALE))
 PUBLIC_SEARCH = $(if $(PLANNED),-)$(CLI) $(VERB) --config configs/search/gumbel_topk.yaml --config configs/public_model/search.yaml $(1) --model.init_args.model $(PARENT) \
   $(call SEEDED,--model.init_args.policy.init_args.seed $(SEED) --data.init_args.seed $(SEED)) $(PUBLIC_FIT) $(2)
-PUBLIC_RECOVER = $(if $(PLANNED),-)$(CLI) $(VERB) --config configs/recover/entropy_kd.yaml --config configs/recover/hidden_states.yaml \
-  --config configs/public_model/recover.yaml --model.init_args.mask $< $(PUBLIC_FIT) $(1)
+PUBLIC_RECOVER = $(if $(PLANNED),-)$(CLI) $(VERB) --config configs/recover/entropy_kd.yaml --config configs/public_model/recover.yaml \
+  --model.init_args.mask $< $(PUBLIC_FIT) $(1)
 PUBLIC_JUDGE = $(CLI) evaluate --teacher $(PARENT) --model $(^D) --max-length 256 --batch-size 8 --dtype bfloat16 --supervise all --out $@
 PUBLIC_TASKS = HF_HUB_OFFLINE=1 $(CLI) evaluate $(BESIDE) --model $(^D) --include-path configs/tasks --data-dir $(SHARED)/data/eval \
   --limit 500 --dtype bfloat16 --out $@ --tasks
@@ -227,10 +227,10 @@ $(CUT)/answers/recovered.jsonl: $(PUBLIC_MODELS)
 $(CUT)/benchmark.json: $(PUBLIC_MODELS)
 	$(CLI) benchmark --baseline $(PARENT) --model $(^D) --out $@
 
-# Seven ways to choose what goes, and six losses for the mask of the first; the recovery is the same short one.
+# Seven ways to choose what goes, and six losses for the mask of the first; the recovery is the same short one, with streams to its end.
 METHODS := gumbel_topk half block_influence angular sleb tail random
 LOSSES  := none linear topq reverse top10 logits
-SHORT   := --trainer.max_steps 32 --trainer.limit_val_batches 0
+SHORT   := --config configs/recover/hidden_states.yaml --trainer.max_steps 32 --trainer.limit_val_batches 0
 OF_half   := --config configs/unit/half.yaml
 PLAIN     := gumbel_topk half
 OF_random := --model.init_args.policy.init_args.masks 1

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 
 from scripts import public_model
 from scripts.public_model import HELD_OUT, TEXTS, curve, text
@@ -26,6 +27,7 @@ PAGE = Path("docs/public_model.md")
 MADE = Path("Makefile").read_text()
 LOSSES = dict(re.findall(r"^LOSS_(\w+) +:= (.+)$", MADE, re.M))
 PART = re.findall(r"^OF_LOSS := (.+)$", MADE, re.M)[0]
+SHORT = re.findall(r"^SHORT +:= (--config \S+)", MADE, re.M)[0]
 
 
 @pytest.fixture(scope="module")
@@ -49,16 +51,20 @@ def recover(teacher_dir: str, corpus_file: str, tmp_path_factory: pytest.TempPat
     fewer = [f"--model.init_args.model={teacher_dir}", "--model.init_args.remove=2"]
     search = "configs/search/gumbel_topk.yaml"
     mask = fit("search", search, *fewer, "--model.init_args.draws=1", name="search") / "mask.json"
-    kd = "configs/recover/entropy_kd.yaml configs/recover/hidden_states.yaml"
-    return partial(fit, "recover", kd, f"--model.init_args.mask={mask}")
+    return partial(fit, "recover", "configs/recover/entropy_kd.yaml", f"--model.init_args.mask={mask}")
 
 
 @pytest.mark.parametrize("loss", [None, *LOSSES])
 def test_the_settings_lead_to_a_proven_export(loss: str | None, recover: Any, tmp_path: Path) -> None:
-    """The search's weights and the recovery's teacher are bf16; what trains stays float32."""
+    """The search's weights and the recovery's teacher are bf16; what trains stays float32.
+
+    The page's own recovery learns streams in its first half, the short ones to their end, one none at all.
+    """
     assert len(LOSSES) == 6
-    asked = LOSSES[loss].replace("$(OF_LOSS)", PART).split() if loss else []
+    asked = f"{SHORT} {LOSSES[loss]}".replace("$(OF_LOSS)", PART).split() if loss else []
     at: Path = recover(*asked, name=loss or "recover")
+    terms = yaml.safe_load((at / "config.yaml").read_text())["model"]["init_args"]["terms"]
+    assert [term["until"] for term in terms or []] == {None: [0.5], "logits": []}.get(loss, [1.0])
     last = str(at / "checkpoints/last.ckpt")
     run(["export", "--mask", str(at / "recovers.json"), "--checkpoint", last, "--out", str(tmp_path / "out")])
     model = load_model(str(tmp_path / "out"), dtype="auto")
