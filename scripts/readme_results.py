@@ -92,7 +92,7 @@ def main() -> None:
         ("width_speed_stories", speed_lines, "width", "speed of stories"),
         ("vision", vision_lines, "systems/prune_and_merge", "vision"),
         *((f"public_model_{n}_held_out", judged_lines, "public_model", f"held out {n}") for n in (22, 25)),
-        *((f"public_{x}", compared_lines, "public_model", x) for x in ("contest", "losses")),
+        *((f"public_{x}", compared_lines, "public_model", x) for x in ("contest", "losses", "recipes")),
     ):  # fmt: skip
         if found := read(name):
             fill(Path(f"docs/{about}.md"), make(found), part)

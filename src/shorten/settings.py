@@ -26,6 +26,8 @@ PASSES, STEPS = 8, 750
 """Times that a small corpus is read, and the steps that this takes."""
 HIDDEN_STATES = "[{term: {class_path: src.losses.HiddenStates}, weight: 10.0}]"
 """The further term of a recovery that reads its text again."""
+HELD = 2**31
+"""Bytes of a step up to which the whole distribution is learned: four for each token of the vocabulary."""
 LARGE = 5e7
 """Weights from which bf16 pays on a CPU that multiplies it fast; it was measured at 135 M."""
 
@@ -95,6 +97,9 @@ def choose(model: str, text: Text, tokens: int | None) -> Iterator[Choice]:
         share = max(1, min(rows, round(budget / text.tokens * text.documents / STEPS)))
         why = f"about {STEPS} steps, if they are not more than 8 k tokens each"
     yield Choice("recover", "data.init_args.batch_size", share, why)
+    if 4 * share * length * load_config(model).get_text_config().vocab_size <= HELD:
+        nearer = "all of the parent's tokens, not its ten likeliest: 0.02 nats nearer (docs/public_model.md)"
+        yield Choice("recover", "model.init_args.distillation.init_args.k", "null", nearer)
     rate = float(f"{(AGAIN if again else RATE) * min(1.0, MEASURED_AT / count) ** 0.5:.1e}")
     rule = f"measured at {MEASURED_AT / 1e6:g} M weights; it falls with the root of more (a rule)"
     yield Choice("recover", "model.init_args.optimizer.init_args.lr", rate, rule)
