@@ -66,20 +66,6 @@ def test_text_that_ends_is_read_several_times(teacher_dir: str) -> None:
     assert ("recover", "terms") not in chosen(teacher_dir, Text(748, 748 * 69, 90, True), tokens=50_000)
 
 
-def test_all_tokens_of_the_parent_are_learned_where_they_fit(
-    monkeypatch: pytest.MonkeyPatch, teacher_dir: str
-) -> None:
-    """A step's rows times their length times the vocabulary, in float32."""
-    text, key = Text(100, 10_000, 100, False), ("recover", "k")
-    found, config = chosen(teacher_dir, text), json.loads(Path(teacher_dir, "config.json").read_text())
-    rows, length = (found["recover", name].value for name in ("batch_size", "max_length"))
-    assert found[key].value == "null"
-    monkeypatch.setattr(settings, "HELD", 4 * rows * length * config["vocab_size"])
-    assert key in chosen(teacher_dir, text)
-    monkeypatch.setattr(settings, "HELD", settings.HELD - 1)
-    assert key not in chosen(teacher_dir, text)
-
-
 @pytest.mark.parametrize(("fast", "count"), [(True, 10**9), (False, 10**9), (True, 10**6)])
 def test_bf16_is_chosen_where_it_pays(
     fast: bool, count: int, monkeypatch: pytest.MonkeyPatch, teacher_dir: str
