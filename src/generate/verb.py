@@ -124,9 +124,7 @@ def _prompts(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> li
     """
     (first, of), free, config = args.part, _free(args), load_config(args.model).get_text_config()
     begins = getattr(config, "bos_token_id", None)
-    read = Prompts(tokenizer, read_columns(args), args.start or START, begins)
-    if free and (unread := [f"--{name}" for name in OF_PROMPTS if getattr(args, name)]):
-        raise ConfigError(f"--{free}: there are no rows to read; leave out {', '.join(unread)}.")
+    read = Prompts(tokenizer, read_columns(args), args.start, begins)
     if free and not args.temperature:
         raise ConfigError(
             f"--{free}: all would be the same at --temperature 0. Add --temperature {UNPROMPTED[free]}."
@@ -188,7 +186,6 @@ def _settings(args: argparse.Namespace) -> dict[str, Any]:
     """What the rows follow from: model and prompts by their content, and the options."""
     plain = ("out", "force", "device", "model", "prompts")
     options = {key: value for key, value in vars(args).items() if key not in plain}
-    options["start"] = args.start or START
     for name in UNPROMPTED:
         if not options[name]:
             del options[name]  # rows that were begun before there was this option
@@ -287,4 +284,8 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     add("--seed", type=Range(int, 0, SEED), default=0, help="of sampling (default: 0)")
     add("--force", action="store_true", help="replace a file that is there")
     parser.add_model_options()
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if (free := _free(args)) and (unread := [f"--{name}" for name in OF_PROMPTS if getattr(args, name)]):
+        raise ConfigError(f"--{free}: there are no rows to read; leave out {', '.join(unread)}.")
+    args.start = args.start or START
+    return args

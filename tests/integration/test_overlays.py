@@ -17,6 +17,7 @@ from src import policies
 from src.cli import run
 from src.data import Corpus
 from src.mask import Mask
+from src.plan.experiment import Experiment
 from src.recover import Recovery
 from tests.integration.test_resume import broken_and_resumed
 from tests.marks import slow
@@ -129,3 +130,21 @@ def test_clp_tunes_the_blocks_next_to_the_cut_and_nothing_else(
     assert Watch.moved == tuned
     changed = {n for n, p in module.named_parameters() if not torch.equal(p, Watch.before[n])}
     assert changed == tuned
+
+
+TERMS = [path for path in sorted(Path("configs/recover").glob("*.yaml")) if "terms:" in path.read_text()]
+
+
+@pytest.mark.parametrize("overlay", TERMS, ids=lambda path: path.stem)
+def test_terms_owe_nothing_to_an_earlier_config(overlay: Path, teacher_dir: str) -> None:
+    """The entries of two lists are merged key by key: what the later does not say, the earlier decides."""
+
+    def terms(*files: str) -> list[tuple[float, float]]:
+        configs = [
+            part for file in ("configs/recover/entropy_kd.yaml", *files) for part in ("--config", file)
+        ]
+        found = Experiment([*configs, f"--model.init_args.model={teacher_dir}"]).model.terms
+        return [(each.weight, each.until) for each in found]
+
+    assert terms("configs/public_model/recover.yaml") == [(1.0, 0.5)]
+    assert terms("configs/public_model/recover.yaml", str(overlay)) == terms(str(overlay)) != [(1.0, 0.5)]

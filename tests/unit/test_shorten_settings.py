@@ -6,12 +6,8 @@ import pytest
 
 from src.models.loading import load_config
 from src.shorten import settings
-from src.shorten.settings import choose
 from src.shorten.text import Text
-
-
-def chosen(model: str, text: Text) -> dict[tuple[str, str], settings.Choice]:
-    return {(c.stage, c.option.split(".")[-1]): c for c in choose(model, text, None)}
+from tests.unit.test_shorten import chosen
 
 
 def test_all_tokens_of_the_parent_are_learned_where_they_fit(
