@@ -198,6 +198,17 @@ class Experiment:
             return limit, ceil(limit / step)
         return int(steps * step), int(steps)
 
+    def validated(self, steps: int) -> int:
+        """Return how many batches of held-out rows are validated in the course of so many steps, at most.
+
+        It is 0 where the length of the text decides it: validation after epochs, or of a share of the rows.
+        """
+        trainer, held_out = self.trainer, self.data.get("validation") or self.data.get("held_out")
+        every, batches = trainer.val_check_interval, trainer.limit_val_batches
+        if not (held_out and isinstance(every, int) and isinstance(batches, int)):
+            return 0
+        return 0 if trainer.check_val_every_n_epoch else steps * self.accumulate // every * batches
+
     def distinct(self, tokens: int) -> int | None:
         """Return how many of the tokens that a run processes are distinct, at most.
 

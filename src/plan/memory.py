@@ -8,7 +8,10 @@ rank.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
+
+import yaml
 
 from src.errors import ConfigError
 from src.models.loading import Quantization
@@ -18,6 +21,7 @@ from src.plan.weights import Weights
 
 Mode = Literal["shared", "copy", "int8", "nf4", "cached"]
 OVERHEAD = "framework overhead"
+OVERLAYS = Path(__file__).parents[2] / "configs" / "strategy"
 _NAMES = {
     "auto": "single", "SingleDeviceStrategy": "single",
     "ddp": "ddp", "DDPStrategy": "ddp",
@@ -51,6 +55,13 @@ class Setting:
     quantize: Quantization | None = None
     half: bool = False
     offload: bool = False
+
+
+def overlay(strategy: str) -> tuple[str | None, bool]:
+    """Return the precision of an overlay in ``configs/strategy/``, and whether it recomputes activations."""
+    trainer = yaml.safe_load((OVERLAYS / f"{strategy}.yaml").read_text())["trainer"]
+    callbacks = [c["class_path"].split(".")[-1] for c in trainer.get("callbacks+", [])]
+    return trainer.get("precision"), "CheckpointActivations" in callbacks
 
 
 def strategy_name(strategy: Any, ranks: int) -> str:

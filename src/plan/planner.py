@@ -4,25 +4,22 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
 from pkgutil import resolve_name
 from typing import cast
 
 import torch
-import yaml
 from jsonargparse import Namespace
 
 from src.errors import ConfigError
 from src.models.loading import Quantization, load_config, numbers
 from src.plan.devices import Device, Tried
 from src.plan.experiment import Experiment
-from src.plan.memory import OVERHEAD, Mode, Setting, memory, strategy_name
+from src.plan.memory import OVERHEAD, Mode, Setting, memory, overlay, strategy_name
 from src.plan.trace import Trace, trace
 from src.plan.work import CacheSize, cache_size, calibration
 from src.policies.probe import PREFIX_GIB, stream_bytes
 from src.search import MaskSearch
 
-OVERLAYS = Path(__file__).parents[2] / "configs" / "strategy"
 PLAIN: dict[str, Mode] = {"search": "shared", "recover": "copy", "cache": "copy"}
 
 
@@ -98,21 +95,16 @@ class Planner:
         peak = self.device.tflops[self._numbers(self.configured.precision)] * 1e12
         self.device = replace(
             self.device,
-            efficiency=self._work[0] / trial.seconds / peak,
+            efficiency=self._step(self.configured.setting, self.trace()) / trial.seconds / peak,
             overhead=beyond + (self.device.overhead if self.device.gpu else 0),
         )
 
     def within(self, hours: float) -> int:
-        """Return how many steps of the config fit into so many hours, beside what a search measures."""
+        """Return how many steps of the config fit into so many hours, with what is validated and measured."""
         kind = self._numbers(self.configured.precision)
-        step, beside = (self.device.seconds(flops, kind) for flops in self._work)
-        return max(0, int((3600 * hours - beside) / step))
-
-    @property
-    def _work(self) -> tuple[float, float]:
-        """Floating-point operations of a rank: of a step as configured, and of all that is not a step."""
-        beside = self.calibration * self.trace().teacher_flops
-        return (self.configured.flops / self.ranks - beside) / self.steps, beside
+        measured = self.device.seconds(self.calibration * self.trace().teacher_flops, kind)
+        rest = self.device.seconds(self.configured.flops / self.ranks, kind) - measured
+        return max(0, int((3600 * hours - measured) / rest * self.steps))
 
     # ------------------------------------------------------------------ ways to run
 
@@ -174,8 +166,9 @@ class Planner:
         setting = replace(setting, half="bf16" in used or used.startswith("16"))
         parts = memory(traced, setting, self.device)
         parts["activations"] = max(parts["activations"], self.remembered)  # they are held in turn
-        flops = float(traced.flops - (traced.teacher_flops if setting.mode == "cached" else 0))
-        flops = flops * self.steps * self.experiment.accumulate + self.calibration * traced.teacher_flops
+        flops = self._step(setting, traced) * self.steps + self.calibration * traced.teacher_flops
+        validated = self.experiment.validated(self.steps)
+        flops += validated * (traced.validation_flops - _unread(setting, traced))
         return Estimate(
             setting=setting,
             checkpoint=checkpoint,
@@ -185,6 +178,10 @@ class Planner:
             flops=flops * self.ranks,
             hours=self.device.seconds(flops, self._numbers(used)) / 3600,
         )
+
+    def _step(self, setting: Setting, traced: Trace) -> float:
+        """Floating-point operations of a rank in a step of the optimiser."""
+        return float(traced.flops - _unread(setting, traced)) * self.experiment.accumulate
 
     def trace(self, checkpoint: bool | None = None, precision: str | None = None) -> Trace:
         """Return the trace of a step, made at the first call.
@@ -286,8 +283,6 @@ class Planner:
         return numbers(self.experiment.name, model.get("dtype") or "float32", model.get("revision"))
 
 
-def overlay(strategy: str) -> tuple[str | None, bool]:
-    """Return the precision of an overlay in ``configs/strategy/``, and whether it recomputes activations."""
-    trainer = yaml.safe_load((OVERLAYS / f"{strategy}.yaml").read_text())["trainer"]
-    callbacks = [c["class_path"].split(".")[-1] for c in trainer.get("callbacks+", [])]
-    return trainer.get("precision"), "CheckpointActivations" in callbacks
+def _unread(setting: Setting, traced: Trace) -> int:
+    """Return the operations of a batch that a cache saves: those of the teacher."""
+    return traced.teacher_flops if setting.mode == "cached" else 0

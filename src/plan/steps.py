@@ -85,7 +85,7 @@ class PlannedTeacher:
         return streams(self.head.model, layers)
 
 
-def _search(search: MaskSearch, batch: Batch, ledger: Ledger, gpu: bool) -> int:
+def _search(search: MaskSearch, batch: Batch, ledger: Ledger, gpu: bool) -> tuple[int, int]:
     """Run two draws: the second meets what the first still holds, and all further ones cost as it does.
 
     They share nothing, because a plan cannot know how alike a search's masks are: it is an upper bound.
@@ -102,10 +102,10 @@ def _search(search: MaskSearch, batch: Batch, ledger: Ledger, gpu: bool) -> int:
             before = ledger.flops
             drawn.append(draw(search, rows, signal, search.sample(number)))
     ledger.flops += (search.draws - min(2, search.draws)) * (ledger.flops - before)
-    return teacher_flops
+    return teacher_flops, teacher_flops * (1 + len(search.budgets))
 
 
-def _recover(recovery: Recovery, batch: Batch, ledger: Ledger, gpu: bool) -> int:
+def _recover(recovery: Recovery, batch: Batch, ledger: Ledger, gpu: bool) -> tuple[int, int]:
     """Run a second step, in which the optimiser's state and the gradients of the first are held already."""
     trained = [p for p in recovery.model.parameters() if p.requires_grad]
     optimizer = recovery.optimizer(trained)
@@ -125,6 +125,10 @@ def _recover(recovery: Recovery, batch: Batch, ledger: Ledger, gpu: bool) -> int
     optimizer.step()
     for state in optimizer.state.values():
         ledger.own([x for x in state.values() if isinstance(x, Tensor)], "optimiser")
+    before = ledger.flops
+    with recovery.trainer.precision_plugin.forward_context(), torch.no_grad():
+        recovery.distillation.measured(recovery.step(Supervised.of(batch)))
+    validation, ledger.flops = ledger.flops - before, before
     ledger.peak.clear()
     with recovery.trainer.precision_plugin.forward_context():
         loss = recovery.losses(Supervised.of(batch))["loss"]
@@ -135,13 +139,15 @@ def _recover(recovery: Recovery, batch: Batch, ledger: Ledger, gpu: bool) -> int
         optimizer.step()
     ledger.flops = flops
     assert isinstance(recovery.teacher, PlannedTeacher)
-    return recovery.teacher.flops
+    return recovery.teacher.flops, validation
 
 
-def _cache(cache: CacheTeacher, batch: Batch, ledger: Ledger, gpu: bool) -> int:
+def _cache(cache: CacheTeacher, batch: Batch, ledger: Ledger, gpu: bool) -> tuple[int, int]:
     with cache.trainer.precision_plugin.forward_context():
         cache.signal(batch)
-    return ledger.flops
+    return ledger.flops, ledger.flops
 
 
-STEPS: dict[type, Callable[..., int]] = {MaskSearch: _search, Recovery: _recover, CacheTeacher: _cache}
+Step = Callable[..., tuple[int, int]]
+"""Runs a step; returns the operations of the teacher's forward pass, and of a validation of the batch."""
+STEPS: dict[type, Step] = {MaskSearch: _search, Recovery: _recover, CacheTeacher: _cache}

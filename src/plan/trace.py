@@ -42,6 +42,7 @@ class Trace:
             step.
         flops: floating-point operations of the step.
         teacher_flops: operations of the teacher's forward pass among these.
+        validation_flops: operations of a validation of the same batch, the teacher's included.
         parent: number of weights of the parent.
         trainable: number of weights that are trained.
         student: sizes of the model that is searched, recovered or run.
@@ -52,6 +53,7 @@ class Trace:
     peak: dict[str, int]
     flops: int
     teacher_flops: int
+    validation_flops: int
     parent: int
     trainable: int
     student: Weights
@@ -104,7 +106,7 @@ def trace(module: LightningModule, batch: Batch, gpu: bool) -> Trace:
             stack.enter_context(ledger)
             if gpu:
                 stack.enter_context(fused_attention(ledger))
-            teacher_flops = step(module, batch, ledger, gpu)
+            teacher_flops, validation_flops = step(module, batch, ledger, gpu)
     except Exception as e:
         raise ConfigError(
             f"plan: a step of a '{student.config.model_type}' cannot be run without data: "
@@ -114,6 +116,7 @@ def trace(module: LightningModule, batch: Batch, gpu: bool) -> Trace:
         peak=dict(ledger.peak),
         flops=ledger.flops,
         teacher_flops=teacher_flops,
+        validation_flops=validation_flops,
         parent=count,
         trainable=sum(p.numel() for p in student.parameters() if p.requires_grad),
         student=Weights.of(student),
