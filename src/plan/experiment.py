@@ -203,11 +203,11 @@ class Experiment:
 
         It is 0 where the length of the text decides it: validation after epochs, or of a share of the rows.
         """
-        trainer, held_out = self.trainer, self.data.get("validation") or self.data.get("held_out")
-        every, batches = trainer.val_check_interval, trainer.limit_val_batches
+        held_out = self.data.get("validation") or self.data.get("held_out")
+        every, batches = self.trainer.val_check_interval, self.trainer.limit_val_batches
         if not (held_out and isinstance(every, int) and isinstance(batches, int)):
             return 0
-        return 0 if trainer.check_val_every_n_epoch else steps * self.accumulate // every * batches
+        return steps * self.accumulate // every * batches
 
     def distinct(self, tokens: int) -> int | None:
         """Return how many of the tokens that a run processes are distinct, at most.
