@@ -25,7 +25,7 @@ from src.plan.planner import Planner
 from src.training.memory import peak
 from src.training.running import lightning
 
-SAMPLE = 64
+SAMPLE = 256
 """Batches of the corpus whose tokens are counted."""
 
 
