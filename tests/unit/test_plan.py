@@ -234,7 +234,7 @@ def test_recomputing_saves_memory_and_costs_work(plan: Make) -> None:
 def test_shards_shrink_with_the_ranks() -> None:
     weights = Weights(whole=1000, layer=90, root=100, int8=300, nf4=200, widest=30)
     peak = {"teacher": 1000, "student": 1000, "gradients": 1000, "optimiser": 2000, "activations": 50}
-    traced = Trace(peak, 1, 1, 250, 250, weights, weights)
+    traced = Trace(peak, 1, 1, 1, 250, 250, weights, weights)
 
     def parts(strategy: str, ranks: int, **keys: Any) -> dict[str, int]:
         at = Setting("recover", keys.pop("mode", "copy"), strategy, ranks, beside=True, **keys)
