@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from src.plan.devices import Device
 from src.plan.experiment import Experiment
@@ -48,3 +50,14 @@ def planner_of(
     argv += [f"--{key}={value}" for key, value in keys.items()]
     ratio = 1 / layers if config == RECOVER else None
     return Planner(Experiment(argv, ratio), spec, ranks, 1_000_000 if config == CACHE else None)
+
+
+def forward_flops(layers: int) -> int:
+    """Operations of the real model on a batch of full rows, without logits of the last token."""
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(
+        "qwen3", vocab_size=V, hidden_size=H, intermediate_size=MLP, num_hidden_layers=layers,
+        num_attention_heads=HEADS, num_key_value_heads=KV, head_dim=D, attn_implementation="eager",
+    ))  # fmt: skip
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(torch.ones(ROWS, LENGTH, dtype=torch.long), use_cache=False)
+    return int(counter.get_total_flops()) - 2 * ROWS * H * V

@@ -198,15 +198,19 @@ class Experiment:
             return limit, ceil(limit / step)
         return int(steps * step), int(steps)
 
-    def validated(self, steps: int) -> int:
-        """Return how many batches of held-out rows are validated in the course of so many steps, at most.
+    @property
+    def validation(self) -> tuple[int, int]:
+        """Batches that a recovery trains on between two validations, and batches of each.
 
-        It is 0 where the length of the text decides it: validation after epochs, or of a share of the rows.
+        The latter are 0 where the length of the text decides: validation by epochs, or of a share of it.
         """
         held_out = self.data.get("validation") or self.data.get("held_out")
-        every, batches = self.trainer.val_check_interval, self.trainer.limit_val_batches
-        if not (held_out and isinstance(every, int) and isinstance(batches, int)):
-            return 0
+        every, batches = map(_count, (self.trainer.val_check_interval, self.trainer.limit_val_batches))
+        return (every, batches) if held_out and every and self.stage == "recover" else (1, 0)
+
+    def validated(self, steps: int) -> int:
+        """Return how many batches of held-out rows are validated in the course of so many steps."""
+        every, batches = self.validation
         return steps * self.accumulate // every * batches
 
     def distinct(self, tokens: int) -> int | None:
@@ -254,3 +258,9 @@ class Experiment:
                 callbacks=[kind() for kind in (Sparsify, AveragedWeights) if kind.__name__ in self.callbacks],
             )  # fmt: skip
         return module
+
+
+def _count(given: object) -> int:
+    """Return a number of batches as Lightning reads it; 0 for a share, which 1.0 is, and for a time."""
+    whole = isinstance(given, int) or (isinstance(given, float) and given > 1 and given.is_integer())
+    return int(cast(float, given)) if whole else 0

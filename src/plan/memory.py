@@ -7,6 +7,7 @@ rank.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -97,7 +98,7 @@ def memory(trace: Trace, at: Setting, device: Device) -> dict[str, int]:
     return {**parts, OVERHEAD: device.overhead + int(device.fragmentation * sum(parts.values()))}
 
 
-def _moment(peak: dict[str, int], trace: Trace, at: Setting, gathered: bool) -> dict[str, int]:
+def _moment(peak: Mapping[str, int], trace: Trace, at: Setting, gathered: bool) -> dict[str, int]:
     """Return one rank's bytes at a peak of a whole device; ``gathered`` while sharded layers are in use."""
     part = {key: peak.get(key, 0) for key in ("teacher", "student", "gradients", "optimiser")}
     loose = {key: peak.get(key, 0) for key in ("activations", "loss chunk")}

@@ -101,10 +101,13 @@ class Planner:
 
     def within(self, hours: float) -> int:
         """Return how many steps of the config fit into so many hours, with what is validated and measured."""
-        kind = self._numbers(self.configured.precision)
-        measured = self.device.seconds(self.calibration * self.trace().teacher_flops, kind)
-        rest = self.device.seconds(self.configured.flops / self.ranks, kind) - measured
-        return max(0, int((3600 * hours - measured) / rest * self.steps))
+        way, traced = self.configured, self.trace()
+        every, batches = self.experiment.validation
+        share = self.experiment.accumulate * batches / every
+        flops = self._step(way.setting, traced) + share * _validation(way.setting, traced)
+        each, kind = (flops, self.calibration * traced.teacher_flops), self._numbers(way.precision)
+        step, beside = (self.device.seconds(flops, kind) for flops in each)
+        return max(0, int((3600 * hours - beside) / step))
 
     # ------------------------------------------------------------------ ways to run
 
@@ -164,11 +167,14 @@ class Planner:
         traced = self.trace(checkpoint, precision)
         used = str(precision or self.experiment.trainer.precision or "32-true")
         setting = replace(setting, half="bf16" in used or used.startswith("16"))
-        parts = memory(traced, setting, self.device)
+        validated, looks = self.experiment.validated(self.steps), [traced.peak]
+        if validated:  # logits, where training compares streams alone
+            looks.append(traced.validation_peak)
+        each = (memory(replace(traced, peak=peak), setting, self.device) for peak in looks)
+        parts = max(each, key=lambda parts: sum(parts.values()))
         parts["activations"] = max(parts["activations"], self.remembered)  # they are held in turn
         flops = self._step(setting, traced) * self.steps + self.calibration * traced.teacher_flops
-        validated = self.experiment.validated(self.steps)
-        flops += validated * (traced.validation_flops - _unread(setting, traced))
+        flops += validated * _validation(setting, traced)
         return Estimate(
             setting=setting,
             checkpoint=checkpoint,
@@ -286,3 +292,8 @@ class Planner:
 def _unread(setting: Setting, traced: Trace) -> int:
     """Return the operations of a batch that a cache saves: those of the teacher."""
     return traced.teacher_flops if setting.mode == "cached" else 0
+
+
+def _validation(setting: Setting, traced: Trace) -> int:
+    """Return the operations of a rank in the validation of a batch."""
+    return traced.validation_flops - _unread(setting, traced)

@@ -6,9 +6,11 @@ because it needs a running trainer.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from types import MappingProxyType
+from typing import NamedTuple
 
 import torch
 from lightning import Trainer
@@ -85,7 +87,21 @@ class PlannedTeacher:
         return streams(self.head.model, layers)
 
 
-def _search(search: MaskSearch, batch: Batch, ledger: Ledger, gpu: bool) -> tuple[int, int]:
+class Counted(NamedTuple):
+    """What a step's parts cost.
+
+    Attributes:
+        teacher: floating-point operations of the teacher's forward pass.
+        validation: operations of a validation of the same batch; 0 for stages that do not count it.
+        validation_peak: bytes by part when a validation holds most.
+    """
+
+    teacher: int
+    validation: int = 0
+    validation_peak: Mapping[str, int] = MappingProxyType({})
+
+
+def _search(search: MaskSearch, batch: Batch, ledger: Ledger, gpu: bool) -> Counted:
     """Run two draws: the second meets what the first still holds, and all further ones cost as it does.
 
     They share nothing, because a plan cannot know how alike a search's masks are: it is an upper bound.
@@ -102,10 +118,10 @@ def _search(search: MaskSearch, batch: Batch, ledger: Ledger, gpu: bool) -> tupl
             before = ledger.flops
             drawn.append(draw(search, rows, signal, search.sample(number)))
     ledger.flops += (search.draws - min(2, search.draws)) * (ledger.flops - before)
-    return teacher_flops, teacher_flops * (1 + len(search.budgets))
+    return Counted(teacher_flops)
 
 
-def _recover(recovery: Recovery, batch: Batch, ledger: Ledger, gpu: bool) -> tuple[int, int]:
+def _recover(recovery: Recovery, batch: Batch, ledger: Ledger, gpu: bool) -> Counted:
     """Run a second step, in which the optimiser's state and the gradients of the first are held already."""
     trained = [p for p in recovery.model.parameters() if p.requires_grad]
     optimizer = recovery.optimizer(trained)
@@ -125,10 +141,12 @@ def _recover(recovery: Recovery, batch: Batch, ledger: Ledger, gpu: bool) -> tup
     optimizer.step()
     for state in optimizer.state.values():
         ledger.own([x for x in state.values() if isinstance(x, Tensor)], "optimiser")
-    before = ledger.flops
+    ledger.peak.clear()
+    before, recovery.training = ledger.flops, False  # it judges the cut, also where training begins whole
     with recovery.trainer.precision_plugin.forward_context(), torch.no_grad():
         recovery.distillation.measured(recovery.step(Supervised.of(batch)))
-    validation, ledger.flops = ledger.flops - before, before
+    validation, validation_peak = ledger.flops - before, dict(ledger.peak)
+    ledger.flops, recovery.training = before, True
     ledger.peak.clear()
     with recovery.trainer.precision_plugin.forward_context():
         loss = recovery.losses(Supervised.of(batch))["loss"]
@@ -139,15 +157,13 @@ def _recover(recovery: Recovery, batch: Batch, ledger: Ledger, gpu: bool) -> tup
         optimizer.step()
     ledger.flops = flops
     assert isinstance(recovery.teacher, PlannedTeacher)
-    return recovery.teacher.flops, validation
+    return Counted(recovery.teacher.flops, validation, validation_peak)
 
 
-def _cache(cache: CacheTeacher, batch: Batch, ledger: Ledger, gpu: bool) -> tuple[int, int]:
+def _cache(cache: CacheTeacher, batch: Batch, ledger: Ledger, gpu: bool) -> Counted:
     with cache.trainer.precision_plugin.forward_context():
         cache.signal(batch)
-    return ledger.flops, ledger.flops
+    return Counted(ledger.flops)
 
 
-Step = Callable[..., tuple[int, int]]
-"""Runs a step; returns the operations of the teacher's forward pass, and of a validation of the batch."""
-STEPS: dict[type, Step] = {MaskSearch: _search, Recovery: _recover, CacheTeacher: _cache}
+STEPS: dict[type, Callable[..., Counted]] = {MaskSearch: _search, Recovery: _recover, CacheTeacher: _cache}

@@ -7,7 +7,7 @@ a CPU, so that the operations are those of a real run.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -42,23 +42,25 @@ class Trace:
             step.
         flops: floating-point operations of the step.
         teacher_flops: operations of the teacher's forward pass among these.
-        validation_flops: operations of a validation of the same batch, the teacher's included.
         parent: number of weights of the parent.
         trainable: number of weights that are trained.
         student: sizes of the model that is searched, recovered or run.
         teacher: sizes of the teacher's own model; if it has none, those of the parent.
         step: bytes by part when their sum is highest in the optimiser's step; empty if the stage has none.
+        validation_flops: operations of a recovery's validation of the same batch, the teacher's included.
+        validation_peak: as ``peak``, of that validation.
     """
 
-    peak: dict[str, int]
+    peak: Mapping[str, int]
     flops: int
     teacher_flops: int
-    validation_flops: int
     parent: int
     trainable: int
     student: Weights
     teacher: Weights
     step: dict[str, int] = field(default_factory=dict)
+    validation_flops: int = 0
+    validation_peak: Mapping[str, int] = field(default_factory=dict)
 
 
 @waiting("a step is run without data")
@@ -88,14 +90,9 @@ def trace(module: LightningModule, batch: Batch, gpu: bool) -> Trace:
     opened = module.opened if isinstance(module, Recovery) else None
     own = [student, *([opened.model] if opened else [])]
     _arm([*own, *([beside] if beside else [])], fake)
-    ledger = Ledger(module.head.vocabulary)
-    for model in own:
-        ledger.own(tensors(model), "student")
-    if beside is not None:
-        ledger.own(tensors(beside), "teacher")
+    ledger = _ledger(module.head.vocabulary, own, beside)
     if teacher is not None:
         teacher.ledger = ledger
-
     heads = [x for x in (module.head, opened and opened.head, teacher and teacher.head) if x]
     try:
         with ExitStack() as stack:
@@ -106,7 +103,7 @@ def trace(module: LightningModule, batch: Batch, gpu: bool) -> Trace:
             stack.enter_context(ledger)
             if gpu:
                 stack.enter_context(fused_attention(ledger))
-            teacher_flops, validation_flops = step(module, batch, ledger, gpu)
+            counted = step(module, batch, ledger, gpu)
     except Exception as e:
         raise ConfigError(
             f"plan: a step of a '{student.config.model_type}' cannot be run without data: "
@@ -115,14 +112,25 @@ def trace(module: LightningModule, batch: Batch, gpu: bool) -> Trace:
     return Trace(
         peak=dict(ledger.peak),
         flops=ledger.flops,
-        teacher_flops=teacher_flops,
-        validation_flops=validation_flops,
+        teacher_flops=counted.teacher,
         parent=count,
         trainable=sum(p.numel() for p in student.parameters() if p.requires_grad),
         student=Weights.of(student),
         teacher=weights,
         step=dict(ledger.step_peak),
+        validation_flops=counted.validation,
+        validation_peak=counted.validation_peak,
     )
+
+
+def _ledger(vocabulary: int, own: Sequence[nn.Module], beside: nn.Module | None) -> Ledger:
+    """Return a ledger that knows the weights of the stage's own models, and of a teacher beside them."""
+    ledger = Ledger(vocabulary)
+    for model in own:
+        ledger.own(tensors(model), "student")
+    if beside is not None:
+        ledger.own(tensors(beside), "teacher")
+    return ledger
 
 
 def _build(stage: Stage) -> tuple[PlannedTeacher | None, PreTrainedModel]:
