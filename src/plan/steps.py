@@ -88,7 +88,7 @@ class PlannedTeacher:
 
 
 class Counted(NamedTuple):
-    """What a step's parts cost.
+    """Holds what parts of a step cost.
 
     Attributes:
         teacher: floating-point operations of the teacher's forward pass.

@@ -25,8 +25,8 @@ from src.plan.planner import Planner
 from src.training.memory import peak
 from src.training.running import lightning
 
-SAMPLE = 256
-"""Batches of the corpus whose tokens are counted."""
+ROWS, BATCHES = 2048, 256
+"""Rows of the corpus whose tokens are counted, in so many batches at most."""
 
 
 class Enough(Exception):
@@ -75,6 +75,7 @@ class Marks(Callback):
         self._mark(module, trainer.predict_dataloaders)
 
     def _see(self, batch: Batch) -> None:
+        self.rows = len(batch["input_ids"])
         self.seen.append(sizes(batch))
         self.tokens[-1] += self.seen[-1][0]
 
@@ -87,7 +88,8 @@ class Marks(Callback):
             memory = peak(module.device)
             timed = zip(pairwise(self.marks), self.tokens[1:], strict=True)
             each = statistics.median((end - begin) / tokens for (begin, end), tokens in timed)
-            sample = list(map(sizes, islice(corpus, SAMPLE))) or self.seen  # max_tokens may end the text here
+            ahead = islice(corpus, min(BATCHES, -(-ROWS // self.rows)))
+            sample = list(map(sizes, ahead)) or self.seen  # max_tokens may end the text here
             padded, real = (batches * statistics.mean(column) for column in zip(*sample, strict=True))
             raise Enough(Tried(each * padded, memory, real))
         self.tokens.append(0)

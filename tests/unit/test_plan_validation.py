@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from src.plan.devices import Tried
 from src.plan.planner import Planner
 from tests.planning import RECOVER, L, forward_flops, planner_of
 
@@ -37,6 +38,13 @@ def test_each_batch_that_is_validated_is_a_forward_pass_of_both_models(plan: Mak
     whole = plan(RECOVER, **{"model.init_args.closing": 0.5})
     assert whole.trace().validation_flops == both, "the cut is judged, also where training begins whole"
     assert whole.trace().flops > plan(RECOVER).trace().flops
+
+
+def test_after_a_trial_a_validation_takes_as_long_as_its_share_of_a_step(plan: Make) -> None:
+    held = plan(RECOVER, **{"data.init_args.validation": "held_out.jsonl"})
+    held.tried(Tried(2.0, 0))
+    share = held.trace().validation_flops / held.trace().flops
+    assert held.configured.hours == pytest.approx((500 + 5 * 16 * share) * 2.0 / 3600)
 
 
 @pytest.mark.parametrize("every", ["100", "100.0"])
