@@ -132,5 +132,5 @@ class CachedCorpus(LightningDataModule):
 
     def _loader(self, cache: Cache, shuffle: bool) -> CachedLoader:
         rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
-        pad = self.tokenizer.pad_token_id
+        pad = self.tokenizer.pad_token_id or 0  # it is masked
         return CachedLoader(cache, self.batch_size, pad, self.seed, shuffle, rank, world)

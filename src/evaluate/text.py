@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -24,6 +24,8 @@ from src.training.progress import track
 
 ROW_SUMS = ("loss", "teacher_loss", "kl", "agreement", "tokens")
 """Columns of :func:`row_sums`."""
+HELD = 2**30
+"""Bytes of float32 logits that a model gives at once, at most; rows that give more are read in parts."""
 LARGEST_LOSS = math.log(sys.float_info.max)
 """Largest loss (nats) whose perplexity is a finite number."""
 
@@ -97,7 +99,7 @@ def row_sums(
     The columns are :data:`ROW_SUMS`; the arguments are those of :func:`held_out`.
     """
     rows = [torch.zeros(0, len(ROW_SUMS), dtype=torch.float64)]
-    for batch in track(batches, "batches of text"):
+    for batch in (part for whole in track(batches, "batches of text") for part in _parts(whole, student)):
         labels_BT = batch["labels"][:, 1:].to(student.device)
         judged_BT = labels_BT != -100
         labels_N = labels_BT[judged_BT]
@@ -109,6 +111,13 @@ def row_sums(
         sums_BC = compared_NC.new_zeros(len(labels_BT), len(ROW_SUMS)).index_add_(0, row_N, compared_NC)
         rows.append(sums_BC.cpu())
     return torch.cat(rows)
+
+
+def _parts(batch: dict[str, Tensor], model: PreTrainedModel) -> Iterator[dict[str, Tensor]]:
+    """Yield a batch in parts of as many rows as :data:`HELD` has room for, at least one, in their order."""
+    row = 4 * batch["labels"].shape[1] * int(model.config.get_text_config().vocab_size)
+    parts = (value.split(max(1, HELD // row)) for value in batch.values())
+    return (dict(zip(batch, part, strict=True)) for part in zip(*parts, strict=True))
 
 
 def of_teacher(sums_RC: Tensor) -> Tensor:

@@ -120,7 +120,7 @@ def main(argv: list[str]) -> None:
     if not encoded.rows:
         raise ConfigError(f"--data: {encoded} of '{args.data}' can be judged. See --answer and --max-length.")
     rows = [read[number] for number in encoded.numbers]
-    task = not args.no_exact_match and _reference(rows[0], columns) is not None
+    task = not args.no_exact_match and _matched(rows, columns)
     teacher, results, origin = None, list[dict[str, Any]](), dict[str, Any]()
     asked = turns(args.model, [prompt(row) for row in encoded.rows])
     args.model, everything = [turn.path for turn in asked], list(range(len(rows)))
@@ -164,6 +164,15 @@ def _reference(row: dict[str, Any], columns: Columns) -> str | None:
     """Return the final answer of a row, if it has an answer that ends in one."""
     answer = row.get(columns.of({WHERE: "the row", **row}).answer or "")
     return final_answer(answer) if isinstance(answer, str) else None
+
+
+def _matched(rows: Rows, columns: Columns) -> bool:
+    """Return whether all rows have a final answer to match; tell it if only some have."""
+    lacking = [row for row in rows if _reference(row, columns) is None]
+    if lacking and len(lacking) < len(rows):
+        told = f"{len(lacking)} of {len(rows)} rows have no answer that ends in '#### <number>'"
+        print(f"note: no exact match: {told}; the first is {lacking[0][WHERE]}.", file=sys.stderr)
+    return not lacking
 
 
 def summary(results: list[dict[str, Any]], title: str) -> Table:

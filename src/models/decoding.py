@@ -32,14 +32,17 @@ def step(
         positions_BS = (mask_BS.cumsum(-1) - 1).clamp(min=0)
         optional["position_ids"] = positions_BS[:, -ids_BT.shape[1] :]
     known = _parameters(type(model).forward)
+    kept = "past_key_values"
+    if kept not in known:  # of a state-space model, whose padding is masked in the prompt alone
+        kept, mask_BS = "cache_params", mask_BS if cache is None else None
     out = model(
         input_ids=ids_BT,
         attention_mask=mask_BS,
-        past_key_values=cache,
         use_cache=True,
+        **{kept: cache},
         **{key: value for key, value in optional.items() if key in known},
     )
-    return out.logits[:, -1].argmax(-1, keepdim=True), out.past_key_values
+    return out.logits[:, -1].argmax(-1, keepdim=True), out[kept]
 
 
 @lru_cache

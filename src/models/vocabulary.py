@@ -42,7 +42,9 @@ def check_vocabulary(
 ) -> None:
     """Refuse a model that lacks tokens of a tokenizer, or means other tokens by their ids.
 
-    A directory without a tokenizer is trusted, with a warning, if the model's vocabulary is large enough.
+    A directory without a tokenizer is trusted, with a warning, if the model's vocabulary is large enough. A
+    special token beyond the vocabulary is no fault, unless rows are padded with it, begin or end with it: a
+    family's tokenizer may have tokens for images, which its text models lack (Gemma 3).
 
     Args:
         tokenizer: gives the ids that the model reads.
@@ -54,7 +56,9 @@ def check_vocabulary(
     Raises:
         ConfigError: names what differs.
     """
-    highest = max(tokenizer.get_vocab().values())
+    added = {at for at, token in tokenizer.added_tokens_decoder.items() if token.special}
+    added -= {tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id}
+    highest = max(at for at in tokenizer.get_vocab().values() if at not in added)
     size = cast(Tensor, model.get_input_embeddings().weight).shape[0]
     mend = "Leave data.tokenizer out to use the model's own, or choose a teacher with the same tokenizer."
     if highest >= size:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from src.errors import ConfigError, did_you_mean
+from src.training import control_groups
 
 FILE = Path(__file__).parents[2] / "configs" / "devices.json"
 GIB = 1 << 30
@@ -114,7 +115,8 @@ def _table() -> dict[str, Any]:
 
 
 def _machine_memory() -> int:
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    """Return the bytes of this machine's memory, or of the part that a container gives to its processes."""
+    return min([os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), *control_groups.memory()])
 
 
 @cache

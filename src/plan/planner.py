@@ -257,9 +257,10 @@ class Planner:
 
     @property
     def needs_live(self) -> bool:
-        """Whether some term reads what no cache holds: inner layers, or the distribution within the tail."""
+        """Whether some term reads what no cache holds: inner layers, or all of a distribution."""
+        given = [term.get("init_args") or {} for term in self.terms]
         compares = any(resolve_name(term.class_path).compares() for term in self.terms)
-        return compares or any((term.get("init_args") or {}).get("tail") for term in self.terms)
+        return compares or any(each.get("tail") or each.get("k", 10) is None for each in given)
 
     @property
     def cache(self) -> CacheSize:

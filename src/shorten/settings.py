@@ -18,6 +18,7 @@ from src.plan.devices import FILE, device, this_machine
 from src.plan.experiment import Experiment
 from src.plan.planner import Planner
 from src.shorten.text import LONGEST, Text
+from src.training.strategies import ZeRO
 
 SEARCH, RECOVER = "configs/search/gumbel_topk.yaml", "configs/recover/entropy_kd.yaml"
 MEASURED_AT, RATE, AGAIN = 1.6e6, 7e-4, 1e-3
@@ -87,9 +88,9 @@ def choose(model: str, text: Text, tokens: int | None) -> Iterator[Choice]:
             "recover", "model.init_args.teacher.init_args.dtype", "bfloat16", "the same of the teacher"
         )
         yield Choice("recover", "trainer.precision", "bf16-mixed", "fast here; the weights stay float32")
-    passes = PASSES if text.whole else 1
-    budget = tokens or passes * text.tokens
-    read = "as --tokens says" if tokens else f"{passes} x {text.tokens / 1e3:,.0f} k tokens of text"
+    budget = tokens or PASSES * text.tokens
+    seen = "of text" if text.whole else f"of its first {text.documents:,} documents; --tokens for more"
+    read = "as --tokens says" if tokens else f"{PASSES} x the {text.tokens / 1e3:,.0f} k tokens {seen}"
     share, why = rows, "about 8 k tokens a step"
     if again := text.whole and budget > 1.5 * text.tokens:
         states = "the text is read again and again, and the parent's streams help then (docs/recovery.md)"
@@ -121,6 +122,8 @@ def benchmark_lengths(model: str) -> tuple[str, ...]:
 def fitted(experiment: Experiment) -> tuple[Advice | None, str]:
     """Ask the planner for the simplest way to run a stage on this machine.
 
+    It is a way without a cache of the parent's signal, because no stage writes one.
+
     Args:
         experiment: the stage's ``fit``, as parsed.
 
@@ -128,12 +131,14 @@ def fitted(experiment: Experiment) -> tuple[Advice | None, str]:
         The planner's advice, None if it does not know this GPU; and the name of the device.
 
     Raises:
-        ConfigError: no way to run the stage fits this machine.
+        ConfigError: no way to run the stage fits this machine, or one does whose engine is not installed.
     """
     name = this_machine()
     if name is None:
         return None, f"{torch.cuda.get_device_name()}, of which {FILE.name} knows nothing"
-    advice = advise(Planner(experiment, device(name)))
+    advice = advise(Planner(experiment, device(name)), disk=0)
     if advice.best is None:
         raise ConfigError(f"--model: {advice.reason}")
+    if advice.best.setting.strategy.startswith("deepspeed"):
+        ZeRO.check_installed()
     return advice, name

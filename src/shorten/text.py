@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 
@@ -11,10 +12,12 @@ from src.data.columns import Columns
 from src.data.corpus import Corpus
 from src.data.documents import read_document
 from src.data.formats import WHERE
+from src.data.judging import judged
 from src.data.options import Sources, sources
 from src.data.reader import Corpora
 from src.data.sources import open_source
 from src.errors import ConfigError
+from src.models.loading import load_tokenizer
 
 LOOKED_AT = 4_000
 """Documents that are looked at, about."""
@@ -56,6 +59,20 @@ def look(model: str, train: Sources, columns: Columns) -> Text:
             break
     at_most = torch.tensor(lengths).double().quantile(0.95)
     return Text(len(lengths), sum(lengths), int(at_most), whole)
+
+
+def supervised(model: str, rows: Sources, columns: Columns) -> list[str]:
+    """Return the options of ``evaluate`` by which all tokens count, where those of answers cannot be told.
+
+    A slow tokenizer does not tell them, nor a chat template that rewrites what the assistant says. A ``fit``,
+    whose default is that all count, reads such rows.
+    """
+    first = islice(open_source(sources(rows, "data.train")[0], 0, 1), 32)
+    try:
+        judged(load_tokenizer(model), list(first), columns)
+    except ConfigError:
+        return ["--supervise", "all"]
+    return []
 
 
 def hold_out(model: str, train: str, columns: Columns) -> str:

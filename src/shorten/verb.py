@@ -27,7 +27,7 @@ from src.plan.experiment import Experiment
 from src.shorten.options import POLICIES, columns_of_evaluate, columns_of_fit, held_out, parse
 from src.shorten.settings import RECOVER, SEARCH, Choice, benchmark_lengths, choose, fitted
 from src.shorten.stages import Stage, earlier, foreign, work_through
-from src.shorten.text import JUDGED, SHARE, hold_out, look
+from src.shorten.text import JUDGED, SHARE, hold_out, look, supervised
 from src.training.lock import lock
 
 SETTINGS, LOG = "settings.json", "stages.json"
@@ -69,7 +69,7 @@ def settled(
         facts: fingerprints of the model and the texts.
 
     Returns:
-        The settings; the options of ``fit`` for each stage; and what the planner says of each stage.
+        The settings; the options of each stage that follow from model and text; and what the planner says.
 
     Raises:
         ConfigError: a setting cannot be chosen, or another command is at work in the directory.
@@ -110,7 +110,7 @@ def _chosen(args: argparse.Namespace) -> dict[str, Any]:
     if judged := held_out(args):
         look(args.model, judged, columns)  # that it can be read
     choices, notes = list(choose(args.model, look(args.model, args.train, columns), args.tokens)), list[str]()
-    options: dict[str, list[str]] = {}
+    options = {"evaluate": supervised(args.model, judged or args.train, columns)}
     share: float | None = None
     for stage, configs in (("search", _search(args)), ("recover", [RECOVER])):
         own = [part for choice in choices if choice.stage == stage for part in choice.argv]
@@ -157,7 +157,7 @@ def stages(
     Args:
         args: what the user asks for.
         run: the run's directory.
-        options: options of ``fit`` for search and recovery.
+        options: options of ``fit`` for search and recovery, and those of ``evaluate``.
         facts: fingerprints of the model and the texts.
     """
     mask, cut, out = run / "search/mask.json", run / "cut", Path(args.out or run / "recovered")
@@ -172,6 +172,7 @@ def stages(
         "--limit",
         str(JUDGED),
         *columns_of_evaluate(args),
+        *options.get("evaluate", []),
     ]
     judge = ["evaluate", "--teacher", args.model, *rows, "--out", str(scores), "--no-table"]
     lengths = benchmark_lengths(args.model)
@@ -260,10 +261,13 @@ def _fit(
         "seed_everything": args.seed, "ckpt_path": "last",
     }  # fmt: skip
     files = [part for config in configs for part in ("--config", config)]
+    drawn = ("data", "model.init_args.policy") if stage == "search" else ("data",)
+    seeds = [part for what in drawn for part in (f"--{what}.init_args.seed", str(args.seed))]
     return (
         "fit",
         *files,
         *columns_of_fit(args),
+        *seeds,
         *own,
         *(part for k, v in keys.items() for part in (f"--{k}", str(v))),
     )

@@ -9,15 +9,14 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from src.ranges import Range
+from src.training.control_groups import ROOT, processors, words
 
 VARIABLE = "OMP_NUM_THREADS"
 NUMBER = Range(int, 1, 1024)
 HELP = f"CPU threads of each process (default: the cores that it may use; {VARIABLE} wins over that)"
-_ROOT = Path("/")
 
 
 def settle(asked: int | None = None, processes: int = 1) -> None:
@@ -45,7 +44,7 @@ def settle(asked: int | None = None, processes: int = 1) -> None:
         print(f"threads: {number}, not {own}: {reason}. --threads N sets another number.", file=sys.stderr)
 
 
-def usable(root: Path = _ROOT) -> tuple[int, str]:
+def usable(root: Path = ROOT) -> tuple[int, str]:
     """Return how many cores this process may use, at least 1, and what limits them, in words.
 
     Two hyperthreads of a core count once, where the kernel tells them apart.
@@ -57,7 +56,7 @@ def usable(root: Path = _ROOT) -> tuple[int, str]:
         sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
     )
     cores = len({_siblings(root, number) for number in allowed})
-    share = min(_quotas(root), default=float("inf"))
+    share = min(processors(root), default=float("inf"))
     if share < cores:
         return max(1, int(share)), f"the container may use {share:g} processors"
     return cores, f"the process may use {cores} cores"
@@ -66,43 +65,4 @@ def usable(root: Path = _ROOT) -> tuple[int, str]:
 def _siblings(root: Path, number: int) -> str:
     """Return the hyperthreads of the core of a processor, as the kernel lists them; itself if it does not."""
     file = root / f"sys/devices/system/cpu/cpu{number}/topology/thread_siblings_list"
-    return next(iter(_words(file)), str(number))
-
-
-def _quotas(root: Path) -> Iterator[float]:
-    """Yield the limits, in processors, of the control groups that the process is in (versions 1 and 2)."""
-    for line in _text(root / "proc/self/cgroup").splitlines():
-        _, controllers, path = line.split(":", 2)
-        if controllers == "":
-            for group in _up(root / "sys/fs/cgroup", path):
-                yield from _share(_words(group / "cpu.max"))
-        elif "cpu" in controllers.split(","):
-            for group in (
-                *_up(root / "sys/fs/cgroup" / controllers, path),
-                *_up(root / "sys/fs/cgroup/cpu", path),
-            ):
-                quota, period = _words(group / "cpu.cfs_quota_us"), _words(group / "cpu.cfs_period_us")
-                yield from _share([*quota, *period])
-
-
-def _up(mount: Path, path: str) -> Iterator[Path]:
-    """Yield a control group and those above it; a container may see only the last, as the mount itself."""
-    group = mount / path.lstrip("/")
-    yield from (folder for folder in (group, *group.parents) if folder.is_relative_to(mount))
-
-
-def _share(words: Sequence[str]) -> Iterator[float]:
-    """Yield quota over period, unless there is no quota (``max`` or -1)."""
-    if len(words) == 2 and words[0].isdecimal() and int(words[1]) > 0:
-        yield int(words[0]) / int(words[1])
-
-
-def _words(file: Path) -> list[str]:
-    return _text(file).split()
-
-
-def _text(file: Path) -> str:
-    try:
-        return file.read_text()
-    except OSError:
-        return ""
+    return next(iter(words(file)), str(number))

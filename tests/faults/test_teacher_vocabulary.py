@@ -21,7 +21,7 @@ from src.errors import ConfigError
 from src.losses.distill import Distillation
 from src.losses.signals import topk_signal
 from src.mask import Mask
-from src.models.vocabulary import _difference
+from src.models.vocabulary import _difference, check_vocabulary
 from src.teachers import CachedTeacher
 from tests.data_tools import byte_tokenizer
 from tests.tiny import tiny_model
@@ -201,6 +201,23 @@ def test_data_of_another_tokenizer_than_the_models_are_refused(
     with pytest.raises(ConfigError, match=r"data\.tokenizer: '.*model' has another tokenizer than the data"):
         run(asked)
     assert not list(tmp_path.rglob("*.parquet"))
+
+
+@pytest.mark.parametrize("role", ["additional", "pad"])
+def test_a_special_token_beyond_the_vocabulary_is_no_fault_unless_rows_hold_it(
+    tokenizer: PreTrainedTokenizerFast, role: str
+) -> None:
+    """As the token for images in the tokenizer of Gemma 3, which its text models share and do not hold."""
+    highest = max(tokenizer.get_vocab().values())
+    model, wider = tiny_model("llama", vocab_size=highest + 1), build_tokenizer()
+    added = {"additional_special_tokens": ["<image>"]} if role == "additional" else {"pad_token": "<filled>"}
+    assert wider.add_special_tokens(added) == 1
+    wider.name_or_path = "own"
+    if role == "pad":
+        with pytest.raises(ConfigError, match=f"tokens go up to {highest + 1}, but"):
+            check_vocabulary(wider, model, "own")
+    else:
+        check_vocabulary(wider, model, "own")
 
 
 def test_a_teacher_without_a_tokenizer_is_told(tmp_path: Path, family: dict[str, str]) -> None:

@@ -69,13 +69,14 @@ def test_a_recovery_without_room_reads_a_cache(plan: Make) -> None:
 
 
 @pytest.mark.slow
-def test_a_cache_is_no_way_out_where_streams_are_compared(plan: Make) -> None:
-    """A cache holds the teacher's distribution alone; the run would refuse it."""
+def test_a_cache_is_no_way_out_where_streams_or_all_tokens_are_compared(plan: Make) -> None:
+    """A cache holds the likeliest of the teacher's tokens alone; the run would refuse it."""
     term = "{term: {class_path: src.losses.%s}, weight: 1}"
     planners = {
         name: plan(RECOVER, **{"model.init_args.terms": f"[{term % name}]"})
         for name in ("HiddenStates", "CrossEntropy")
     }
+    planners["all tokens"] = plan(RECOVER, **{"model.init_args.distillation.init_args.k": "null"})
     for planner in planners.values():
         planner.device = replace(PLENTY, memory=planner.way("copy", "single", True).total - 1)
     found = {name: advise(planner).best for name, planner in planners.items()}
@@ -83,6 +84,8 @@ def test_a_cache_is_no_way_out_where_streams_are_compared(plan: Make) -> None:
     assert found["HiddenStates"].setting.mode == "int8"
     assert found["CrossEntropy"] is not None
     assert found["CrossEntropy"].setting.mode == "cached"
+    assert found["all tokens"] is not None
+    assert found["all tokens"].setting.mode == "int8"
 
 
 def test_ways_are_legal_pairs() -> None:
