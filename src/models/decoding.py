@@ -12,6 +12,8 @@ from functools import lru_cache
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
+from src.errors import ConfigError
+
 
 def step(
     model: PreTrainedModel,
@@ -26,6 +28,9 @@ def step(
         ids_BT: the tokens that the cache has not seen: the whole prompt, then one at a time.
         mask_BS: 1 for tokens, 0 for padding, over the whole sequence; None where nothing is padded.
         cache: what the call before returned; None for the prompt.
+
+    Raises:
+        ConfigError: the model has no cache.
     """
     optional: dict[str, object] = {"logits_to_keep": 1}
     if mask_BS is not None:
@@ -42,7 +47,13 @@ def step(
         **{kept: cache},
         **{key: value for key, value in optional.items() if key in known},
     )
-    return out.logits[:, -1].argmax(-1, keepdim=True), out[kept]
+    grown: Cache | None = getattr(out, kept, None)
+    if grown is None:
+        raise ConfigError(
+            f"--model: a '{model.config.model_type}' gives back no cache of what it has read, so it "
+            f"cannot be decoded token by token here. evaluate --no-exact-match judges it without."
+        )
+    return out.logits[:, -1].argmax(-1, keepdim=True), grown
 
 
 @lru_cache

@@ -24,6 +24,7 @@ from src.models.loading import load_tokenizer
 _SAMPLE = "Äpfel, 3 of 1,234.5 BIRDS don't\tsing;  naïve 漢字 и 🙂\n\n    def f(x_1): return {x: '</a>'}\r\n"
 """Text at which tokenizers part that divide words, digits, blanks, capitals or scripts in another way."""
 
+_NAMES = [f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")]
 _FILES = ("tokenizer*", "vocab.*", "*.model", "*.tiktoken")
 
 
@@ -43,8 +44,9 @@ def check_vocabulary(
     """Refuse a model that lacks tokens of a tokenizer, or means other tokens by their ids.
 
     A directory without a tokenizer is trusted, with a warning, if the model's vocabulary is large enough. A
-    special token beyond the vocabulary is no fault, unless rows are padded with it, begin or end with it: a
-    family's tokenizer may have tokens for images, which its text models lack (Gemma 3).
+    special token beyond the vocabulary is no fault if it has no name, such as that of padding, and the chat
+    template does not write it: a family's tokenizer may have tokens for images, which its text models lack
+    (Gemma 3).
 
     Args:
         tokenizer: gives the ids that the model reads.
@@ -56,9 +58,7 @@ def check_vocabulary(
     Raises:
         ConfigError: names what differs.
     """
-    added = {at for at, token in tokenizer.added_tokens_decoder.items() if token.special}
-    added -= {tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id}
-    highest = max(at for at in tokenizer.get_vocab().values() if at not in added)
+    highest = max({*tokenizer.get_vocab().values()} - _unwritten(tokenizer), default=-1)
     size = cast(Tensor, model.get_input_embeddings().weight).shape[0]
     mend = "Leave data.tokenizer out to use the model's own, or choose a teacher with the same tokenizer."
     if highest >= size:
@@ -73,6 +73,18 @@ def check_vocabulary(
     if difference := _difference(tokenizer, load_tokenizer(name, revision)):
         data = f"the data, '{tokenizer.name_or_path}'"
         raise ConfigError(f"{key}: '{name}' has another tokenizer than {data}: {difference}. {mend}")
+
+
+def _unwritten(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """Return the ids of special tokens that have no name of text and do not stand in the chat template."""
+    named, template = (
+        {tokenizer.special_tokens_map.get(name) for name in _NAMES},
+        str(tokenizer.chat_template),
+    )
+    added = tokenizer.added_tokens_decoder.items()
+    return frozenset(
+        at for at, token in added if token.special and str(token) not in named and str(token) not in template
+    )
 
 
 def _difference(ours: PreTrainedTokenizerBase, theirs: PreTrainedTokenizerBase) -> str | None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
+import numpy as np
 import torch
 
 from src.errors import ConfigError
@@ -18,11 +20,12 @@ from src.plan.devices import FILE, device, this_machine
 from src.plan.experiment import Experiment
 from src.plan.planner import Planner
 from src.shorten.text import LONGEST, Text
-from src.training.strategies import ZeRO
 
 SEARCH, RECOVER = "configs/search/gumbel_topk.yaml", "configs/recover/entropy_kd.yaml"
-MEASURED_AT, RATE, AGAIN = 1.6e6, 7e-4, 1e-3
-"""Weights of the model on which learning rates are measured; that of a text read once, and read again."""
+RATES = {1.6e6: 7e-4, 1.35e8: 3e-4, 7e9: 1e-5}
+"""Learning rates by number of weights: two that were measured (docs/public_model.md), one that is usual."""
+AGAIN = RATES | {1.6e6: 1e-3}
+"""The same where a text is read again and again, which was measured of the first."""
 PASSES, STEPS = 8, 750
 """Times that a small corpus is read, and the steps that this takes."""
 HIDDEN_STATES = "[{term: {class_path: src.losses.HiddenStates}, weight: 10.0}]"
@@ -101,13 +104,18 @@ def choose(model: str, text: Text, tokens: int | None) -> Iterator[Choice]:
     if 4 * share * length * load_config(model).get_text_config().vocab_size <= HELD:
         nearer = "all of the parent's tokens, not its ten likeliest: 0.02 nats nearer (docs/public_model.md)"
         yield Choice("recover", "model.init_args.distillation.init_args.k", "null", nearer)
-    rate = float(f"{(AGAIN if again else RATE) * min(1.0, MEASURED_AT / count) ** 0.5:.1e}")
-    rule = f"measured at {MEASURED_AT / 1e6:g} M weights; it falls with the root of more (a rule)"
-    yield Choice("recover", "model.init_args.optimizer.init_args.lr", rate, rule)
+    rule = "by weights: between those measured at 1.6 M and 135 M, and the usual 1e-5 of 7 B"
+    yield Choice("recover", "model.init_args.optimizer.init_args.lr", _rate(count, again), rule)
     steps = max(20, round(budget / (share * min(length, text.tokens / text.documents))))
     yield Choice("recover", "trainer.max_steps", steps, f"about {budget / 1e6:,.3g} M tokens: {read}")
     every = max(5, steps // 5)
     yield Choice("recover", "trainer.val_check_interval", every, "five looks at the held-out rows")
+
+
+def _rate(count: int, again: bool) -> float:
+    """Return the learning rate for ``count`` weights: on a line between known neighbours, in logarithms."""
+    known = np.log([*(AGAIN if again else RATES).items()])
+    return float(f"{np.exp(np.interp(np.log(count), *known.T)):.1e}")
 
 
 def benchmark_lengths(model: str) -> tuple[str, ...]:
@@ -139,6 +147,10 @@ def fitted(experiment: Experiment) -> tuple[Advice | None, str]:
     advice = advise(Planner(experiment, device(name)), disk=0)
     if advice.best is None:
         raise ConfigError(f"--model: {advice.reason}")
-    if advice.best.setting.strategy.startswith("deepspeed"):
-        ZeRO.check_installed()
+    if advice.best.setting.offload and find_spec("deepspeed") is None:
+        raise ConfigError(
+            f"--model: {experiment.stage}: only DeepSpeed, with the optimiser's state in the host's memory, "
+            f"has room, and it is not installed: pip install -e '.[deepspeed]', or give shorter rows, "
+            f"--{experiment.stage} '--data.init_args.max_length 512'."
+        )
     return advice, name

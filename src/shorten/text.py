@@ -61,18 +61,32 @@ def look(model: str, train: Sources, columns: Columns) -> Text:
     return Text(len(lengths), sum(lengths), int(at_most), whole)
 
 
-def supervised(model: str, rows: Sources, columns: Columns) -> list[str]:
-    """Return the options of ``evaluate`` by which all tokens count, where those of answers cannot be told.
+def untold(model: str, held: str | None, rows: Sources, columns: Columns) -> str | None:
+    """Return why the tokens of answers cannot be told from the rest; None if they can.
 
     A slow tokenizer does not tell them, nor a chat template that rewrites what the assistant says. A ``fit``,
-    whose default is that all count, reads such rows.
+    whose default is that all tokens count, reads such rows.
+
+    Args:
+        model: Hub id or directory of the model.
+        held: the rows to judge by, as JSONL; None reads the first :data:`JUDGED` of ``rows``.
+        rows: the corpus that holds them.
+        columns: which of its columns are read.
+
+    Raises:
+        ConfigError: the rows cannot be judged by all tokens, either.
     """
-    first = islice(open_source(sources(rows, "data.train")[0], 0, 1), 32)
+    lines = held.splitlines() if held else ()
+    first = [json.loads(line) for line in lines] or islice(
+        open_source(sources(rows, "data")[0], 0, 1), JUDGED
+    )
+    tokenizer, found = load_tokenizer(model), [*first]
     try:
-        judged(load_tokenizer(model), list(first), columns)
-    except ConfigError:
-        return ["--supervise", "all"]
-    return []
+        judged(tokenizer, found, columns)
+    except ConfigError as e:
+        judged(tokenizer, found, columns, "all")
+        return str(e)
+    return None
 
 
 def hold_out(model: str, train: str, columns: Columns) -> str:

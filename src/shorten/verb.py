@@ -27,7 +27,7 @@ from src.plan.experiment import Experiment
 from src.shorten.options import POLICIES, columns_of_evaluate, columns_of_fit, held_out, parse
 from src.shorten.settings import RECOVER, SEARCH, Choice, benchmark_lengths, choose, fitted
 from src.shorten.stages import Stage, earlier, foreign, work_through
-from src.shorten.text import JUDGED, SHARE, hold_out, look, supervised
+from src.shorten.text import JUDGED, SHARE, hold_out, look, untold
 from src.training.lock import lock
 
 SETTINGS, LOG = "settings.json", "stages.json"
@@ -89,7 +89,7 @@ def settled(
         else None
     )
     if anew:
-        known = {"about": about, **_chosen(args)}
+        known = {"about": about, **_chosen(args, rows)}
     if stays:
         print(
             f"note: '{run}' holds another command's run, which stays; for these commands give another --run."
@@ -104,13 +104,16 @@ def settled(
     return [Choice(*each) for each in known["choices"]], known["options"], known["notes"]
 
 
-def _chosen(args: argparse.Namespace) -> dict[str, Any]:
-    """Choose the settings, and ask the planner how each stage is run here."""
+def _chosen(args: argparse.Namespace, rows: str | None = None) -> dict[str, Any]:
+    """Choose the settings, and ask the planner how each stage is run here; ``rows`` are those held out."""
     columns = read_columns(args)
     if judged := held_out(args):
         look(args.model, judged, columns)  # that it can be read
     choices, notes = list(choose(args.model, look(args.model, args.train, columns), args.tokens)), list[str]()
-    options = {"evaluate": supervised(args.model, judged or args.train, columns)}
+    options: dict[str, list[str]] = {}
+    if hidden := untold(args.model, rows, judged or args.train, columns):
+        options["evaluate"] = ["--supervise", "all", "--no-exact-match"]
+        notes.append(f"evaluate: all tokens are judged, not those of answers alone: {hidden}")
     share: float | None = None
     for stage, configs in (("search", _search(args)), ("recover", [RECOVER])):
         own = [part for choice in choices if choice.stage == stage for part in choice.argv]
@@ -262,6 +265,7 @@ def _fit(
     }  # fmt: skip
     files = [part for config in configs for part in ("--config", config)]
     drawn = ("data", "model.init_args.policy") if stage == "search" else ("data",)
+    drawn = drawn if args.seed else ()  # their own default is 0
     seeds = [part for what in drawn for part in (f"--{what}.init_args.seed", str(args.seed))]
     return (
         "fit",

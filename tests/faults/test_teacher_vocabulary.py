@@ -203,20 +203,21 @@ def test_data_of_another_tokenizer_than_the_models_are_refused(
     assert not list(tmp_path.rglob("*.parquet"))
 
 
-@pytest.mark.parametrize("role", ["additional", "pad"])
+@pytest.mark.parametrize("role", ["additional", "pad", "unk", "template"])
 def test_a_special_token_beyond_the_vocabulary_is_no_fault_unless_rows_hold_it(
     tokenizer: PreTrainedTokenizerFast, role: str
 ) -> None:
     """As the token for images in the tokenizer of Gemma 3, which its text models share and do not hold."""
     highest = max(tokenizer.get_vocab().values())
     model, wider = tiny_model("llama", vocab_size=highest + 1), build_tokenizer()
-    added = {"additional_special_tokens": ["<image>"]} if role == "additional" else {"pad_token": "<filled>"}
-    assert wider.add_special_tokens(added) == 1
+    named = {f"{role}_token": "<new>"} if role in ("pad", "unk") else {"additional_special_tokens": ["<new>"]}
+    assert wider.add_special_tokens(named) == 1
     wider.name_or_path = "own"
-    if role == "pad":
-        with pytest.raises(ConfigError, match=f"tokens go up to {highest + 1}, but"):
-            check_vocabulary(wider, model, "own")
-    else:
+    wider.chat_template = "{{ '<new>' }}" if role == "template" else None
+    if role == "additional":
+        check_vocabulary(wider, model, "own")
+        return
+    with pytest.raises(ConfigError, match=f"tokens go up to {highest + 1}, but"):
         check_vocabulary(wider, model, "own")
 
 

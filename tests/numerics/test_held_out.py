@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from transformers import LlamaConfig
 
 from src.errors import ConfigError
 from src.evaluate.text import LARGEST_LOSS, ROW_SUMS, held_out, row_sums
@@ -98,6 +99,7 @@ class Said(SimpleNamespace):
     """A model that says given logits, whatever it reads."""
 
     device, name_or_path = torch.device("cpu"), "said"
+    config = LlamaConfig(vocab_size=VOCAB)
 
     def __call__(self, **_: Any) -> Any:
         return SimpleNamespace(logits=self.logits)

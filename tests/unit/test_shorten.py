@@ -40,10 +40,11 @@ def test_rates_fall_with_size_and_steps_hold_as_many_tokens(
     for count in (260_000, 1_600_000, 135_000_000, 7_000_000_000):
         monkeypatch.setattr(settings, "weights", lambda _, count=count: count)
         rates.append(float(chosen(teacher_dir, Text(100, 10_000, 100, False))["recover", "lr"].value))
-    assert rates[0] == rates[1] == 7e-4
-    assert rates[1] > rates[2] > rates[3]
-    assert rates[2] == pytest.approx(1e-4, rel=0.3)
-    assert rates[3] == pytest.approx(1e-5, rel=0.3)
+    assert rates == [7e-4, 7e-4, 3e-4, 1e-5], "those that are known, and none beyond"
+    steps = [settings._rate(round(10**power), again) for again in (False, True) for power in (7, 7.5, 9, 9.5)]
+    assert steps == sorted(steps[:4], reverse=True) + sorted(steps[4:], reverse=True)
+    assert 3e-4 < steps[0] < steps[4] < 1e-3
+    assert 1e-5 < steps[3] == steps[7] < 3e-4
     for length, tokens in itertools.product((40, 100, 700), (20_000, 500_000, 3_000_000)):
         found = chosen(teacher_dir, Text(1000, 500 * length, length, False), tokens)
         rows, steps = found["recover", "batch_size"].value, found["recover", "max_steps"].value
