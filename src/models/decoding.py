@@ -51,7 +51,7 @@ def step(
     if grown is None:
         raise ConfigError(
             f"--model: a '{model.config.model_type}' gives back no cache of what it has read, so it "
-            f"cannot be decoded token by token here. evaluate --no-exact-match judges it without."
+            f"can be neither decoded nor timed here. evaluate --no-exact-match still judges it."
         )
     return out.logits[:, -1].argmax(-1, keepdim=True), grown
 

@@ -76,7 +76,7 @@ def untold(model: str, held: str | None, rows: Sources, columns: Columns) -> str
     Raises:
         ConfigError: the rows cannot be judged by all tokens, either.
     """
-    lines = held.splitlines() if held else ()
+    lines = [line for line in (held or "").split("\n") if line]  # a text may hold other ends of lines
     first = [json.loads(line) for line in lines] or islice(
         open_source(sources(rows, "data")[0], 0, 1), JUDGED
     )

@@ -113,7 +113,8 @@ def _chosen(args: argparse.Namespace, rows: str | None = None) -> dict[str, Any]
     options: dict[str, list[str]] = {}
     if hidden := untold(args.model, rows, judged or args.train, columns):
         options["evaluate"] = ["--supervise", "all", "--no-exact-match"]
-        notes.append(f"evaluate: all tokens are judged, not those of answers alone: {hidden}")
+        told = f"{hidden.split(' Set data.supervise')[0]} Nothing is matched exactly."
+        notes.append(f"evaluate: all tokens are judged, not those of answers alone: {told}")
     share: float | None = None
     for stage, configs in (("search", _search(args)), ("recover", [RECOVER])):
         own = [part for choice in choices if choice.stage == stage for part in choice.argv]

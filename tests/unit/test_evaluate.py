@@ -69,6 +69,12 @@ def plain_greedy(model: PreTrainedModel, prompt: list[int], new: int) -> list[in
     return ids[0, len(prompt) :].tolist()
 
 
+@pytest.mark.parametrize("family", ["openai-gpt", "rwkv"])
+def test_a_model_without_a_cache_is_refused_by_name(family: str) -> None:
+    with pytest.raises(ConfigError, match=f"a '{family}' gives back no cache.* neither decoded nor timed"):
+        greedy(tiny_model(family), [[3, 4, 5]], 2, frozenset())
+
+
 def test_rows_that_stop_leave_the_batch_and_change_nothing() -> None:
     model = tiny_model("llama")
     prompts = tiny_ids(6, 8).tolist()

@@ -59,8 +59,8 @@ def test_answers_that_a_template_hides_are_judged_by_all_tokens(tmp_path: Path, 
     rewrites = "{% for m in messages %}{{ m.content | upper }}{{ m.content | length }}{% endfor %}"
     (hidden / "chat_template.jinja").write_text(rewrites)
     rows = tmp_path / "chats.jsonl"
-    said = [{"role": "user", "content": "two and two"}, {"role": "assistant", "content": "it is four"}]
-    rows.write_text((json.dumps({"messages": said}) + "\n") * 60)
+    said = [{"role": "user", "content": "two \u2028 and two"}, {"role": "assistant", "content": "it is four"}]
+    rows.write_text((json.dumps({"messages": said}, ensure_ascii=False) + "\n") * 60)
     assert "the chat template rewrites" in (untold(str(hidden), None, str(rows), WELL_KNOWN) or "")
     assert "the chat template rewrites" in (untold(str(hidden), rows.read_text(), "none", WELL_KNOWN) or "")
     shown = "{% for m in messages %}{{ m.role + ': ' + m.content + ' ' }}{% endfor %}"
