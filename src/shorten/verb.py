@@ -265,8 +265,7 @@ def _fit(
         "seed_everything": args.seed, "ckpt_path": "last",
     }  # fmt: skip
     files = [part for config in configs for part in ("--config", config)]
-    drawn = ("data", "model.init_args.policy") if stage == "search" else ("data",)
-    drawn = drawn if args.seed else ()  # their own default is 0
+    drawn = ["data", *(["model.init_args.policy"] if stage == "search" else [])] if args.seed else []
     seeds = [part for what in drawn for part in (f"--{what}.init_args.seed", str(args.seed))]
     return (
         "fit",
