@@ -24,7 +24,9 @@ from src.models.loading import load_tokenizer
 _SAMPLE = "Äpfel, 3 of 1,234.5 BIRDS don't\tsing;  naïve 漢字 и 🙂\n\n    def f(x_1): return {x: '</a>'}\r\n"
 """Text at which tokenizers part that divide words, digits, blanks, capitals or scripts in another way."""
 
-_NAMES = [f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")]
+_ROLES = [f"{role}_token" for role in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")]
+"""Names of the special tokens that a tokenizer itself puts into texts."""
+
 _FILES = ("tokenizer*", "vocab.*", "*.model", "*.tiktoken")
 
 
@@ -44,8 +46,8 @@ def check_vocabulary(
     """Refuse a model that lacks tokens of a tokenizer, or means other tokens by their ids.
 
     A directory without a tokenizer is trusted, with a warning, if the model's vocabulary is large enough. A
-    special token beyond the vocabulary is no fault if it has no name, such as that of padding, and the chat
-    template does not write it: a family's tokenizer may have tokens for images, which its text models lack
+    special token beyond the vocabulary is no fault if neither the tokenizer, as it does padding, nor its chat
+    template puts it into texts: a family's tokenizer may have tokens for images, which its text models lack
     (Gemma 3).
 
     Args:
@@ -76,15 +78,11 @@ def check_vocabulary(
 
 
 def _unwritten(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """Return the ids of special tokens that have no name of text and do not stand in the chat template."""
-    named, template = (
-        {tokenizer.special_tokens_map.get(name) for name in _NAMES},
-        str(tokenizer.chat_template),
-    )
-    added = tokenizer.added_tokens_decoder.items()
-    return frozenset(
-        at for at, token in added if token.special and str(token) not in named and str(token) not in template
-    )
+    """Return the ids of special tokens that neither the tokenizer nor its chat template puts into texts."""
+    template = str(tokenizer.chat_template)
+    written = {tokenizer.special_tokens_map.get(role) for role in _ROLES}
+    special = {at: str(token) for at, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return frozenset(at for at, text in special.items() if text not in written and text not in template)
 
 
 def _difference(ours: PreTrainedTokenizerBase, theirs: PreTrainedTokenizerBase) -> str | None:

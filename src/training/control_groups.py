@@ -47,6 +47,7 @@ def _groups(root: Path, controller: str) -> Iterator[tuple[int, Path]]:
 
 
 def _up(mount: Path, path: str) -> Iterator[Path]:
+    """Yield the directory of a group, and those of the groups above it."""
     group = mount / path.lstrip("/")
     yield from (folder for folder in (group, *group.parents) if folder.is_relative_to(mount))
 

@@ -1,4 +1,4 @@
-"""What several files of unit tests start from: a plan of the arena, an export, a teacher with a corpus."""
+"""What several files of unit tests start from: a plan of the arena, an export, a corpus, models to judge."""
 
 from __future__ import annotations
 
@@ -7,12 +7,15 @@ from pathlib import Path
 
 import pytest
 import yaml
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from scripts.arena.plan import Plan
 from scripts.arena.reading import read
+from src.data.arithmetic import build_tokenizer, problems
 from src.export import verb as export
 from tests.arena import PLAN
 from tests.cached import Workspace, workspace
+from tests.tiny import tiny_model
 
 
 @pytest.fixture
@@ -48,3 +51,27 @@ def run(mask_file: str, tmp_path: Path) -> Callable[..., Path]:
 def ws(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
     """A tiny teacher with a corpus, to write caches of."""
     return workspace(tmp_path_factory.mktemp("ws"))
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    """The demo's tokenizer."""
+    return build_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def rows() -> list[dict[str, str]]:
+    """A dozen problems, with answers that end in ``#### n``."""
+    return list(problems("test", 12, seed=0))
+
+
+@pytest.fixture(scope="module")
+def models(tokenizer: PreTrainedTokenizerFast) -> tuple[PreTrainedModel, PreTrainedModel]:
+    """Two models of the tokenizer that know nothing of each other."""
+    keys = {
+        "vocab_size": len(tokenizer),
+        "eos_token_id": 1,
+        "bos_token_id": None,
+        "max_position_embeddings": 256,
+    }
+    return tiny_model("llama", 0, **keys), tiny_model("llama", 1, num_hidden_layers=5, **keys)

@@ -12,7 +12,6 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from src import command
-from src.data.arithmetic import build_tokenizer, problems
 from src.data.documents import Columns
 from src.data.judging import read_rows
 from src.errors import ConfigError
@@ -22,27 +21,6 @@ from tests.marks import slow
 from tests.tiny import tiny_ids, tiny_model
 
 QA = Columns(prompt="question", answer="answer")
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> PreTrainedTokenizerFast:
-    return build_tokenizer()
-
-
-@pytest.fixture(scope="module")
-def rows() -> list[dict[str, str]]:
-    return list(problems("test", 12, seed=0))
-
-
-@pytest.fixture(scope="module")
-def models(tokenizer: PreTrainedTokenizerFast) -> tuple[PreTrainedModel, PreTrainedModel]:
-    keys = {
-        "vocab_size": len(tokenizer),
-        "eos_token_id": 1,
-        "bos_token_id": None,
-        "max_position_embeddings": 256,
-    }
-    return tiny_model("llama", 0, **keys), tiny_model("llama", 1, num_hidden_layers=5, **keys)
 
 
 # ---------------------------------------------------------------------- generation

@@ -14,7 +14,6 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from src import command
-from src.data.arithmetic import build_tokenizer
 from src.errors import ConfigError
 from src.evaluate.harness import ask, load_tasks
 from src.evaluate.tasks import scores
@@ -45,11 +44,6 @@ metric_list:
   - {metric: acc, aggregation: mean, higher_is_better: true}
   - {metric: acc_norm, aggregation: mean, higher_is_better: true}
 """
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> PreTrainedTokenizerFast:
-    return build_tokenizer()
 
 
 @pytest.fixture(scope="module")
