@@ -146,7 +146,9 @@ def test_what_is_missing_is_told_before_anything_is_done(shared: Path) -> None:
     assert printed("public-contest", shared), "which does not read it"
 
 
-@pytest.mark.parametrize("target", ["public-model", "public-contest", "headline", "fair-fight", "on-policy"])
+@pytest.mark.parametrize("target", [
+    "public-model", "public-seeds", "public-contest", "headline", "fair-fight", "on-policy",
+])  # fmt: skip
 def test_a_target_names_configs_that_are_there_and_keeps_what_it_makes(target: str, shared: Path) -> None:
     made = printed(target, shared) if target.startswith("public") else make(target).stdout
     named = set(re.findall(r"configs/[\w/.-]+\.yaml", made))
@@ -195,3 +197,14 @@ def test_parents_of_one_name_have_places_of_their_own(shared: Path) -> None:
         re.search(r"report --run (\S+)", printed("public-model", shared, f"PARENT={x}/m"))[1] for x in "ab"
     }  # type: ignore[index]
     assert places == {"logs/public-model-a--m/22", "logs/public-model-b--m/22"}
+
+
+def test_seeds_are_runs_of_their_own_of_the_same_layers(shared: Path) -> None:
+    made = printed("public-seeds", shared)
+    cuts = ["logs/public-model/25", "logs/public-model/25-s1", "logs/public-model/25-s2"]
+    assert re.findall(r"report --run (\S+)", made) == cuts
+    assert re.findall(r"--model.init_args.remove (\S+ - \S+)", made) == ["$((30 - 25))"] * 6, (
+        "3 plans, 3 searches"
+    )
+    assert re.findall(r"init_args.policy.init_args.seed (\d)", made) == ["1", "1", "2", "2"]
+    assert made.rstrip().endswith("-m scripts.public_runs")
