@@ -1,8 +1,8 @@
-"""Every judged run of the public model in one table: masks, divergences, tasks; seeds side by side.
+"""Judged runs of the public model side by side, seeds among them: masks, divergences, tasks, costs.
 
-    python -m scripts.public_runs --public DIR
+    python -m scripts.public_runs --public DIR --runs NAME ...
 
-A run is a directory as ``make public-model`` leaves it: 25, or 25-s1 for another seed. Of each task, the
+A run is a directory as ``make public-model`` leaves it: 25, or 25-s1 for another seed. On each task, the
 recovered model is compared with the cut that it comes from, on the same documents.
 """
 
@@ -11,7 +11,7 @@ from __future__ import annotations
 from pathlib import Path
 from statistics import mean
 
-from scripts.lab.pages import fill, table
+from scripts.lab.pages import table
 from scripts.lab.results import JSON, options, read, write
 from scripts.public_model import costs
 from src.errors import ConfigError
@@ -27,9 +27,9 @@ def judged(run: Path) -> JSON:
 
     Returns:
         ``run``, its name; ``removed``, layers counted from 0; ``held_out`` and ``wikitext``, KL of both in
-        nats; ``tasks``, of both: mean accuracy as a share of the teacher's; ``recovered``, for each task:
-        ``acc``, and the flips of the recovered model against the cut (:func:`src.evaluate.flips.flips`);
-        ``hours`` of the recovery, as planned and as taken, none without a plan.
+        nats; ``share``, of both: mean accuracy as a share of the teacher's; ``tasks``, of each: accuracies
+        of both, and the flips of the recovered model against the cut (:func:`src.evaluate.flips.flips`);
+        ``stages``, planned and taken (:func:`scripts.public_model.costs`).
     """
     tasks = read(run / "tasks.json")
     found: JSON = {"run": run.name, "removed": list(Mask.load(run / "search/mask.json").removed)}
@@ -41,12 +41,12 @@ def judged(run: Path) -> JSON:
         for each in (tasks["teacher"], *tasks["models"])
     )
     means = [mean(task["score"] for task in each.values()) for each in (teacher, cut, recovered)]
-    found["tasks"] = {stage: score / means[0] for stage, score in zip(STAGES, means[1:], strict=True)}
-    found["recovered"] = {
-        name: {"acc": task["score"], **flips(right(task), right(cut[name]))}
+    found["share"] = {stage: score / means[0] for stage, score in zip(STAGES, means[1:], strict=True)}
+    found["tasks"] = {
+        name: {"cut": cut[name]["score"], "recovered": task["score"], **flips(right(task), right(cut[name]))}
         for name, task in recovered.items()
     }
-    found["hours"] = costs(run).get("recover", {}).get("hours", ())
+    found["stages"] = costs(run)
     return found
 
 
@@ -57,19 +57,18 @@ def right(task: JSON) -> list[bool]:
 
 def lines(found: JSON) -> list[str]:
     """The table of all runs, from the cut to the recovered model; *p* tells these two apart."""
-    names, rows = list(found["runs"][0]["recovered"]), []
-    for run in found["runs"]:
-        tasks = (run["recovered"][name] for name in names)
-        rows.append([
+    names = list(found["runs"][0]["tasks"])
+    rows = (
+        [
             run["run"],
             ", ".join(map(str, run["removed"])),
             *map(fall, (run.get("held_out"), run.get("wikitext"))),
-            "{cut:.1%} to {recovered:.1%}".format(**run["tasks"]),
-            *("{acc:.3f}  (p = {p:.2g})".format(**task) for task in tasks),
-            " / ".join(f"{hours:.2f}" for hours in run["hours"]) or "-",
-        ])  # fmt: skip
-    head = " | ".join([HEAD, *names, "hours of the recovery, planned / taken"])
-    return [*table(head, rows), "", f"`{found['command']}`"]
+            "{cut:.1%} to {recovered:.1%}".format(**run["share"]),
+            *("{cut:.3f} to {recovered:.3f}  (p = {p:.2g})".format(**run["tasks"][name]) for name in names),
+        ]
+        for run in found["runs"]
+    )
+    return [*table(" | ".join([HEAD, *names]), rows), "", f"`{found['command']}`"]
 
 
 def fall(kl: JSON | None) -> str:
@@ -80,17 +79,19 @@ def fall(kl: JSON | None) -> str:
 
 
 def main() -> None:
-    """Write ``results/public_runs.json``, and fill the table of docs/public_model.md.
+    """Write ``results/public_runs.json``.
 
     Raises:
-        ConfigError: no run there is judged.
+        ConfigError: a run is not judged.
     """
-    args = options(__doc__, public=(Path("logs/public-model"), "directory of the runs"))
-    runs = sorted(file.parent for file in args.public.glob("*/tasks.json"))
-    if not runs:
-        raise ConfigError(f"--public: '{args.public}' holds no judged run; run: make public-model.")
-    write(at := Path("results/public_runs.json"), {"runs": [judged(run) for run in runs]})
-    fill(Path("docs/public_model.md"), lines(read(at)), "runs")
+    args = options(
+        __doc__, public=(Path("logs/public-model"), "directory of the runs"),
+        runs=(["22", "25", "25-s1", "25-s2"], "names of the runs"),
+    )  # fmt: skip
+    runs = [args.public / name for name in args.runs]
+    if lacking := [run.name for run in runs if not (run / "tasks.json").is_file()]:
+        raise ConfigError(f"--runs: no tasks.json of {', '.join(lacking)}; make public-seeds judges them.")
+    write(Path("results/public_runs.json"), {"runs": [judged(run) for run in runs]})
 
 
 if __name__ == "__main__":
