@@ -11,7 +11,7 @@ export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo shorten test test-full headline mask-quality public-model public-seeds public-contest budgets fair-fight width width-stories grow recovery on-policy harder ablations search-step teacher-cache \
+.PHONY: help setup demo shorten test test-full headline mask-quality public-model public-contest budgets fair-fight width width-stories grow recovery on-policy harder ablations search-step teacher-cache \
 	data-pipeline distilled-calibration prompts linear-patch vision export-matrix other-engine plan-accuracy scale gpu-checks results docs lint types teacher \
 	tensorboard schema clean
 
@@ -26,10 +26,9 @@ OF_shorten := MODEL TRAIN HELD_OUT RATIO REMOVE TARGET UNIT METHOD TOKENS OUT RU
 OF_ALL := VENV PY CLI CUDA_% HF_% OMP_% MKL_% TORCH_% TOKENIZERS_% E3_%
 OF_GOALS = $(foreach goal,$(MAKECMDGOALS),$(OF_$(goal)))
 OF_public-model := KEEP SEED CUT PUBLIC PARENT SHARED SEARCH RECOVER
-OF_public-seeds := SHARED
 OF_public-contest := SEED PUBLIC PARENT SHARED
 OF_on-policy := RUN
-UNREAD = $(if $(filter-out demo shorten public-model public-seeds public-contest on-policy,$(MAKECMDGOALS)),,$(if $(MAKECMDGOALS),$(filter-out $(OF_GOALS) $(OF_ALL),$(GIVEN))))
+UNREAD = $(if $(filter-out demo shorten public-model public-contest on-policy,$(MAKECMDGOALS)),,$(if $(MAKECMDGOALS),$(filter-out $(OF_GOALS) $(OF_ALL),$(GIVEN))))
 $(if $(UNREAD),$(error $(UNREAD): make $(MAKECMDGOALS) reads no such variable; accepted: $(OF_GOALS)))
 $(if $(filter shorten,$(MAKECMDGOALS)),$(if $(and $(MODEL),$(TRAIN)),,$(error give MODEL=NAME and TRAIN=TEXT, such as: make shorten MODEL=Qwen/Qwen3-0.6B TRAIN=my.jsonl)))
 
@@ -154,13 +153,6 @@ PUBLIC_MODELS = $(CUT)/cut/config.json $(CUT)/recovered/config.json
 public-model: $(addprefix $(CUT)/,evaluate.json held_out.json tasks.json benchmark.json answers/recovered.jsonl)  ## SmolLM2-135M-Instruct to KEEP=22, or so many, of its 30 layers [SEED, SEARCH, RECOVER: keys of fit] -> docs/public_model.md (hours; resumable)
 	$(CLI) report --run $(CUT)
 	$(if $(filter logs/public-model/$(KEEP),$(filter $(CUT),$(SHOWN))),$(PY) -m scripts.public_model page --run $(CUT) && $(PY) -m scripts.readme_results)
-
-# What the environment says of other runs is not meant for these. Of a line with a make in it, -n runs the rest too.
-UNSAID := env -u CUT -u PUBLIC -u PARENT -u SEARCH -u RECOVER
-public-seeds:  ## its 25 layers by three seeds, beside 22 -> README.md, docs/public_model.md (many hours; resumable)
-	$(UNSAID) $(MAKE) public-model KEEP=22 SEED=0
-	$(foreach seed,0 1 2,$(UNSAID) $(MAKE) public-model KEEP=25 SEED=$(seed) &&) true
-	$(PY) -m scripts.public_runs && $(PY) -m scripts.readme_results
 
 $(PUBLIC)/.installed: | $(VENV)/.installed
 	@mkdir -p $(@D)

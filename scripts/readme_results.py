@@ -15,7 +15,6 @@ from textwrap import shorten
 import yaml
 from matplotlib.figure import Figure
 
-from scripts import public_runs
 from scripts.arena import cells
 from scripts.arena.figures import draw
 from scripts.arena.stages import mask as named_mask
@@ -93,7 +92,6 @@ def main() -> None:
         ("width_speed_stories", speed_lines, "width", "speed of stories"),
         ("vision", vision_lines, "systems/prune_and_merge", "vision"),
         *((f"public_model_{n}_held_out", judged_lines, "public_model", f"held out {n}") for n in (22, 25)),
-        ("public_runs", public_runs.lines, "public_model", "runs"),
         *((f"public_{x}", compared_lines, "public_model", x) for x in ("contest", "losses", "recipes")),
     ):  # fmt: skip
         if found := read(name):

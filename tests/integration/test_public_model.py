@@ -120,9 +120,9 @@ MAKES = ("MAKE", "MFLAGS", "PARENT", "PUBLIC", "KEEP", "CUT", "SEED", "SEARCH", 
 """Variables of the environment that would tell make another thing: make sets some of them itself."""
 
 
-def make(*words: str, **said: str) -> subprocess.CompletedProcess[str]:
-    """What make would run, from nothing, with more variables in its environment."""
-    env = {key: value for key, value in os.environ.items() if not key.startswith(MAKES)} | said
+def make(*words: str) -> subprocess.CompletedProcess[str]:
+    """What make would run, from nothing."""
+    env = {key: value for key, value in os.environ.items() if not key.startswith(MAKES)}
     argv = ["make", "--no-print-directory", "-nB", *words]
     return subprocess.run(argv, capture_output=True, text=True, env=env)
 
@@ -146,9 +146,7 @@ def test_what_is_missing_is_told_before_anything_is_done(shared: Path) -> None:
     assert printed("public-contest", shared), "which does not read it"
 
 
-@pytest.mark.parametrize("target", [
-    "public-model", "public-seeds", "public-contest", "headline", "fair-fight", "on-policy",
-])  # fmt: skip
+@pytest.mark.parametrize("target", ["public-model", "public-contest", "headline", "fair-fight", "on-policy"])
 def test_a_target_names_configs_that_are_there_and_keeps_what_it_makes(target: str, shared: Path) -> None:
     made = printed(target, shared) if target.startswith("public") else make(target).stdout
     named = set(re.findall(r"configs/[\w/.-]+\.yaml", made))
@@ -197,13 +195,3 @@ def test_parents_of_one_name_have_places_of_their_own(shared: Path) -> None:
         re.search(r"report --run (\S+)", printed("public-model", shared, f"PARENT={x}/m"))[1] for x in "ab"
     }  # type: ignore[index]
     assert places == {"logs/public-model-a--m/22", "logs/public-model-b--m/22"}
-
-
-def test_seeds_are_runs_of_their_own_whatever_the_environment_says(shared: Path) -> None:
-    made = make("public-seeds", f"SHARED={shared}", CUT="logs/other", PUBLIC="logs/other").stdout
-    cuts = [f"logs/public-model/{name}" for name in ("22", "25", "25-s1", "25-s2")]
-    assert re.findall(r"report --run (\S+)", made) == cuts
-    fewer = re.findall(r"--model.init_args.remove \S+ - (\d+)", made)
-    assert fewer == ["22"] * 2 + ["25"] * 6, "a plan and a search each"
-    assert re.findall(r"init_args.policy.init_args.seed (\d)", made) == ["1", "1", "2", "2"]
-    assert "scripts.public_runs && " in made.rstrip().splitlines()[-1], "shown, not run"
