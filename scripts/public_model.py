@@ -77,13 +77,11 @@ def costs(run: Path) -> JSON:
             continue
         at = run / stage
         peak = max(event.value for event in scalars(at, "perf/peak_memory_mib"))
+        size = sum(file.stat().st_size for file in at.glob("checkpoints/*"))
         found[stage] = {
             "hours": (plan["configured"]["hours"], read(at / "record.json")["seconds"] / 3600),
             "memory_gib": (plan["configured"]["total"] / 2**30, peak / 2**10),
-            "checkpoints_gb": (
-                plan["checkpoint_bytes"] / 1e9,
-                sum(file.stat().st_size for file in at.glob("checkpoints/*")) / 1e9,
-            ),
+            "checkpoints_gb": (plan["checkpoint_bytes"] / 1e9, size / 1e9),
         }
     return found
 

@@ -91,8 +91,10 @@ def main() -> None:
         ("width_speed", speed_lines, "width", "speed"),
         ("width_speed_stories", speed_lines, "width", "speed of stories"),
         ("vision", vision_lines, "systems/prune_and_merge", "vision"),
-        *((f"public_model_{n}_held_out", judged_lines, "public_model", f"held out {n}") for n in (22, 25)),
-        *((f"public_{x}", compared_lines, "public_model", x) for x in ("contest", "losses", "recipes")),
+        *((f"public_model_{run}_held_out", judged_lines, "public_model", f"held out {run}")
+          for run in ("22", "25", "25-s1", "25-s2")),
+        *((f"public_{x}", compared_lines, "public_model", x)
+          for x in ("contest", "losses", "recipes", "seeds")),
     ):  # fmt: skip
         if found := read(name):
             fill(Path(f"docs/{about}.md"), make(found), part)
