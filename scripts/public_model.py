@@ -71,18 +71,16 @@ def shaped(row: JSON) -> JSON:
 def costs(run: Path) -> JSON:
     """What search and recovery took, beside what ``plan`` said before: hours, GiB of memory, GB on disk."""
     found = JSON()
-    plans = {stage: read(run / f"{stage}.plan.json") for stage in ("search", "recover")}
-    for stage, plan in plans.items():
-        if not plan:  # plan refused: a GPU that it does not know, or a run as short as its trial
-            continue
-        at = run / stage
-        peak = max(event.value for event in scalars(at, "perf/peak_memory_mib"))
-        size = sum(file.stat().st_size for file in at.glob("checkpoints/*"))
-        found[stage] = {
-            "hours": (plan["configured"]["hours"], read(at / "record.json")["seconds"] / 3600),
-            "memory_gib": (plan["configured"]["total"] / 2**30, peak / 2**10),
-            "checkpoints_gb": (plan["checkpoint_bytes"] / 1e9, size / 1e9),
-        }
+    for stage in ("search", "recover"):
+        if plan := read(run / f"{stage}.plan.json"):  # none of a GPU that plan does not know, or of few steps
+            at = run / stage
+            peak = max(event.value for event in scalars(at, "perf/peak_memory_mib"))
+            size = sum(file.stat().st_size for file in at.glob("checkpoints/*"))
+            found[stage] = {
+                "hours": (plan["configured"]["hours"], read(at / "record.json")["seconds"] / 3600),
+                "memory_gib": (plan["configured"]["total"] / 2**30, peak / 2**10),
+                "checkpoints_gb": (plan["checkpoint_bytes"] / 1e9, size / 1e9),
+            }
     return found
 
 
@@ -124,8 +122,10 @@ def page(run: Path) -> None:
         ),
         "curve": table("tokens processed | KL, held-out rows", points, right=True),
     }
+    about = Path("docs/public_model.md")
     for name, part in parts.items():
-        fill(Path("docs/public_model.md"), part, f"{name} {run.name}")
+        if f"<!-- {name} {run.name} -->" in about.read_text():  # a further seed has no pictures of its own
+            fill(about, part, f"{name} {run.name}")
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from tests.blocks import run_by
 PAGE = Path("docs/public_model.md")
 MADE = Path("Makefile").read_text()
 LOSSES = dict(re.findall(r"^LOSS_(\w+) +:= (.+)$", MADE, re.M))
+RUNS = re.findall(r"^RUNS +:= .*,(.+)\)$", MADE, re.M)[0].split()
 PART = re.findall(r"^OF_LOSS := (.+)$", MADE, re.M)[0]
 SHORT = re.findall(r"^SHORT +:= (--config \S+)", MADE, re.M)[0]
 
@@ -179,8 +180,12 @@ def test_the_page_prints_the_commands_of_the_target(shared: Path) -> None:
         ("public-model", ["RECOVER=--trainer.max_steps 9"]),
         ("public-model", ["SEARCH=--x 1"]),
         ("public-model", ["CUT=logs/public-model/22", "KEEP=25"]),
+        ("public-model", ["SEED=3"]),
+        ("public-model", ["KEEP=24"]),
+        ("public-model", ["CUT=logs/public-model/22"]),
+        ("public-contest", ["SEED=1"]),
         *((target, words) for target in ("public-model", "public-contest") for words in (
-            ["SEED=1"], ["PARENT=a/b"], ["PARENT=a/b", "PUBLIC=logs/public-model"], ["PUBLIC=logs/x"],
+            ["PARENT=a/b"], ["PARENT=a/b", "PUBLIC=logs/public-model"], ["PUBLIC=logs/x"],
         )),
     ],
 )  # fmt: skip
@@ -188,6 +193,50 @@ def test_only_the_runs_of_the_page_are_published(target: str, words: list[str], 
     publishes = r"public_model page|readme_results|results/"
     assert re.search(publishes, printed(target, shared))
     assert not re.search(publishes, printed(target, shared, *words))
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_the_page_has_a_place_for_each_run_that_is_published(run: str, shared: Path) -> None:
+    kept, _, seed = run.partition("-s")
+    made = printed("public-model", shared, f"KEEP={kept}", f"SEED={seed or 0}")
+    assert re.findall(r"public_model page --run logs/public-model/(\S+)", made) == [run]
+    parts = ["costs", "held out", *([] if seed else ["results", "answers", "curve"])]
+    text = PAGE.read_text()
+    assert [part for part in parts if text.count(f"<!-- {part} {run} -->") != 1] == []
+
+
+def test_seeds_are_compared_by_a_target_of_their_own(shared: Path) -> None:
+    for kept in ("22", "25"):
+        done = make("public-seeds", f"KEEP={kept}")
+        of = [f"logs/public-model/{run}" for run in RUNS if run.split("-")[0] == kept]
+        assert f"compare {' '.join(of)} --json results/public_seeds_{kept}.json" in done.stdout
+        assert f"<!-- seeds_{kept} -->" in PAGE.read_text()
+    assert "SEED: make public-seeds reads no such variable" in make("public-seeds", "SEED=1").stderr
+
+
+def test_a_run_fills_its_places_of_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(public_model, "costs", lambda at: {at.name: {"hours": (1.25, 1.5)}})
+    monkeypatch.setattr(public_model, "curve", lambda at: [(9.0, 0.5)])
+    for name in ("22", "22-s1"):
+        (at := tmp_path / name / "search").mkdir(parents=True)
+        for file in (at / "mask.json", at.parent / "held_out.json", at.parent / "report.json"):
+            file.write_text(json.dumps({"of": name}))
+        (at.parent / "report.md").write_text(f"text\n| {name} |\n<tr>\n")
+    (tmp_path / "docs").mkdir()
+    places = [f"<!-- {x} -->\n<!-- /{x} -->\n" for x in ("results 22", "costs 22", "curve 22", "costs 22-s1")]
+    (tmp_path / PAGE).write_text("".join(places))
+    for name in ("22", "22-s1"):
+        public_model.page(tmp_path / name)
+    shown = dict(re.findall(r"<!-- ([^/]+?) -->\n(.*?)<!-- /", (tmp_path / PAGE).read_text(), re.S))
+    assert shown["results 22"] == "| 22 |\n"
+    assert "| 22 | 1.25 | 1.50 |" in shown["costs 22"]
+    assert "| 22-s1 | 1.25 | 1.50 |" in shown["costs 22-s1"]
+    assert "| 9 | 0.5000 |" in shown["curve 22"]
+    named = {file.name for file in (tmp_path / "results").iterdir()}
+    parts = ("costs", "curve", "report", "held_out", "mask")
+    assert named == {f"public_model_{name}_{part}.json" for name in ("22", "22-s1") for part in parts}
+    assert json.loads((tmp_path / "results/public_model_22-s1_mask.json").read_text()) == {"of": "22-s1"}
 
 
 def test_parents_of_one_name_have_places_of_their_own(shared: Path) -> None:
