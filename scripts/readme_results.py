@@ -32,7 +32,7 @@ from src.vision import verb as vision
 
 HALVES = (0, 1, 2, 5, 6, 7, 8, 11, 12, 13, 14, 15, 16, 19, 20, 21, 22, 23)
 """The mask by hand of docs/units.md, of 12 layers: no result, an example."""
-PUBLIC = "**A real model**, SmolLM2-135M-Instruct, on WikiText-2 and tasks ([more](docs/public_model.md)):"
+PUBLIC = "**A real model**, [SmolLM2-135M-Instruct](docs/public_model.md) from 4-bit weights, on WikiText-2:"
 SHOWN = ("layers", "parameters", "held-out KL, nats", "perplexity", "decode, tokens/s")
 OUTCOMES, MISSING = ("pass", "refused", "cannot be built", "WRONG"), "not measured yet"
 

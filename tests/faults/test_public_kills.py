@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -114,16 +115,17 @@ def results(out: Path) -> dict[str, Any]:
 def test_killed_at_random_it_ends_with_the_same(parent: Path, shared: Path, tmp_path: Path) -> None:
     pytest.importorskip("lm_eval")
     whole, killed = tmp_path / "whole", tmp_path / "killed"
+    began = time.monotonic()
     finish(command(whole, parent, shared))
+    share = (time.monotonic() - began) / KILLS  # so that all kills fall before the end
     argv, chance = command(killed, parent, shared), random.Random(1)
     for _ in range(KILLS):
         quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
         running = subprocess.Popen(argv, start_new_session=True, env=ALONE, **quiet)  # type: ignore[call-overload]
-        try:
-            running.wait(chance.uniform(5, 45))
-        except subprocess.TimeoutExpired:
-            os.killpg(running.pid, signal.SIGKILL)
-            running.wait()
+        with pytest.raises(subprocess.TimeoutExpired):
+            running.wait(chance.uniform(0.1, 0.95) * share)
+        os.killpg(running.pid, signal.SIGKILL)
+        running.wait()
     finish(argv)
     assert results(killed) == results(whole)
     assert (killed / "5/report.html").exists()
