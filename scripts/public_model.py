@@ -124,7 +124,7 @@ def page(run: Path) -> None:
     }
     about = Path("docs/public_model.md")
     for name, part in parts.items():
-        if f"<!-- {name} {run.name} -->" in about.read_text():  # a further seed has no pictures of its own
+        if f"<!-- {name} {run.name} -->" in about.read_text():  # of a further seed the page shows less
             fill(about, part, f"{name} {run.name}")
 
 

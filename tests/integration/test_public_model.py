@@ -203,6 +203,8 @@ def test_the_page_has_a_place_for_each_run_that_is_published(run: str, shared: P
     parts = ["costs", "held out", *([] if seed else ["results", "answers", "curve"])]
     text = PAGE.read_text()
     assert [part for part in parts if text.count(f"<!-- {part} {run} -->") != 1] == []
+    judged = text.split(f"<!-- held out {run} -->")[1].split("<!--")[0]
+    assert f"| logs/public-model/{run}/recovered |" in judged, "scripts/readme_results.py fills it"
 
 
 def test_seeds_are_compared_by_a_target_of_their_own(shared: Path) -> None:

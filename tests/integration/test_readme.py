@@ -173,17 +173,21 @@ def test_the_demo_notes_its_options_as_they_are(options: str, tmp_path: Path) ->
     assert noted.read_text() == f"7 {options.replace('$$', '$')}\n"
 
 
-def test_make_leaves_what_it_did_not_begin(tmp_path: Path) -> None:
-    (begun := tmp_path / "search/checkpoints/last.ckpt").parent.mkdir(parents=True)
+@pytest.mark.parametrize(
+    ("place", "stage"),
+    [("RUN", "search"), ("RUN", "recover"), ("RUN", "data"), ("CUT", "search"), ("CUT", "recover")],
+)
+def test_make_leaves_what_it_did_not_begin(place: str, stage: str, tmp_path: Path) -> None:
+    (begun := tmp_path / stage / "checkpoints/last.ckpt").parent.mkdir(parents=True)
     begun.write_text("by hand")
-    noted = tmp_path / ".search"
-    argv = ["make", "--no-print-directory", "-s", str(noted), f"RUN={tmp_path}"]
+    noted = tmp_path / f".{stage}"
+    argv = ["make", "--no-print-directory", "-s", str(noted), f"{place}={tmp_path}"]
     done = subprocess.run(argv, capture_output=True, text=True)
     assert done.returncode == 2
-    assert f"{tmp_path}/search: make did not begin it" in done.stderr
+    assert f"{tmp_path / stage}: make did not begin it" in done.stderr
     assert begun.read_text() == "by hand"
     assert not noted.exists()
-    (tmp_path / "search").rename(tmp_path / "mine")
+    (tmp_path / stage).rename(tmp_path / "mine")
     subprocess.run(argv, check=True)
     assert noted.exists()
 
