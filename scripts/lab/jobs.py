@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -54,11 +55,8 @@ def isolated(
     context: Any = multiprocessing.get_context("spawn" if env else "forkserver")
     ours, theirs = context.Pipe(duplex=False)
     process = context.Process(target=_answer, args=(theirs, log, function, args))
-    before = dict(os.environ)
-    os.environ.update(env or {})
-    process.start()
-    os.environ.clear()
-    os.environ.update(before)
+    with patch.dict(os.environ, env or {}):
+        process.start()
     theirs.close()
     try:
         if not ours.poll(limit):

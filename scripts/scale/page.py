@@ -20,10 +20,8 @@ def converge(section: JSON) -> list[str]:
         found = [next(r for r in depth["searches"] if r["title"] == title) for depth in depths]
         cells = [f"{r['ratio_to_best']:.2f} ({tokens_text(r['forward_tokens'])})" for r in found]
         rows.append([title, *cells])
-    enough = [depth["converged_after"] for depth in depths]
-    rows.append(
-        [f"steps until within {section['near']:g} of the best", *("none" if e is None else e for e in enough)]
-    )
+    enough = ["none" if (n := depth["converged_after"]) is None else n for depth in depths]
+    rows.append([f"steps until within {section['near']:g} of the best", *enough])
     head = " | ".join(["search", *(f"{d['removed']} of {d['layers']} layers" for d in depths)])
     return table(head, rows)
 

@@ -20,9 +20,7 @@ SLOW = [("deepseek-r1", "recover")]
 
 def measure(work: Path) -> JSON:
     """A plan for each case."""
-    every = (
-        (model, stage, device, n) for model, device, counts in MODELS for stage in STAGES for n in counts
-    )
+    every = ((model, stage, device, n) for model, device, ns in MODELS for stage in STAGES for n in ns)
     return {"length": 2048, "cases": [case(work, *each) for each in every if each[:2] not in SLOW]}
 
 

@@ -15,7 +15,7 @@ from typing import Any
 from rich.table import Table
 
 from src.command import each_model, provenance, show
-from src.evaluate.flips import flips
+from src.evaluate.flips import CHANGE, difference, flips
 from src.evaluate.harness import ask, harness, load_tasks
 from src.files import write_json
 from src.models.loading import load_tokenizer
@@ -122,7 +122,7 @@ def summary(results: list[dict[str, Any]], facts: dict[str, dict[str, Any]]) -> 
     table = Table(title="public tasks")
     for heading in ("task", "metric", "model"):
         table.add_column(heading)
-    for heading in ("score", "ratio", "lost / gained"):
+    for heading in ("score", "ratio", "difference [95 %]", "lost / gained"):
         table.add_column(heading, justify="right")
     for task, fact in facts.items():
         shots, documents = fact["shots"], fact["documents"]
@@ -132,13 +132,18 @@ def summary(results: list[dict[str, Any]], facts: dict[str, dict[str, Any]]) -> 
             for result in results:
                 entry = result["tasks"][task][metric]
                 error = f" ± {entry['stderr']:.2g}" if "stderr" in entry else ""
+                change = lost = "-"
+                if "flips" in entry:
+                    change = CHANGE.format(**difference(entry["flips"], len(entry["correct"])))
+                    lost = "{lost} / {gained} (p {p:.2g})".format(**entry["flips"])
                 table.add_row(
                     title,
                     label,
                     result["path"],
                     f"{entry['score']:.4g}{error}",
                     f"{entry['ratio']:.3f}" if "ratio" in entry else "-",
-                    "{lost} / {gained} (p {p:.2g})".format(**entry["flips"]) if "flips" in entry else "-",
+                    change,
+                    lost,
                 )
                 title = label = ""
     return table

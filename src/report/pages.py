@@ -10,6 +10,7 @@ from typing import Any
 
 from src.benchmark import PHASES, verdict
 from src.mask import WIDE
+from src.report import tasks
 from src.report.figures import tokens_text
 
 Record = dict[str, Any]
@@ -102,10 +103,10 @@ def table_of(report: Record) -> list[list[str]]:
     for label, key, cell in ROWS:
         if any(key in model for model in models):
             lines.append([label, *(cell(model) if key in model else "-" for model in models)])
-    tasks = [(task, metric) for m in models for task, own in m.get("tasks", {}).items() for metric in own]
-    for task, metric in dict.fromkeys(tasks):
+    named = [(task, metric) for m in models for task, own in m.get("tasks", {}).items() for metric in own]
+    for task, metric in dict.fromkeys(named):
         scores = (model.get("tasks", {}).get(task, {}).get(metric) for model in models)
-        lines.append([f"{task}, {metric}", *map(_score, scores)])
+        lines.append([f"{task}, {metric}", *map(tasks.cell, scores)])
     return lines
 
 
@@ -116,14 +117,6 @@ def budgets_of(report: Record) -> list[list[str]]:
         removed = f"{each['removed']} of {report['num_layers']}"
         rows.append([f"{each['share']:g}", removed, f"{each['kl']:.4f}", each["mask"]])
     return rows
-
-
-def _score(record: Record | None) -> str:
-    if record is None:
-        return "-"
-    beside = [f"{record['ratio']:.3g}x"] if "ratio" in record else []
-    beside += [f"p = {record['flips']['p']:.2g}"] if "flips" in record else []
-    return f"{record['score']:.4g}" + (f"  ({', '.join(beside)})" if beside else "")
 
 
 def headline(report: Record) -> str:

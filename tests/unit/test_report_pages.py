@@ -75,6 +75,17 @@ def test_tasks_of_any_model_have_a_row_each() -> None:
     assert rows == [["piqa, acc", "0.75", "0.6  (0.8x)"], ["piqa, f1", "-", "0.6667"]]
 
 
+def test_a_task_tells_its_difference_from_the_teacher_with_what_is_lost_and_gained() -> None:
+    found = {"score": 0.5, "ratio": 0.625, "correct": "01" * 10}
+    found["flips"] = {"lost": 8, "gained": 2, "p": 0.11}
+    ((_, cell),) = table_of(report({"name": "b", "tasks": {"piqa": {"acc": found}}}))[1:]
+    score, change, low, high, rest = re.fullmatch(
+        r"(.*)  \(0.625x, (\S+) \[(\S+), (\S+)\], (.*)\)", cell
+    ).groups()  # type: ignore[union-attr]
+    assert (score, change, rest) == ("0.5", "-0.300", "8 / 2, p = 0.11")
+    assert -0.65 < float(low) < -0.45 < 0 <= float(high) < 0.1
+
+
 @pytest.mark.parametrize(
     ("student", "said"),
     [
