@@ -11,7 +11,7 @@ export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo shorten test test-full headline mask-quality public-model public-seeds public-contest budgets fair-fight width width-stories grow recovery on-policy harder ablations search-step teacher-cache \
+.PHONY: help setup demo shorten test test-full headline mask-quality public-model public-seeds public-plans public-contest budgets fair-fight width width-stories grow recovery on-policy harder ablations search-step teacher-cache \
 	data-pipeline distilled-calibration prompts linear-patch vision export-matrix other-engine plan-accuracy scale gpu-checks results docs lint types teacher \
 	tensorboard schema clean
 
@@ -196,6 +196,25 @@ PUBLIC_TEXT = $(PUBLIC)/text/train.jsonl $(PUBLIC_PARENT)
 
 $(CUT)/search.plan.json $(CUT)/recover.plan.json: private VERB = plan --trial 3 --json $@
 
+# What this machine would take, by short trials: of the page's search and recovery in bf16 and in float32, and of the search as it is shipped.
+PLANS := search search_float32 search_shipped recover recover_float32
+PLAN_search_float32 := --model.init_args.dtype float32
+PLAN_recover_float32 := --trainer.precision 32-true --model.init_args.teacher.init_args.dtype float32
+
+public-plans: $(PLANS:%=$(PUBLIC)/plans/%.json)  ## what this machine would take for the public model in bf16 and in float32, and with the search as it is shipped -> results/public_plan_*.json
+	for plan in $(PLANS); do cp $(PUBLIC)/plans/$$plan.json results/public_plan_$$plan.json; done
+
+$(PUBLIC)/plans/%.json: private VERB = plan --trial 3 --json $@
+
+$(PUBLIC)/plans/search.json $(PUBLIC)/plans/search_float32.json: $(PUBLIC_TEXT)
+	$(call PUBLIC_SEARCH,,--model.init_args.remove 8 $(PLAN_$(basename $(@F))))
+
+$(PUBLIC)/plans/search_shipped.json: $(PUBLIC_TEXT)
+	$(CLI) $(VERB) --hours 2 --config configs/search/gumbel_topk.yaml --model.init_args.model $(PARENT) --model.init_args.remove 8 $(PUBLIC_FIT)
+
+$(PUBLIC)/plans/recover.json $(PUBLIC)/plans/recover_float32.json: results/public_model_22_mask.json $(PUBLIC_TEXT)
+	$(call PUBLIC_RECOVER,$(PLAN_$(basename $(@F))))
+
 $(CUT)/.search: FORCE
 	$(call STAMP,$(PARENT) $(KEEP) $(SEED) $(SEARCH))
 $(CUT)/.recover: FORCE
@@ -222,6 +241,8 @@ $(CUT)/recover.plan.json $(CUT)/recover/record.json: $(CUT)/search/mask.json $(C
 
 $(CUT)/evaluate.json: $(PUBLIC_MODELS)
 	$(PUBLIC_JUDGE) --data $(SHARED)/data/eval/wikitext2_test.txt --limit 1000
+	$(PY) -m src.export.card $(CUT)/cut --scores $@
+	$(PY) -m src.export.card $(CUT)/recovered --scores $@
 
 $(CUT)/held_out.json: $(PUBLIC_MODELS)
 	$(PUBLIC_JUDGE) --data $(PUBLIC)/text/held_out.jsonl --no-exact-match

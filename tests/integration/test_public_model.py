@@ -247,6 +247,19 @@ def test_other_engines_are_published_for_the_models_of_the_page_alone(words: lis
     assert make("other-engine", *words).stdout.strip().endswith(f"--out {where}/other_engine.json")
 
 
+def test_what_a_machine_would_take_is_planned_in_two_precisions(shared: Path) -> None:
+    """None of it needs a run of one's own: the mask is the published one."""
+    made = [line for line in printed("public-plans", shared).splitlines() if " plan --trial 3 " in line]
+    names = [re.findall(r"--json \S+/plans/(\w+)\.json", line)[0] for line in made]
+    assert sorted(names) == ["recover", "recover_float32", "search", "search_float32", "search_shipped"]
+    own = {name: line.replace(f"plans/{name}.json", "") for name, line in zip(names, made, strict=True)}
+    for stage in ("search", "recover"):
+        assert own[f"{stage}_float32"].startswith(own[stage].strip())
+        assert "float32" in own[f"{stage}_float32"].removeprefix(own[stage].strip())
+    assert "configs/public_model" not in own["search_shipped"]
+    assert "--model.init_args.mask results/public_model_22_mask.json" in own["recover"]
+
+
 def test_seeds_are_compared_by_a_target_of_their_own(shared: Path) -> None:
     for kept in ("22", "25"):
         done = make("public-seeds", f"KEEP={kept}")
