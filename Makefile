@@ -29,8 +29,9 @@ OF_public-model := KEEP SEED CUT PUBLIC PARENT SHARED SEARCH RECOVER
 OF_public-seeds := KEEP
 OF_public-contest := SEED PUBLIC PARENT SHARED
 OF_on-policy := RUN
-OF_other-engine := MODEL PARENT PROMPTS RUN
-UNREAD = $(if $(filter-out demo shorten public-model public-seeds public-contest on-policy other-engine,$(MAKECMDGOALS)),,$(if $(MAKECMDGOALS),$(filter-out $(OF_GOALS) $(OF_ALL),$(GIVEN))))
+OF_other-engine := MODEL PARENT PROMPTS RUN NO_AMX
+OF_public-plans := SHARED
+UNREAD = $(if $(filter-out demo shorten public-model public-seeds public-plans public-contest on-policy other-engine,$(MAKECMDGOALS)),,$(if $(MAKECMDGOALS),$(filter-out $(OF_GOALS) $(OF_ALL),$(GIVEN))))
 $(if $(UNREAD),$(error $(UNREAD): make $(MAKECMDGOALS) reads no such variable; accepted: $(OF_GOALS)))
 $(if $(filter shorten,$(MAKECMDGOALS)),$(if $(and $(MODEL),$(TRAIN)),,$(error give MODEL=NAME and TRAIN=TEXT, such as: make shorten MODEL=Qwen/Qwen3-0.6B TRAIN=my.jsonl)))
 
@@ -126,12 +127,13 @@ KEEP   ?= 22
 CONTEST := $(PUBLIC)/contest$(if $(filter-out 0,$(SEED)),-s$(SEED))
 CUT    ?= $(PUBLIC)/$(KEEP)$(if $(filter-out 0,$(SEED)),-s$(SEED))
 # What the page shows: nothing else is published.
-RUNS   := $(addprefix logs/public-model/,22 22-s1 25 25-s1 25-s2)
+RUNS   := $(addprefix logs/public-model/,22 22-s1 22-s2 25 25-s1 25-s2)
 SHOWN  := $(if $(OWN)$(SEARCH)$(RECOVER),,$(filter $(RUNS) logs/public-model/contest,$(if $(filter file,$(origin CUT)),$(CUT)) $(CONTEST)))
-NEEDS_public-contest := gsm8k_train.jsonl ebooks.jsonl.gz tinystories_train.jsonl eval/lambada_openai.jsonl
+NEEDS_public-plans   := gsm8k_train.jsonl ebooks.jsonl.gz tinystories_train.jsonl
+NEEDS_public-contest := $(NEEDS_public-plans) eval/lambada_openai.jsonl
 NEEDS_public-model   := $(NEEDS_public-contest) eval/wikitext2_test.txt eval/piqa.jsonl eval/arc_easy.jsonl
 LACKS = $(strip $(foreach file,$(NEEDS_$(goal)),$(if $(wildcard $(SHARED)/data/$(file)),,$(SHARED)/data/$(file))))
-$(foreach goal,$(filter public-model public-contest,$(MAKECMDGOALS)),$(foreach path,SHARED PARENT PUBLIC CUT,$(call FITS,$(path)))\
+$(foreach goal,$(filter public-model public-plans public-contest,$(MAKECMDGOALS)),$(foreach path,SHARED PARENT PUBLIC CUT,$(call FITS,$(path)))\
   $(if $(LACKS),$(error SHARED: no $(LACKS); accepted: a directory with the files that docs/public_model.md lists))\
   $(if $(OWN)$(filter-out public-model,$(goal))$(filter $(KEEP),$(wordlist 1,29,$(shell seq 99))),,$(error KEEP: '$(KEEP)' given; accepted: 1 to 29, of 30 layers)))
 SEEDS   = $(filter logs/public-model/$(KEEP) logs/public-model/$(KEEP)-%,$(RUNS))
@@ -159,6 +161,8 @@ PUBLIC_MODELS = $(CUT)/cut/config.json $(CUT)/recovered/config.json
 .PRECIOUS: %/cut/config.json %/recovered/config.json $(CONTEST)/%/recover/record.json
 
 public-model: $(addprefix $(CUT)/,evaluate.json held_out.json tasks.json benchmark.json answers/recovered.jsonl)  ## SmolLM2-135M-Instruct to KEEP=22, or so many, of its 30 layers [SEED, SEARCH, RECOVER: keys of fit] -> docs/public_model.md (hours; resumable)
+	$(PY) -m src.export.card $(CUT)/cut --scores $(CUT)/evaluate.json
+	$(PY) -m src.export.card $(CUT)/recovered --scores $(CUT)/evaluate.json
 	$(CLI) report --run $(CUT)
 	$(if $(filter $(CUT),$(SHOWN)),$(PY) -m scripts.public_model page --run $(CUT) && $(PY) -m scripts.readme_results)
 
@@ -196,23 +200,27 @@ PUBLIC_TEXT = $(PUBLIC)/text/train.jsonl $(PUBLIC_PARENT)
 
 $(CUT)/search.plan.json $(CUT)/recover.plan.json: private VERB = plan --trial 3 --json $@
 
-# What this machine would take, by short trials: of the page's search and recovery in bf16 and in float32, and of the search as it is shipped.
-PLANS := search search_float32 search_shipped recover recover_float32
+# What this machine would take: for the page's search and recovery, by the type of the weights, from short trials; for the search as it is shipped without
+# one, whose start alone would take half an hour.
+PLANS := search search_float32 search_int8 search_shipped recover recover_float32
 PLAN_search_float32 := --model.init_args.dtype float32
+PLAN_search_int8 := --model.init_args.quantize int8
 PLAN_recover_float32 := --trainer.precision 32-true --model.init_args.teacher.init_args.dtype float32
 
-public-plans: $(PLANS:%=$(PUBLIC)/plans/%.json)  ## what this machine would take for the public model in bf16 and in float32, and with the search as it is shipped -> results/public_plan_*.json
-	for plan in $(PLANS); do cp $(PUBLIC)/plans/$$plan.json results/public_plan_$$plan.json; done
+public-plans: $(PLANS:%=$(PUBLIC)/plans/%.json)  ## what this machine would take for the public model by the type of the weights, and for the search as it is shipped -> results/public_plan_*.json
+	$(if $(OWN),,$(foreach plan,$(PLANS),cp $(PUBLIC)/plans/$(plan).json results/public_plan_$(plan).json &&) true)
 
 $(PUBLIC)/plans/%.json: private VERB = plan --trial 3 --json $@
 
-$(PUBLIC)/plans/search.json $(PUBLIC)/plans/search_float32.json: $(PUBLIC_TEXT)
+$(addprefix $(PUBLIC)/plans/,search.json search_float32.json search_int8.json): $(PUBLIC_TEXT) FORCE
+	@rm -f $@
 	$(call PUBLIC_SEARCH,,--model.init_args.remove 8 $(PLAN_$(basename $(@F))))
 
-$(PUBLIC)/plans/search_shipped.json: $(PUBLIC_TEXT)
-	$(CLI) $(VERB) --hours 2 --config configs/search/gumbel_topk.yaml --model.init_args.model $(PARENT) --model.init_args.remove 8 $(PUBLIC_FIT)
+$(PUBLIC)/plans/search_shipped.json: $(PUBLIC_TEXT) FORCE
+	$(CLI) plan --hours 2 --json $@ --config configs/search/gumbel_topk.yaml --model.init_args.model $(PARENT) $(PUBLIC_FIT)
 
-$(PUBLIC)/plans/recover.json $(PUBLIC)/plans/recover_float32.json: results/public_model_22_mask.json $(PUBLIC_TEXT)
+$(PUBLIC)/plans/recover.json $(PUBLIC)/plans/recover_float32.json: results/public_model_22_mask.json $(PUBLIC_TEXT) FORCE
+	@rm -f $@
 	$(call PUBLIC_RECOVER,$(PLAN_$(basename $(@F))))
 
 $(CUT)/.search: FORCE
@@ -233,16 +241,16 @@ $(CUT)/recover.plan.json $(CUT)/recover/record.json: $(CUT)/search/mask.json $(C
 	$(BEGINS)
 	$(call PUBLIC_RECOVER,$(call SEEDED,--data.init_args.seed $(SEED)) $(RECOVER))
 
+PUBLIC_EXPORT = $(CLI) export --out $(@D) --force --data 'GSM8K, Standard Ebooks, TinyStories, chats that the parent wrote'
+
 %/cut/config.json: %/search/mask.json
-	$(CLI) export --mask $< --out $(@D) --force
+	$(PUBLIC_EXPORT) --mask $<
 
 %/recovered/config.json: %/recover/record.json
-	$(CLI) export --mask $(<D)/recovers.json --checkpoint $(<D)/checkpoints/last.ckpt --out $(@D) --force
+	$(PUBLIC_EXPORT) --mask $(<D)/recovers.json --checkpoint $(<D)/checkpoints/last.ckpt
 
 $(CUT)/evaluate.json: $(PUBLIC_MODELS)
 	$(PUBLIC_JUDGE) --data $(SHARED)/data/eval/wikitext2_test.txt --limit 1000
-	$(PY) -m src.export.card $(CUT)/cut --scores $@
-	$(PY) -m src.export.card $(CUT)/recovered --scores $@
 
 $(CUT)/held_out.json: $(PUBLIC_MODELS)
 	$(PUBLIC_JUDGE) --data $(PUBLIC)/text/held_out.jsonl --no-exact-match
@@ -491,7 +499,7 @@ CONVERTER := logs/converter
 NO_AMX := $(if $(filter x86_64,$(shell uname -m)),-mno-amx-int8)
 SERVED = $(if $(MODEL),--exports $(MODEL) --parent $(PARENT),--exports $(RUN)/recovered --parent $(TEACHER) --prompts $(RUN)/data/test.jsonl)
 # The page shows two models; what is measured of others goes elsewhere.
-PAGED   = $(if $(PROMPTS),,$(filter logs/demo/recovered logs/public-model/22/recovered,$(or $(MODEL:%/=%),$(RUN)/recovered)))
+PAGED   = $(if $(PROMPTS)$(OWN)$(word 2,$(MODEL)),,$(filter logs/demo/recovered logs/public-model/22/recovered,$(or $(MODEL:%/=%),$(RUN)/recovered)))
 ENGINES = $(if $(PAGED),results,logs)/other_engine.json
 
 $(CONVERTER)/convert_hf_to_gguf.py: | $(VENV)/.installed

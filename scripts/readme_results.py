@@ -92,7 +92,7 @@ def main() -> None:
         ("width_speed_stories", speed_lines, "width", "speed of stories"),
         ("vision", vision_lines, "systems/prune_and_merge", "vision"),
         *((f"public_model_{run}_held_out", judged_lines, "public_model", f"held out {run}")
-          for run in ("22", "22-s1", "25", "25-s1", "25-s2")),
+          for run in ("22", "22-s1", "22-s2", "25", "25-s1", "25-s2")),
         *((f"public_{x}", compared_lines, "public_model", x)
           for x in ("contest", "losses", "recipes", "seeds_22", "seeds_25")),
     ):  # fmt: skip

@@ -7,7 +7,8 @@ margin says how much likelier transformers finds its own; weights of 32 and 16 b
 :data:`ROUNDING`. Export and parent read and decode in turns, timed in CPU seconds of one thread. Each engine
 runs in a process of its own: their libraries need not bear each other, and one that dies takes nothing along.
 
-Writes a section for each export into ``results/other_engine.json``, and the table of ``docs/export.md``.
+Writes a section for each export into ``results/other_engine.json``, and the table of ``docs/export.md``; or,
+with ``--out FILE``, into another file alone.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ MOST = 32
 ROUNDING = {"float32": 1e-3, "F32": 1e-3, "F16": 3e-2}
 """Largest difference of log-probabilities, in nats, by type of the weights; 8 bits have no bar."""
 OUT = Path("results/other_engine.json")
-"""What the page shows; a model of one's own has another file."""
+"""What the page shows."""
 SPEED = "{parent_tokens_per_s:,.0f} -> {tokens_per_s:,.0f}, {speedup:.2f}x of {ideal:.2f}x"
 
 
@@ -111,10 +112,10 @@ def main() -> None:
     for export in args.exports:
         found = compare([args.parent, export], args.prompts, args.repeats)
         add(args.out, str(export), found)
+        print(*lines({"of": found}), sep="\n")
         for name, row in found["engines"].items():
             bar = ROUNDING.get(name.split()[1], float("inf"))
             wrong += [f"{export}, {name}"] * (max(row.get("margin", 0), row.get("log_prob_gap", 0)) > bar)
-    print(*lines(read(args.out)), sep="\n")
     if args.out == OUT:
         fill(Path("docs/export.md"), lines(read(OUT)), "engines")
     if wrong:

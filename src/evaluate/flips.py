@@ -1,13 +1,11 @@
-"""Count the items on which two models disagree."""
+"""Count the items on which two models disagree, and tell their difference with its interval."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
 
-import numpy as np
-
-from src.evaluate.intervals import LEVEL, RESAMPLES, SEED, Interval
+from src.evaluate.intervals import Interval
 
 CHANGE = "{value:+.3f} [{low:.3f}, {high:.3f}]"
 """Format of a difference with its interval, as text."""
@@ -34,20 +32,19 @@ def flips(correct: Sequence[bool], teacher_correct: Sequence[bool]) -> dict[str,
 
 
 def difference(found: Mapping[str, float], items: int) -> Interval:
-    """Return by how much more often a model is right than its teacher, with the interval of 95 %.
+    """Return by how much more often a model is right than its teacher, with a paired interval of 95 %.
 
-    The interval is paired: the items are resampled with what both models made of them (Efron's percentile
-    bootstrap), which depends on the numbers of lost and gained items alone.
+    The interval is Wald's with half an item added to each of the four cells (both right, one, the other,
+    none), which holds where few items are lost or gained, or none (Agresti and Min, Statistics in Medicine
+    24, 2005). It is about a difference that is a little nearer to 0 than ``value``.
 
     Args:
         found: what :func:`flips` returned.
-        items: how many were judged, at least one.
+        items: how many were judged.
 
     Returns:
         The difference of the two shares of right items.
     """
-    lost, gained = int(found["lost"]), int(found["gained"])
-    chances = np.array([gained, lost, items - lost - gained]) / items
-    drawn_R3 = np.random.default_rng(SEED).multinomial(items, chances, RESAMPLES)
-    low, high = np.quantile(drawn_R3[:, 0] - drawn_R3[:, 1], [(1 - LEVEL) / 2, (1 + LEVEL) / 2]) / items
-    return {"value": (gained - lost) / items, "low": float(low), "high": float(high)}
+    change, count = found["gained"] - found["lost"], items + 2
+    spread = 1.96 * math.sqrt(found["gained"] + found["lost"] + 1 - change**2 / count) / count
+    return {"value": change / items, "low": change / count - spread, "high": change / count + spread}

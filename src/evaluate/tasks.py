@@ -1,8 +1,8 @@
 """Judge models on public tasks beside their teacher: ``python -m src.cli evaluate --tasks piqa,arc_easy``.
 
 The lm-evaluation-harness (:mod:`src.evaluate.harness`) words the prompts and keeps the score. Teacher and
-students answer the same documents in one run. So each score stands beside its ratio to the teacher's, and
-beside the number of documents that only one of the two has right (flips).
+students answer the same documents in one run. So each score stands beside its ratio to the teacher's, the
+difference with its paired interval, and the number of documents that only one of the two has right (flips).
 """
 
 from __future__ import annotations

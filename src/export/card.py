@@ -56,7 +56,8 @@ def model_card(
         mask: the kept units and their origin.
         weights: number of weights of the parent, and of this model.
         findings: outcome of each check of the proof.
-        parent_card: front matter of the parent's card, whose licence and languages carry over.
+        parent_card: front matter of the parent's card, whose licence and languages carry over, and, if the
+            parent is a directory here, the model that it was made from.
         recovery: tokens and scope of the recovery; None if the weights are the parent's.
         license_name: licence to state instead of the parent's.
         data: what the search and the recovery were trained on.
@@ -141,8 +142,9 @@ def _head(
 ) -> dict[str, Any]:
     """Return the card's front matter."""
     tags = ["width-pruning"] if mask.wide else ["depth-pruning", "layer-pruning"]
+    carried = (*CARRIED, "base_model")  # of a parent on this machine: what it was made from itself
     return {
-        **{key: parent_card[key] for key in CARRIED if key in parent_card},
+        **{key: parent_card[key] for key in carried if key in parent_card},
         **({"license": license_name} if license_name else {}),
         **({} if Path(mask.model).exists() else {"base_model": mask.model}),
         "library_name": "transformers",

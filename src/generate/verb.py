@@ -55,7 +55,7 @@ def main(argv: list[str]) -> None:
         ConfigError: the prompts cannot be read, or what lies at ``--out`` was made with other settings.
     """
     args = _parse(argv)
-    out, began = Path(args.out), time.monotonic()
+    out = Path(args.out)
     parts, record = out.with_name(f"{out.name}.parts"), out.with_name(f"{out.name}.record.json")
     settings = _settings(args)
     if _finished(out, record, settings, args.force):
@@ -71,13 +71,17 @@ def main(argv: list[str]) -> None:
     _go_on(parts, settings)
     order = sorted(range(len(prompts)), key=lambda n: len(prompts[n].ids))
     batches = [order[at : at + args.batch_size] for at in range(0, len(order), args.batch_size)]
-    done = dict[int, Written]()
+    done, seconds = dict[int, Written](), 0.0
     for number, batch in enumerate(track(batches, "batches written")):
         part = parts / f"{number:06d}.json"
         if not part.exists():
             torch.manual_seed(_seed(args, number))
-            write_json(part, written(model, stop, [prompts[n] for n in batch], places, args))
-        done |= zip(batch, read_json(part), strict=True)
+            began = time.monotonic()
+            rows = written(model, stop, [prompts[n] for n in batch], places, args)
+            write_json(part, {"rows": rows, "seconds": time.monotonic() - began})
+        stored = read_json(part)
+        done |= zip(batch, stored["rows"], strict=True)
+        seconds += stored["seconds"]  # a process before this one may have written it
     asked = [done[n] for n in sorted(done) if args.prompts or _says(done[n]["row"])]
     unfinished = sum(not each["finished"] for each in asked)
     kept = [each for each in asked if each["finished"] or not args.finished]
@@ -93,7 +97,7 @@ def main(argv: list[str]) -> None:
         "rows": len(kept),
         "tokens": sum(each["tokens"] for each in kept),
         "unfinished": unfinished,
-        "seconds": time.monotonic() - began,
+        "seconds": seconds,
     }
     write_json(record, settings | figures | provenance("generate", argv, model))
     discard(parts)

@@ -42,27 +42,35 @@ def judged(models: Sequence[Record]) -> list[tuple[str, str]]:
     return list(found.items())
 
 
+MOST = 8
+"""Tasks that one picture has room for."""
+
+
 @styled
 def bars(models: Sequence[Record]) -> Figure:
     """Draw the scores of all models at the tasks of :func:`judged`, a group of bars each, the teacher first.
 
-    A student's line is the paired 95 % interval of its difference from the teacher, about its own score.
+    A student's line is the paired 95 % interval of its difference from the teacher, about its own score. Of
+    many tasks the first :data:`MOST` are drawn.
     """
-    tasks, names = judged(models), [model["name"] for model in models]
+    every, names = judged(models), [model["name"] for model in models]
     figure = Figure(figsize=(8.6, 3.0), layout="constrained")
-    axis, width = figure.subplots(), 0.8 / len(models)
+    axis, width, tasks = figure.subplots(), 0.8 / len(models), every[:MOST]
     for place, (model, name, colour) in enumerate(zip(models, names, colours(names), strict=True)):
         records = [model["tasks"][task][metric] for task, metric in tasks]
         at = [group + (place - (len(models) - 1) / 2) * width for group in range(len(tasks))]
-        drawn = axis.bar(at, [r["score"] for r in records], 0.9 * width, color=colour, label=name)
-        axis.bar_label(drawn, [f"{r['score']:.2f}" for r in records], label_type="center", color="white")
+        axis.bar(at, [r["score"] for r in records], 0.9 * width, color=colour, label=name)
         for x, record in zip(at, records, strict=True):
+            score = top = record["score"]
             if "flips" in record:
-                ends = difference(record["flips"], len(record["correct"]))
-                about = [record["score"] + ends[end] - ends["value"] for end in ("low", "high")]
-                axis.plot([x, x], about, color=INK, linewidth=1.2)
+                change = difference(record["flips"], len(record["correct"]))
+                low, top = (max(0.0, score + change[end] - change["value"]) for end in ("low", "high"))
+                axis.plot([x, x], [low, top], color=INK, linewidth=1.2)
+            axis.annotate(f"{score:.2f}", (x, top), (0, 3), textcoords="offset points", ha="center")
     axis.set_xticks(range(len(tasks)), [f"{task}, {metric}" for task, metric in tasks])
-    axis.set(yticks=[], title="Public tasks; lines: 95 % intervals of the difference from the teacher")
+    left = f"; the first {len(tasks)} of {len(every)}" if every[MOST:] else ""
+    axis.set(yticks=[], title=f"Public tasks{left}; lines: 95 % intervals of the difference from the teacher")
+    axis.margins(y=0.12)
     axis.spines["left"].set_visible(False)
     axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=len(models))
     return figure

@@ -146,9 +146,14 @@ def test_tasks_are_groups_of_bars_about_which_the_difference_from_the_teacher_is
     middle = [bar.get_x() + bar.get_width() / 2 for bar in axis.patches[2:]]
     assert [line.get_xdata()[0] for line in axis.lines] == pytest.approx(middle), "of students alone"
     change = difference({"lost": 2, "gained": 1}, 4)
-    ends = [0.75 + change["low"], 0.75 + change["high"]]  # the teacher's score and the difference
-    assert [line.get_ydata() for line in axis.lines] == [pytest.approx(ends)] * 2
+    ends = [max(0.0, 0.75 + change["low"]), 0.75 + change["high"]]  # the teacher's score and the difference
+    assert [[*line.get_ydata()] for line in axis.lines] == [pytest.approx(ends)] * 2
+    assert words(axis) == ["0.75", "0.75", "0.50", "0.50"]
     assert [label.get_text() for label in axis.get_xticklabels()] == ["a, acc", "b, acc"]
+    for each in models:
+        each["tasks"] = {f"t{n}": each["tasks"]["a"] for n in range(12)}
+    (axis,) = tasks.bars(models).axes
+    assert (len(heights(axis)), "the first 8 of 12" in axis.get_title(loc="left")) == (16, True)
 
 
 def test_budgets_are_points_with_their_values() -> None:
