@@ -100,7 +100,7 @@ def curve(run: Path) -> list[tuple[float, float]]:
     for event in scalars(at, "data/tokens"):  # with the batch that is handed over; seldom for each step
         tokens.setdefault(event.step - 1, event.value)
         tokens[event.step] = event.value
-    last = read(at / "record.json")["tokens"]
+    last: float = read(at / "record.json")["tokens"]
     return [(tokens.get(event.step, last), event.value) for event in scalars(at, "val/kl")]
 
 

