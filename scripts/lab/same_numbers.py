@@ -15,8 +15,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -86,16 +85,6 @@ def git(*words: str) -> str:
     return done.stdout.strip()
 
 
-@contextmanager
-def checked_out(commit: str, tree: Path) -> Iterator[Path]:
-    """A temporary worktree of a commit."""
-    git("worktree", "add", "--detach", str(tree), commit)
-    try:
-        yield tree
-    finally:
-        git("worktree", "remove", "--force", str(tree))
-
-
 def leaves(value: Any, name: str = "") -> JSON:
     """The numbers and texts of nested JSON by their path."""
     if isinstance(value, dict | list):
@@ -148,12 +137,14 @@ def main() -> None:
     given = SETTINGS["quick" if args.quick else "demo"]
     now = git("stash", "create") or "HEAD"  # what is not committed counts, but for files git does not know
     found = []
-    with tempfile.TemporaryDirectory(prefix="same_numbers.") as temporary:
+    with ExitStack() as ends:
+        ends.callback(git, "worktree", "prune")  # once the directories of the two trees are gone
+        temporary = ends.enter_context(tempfile.TemporaryDirectory(prefix="same_numbers."))
         for name, commit in ("old", args.commit), ("new", now):
-            out = Path(temporary, name)
+            tree, out = Path(temporary, f"{name}.tree"), Path(temporary, name)
             out.mkdir()
-            with checked_out(commit, Path(temporary, f"{name}.tree")) as tree:
-                run(tree, out, given)
+            git("worktree", "add", "--detach", str(tree), commit)
+            run(tree, out, given)
             found.append(written(out))
     told, wrong = compare(*found)
     print(*told, sep="\n")

@@ -185,8 +185,9 @@ def quality(names: Sequence[str], models: Sequence[dict[str, Any]], keys: Sequen
 
 @styled
 def courses(search: Sequence[Sequence[float]], recover: Sequence[Sequence[float]]) -> Figure:
-    """Draw how the divergence from the teacher fell in search and recovery, from points ``(step, nats)``."""
-    shown = [(t, c, h) for t, c, h in (("Search", AMBER, search), ("Recovery", TEAL, recover)) if h]
+    """Draw how a search's KL and a recovery's loss, of all its terms, fell, from points ``(step, value)``."""
+    told = ("Search: KL from the teacher, nats", AMBER, search), ("Recovery: loss", TEAL, recover)
+    shown = [(title, colour, history) for title, colour, history in told if history]
     figure, axes = _axes(len(shown), 2.8)
     for axis, (title, colour, history) in zip(axes, shown, strict=True):
         steps, values = np.array(history, dtype=float).T
@@ -196,8 +197,8 @@ def courses(search: Sequence[Sequence[float]], recover: Sequence[Sequence[float]
         axis.plot(steps[window // 2 :][: len(smooth)], smooth, color=colour, linewidth=2)
         if values.min() > 0 and values.max() > 20 * values.min():
             axis.set_yscale("log")
-        axis.set_title(f"{title}: KL from the teacher")
-        axis.set(xlabel="step", ylabel="nats per token", xlim=(steps[0], max(steps[-1], steps[0] + 1)))
+        axis.set_title(title)
+        axis.set(xlabel="step", xlim=(steps[0], max(steps[-1], steps[0] + 1)))
         axis.grid(visible=True)
     return figure
 

@@ -179,7 +179,7 @@ def draw(run: Run, report: Record) -> list[Picture]:
         drawn.append(("cost", "What each stage cost.", figures.cost(spent, report["seconds"])))
     search, recover = run.search.get("history", []), run.recover.get("history", [])
     if search or recover:
-        what = "Divergence from the teacher while learning; of drawn masks, then of the student."
+        what = "While learning: the KL of drawn masks from the teacher, then the loss of the student."
         drawn.append(("courses", what, figures.courses(search, recover)))
     if keep_SL := run.gates.get("keep_probability"):
         of = "of the units that a layer keeps, mean" if run.mask.wide else "that a layer is kept"

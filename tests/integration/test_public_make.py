@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
@@ -145,6 +146,20 @@ def test_what_a_machine_would_take_is_planned_by_the_type_of_the_weights(shared:
         assert kind in own[f"{name}_{kind}"].removeprefix(own[name].strip())
     assert "configs/public_model" not in own["search_shipped"]
     assert "--model.init_args.mask results/public_model_22_mask.json" in own["recover"]
+
+
+def test_the_page_shows_what_the_plans_say() -> None:
+    rows = re.findall(
+        r"\(\.\./results/(public_plan_\w+\.json)\).*\| ([\d.]+) \| ([\d.]+) \|", PAGE.read_text()
+    )
+    assert len(rows) == 5
+    for name, hours, gib in rows:
+        plan = json.loads(Path("results", name).read_text())["configured"]
+        assert (hours, gib) == (f"{plan['hours']:.2f}", f"{plan['total'] / 2**30:.1f}")
+    shipped = json.loads(Path("results/public_plan_search_shipped.json").read_text())
+    told = f"[{shipped['configured']['hours']:.1f} hours](../results/public_plan_search_shipped.json)"
+    assert told in PAGE.read_text()
+    assert f"{shipped['within']['steps']} of them fit into two" in PAGE.read_text()
 
 
 def test_seeds_are_compared_by_a_target_of_their_own(shared: Path) -> None:

@@ -146,11 +146,13 @@ def test_a_run_fills_its_places_of_the_page(tmp_path: Path, monkeypatch: pytest.
             file.write_text(json.dumps({"of": name}))
         (at.parent / "report.md").write_text(f"text\n| {name} |\n<tr>\n")
         (at.parent / "figures").mkdir()
-        for drawn in ("layers", "courses", "tasks", "cost"):
+        for drawn in ("layers", "tasks", "cost"):
             (at.parent / f"figures/{drawn}.svg").write_text(f"{drawn} of {name}")
     (tmp_path / "docs/figures").mkdir(parents=True)
     places = [f"<!-- {x} -->\n<!-- /{x} -->\n" for x in ("results 22", "costs 22", "curve 22", "costs 22-s1")]
-    (tmp_path / PAGE).write_text("".join(places) + "![the tasks](figures/public_model_22_tasks.svg)\n")
+    (tmp_path / PAGE).write_text(
+        "".join(places) + "![](figures/public_model_22_tasks.svg) ![](figures/public_model_22_curve.svg)\n"
+    )
     for name in ("22", "22-s1"):
         public_model.page(tmp_path / name)
     shown = dict(re.findall(r"<!-- ([^/]+?) -->\n(.*?)<!-- /", (tmp_path / PAGE).read_text(), re.S))
@@ -158,8 +160,10 @@ def test_a_run_fills_its_places_of_the_page(tmp_path: Path, monkeypatch: pytest.
     assert "| 22 | 1.25 | 1.50 |" in shown["costs 22"]
     assert "| 22-s1 | 1.25 | 1.50 |" in shown["costs 22-s1"]
     assert "| 9 | 0.5000 |" in shown["curve 22"]
-    (picture,) = (tmp_path / "docs/figures").iterdir()
-    assert (picture.name, picture.read_text()) == ("public_model_22_tasks.svg", "tasks of 22")
+    pictures = {file.name: file.read_text() for file in (tmp_path / "docs/figures").iterdir()}
+    assert pictures.keys() == {f"public_model_22_{name}.svg" for name in ("curve", "tasks")}
+    assert pictures["public_model_22_tasks.svg"] == "tasks of 22"
+    assert "tokens processed" in pictures["public_model_22_curve.svg"]
     named = {file.name for file in (tmp_path / "results").iterdir()}
     parts = ("costs", "curve", "report", "held_out", "mask")
     assert named == {f"public_model_{name}_{part}.json" for name in ("22", "22-s1") for part in parts}
