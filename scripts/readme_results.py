@@ -245,7 +245,7 @@ def fight_lines(fight: JSON, ratio: float = 0.25) -> list[str]:
     head = "method | KL of the cut, nats | exact match of the cut | recovered | search, forward tokens"
     return [
         f"**The fair fight.** {ratio:.0%} of the layers, every method with the same recovery on "
-        f"{tokens_text(tokens)} tokens; 95 % intervals.", "",
+        f"{tokens_text(tokens)} tokens; 95 % intervals, which overlap for most methods after it.", "",
         *table(head, ([cell(row) for cell in columns] for row in ranked)), "",
         "More ratios, costs and verdicts: [docs/fair_fight.md](docs/fair_fight.md). `make fair-fight`.",
     ]  # fmt: skip
