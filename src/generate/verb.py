@@ -73,7 +73,7 @@ def main(argv: list[str]) -> None:
     batches = [order[at : at + args.batch_size] for at in range(0, len(order), args.batch_size)]
     done, seconds = dict[int, Written](), 0.0
     for number, batch in enumerate(track(batches, "batches written")):
-        part = parts / f"{number:06d}.json"
+        part = parts / f"batch-{number:06d}.json"
         if not part.exists():
             torch.manual_seed(_seed(args, number))
             began = time.monotonic()

@@ -88,10 +88,15 @@ def test_what_was_interrupted_goes_on_and_is_the_same(
     assert not (tmp_path / "torn.jsonl").exists()
     with pytest.raises(ConfigError, match="other settings \\(options\\)"):
         main(command(teacher_dir, corpus_file, tmp_path / "torn.jsonl"))
+    stored = sorted((tmp_path / "torn.jsonl.parts").glob("batch-*.json"))
+    for part in stored:
+        part.write_text(json.dumps(json.loads(part.read_text()) | {"seconds": 1000}))
     with monkeypatch.context() as patch:
         patch.setattr(verb, "written", lambda *args: calls.append(len(args[2])) or write(*args))
         main(command(teacher_dir, corpus_file, tmp_path / "torn.jsonl", *hot))
     assert calls == [3, 3, 2], "only the last batch was left"
+    seconds = json.loads((tmp_path / "torn.jsonl.record.json").read_text())["seconds"]
+    assert 2000 < seconds < 2060, "of both processes"
     assert (tmp_path / "torn.jsonl").read_text() == (tmp_path / "whole.jsonl").read_text()
     main(command(teacher_dir, corpus_file, tmp_path / "other.jsonl", "--temperature", "1.5", "--seed", "5"))
     assert (tmp_path / "other.jsonl").read_text() != (tmp_path / "whole.jsonl").read_text()
