@@ -208,6 +208,7 @@ PLAN_search_int8 := --model.init_args.quantize int8
 PLAN_recover_float32 := --trainer.precision 32-true --model.init_args.teacher.init_args.dtype float32
 
 public-plans: $(PLANS:%=$(PUBLIC)/plans/%.json)  ## what this machine would take for the public model by the type of the weights, and for the search as it is shipped -> results/public_plan_*.json
+	ls $(PLANS:%=$(PUBLIC)/plans/%.json) > /dev/null
 	$(if $(OWN),,$(foreach plan,$(PLANS),cp $(PUBLIC)/plans/$(plan).json results/public_plan_$(plan).json &&) true)
 
 $(PUBLIC)/plans/%.json: private VERB = plan --trial 3 --json $@
@@ -241,7 +242,7 @@ $(CUT)/recover.plan.json $(CUT)/recover/record.json: $(CUT)/search/mask.json $(C
 	$(BEGINS)
 	$(call PUBLIC_RECOVER,$(call SEEDED,--data.init_args.seed $(SEED)) $(RECOVER))
 
-PUBLIC_EXPORT = $(CLI) export --out $(@D) --force --data 'GSM8K, Standard Ebooks, TinyStories, chats that the parent wrote'
+PUBLIC_EXPORT = $(CLI) export --out $(@D) --force $(if $(SEARCH)$(RECOVER),,--data 'GSM8K, Standard Ebooks, TinyStories, chats that the parent wrote')
 
 %/cut/config.json: %/search/mask.json
 	$(PUBLIC_EXPORT) --mask $<

@@ -91,7 +91,7 @@ def costs(run: Path) -> JSON:
             }
     files = {name: run.parent / f"text/{name}.jsonl.record.json" for name in ("questions", "own")}
     files |= {name: run / f"{name}.json" for name in ("evaluate", "held_out", "tasks", "benchmark")}
-    return found | {name: {"hours": (None, read(file)["seconds"] / 3600)} for name, file in files.items()}
+    return found | {n: {"hours": (None, read(f)["seconds"] / 3600)} for n, f in files.items() if f.exists()}
 
 
 def curve(run: Path) -> list[tuple[float, float]]:

@@ -47,4 +47,5 @@ def difference(found: Mapping[str, float], items: int) -> Interval:
     """
     change, count = found["gained"] - found["lost"], items + 2
     spread = 1.96 * math.sqrt(found["gained"] + found["lost"] + 1 - change**2 / count) / count
-    return {"value": change / items, "low": change / count - spread, "high": change / count + spread}
+    low, high = max(-1.0, change / count - spread), min(1.0, change / count + spread)
+    return {"value": change / items, "low": low, "high": high}

@@ -56,8 +56,8 @@ def model_card(
         mask: the kept units and their origin.
         weights: number of weights of the parent, and of this model.
         findings: outcome of each check of the proof.
-        parent_card: front matter of the parent's card, whose licence and languages carry over, and, if the
-            parent is a directory here, the model that it was made from.
+        parent_card: front matter of the parent's card, whose licence and languages carry over, and, of a
+            directory here whose ``base_model_relation`` is ``quantized``, the model that it holds.
         recovery: tokens and scope of the recovery; None if the weights are the parent's.
         license_name: licence to state instead of the parent's.
         data: what the search and the recovery were trained on.
@@ -142,11 +142,12 @@ def _head(
 ) -> dict[str, Any]:
     """Return the card's front matter."""
     tags = ["width-pruning"] if mask.wide else ["depth-pruning", "layer-pruning"]
-    carried = (*CARRIED, "base_model")  # of a parent on this machine: what it was made from itself
+    encoded = parent_card.get("base_model_relation") == "quantized"  # the same model in other bits
+    origin = (parent_card.get("base_model") if encoded else None) if Path(mask.model).exists() else mask.model
     return {
-        **{key: parent_card[key] for key in carried if key in parent_card},
+        **{key: parent_card[key] for key in CARRIED if key in parent_card},
         **({"license": license_name} if license_name else {}),
-        **({} if Path(mask.model).exists() else {"base_model": mask.model}),
+        **({"base_model": origin} if isinstance(origin, str) and not Path(origin).exists() else {}),
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
         "tags": [*tags, *(["distillation"] if distilled else [])],
