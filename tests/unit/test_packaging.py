@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import subprocess
 import tomllib
 from pathlib import Path
 
@@ -44,3 +45,10 @@ def test_every_requirement_is_pinned_within_its_range() -> None:
             name = requirement.name.replace("_", "-").lower()
             if not name.startswith("types-"):
                 assert pins[name] in requirement.specifier, requirement
+
+
+def test_no_link_is_part_of_the_project() -> None:
+    """One to a virtual environment, say, would lead nowhere on another machine."""
+    listed = subprocess.run(["git", "ls-files", "--stage"], capture_output=True, text=True)
+    assert [line for line in listed.stdout.splitlines() if line.startswith("120000")] == []
+    assert "\tMakefile" in listed.stdout or listed.returncode, "there is a repository, or none"
