@@ -137,3 +137,15 @@ def test_scores_of_an_evaluation_go_into_the_card(run: Callable[..., Path], tmp_
     scores.write_text(json.dumps({**evaluation, "models": [{**own, "path": "elsewhere"}]}))
     with pytest.raises(ConfigError, match="found \\['elsewhere'\\]"):
         cards.main([str(out), "--scores", str(scores)])
+
+
+@pytest.mark.parametrize("relation", ["quantized", "finetune", None])
+def test_a_card_names_what_a_parent_on_this_machine_holds_only_where_the_parent_says_so(
+    relation: str | None, tmp_path: Path
+) -> None:
+    """A fine-tuned parent is another model than its base."""
+    told = {"license": "mit", "base_model": "a/b", "base_model_relation": relation}
+    text = cards.model_card(Mask.by_hand(str(tmp_path), 4, [0, 1]), (10, 5), [], told)
+    (tmp_path / "README.md").write_text(text)
+    card = cards.front_matter(tmp_path / "README.md")
+    assert (card["license"], card.get("base_model")) == ("mit", "a/b" if relation == "quantized" else None)
