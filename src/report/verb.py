@@ -174,9 +174,9 @@ def draw(run: Run, report: Record) -> list[Picture]:
             ("tasks", "What is right of each public task, on the same documents.", tasks.bars(models))
         )
     training = report["teacher_training_tokens"]
-    spent = {"teacher's training": training} | report["tokens"] if training else report["tokens"]
-    if spent or report["seconds"]:
-        drawn.append(("cost", "What each stage cost.", figures.cost(spent, report["seconds"])))
+    tokens = {"teacher's training": training} | report["tokens"] if training else report["tokens"]
+    if tokens or report["seconds"]:
+        drawn.append(("cost", "What each stage cost.", figures.cost(tokens, report["seconds"])))
     search, recover = run.search.get("history", []), run.recover.get("history", [])
     if search or recover:
         what = "While learning: the KL of drawn masks from the teacher, then the loss of the student."

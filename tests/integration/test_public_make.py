@@ -127,6 +127,7 @@ def test_the_page_has_a_place_for_each_run_that_is_published(run: str, shared: P
         (["MODEL=my/export", "PARENT=my/parent"], "logs"),
         (["MODEL=logs/public-model/22/recovered", "PARENT=my/parent"], "logs"),
         (["MODEL=logs/public-model/22/recovered logs/mine"], "logs"),
+        (["MODEL=logs/demo/recovered"], "logs"),  # whose parent is another than that of make's default
         (["RUN=logs/mine"], "logs"),
     ],
 )

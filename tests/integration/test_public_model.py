@@ -17,7 +17,7 @@ import torch
 import yaml
 
 from scripts import public_model
-from scripts.public_model import HELD_OUT, TEXTS, costs, curve, text
+from scripts.public_model import HELD_OUT, TEXTS, costs, curve, shaped, text
 from src.cli import run
 from src.export.card import front_matter
 from src.mask import Mask
@@ -134,6 +134,7 @@ def test_rows_that_are_taken_are_trained_on_or_held_out(
     assert len({*train, *held}) == len(train) + len(held) == 3 * 70 + count
     assert sum("messages" in json.loads(row) for row in [*train, *held]) == 70 + count
     assert all(json.dumps(row) in {*train, *held} for row in said)
+    assert shaped({**said[0], "text": "beside it"}) == said[0], "a chat is read as a chat alone"
 
 
 def test_a_run_fills_its_places_of_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
